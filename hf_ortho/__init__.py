@@ -1,0 +1,11 @@
+"""Learnable activations for transformers; importing registers their names in ``ACT2FN``."""
+
+from importlib.metadata import version as _version
+
+from . import activations, errors
+from .conversion import ConversionReport, Histogram, convert
+
+__version__ = _version("hf_ortho")
+__all__ = ["ConversionReport", "Histogram", "activations", "convert", "errors"]
+
+activations.register()

@@ -1,0 +1,22 @@
+"""The activation families as plain modules, their registry and their fits."""
+
+from .base import LearnableActivation
+from .fourier import Fourier
+from .hermite import Hermite
+from .interpolation import FitReport
+from .registry import FAMILIES, build, named, parse, register
+from .tropical import Tropical, TropicalRational
+
+__all__ = [
+    "FAMILIES",
+    "FitReport",
+    "Fourier",
+    "Hermite",
+    "LearnableActivation",
+    "Tropical",
+    "TropicalRational",
+    "build",
+    "named",
+    "parse",
+    "register",
+]

@@ -1,0 +1,243 @@
+"""The module that all families share: parameters, domain, tails, dtype rules and loading through transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from transformers import initialization
+from transformers.utils import logging
+
+from ..errors import ActivationNameError, FitError
+from .interpolation import FitReport, Nodes, Source, Target, gaussian_moments
+
+logger = logging.get_logger("hf_ortho")
+
+MAX_DEGREE = 32
+INITIALISATIONS = ("paper", "unit")
+
+
+class LearnableActivation(nn.Module):
+    r"""An activation with learnable parameters, a domain and straight tails.
+
+    With t = clamp(x, lo, hi) and the family's series S,
+
+        f(x) = S(t) + s_lo * min(x - lo, 0) + s_hi * max(x - hi, 0).
+
+    ``domain`` = [lo, hi] is a float32 parameter, frozen unless asked for; [-inf, inf], the default, is the paper's
+    pure series. ``tail_slopes`` = [s_lo, s_hi] is a float32 buffer. The family's own parameters are float32 vectors
+    shared over all positions and channels.
+
+    The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
+    parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
+
+    A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative`` and
+    ``fit_parameters``, and may give ``breaks``.
+
+    Args:
+        degree: 1 to 32; the family's default if None.
+        init: ``"paper"`` (arXiv 2502.01247, section 3) or ``"unit"``, which has E[f(x)^2] = 1 for x ~ N(0, 1).
+
+    Raises:
+        ActivationNameError: the degree or the initialisation does not exist.
+    """
+
+    family: ClassVar[str]
+    default_degree: ClassVar[int]
+    domain: nn.Parameter
+    tail_slopes: Tensor
+
+    def __init__(self, degree: int | None = None, *, init: str = "paper"):
+        super().__init__()
+        degree = self.default_degree if degree is None else degree
+        if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= MAX_DEGREE:
+            raise ActivationNameError(f"degree {degree!r} of {self.family}: must be an integer from 1 to {MAX_DEGREE}")
+        if init not in INITIALISATIONS:
+            raise ActivationNameError(f"init {init!r} of {self.family}: must be one of {', '.join(INITIALISATIONS)}")
+        self.degree = degree
+        self.init = init
+        # Python floats, so that they survive a construction on the meta device.
+        self._initial = {name: list(values) for name, values in self.initial_parameters(degree, init).items()}
+        self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
+        # An explicit float32 keeps float32 on every load path of transformers.
+        for name, values in self._initial.items():
+            empty = torch.empty(len(values), dtype=torch.float32)
+            if name == "tail_slopes":
+                self.register_buffer(name, empty)
+            else:
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=name != "domain"))
+        self._initialized = False
+        if not self.domain.is_meta:
+            self.reset_parameters()
+
+    # ---- what a family defines -------------------------------------------------------------------------------------
+
+    @classmethod
+    def initial_parameters(cls, degree: int, init: str) -> dict[str, list[float]]:
+        """Name and initial value of each parameter vector, in the order of ``named_parameters``."""
+        raise NotImplementedError
+
+    def series(self, x: Tensor) -> Tensor:
+        """S(x), in the dtype of ``x``."""
+        raise NotImplementedError
+
+    def series_derivative(self, x: Tensor) -> Tensor:
+        """S'(x), in the dtype of ``x``."""
+        raise NotImplementedError
+
+    def fit_parameters(self, target: Target) -> tuple[dict[str, np.ndarray], str]:
+        """Least-squares values of the parameters (``domain`` among them) for a target, and a note for the report."""
+        raise NotImplementedError
+
+    def breaks(self) -> tuple[float, ...]:
+        """Points where f' jumps, in ascending order."""
+        return tuple(v for v in self.domain.tolist() if math.isfinite(v))
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name in ``ACT2FN``, for example ``hermite_8``."""
+        return f"{self.family}_{self.degree}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.to(self._compute_dtype(x))
+        lo, hi = self.domain.to(t.dtype)
+        s_lo, s_hi = self.tail_slopes.to(t.dtype)
+        inside = torch.clamp(t, lo, hi)
+        beyond = t - inside
+        y = self.series(inside) + s_lo * torch.clamp(beyond, max=0.0) + s_hi * torch.clamp(beyond, min=0.0)
+        return y.to(x.dtype)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """f'(x) in closed form; S' on [lo, hi], s_lo below, s_hi above. Same shape and dtype as ``x``."""
+        t = x.to(self._compute_dtype(x))
+        lo, hi = self.domain.to(t.dtype)
+        s_lo, s_hi = self.tail_slopes.to(t.dtype)
+        slope = self.series_derivative(torch.clamp(t, lo, hi))
+        return torch.where(t < lo, s_lo, torch.where(t > hi, s_hi, slope)).to(x.dtype)
+
+    def gain(self, sigma: float = 1.0) -> tuple[float, float]:
+        """(E[f(x)^2], E[f'(x)^2]) for x ~ N(0, sigma^2), by float64 quadrature (arXiv 2502.01247, section 3)."""
+        if not sigma > 0:
+            raise FitError(f"sigma {sigma!r}: must be a positive standard deviation")
+
+        def evaluate(fn):
+            with torch.no_grad():
+                return lambda x: fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
+
+        with torch.no_grad():
+            return gaussian_moments(evaluate(self.forward), evaluate(self.derivative), sigma, self.breaks())
+
+    def fit(
+        self,
+        fn: str | Callable[[Tensor], Tensor],
+        *,
+        histogram=None,
+        domain: tuple[float, float] | None = None,
+        derivative_weight: float = 0.0,
+        name: str | None = None,
+    ) -> FitReport:
+        r"""Match ``fn`` and its derivative by weighted Sobolev least squares in float64, in place.
+
+            min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
+
+        Args:
+            fn: a name in ``ACT2FN``, an element-wise torch callable, or a module.
+            histogram: ``conversion.Histogram`` of pre-activations that gives the weights; without it they are the
+                density of N(-0.5, 1.5^2).
+            domain: the interval [lo, hi]; searched for if None.
+            derivative_weight: lambda >= 0.
+            name: what to call ``fn`` in the report.
+
+        Raises:
+            FitError: ``fn`` cannot be followed, or an argument is out of range; the module is unchanged.
+        """
+        if not 0.0 <= derivative_weight < math.inf:
+            raise FitError(f"derivative_weight {derivative_weight!r}: must be finite and at least 0")
+        if domain is not None and not (math.isfinite(domain[0]) and math.isfinite(domain[1]) and domain[0] < domain[1]):
+            raise FitError(f"domain {domain!r}: must be two finite numbers lo < hi, or None to search")
+        source = Source.of(fn, name)
+        nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
+        target = Target.of(source, nodes, derivative_weight, domain)
+        # Matrices this small lose a factor of 50 to a threaded BLAS on a busy machine.
+        with threadpool_limits(limits=1, user_api="blas"):
+            values, note = self.fit_parameters(target)
+        values = {"tail_slopes": np.array(source.slopes)} | values
+        with np.errstate(over="ignore"):
+            finite = all(np.isfinite(v.astype(np.float32)).all() for k, v in values.items() if k != "domain")
+        if not finite:
+            raise FitError(f"{self.name} could not be fitted to {source.name}: the solution is not finite in float32")
+        with torch.no_grad():
+            for key, value in values.items():
+                stored = getattr(self, key)
+                stored.copy_(torch.as_tensor(value, dtype=stored.dtype))
+        self._initialized = True
+        return FitReport.measure(self, target, note)
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{self.name} takes floating-point tensors, got {x.dtype}")
+        return torch.promote_types(x.dtype, torch.float32)
+
+    def extra_repr(self) -> str:
+        if self.domain.is_meta:
+            return f"degree={self.degree}"
+        lo, hi = self.domain.tolist()
+        s_lo, s_hi = self.tail_slopes.tolist()
+        return f"degree={self.degree}, domain=[{lo:.4g}, {hi:.4g}], tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
+
+    # ---- initialisation, also through from_pretrained --------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Set the initial values again."""
+        self._write_initial_values(lambda stored, value: stored.copy_(value))
+
+    @torch.no_grad()
+    def _write_initial_values(self, copy) -> None:
+        for key, values in self._initial.items():
+            stored = getattr(self, key)
+            value = torch.tensor(values, dtype=stored.dtype, device=stored.device)
+            if hasattr(stored, "placements"):  # a DTensor, under FSDP2 or tensor parallelism
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, stored.device_mesh, stored.placements)
+            copy(stored, value)
+        self.domain.requires_grad_(False)
+        self._initialized = True
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        # PreTrainedModel._initialize_weights reads this flag of every module once the checkpoint is loaded, and knows
+        # no other way to initialise a class that is not its own: missing keys would stay uninitialised memory.
+        if not self._initialized and not self.domain.is_meta:
+            if not all(getattr(getattr(self, key), "_is_hf_initialized", False) for key in self._initial):
+                logger.warning_once(
+                    f"The checkpoint has no parameters for the activation {self.name}: it starts from the "
+                    f"{self.init!r} initialisation, which is not a fit to the activation the model was trained with. "
+                    "To convert a pretrained model use hf_ortho.convert(model, ...) or `hf-ortho convert`."
+                )
+            self._write_initial_values(initialization.copy_)  # leaves loaded tensors alone
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        pass
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
+                moved = tensor.to(moved.device, torch.float32)
+            return moved
+
+        was_meta = self.domain.is_meta
+        super()._apply(keep_precision, recurse)
+        if was_meta and not self.domain.is_meta:  # to_empty()
+            self.reset_parameters()
+        return self

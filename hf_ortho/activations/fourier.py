@@ -1,0 +1,139 @@
+"""Fourier activations: cosines with learnable frequencies and phases."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .base import LearnableActivation
+from .interpolation import Target, variable_projection, width_bounds
+
+MIN_FREQUENCY, MAX_FREQUENCY = 0.1, 60.0
+RIDGE = 1e-6  # keeps low frequencies from cancelling with amplitudes of 1e3
+
+
+def bessel_i0_of_2() -> float:
+    """I_0(2) = sum_k 1/k!^2 (DLMF 10.25.2)."""
+    return sum(1 / math.factorial(k) ** 2 for k in range(20))
+
+
+class Fourier(LearnableActivation):
+    r"""Fourier activation of degree n (arXiv 2502.01247, section 3):
+
+        S(x) = a_0 + sum_{k=1..n} a_k cos(w_k x - p_k) / k!
+
+    Parameters, float32: ``offset`` a_0, shape (1,); ``coefficients`` a, ``frequencies`` w (radians per unit of x) and
+    ``phases`` p (radians), shape (n,) each. Paper initialisation: a_0 = A sqrt(1 - 1/n!^2), a_k = A = 1/sqrt(I_0(2)),
+    w_k = k, p_k = pi/4.
+    """
+
+    family = "fourier"
+    default_degree = 6
+    offset: nn.Parameter
+    coefficients: nn.Parameter
+    frequencies: nn.Parameter
+    phases: nn.Parameter
+
+    @classmethod
+    def initial_parameters(cls, degree, init):
+        k = range(1, degree + 1)
+        amplitude = 1 / math.sqrt(bessel_i0_of_2())
+        offset = amplitude * math.sqrt(1 - 1 / math.factorial(degree) ** 2)
+        if init == "unit":
+            scale = 1 / math.sqrt(_second_moment(offset / amplitude, degree))
+            offset, amplitude = offset / amplitude * scale, scale
+        return {
+            "offset": [offset],
+            "coefficients": [amplitude] * degree,
+            "frequencies": [float(v) for v in k],
+            "phases": [math.pi / 4] * degree,
+        }
+
+    def _terms(self, x: Tensor):
+        amplitudes = self.coefficients.to(x.dtype) / _factorials(self.degree, x)
+        return zip(amplitudes, self.frequencies.to(x.dtype), self.phases.to(x.dtype), strict=True)
+
+    def series(self, x):
+        y = self.offset[0].to(x.dtype).expand_as(x)
+        for a, w, p in self._terms(x):
+            y = torch.addcmul(y, a, torch.cos(w * x - p))
+        return y
+
+    def series_derivative(self, x):
+        y = torch.zeros_like(x)
+        for a, w, p in self._terms(x):
+            y = torch.addcmul(y, -a * w, torch.sin(w * x - p))
+        return y
+
+    def fit_parameters(self, target: Target):
+        """Variable projection over frequencies and [lo, hi]; cosine and sine amplitudes are linear."""
+        n, x = self.degree, target.nodes.x
+        slopes = target.source.slopes
+        root = np.sqrt(target.nodes.w)
+
+        def solve(theta):
+            w, (lo, hi) = theta[:n], theta[n:] if target.domain is None else target.domain
+            t = np.clip(x, lo, hi)
+            c, s = np.cos(np.outer(t, w)), np.sin(np.outer(t, w))
+            design = np.concatenate([np.ones((len(x), 1)), c, s], 1)
+            slope_design = np.concatenate([np.zeros((len(x), 1)), -s * w, c * w], 1)
+            return t, c, s, slope_design, *target.least_squares(design, slope_design, lo, hi, RIDGE)
+
+        def problem(theta):
+            t, c, s, slope_design, linear, residual, project = solve(theta)
+            a, b, w = linear[1 : n + 1], linear[n + 1 :], theta[:n]
+            columns = np.zeros((len(residual), len(theta)))
+            columns[: len(x), :n] = root[:, None] * t[:, None] * (b * c - a * s)
+            if target.derivative_weight:
+                inside = ((x == t) * root * math.sqrt(target.derivative_weight))[:, None]
+                wt = w * t[:, None]
+                columns[len(x) : 2 * len(x), :n] = inside * (b * (c - wt * s) - a * (s + wt * c))
+            if target.domain is None:
+                slope = slope_design @ linear
+                columns[: len(x), n] = root * (x < t) * (slope - slopes[0])
+                columns[: len(x), n + 1] = root * (x > t) * (slope - slopes[1])
+            return residual, project(columns)
+
+        starts = []
+        for widen, stretch in itertools.product((1.75, 1.0), (1.2, 1.6, 2.0)):
+            reach, shift = widen * math.sqrt(max(n, 2)), 0.3
+            w = math.pi / (stretch * reach) * (np.arange(1, n + 1) - shift)
+            starts.append(np.concatenate([w, [-reach, reach] if target.domain is None else []]))
+        lower, upper = [MIN_FREQUENCY] * n, [MAX_FREQUENCY] * n
+        if target.domain is None:
+            least, most = width_bounds(n)
+            lower, upper = [*lower, -most, least], [*upper, -least, most]
+        theta = variable_projection(problem, starts, (lower, upper))
+        theta[:n] = np.sort(theta[:n])
+        theta = theta.astype(np.float32).astype(np.float64)
+        linear = solve(theta)[4]
+        cosine, sine = linear[1 : n + 1], linear[n + 1 :]
+        factorials = np.array([math.factorial(k) for k in range(1, n + 1)], dtype=float)
+        domain = np.array(theta[n:] if target.domain is None else target.domain)
+        return {
+            "offset": linear[:1],
+            "coefficients": np.hypot(cosine, sine) * factorials,
+            "frequencies": theta[:n],
+            "phases": np.arctan2(sine, cosine),
+            "domain": domain,
+        }, ""
+
+
+def _factorials(degree: int, like: Tensor) -> Tensor:
+    return torch.tensor([math.factorial(k) for k in range(1, degree + 1)], dtype=like.dtype, device=like.device)
+
+
+def _second_moment(offset: float, degree: int) -> float:
+    """E[S(x)^2], x ~ N(0, 1), for a_k = 1, w_k = k, p_k = pi/4, by E cos(w x) = exp(-w^2/2)."""
+    total = offset**2
+    for j in range(1, degree + 1):
+        fj = math.factorial(j)
+        total += 2 * offset * math.cos(math.pi / 4) * math.exp(-(j**2) / 2) / fj
+        for k in range(1, degree + 1):
+            # cos A cos B = (cos(A - B) + cos(A + B)) / 2 with phases 0 and pi/2; sines have mean 0.
+            total += 0.5 * math.exp(-((j - k) ** 2) / 2) / (fj * math.factorial(k))
+    return total

@@ -1,0 +1,149 @@
+"""Hermite activations: probabilists' Hermite polynomials He_k over k!."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.polynomial import chebyshev
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from .base import LearnableActivation
+from .interpolation import Target, width_bounds
+
+HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
+
+
+def _monomials(degree: int) -> list[list[float]]:
+    """Row j, column k: the coefficient of x^j in He_k(x)/k! = sum_m (-1)^m x^(k-2m) / (m! (k-2m)! 2^m).
+
+    (DLMF 18.5.13, rescaled.)
+    """
+    table = [[0.0] * (degree + 1) for _ in range(degree + 1)]
+    for k in range(degree + 1):
+        for m in range(k // 2 + 1):
+            table[k - 2 * m][k] = (-1) ** m / (math.factorial(m) * math.factorial(k - 2 * m) * 2**m)
+    return table
+
+
+def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_k c_k He_k(x)/k!: Horner in monomials up to degree 8, above Clenshaw with
+    (k+1) h_{k+1} = x h_k - h_{k-1} for h_k = He_k/k! (DLMF 18.9.1)."""
+    degree = coefficients.shape[0] - 1
+    if degree <= HORNER_MAX_DEGREE:
+        table = torch.tensor(_monomials(degree), dtype=x.dtype, device=x.device)
+        *rest, y = (table * coefficients).sum(1)  # not a matmul, which autocast would run in low precision
+        y = y.expand_as(x)
+        for m in reversed(rest):
+            y = torch.addcmul(m, y, x)
+        return y
+    after = torch.zeros_like(x)
+    y = after + coefficients[degree]
+    for k in range(degree - 1, -1, -1):
+        y, after = torch.addcmul(coefficients[k] - after / (k + 2), y, x, value=1 / (k + 1)), y
+    return y
+
+
+class Hermite(LearnableActivation):
+    r"""Hermite activation of degree n (arXiv 2502.01247, section 3; DLMF 18.3 for He_k):
+
+        S(x) = sum_{k=0..n} c_k He_k(x) / k!,    S'(x) = sum_{k=1..n} c_k He_{k-1}(x) / (k-1)!
+
+    Parameters: ``coefficients`` c, shape (n+1,), float32. Paper initialisation: c_0 = sqrt((1 - 1/n!) / e),
+    c_k = 1/sqrt(e).
+    """
+
+    family = "hermite"
+    default_degree = 8
+    coefficients: nn.Parameter
+
+    @classmethod
+    def initial_parameters(cls, degree, init):
+        c = np.full(degree + 1, math.exp(-0.5))
+        c[0] *= math.sqrt(1 - 1 / math.factorial(degree))
+        if init == "unit":  # E[S^2] = sum_k c_k^2 / k!
+            c /= math.sqrt(sum(v**2 / math.factorial(k) for k, v in enumerate(c)))
+        return {"coefficients": c.tolist()}
+
+    def series(self, x):
+        return hermite_sum(x, self.coefficients.to(x.dtype))
+
+    def series_derivative(self, x):
+        return hermite_sum(x, self.coefficients[1:].to(x.dtype))
+
+    def fit_parameters(self, target: Target):
+        """Closed form for the coefficients given [lo, hi]; Nelder-Mead over the two ends.
+
+        Where float32 arithmetic at the full degree would do more harm than good (high degrees around a kink), the
+        highest ones stay 0.
+        """
+        for n in range(self.degree, 0, -1):
+            lo, hi = _search_interval(target, n) if target.domain is None else target.domain
+            lo, hi = float(np.float32(lo)), float(np.float32(hi))
+            series, residual, design = _solve(target, n, lo, hi)
+            c = chebyshev_to_hermite(series, lo, hi)
+            with np.errstate(over="ignore"):
+                stored = torch.from_numpy(c.astype(np.float32))
+            nodes = torch.from_numpy(np.clip(target.nodes.x, lo, hi).astype(np.float32))
+            rounding = hermite_sum(nodes, stored).double().numpy() - design @ series
+            if target.nodes.w @ rounding**2 <= 0.1 * residual @ residual + 1e-12:
+                break
+        note = f"float32 carries degree {n} of {self.degree} here: higher coefficients are 0" if n < self.degree else ""
+        return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([lo, hi])}, note
+
+
+def _solve(target: Target, n: int, lo: float, hi: float):
+    """Chebyshev coefficients on [lo, hi], the residual, and the design matrix."""
+    t = (2 * np.clip(target.nodes.x, lo, hi) - (lo + hi)) / (hi - lo)
+    design = slopes = chebyshev.chebvander(t, n)
+    if target.derivative_weight:
+        columns = [chebyshev.chebval(t, chebyshev.chebder(row)) for row in np.eye(n + 1)]
+        slopes = np.stack(columns, 1) * 2 / (hi - lo)
+    series, residual, _ = target.least_squares(design, slopes, lo, hi)
+    return series, residual, design
+
+
+def _search_interval(target: Target, n: int) -> tuple[float, float]:
+    def cost(widths):
+        residual = _solve(target, n, -math.exp(widths[0]), math.exp(widths[1]))[1]
+        return math.log(residual @ residual + 1e-300)
+
+    reach = math.sqrt(max(n, 2))
+    bounds = [tuple(math.log(v) for v in width_bounds(n))] * 2
+    options = {"xatol": 1e-3, "fatol": 1e-4, "maxfev": 80}
+    # Odd degrees gain from a skewed interval: GELU and its kin are x/2 plus an even function.
+    starts = [np.log([a * reach, b * reach]) for a, b in ((1.4, 1.4), (1.3, 0.8), (0.8, 1.3))]
+    results = [minimize(cost, start, method="Nelder-Mead", bounds=bounds, options=options) for start in starts]
+    widths = min(results, key=lambda r: r.fun).x
+    return -math.exp(widths[0]), math.exp(widths[1])
+
+
+def chebyshev_to_hermite(c: np.ndarray, lo: float, hi: float) -> np.ndarray:
+    """Coefficients of sum_k c_k T_k((2x - lo - hi)/(hi - lo)) in He_k/k!, by exact rationals.
+
+    T_{k+1}(t) = 2 t T_k(t) - T_{k-1}(t) (DLMF 18.9.1) with x He_j = He_{j+1} + j He_{j-1}; in floating point the
+    change of basis has condition number 1e12 at degree 32.
+    """
+    half, middle = (Fraction(hi) - Fraction(lo)) / 2, (Fraction(hi) + Fraction(lo)) / 2
+
+    def times_t(p: list[Fraction]) -> list[Fraction]:
+        out = [Fraction(0)] * (len(p) + 1)
+        for j, v in enumerate(p):
+            out[j + 1] += v / half
+            out[j] -= v * middle / half
+            if j:
+                out[j - 1] += v * j / half
+        return out
+
+    before, now = [Fraction(1)], times_t([Fraction(1)])
+    total = [Fraction(0)] * (len(c) + 1)
+    for v in c:
+        for j, w in enumerate(before):
+            total[j] += Fraction(float(v)) * w
+        longer = times_t(now)
+        after = [2 * w - (before[j] if j < len(before) else 0) for j, w in enumerate(longer)]
+        before, now = now, after
+    return np.array([float(v * math.factorial(k)) for k, v in enumerate(total[: len(c)])])

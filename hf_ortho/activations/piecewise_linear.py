@@ -1,0 +1,166 @@
+"""Free-knot least squares by continuous piecewise-linear functions, and their form as a difference of maxima."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .interpolation import Nodes, Target, variable_projection
+
+INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
+
+
+def fit_knots(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Knots and values of the best continuous piecewise-linear function with at most n kinks of either sign."""
+    source = target.source
+    if source.piecewise_linear and source.kinks:
+        knots = np.array(source.kinks)
+        values = source.value(knots)
+        if not len(_excess(_bends(knots, values, source.slopes), n)):
+            return knots, values
+    best, best_cost = None, math.inf
+    for power in (0.0, 0.1, 0.2):
+        density, x = _knot_density(target, power)
+        cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+        if cumulative[-1] == 0.0:  # a line
+            return np.zeros(1), source.value(np.zeros(1))
+        knots = np.interp((np.arange(2 * n) + 0.5) / (2 * n) * cumulative[-1], cumulative, x)
+        knots, values, cost = _refine(target, knots)
+        while len(drop := _excess(_bends(knots, values, source.slopes), n)):
+            knots, values, cost = _refine(target, np.delete(knots, drop))
+        if cost < best_cost:
+            best, best_cost = (knots, values), cost
+    assert best is not None
+    return best
+
+
+def _knot_density(target: Target, power: float) -> tuple[np.ndarray, np.ndarray]:
+    """w^power |g''|^(2/5) on a grid; power 1/5 equidistributes the weighted squared error, 0 the plain one."""
+    nodes: Nodes = target.nodes
+    edges = np.linspace(-8.0, 8.0, 65)
+    mass = np.histogram(nodes.x, edges, weights=nodes.w)[0]
+    x = np.linspace(-8.0, 8.0, 4001)
+    w = np.interp(x, (edges[1:] + edges[:-1]) / 2, mass)
+    return w**power * np.abs(np.gradient(target.source.derivative(x), x)) ** 0.4, x
+
+
+def _hats(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    """Column j: the piecewise-linear function that is 1 at knot j and 0 at the others, constant outside."""
+    return np.stack([np.interp(x, knots, row) for row in np.eye(len(knots))], 1)
+
+
+def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Move the knots, parametrised by the first one and the logarithms of the gaps; values by least squares.
+
+    The end knots lie on the source's asymptotes, so both tails are exact.
+    """
+    source, (x, w) = target.source, (target.nodes.x, target.nodes.w)
+    (s_lo, s_hi), (i_lo, i_hi) = source.slopes, source.intercepts
+    root = np.sqrt(w)
+
+    def unpack(theta):
+        return theta[0] + np.concatenate([[0.0], np.cumsum(np.exp(theta[1:]))])
+
+    def solve(t):
+        hats = _hats(x, t)
+        ends = np.zeros(len(t))
+        ends[0], ends[-1] = s_lo * t[0] + i_lo, s_hi * t[-1] + i_hi
+        # Deviations from g at the knots, with a small ridge: a hat may cover no data at all.
+        prior = source.value(t)
+        prior[[0, -1]] = ends[[0, -1]]
+        fixed = hats @ prior + s_lo * np.minimum(x - t[0], 0) + s_hi * np.maximum(x - t[-1], 0)
+        free = hats[:, 1:-1]
+        m = free.shape[1]
+        blocks, right = [free * root[:, None]], [(target.g - fixed) * root]
+        slope_hats = None
+        if target.derivative_weight:
+            cell = np.clip(np.searchsorted(t, x) - 1, 0, len(t) - 2)
+            inside = (x > t[0]) & (x < t[-1])
+            slope_hats = np.zeros_like(hats)
+            gaps = np.diff(t)
+            rows = np.arange(len(x))
+            slope_hats[rows, cell] = np.where(inside, -1 / gaps[cell], 0.0)
+            slope_hats[rows, cell + 1] = np.where(inside, 1 / gaps[cell], 0.0)
+            outer = np.where(x <= t[0], s_lo, np.where(x >= t[-1], s_hi, 0.0))
+            scale = root * math.sqrt(target.derivative_weight)
+            blocks.append(slope_hats[:, 1:-1] * scale[:, None])
+            right.append((target.dg - outer - slope_hats @ prior) * scale)
+        blocks.append(1e-6 * np.eye(m))
+        right.append(np.zeros(m))
+        a, b = np.concatenate(blocks), np.concatenate(right)
+        q, r = np.linalg.qr(a)
+        deviation = np.linalg.solve(r, q.T @ b) if m else np.zeros(0)
+        values = prior.copy()
+        values[1:-1] += deviation
+        return values, a @ deviation - b, hats, q
+
+    def problem(theta):
+        t = unpack(theta)
+        values, residual, hats, q = solve(t)
+        slopes = np.concatenate([[s_lo], np.diff(values) / np.diff(t), [s_hi]])
+        here = slopes[np.searchsorted(t, x)]
+        # d/dt_j of the interpolant at fixed values is -slope * hat_j; the end values move along the asymptotes.
+        moves = -here[:, None] * hats
+        moves[:, 0] += s_lo * hats[:, 0]
+        moves[:, -1] += s_hi * hats[:, -1]
+        columns = np.zeros((len(residual), len(t)))
+        columns[: len(x)] = moves * root[:, None]
+        columns -= q @ (q.T @ columns)
+        chain = np.tril(np.ones((len(t), len(t))))
+        chain[:, 1:] *= np.exp(theta[1:])
+        return residual, columns @ chain
+
+    if len(knots) < 2:
+        values = source.value(knots)
+        error = target.g - values - s_lo * np.minimum(x - knots, 0) - s_hi * np.maximum(x - knots, 0)
+        return knots, values, float(w @ error**2)
+    gaps = np.maximum(np.diff(knots), 1e-3)
+    start = np.concatenate([knots[:1], np.log(gaps)])
+    # Closer knots would chase the gaps between the nodes.
+    least = math.log(0.1 * gaps.min())
+    bounds = ([-30.0] + [least] * len(gaps), [30.0] + [math.log(30.0)] * len(gaps))
+    t = unpack(variable_projection(problem, [start], bounds, max_nfev=60 if len(gaps) < 32 else 15))
+    values, residual, *_ = solve(t)
+    return t, values, float(residual @ residual)
+
+
+def _bends(knots, values, slopes) -> np.ndarray:
+    """The change of slope at each knot."""
+    inner = np.diff(values) / np.diff(knots)
+    return np.diff(np.concatenate([[slopes[0]], inner, [slopes[1]]]))
+
+
+def _excess(bends: np.ndarray, n: int) -> np.ndarray:
+    """The knots to drop where there are more than n kinks of one sign: the flattest of them."""
+    drop: list[int] = []
+    for sign in (1, -1):
+        of_sign = np.flatnonzero(sign * bends > 0)
+        flattest = of_sign[np.argsort(np.abs(bends[of_sign]))]
+        drop += flattest[: max(0, len(of_sign) - n)].tolist()
+    return np.array(drop, dtype=int)
+
+
+def lines_through(knots, values, slopes, n) -> dict[str, np.ndarray]:
+    """Convex kinks become numerator lines, concave ones denominator lines; unused lines start below the maximum.
+
+    Both maxima are built outwards from the flattest piece, so that no large slopes cancel there.
+    """
+    bends = _bends(knots, values, slopes)
+    pieces = np.cumsum([slopes[0], *bends])  # the slope left of each knot, and right of the last
+    flat = int(np.argmin(np.abs(pieces)))
+    through = min(flat, len(knots) - 1)
+    numerator = [(pieces[flat], values[through] - pieces[flat] * knots[through])]
+    denominator = [(0.0, 0.0)]
+    rightwards = [(i, 1.0) for i in range(flat, len(knots))]
+    for i, direction in rightwards + [(i, -1.0) for i in range(flat - 1, -1, -1)]:
+        lines, size = (numerator, bends[i]) if bends[i] > 0 else (denominator, -bends[i])
+        if size:
+            p, a = max(lines) if direction > 0 else min(lines)
+            lines.append((p + direction * size, a - direction * size * knots[i]))
+    out = {}
+    for name, lines in (("numerator", numerator), ("denominator", denominator)):
+        spare = n + 1 - len(lines)
+        lines = lines + [(p, a - INACTIVE) for p, a in (lines * (spare + 1))[:spare]]
+        out[f"{name}_slopes"], out[f"{name}_intercepts"] = np.array(lines).T
+    return out

@@ -1,0 +1,69 @@
+"""Names and classes: ``FAMILIES`` is the one list of families, and importing the package registers all names."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+
+from transformers.activations import ACT2CLS, ACT2FN
+
+from ..errors import ActivationNameError
+from .base import MAX_DEGREE, LearnableActivation
+from .fourier import Fourier
+from .hermite import Hermite
+from .tropical import Tropical, TropicalRational
+
+FAMILIES: dict[str, type[LearnableActivation]] = {c.family: c for c in (Hermite, Fourier, Tropical, TropicalRational)}
+
+
+def parse(name: str) -> tuple[type[LearnableActivation], int]:
+    """``"hermite_8"`` to (Hermite, 8); the bare family name gives the default degree.
+
+    Raises:
+        ActivationNameError: no such family, or a degree that is not an integer from 1 to 32.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name], FAMILIES[name].default_degree
+    family, _, degree = str(name).rpartition("_")
+    if family not in FAMILIES:
+        closest = difflib.get_close_matches(family or str(name), FAMILIES, n=1)
+        hint = f"; did you mean {closest[0]}?" if closest else ""
+        raise ActivationNameError(
+            f"unknown activation {name!r}: names are FAMILY_DEGREE with FAMILY one of {', '.join(FAMILIES)} and DEGREE "
+            f"from 1 to {MAX_DEGREE}, for example hermite_8{hint}"
+        )
+    if not degree.isascii() or not degree.isdigit() or not 1 <= int(degree) <= MAX_DEGREE or degree != str(int(degree)):
+        raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")
+    return FAMILIES[family], int(degree)
+
+
+def named(family: str, degree: str | int | None = None) -> str:
+    """``("hermite", 8)`` to ``"hermite_8"``; the family's default degree if None.
+
+    Raises:
+        ActivationNameError: as ``parse``.
+    """
+    if degree is None:
+        cls, default = parse(family)
+        return f"{cls.family}_{default}"
+    cls, _ = parse(f"{family}_{degree}")
+    if cls.family != family:
+        raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")
+    return f"{family}_{degree}"
+
+
+def build(name: str, init: str = "paper") -> LearnableActivation:
+    """A new activation by its name, for example ``build("fourier_6", init="unit")``."""
+    cls, degree = parse(name)
+    return cls(degree, init=init)
+
+
+def register() -> None:
+    """Put every family at every degree, and the bare family names, into ``ACT2FN`` and ``ACT2CLS``.
+
+    The entries take no arguments: some models call ``ACT2CLS[name]()``, where transformers' (class, kwargs) fails.
+    """
+    for family, cls in FAMILIES.items():
+        names = {f"{family}_{n}": n for n in range(1, MAX_DEGREE + 1)} | {family: cls.default_degree}
+        for name, degree in names.items():
+            ACT2FN[name] = ACT2CLS[name] = functools.partial(cls, degree)

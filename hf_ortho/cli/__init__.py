@@ -1,0 +1,5 @@
+"""The ``hf-ortho`` command: one file per sub-command, each with ``HELP`` and ``run(argv)``."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,88 @@
+"""What the commands share: the argument parser, quiet libraries, progress and tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import NoReturn
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..errors import ConfigError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, because transformers' HfArgumentParser, which knows every TrainingArguments field, is built on it.
+
+    A usage error becomes one sentence instead of the list of all flags.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def quiet() -> None:
+    """Keep the libraries' progress bars and advice out of the commands' own output; errors still come."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table whose first column is text and whose others are numbers."""
+    out = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        out.add_row(*row)
+    console.print(out)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
+    """A progress bar that stays on one line; total unknown until set."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
+        yield bar, bar.add_task(title, total=None, note="")
+
+
+def trainer_progress(title: str):
+    """A Trainer callback that shows such a bar, with the latest loss."""
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.stack = contextlib.ExitStack()
+            self.bar, self.task = self.stack.enter_context(progress(title))
+            self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(self.task, completed=state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                self.bar.update(self.task, note=f"loss {float(logs['loss']):.4f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.stack.close()
+
+    return Bar()

@@ -1,0 +1,117 @@
+"""``hf-ortho convert``: a checkpoint in, a converted checkpoint out, verified by reloading it."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..activations import FAMILIES, named
+from ..conversion import convert
+from ..conversion.checkpoint import (
+    Checkpoint,
+    check_output,
+    example_inputs,
+    fingerprint,
+    load_checkpoint,
+    outputs,
+    replacing,
+    save_checkpoint,
+    verify_reload,
+)
+from ..errors import DataError
+from ..hub import Results, write_card
+from ..hub.card import hardware
+from ..training import data
+from ..training.finetune import DataArguments, batches, change, prepare
+from .console import Parser, console
+
+HELP = __doc__
+
+
+def parser() -> Parser:
+    p = Parser(prog="hf-ortho convert", description=HELP)
+    p.add_argument("model", help="a folder, or a model on the Hub such as openai-community/gpt2")
+    p.add_argument("-o", "--output", required=True, help="folder to write")
+    p.add_argument("--family", default="hermite", help=f"one of {', '.join(FAMILIES)}")
+    p.add_argument("--degree", default=None, help="1 to 32; default: the family's")
+    p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="default: the data-free fit")
+    p.add_argument("--calibration-samples", type=int, default=8, help="blocks of text, or images times 8")
+    p.add_argument("--calibration-split", help="default: train")
+    p.add_argument("--block-size", type=int, help="tokens per block; default: the model's context, at most 1024")
+    p.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    p.add_argument("--field", action="append", help="config field to convert, repeatable; default: all that drive one")
+    p.add_argument("--derivative-weight", type=float, default=0.0, help="lambda of the Sobolev least squares")
+    p.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    return p
+
+
+def calibration_batches(checkpoint: Checkpoint, args: argparse.Namespace) -> list[dict] | None:
+    if not args.calibration_data:
+        return None
+    if args.calibration_samples < 1:
+        raise DataError(f"--calibration-samples {args.calibration_samples}: must be at least 1")
+    splits = data.load(args.calibration_data)
+    dataset, _ = data.split(splits, args.calibration_split, None, args.calibration_data)
+    samples = prepare(checkpoint, dataset, DataArguments(block_size=args.block_size), args.calibration_data)
+    if checkpoint.task == "image-classification":
+        found = batches(samples, args.calibration_samples * 8, size=8)
+        known = checkpoint.model.config.num_labels or 0
+        if any(int(batch["labels"].max()) >= known for batch in found):
+            found = [{"pixel_values": batch["pixel_values"]} for batch in found]  # the labels are not the model's
+        return found
+    return _label_some(batches(samples, args.calibration_samples))
+
+
+def _label_some(blocks: list[dict]) -> list[dict]:
+    """Labels on a quarter of the blocks, cut into pieces: the logits of a long block outweigh a model's weights."""
+    labelled = max(1, len(blocks) // 4)
+    pieces = [
+        {"input_ids": piece, "labels": piece}
+        for block in blocks[:labelled]
+        for piece in block["input_ids"].split(256, 1)
+    ]
+    return pieces + [{"input_ids": block["input_ids"]} for block in blocks[labelled:]]
+
+
+def run(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    name = named(args.family, args.degree)
+    output = check_output(args.output, args.overwrite)
+    console.print(f"Loading {args.model}")
+    checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
+    calibration = calibration_batches(checkpoint, args)
+    report = convert(
+        checkpoint.model,
+        name,
+        calibration=calibration,
+        fields=args.field,
+        derivative_weight=args.derivative_weight,
+    )
+    console.print(report.table())
+    for line in report.summary():
+        console.print(line)
+    results = None
+    if report.loss_before is not None and report.loss_after is not None:
+        rows = [
+            [
+                "loss",
+                f"{report.loss_before:.5f}",
+                f"{report.loss_after:.5f}",
+                change(report.loss_before, report.loss_after),
+            ]
+        ]
+        caption = (
+            f"Labelled part of the calibration data ({args.calibration_data}), measured by `hf-ortho convert` "
+            f"on {hardware()}."
+        )
+        results = Results(["source", "converted", "change"], rows, caption)
+    inputs = example_inputs(checkpoint.model)
+    expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
+    with replacing(output) as draft:
+        save_checkpoint(checkpoint, draft)
+        write_card(draft, checkpoint.model, checkpoint.task, place=args.output, report=report, results=results)
+        cls = type(checkpoint.model)
+        del checkpoint  # the reloaded model takes its place in memory
+        equal = verify_reload(cls, draft, tensors, inputs, expected)
+    checked = "tensors and outputs bit-equal" if inputs and equal else "tensors bit-equal"
+    console.print(f"Wrote {args.output} (reloaded with from_pretrained: {checked})")

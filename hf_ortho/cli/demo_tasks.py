@@ -1,0 +1,95 @@
+"""The two small models and datasets of the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessorPil,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from ..conversion.checkpoint import Checkpoint
+from ..training import data
+from ..training.finetune import DataArguments, prepare
+
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoTask:
+    """A model to build, the data to train it on, and how long.
+
+    ``steps`` and ``tune_steps`` are optimiser steps of the first training and of the fine-tuning; ``metric`` is shown.
+    """
+
+    dataset: str
+    build: Callable[[], Checkpoint]
+    steps: int
+    tune_steps: int
+    batch_size: int
+    learning_rate: float
+    tune_learning_rate: float
+    metric: str
+    metric_name: str
+    calibration_batch: int
+
+    def datasets(self, checkpoint: Checkpoint) -> tuple[Dataset, Dataset]:
+        splits = data.load(self.dataset)
+        arguments = DataArguments(block_size=BLOCK)
+        return tuple(prepare(checkpoint, splits[part], arguments, self.dataset) for part in ("train", "validation"))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and an end-of-text token."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {end: len(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end)
+
+
+def small_gpt2() -> Checkpoint:
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=BLOCK,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Checkpoint(GPT2LMHeadModel(config), tokenizer, None, "causal-lm", None)
+
+
+def small_convnext() -> Checkpoint:
+    names = dict(enumerate(str(n) for n in range(10)))
+    config = ConvNextConfig(
+        num_stages=3,
+        hidden_sizes=[24, 48, 96],
+        depths=[1, 1, 2],
+        image_size=32,
+        layer_scale_init_value=0.1,
+        id2label=names,
+        label2id={v: k for k, v in names.items()},
+    )
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0)
+    return Checkpoint(ConvNextForImageClassification(config), None, processor, "image-classification", None)
+
+
+TASKS = {
+    "text": DemoTask("pydoc_topics", small_gpt2, 480, 100, 8, 4e-3, 4e-4, "perplexity", "perplexity", 8),
+    "vision": DemoTask("digits", small_convnext, 250, 60, 64, 2e-3, 2e-4, "top1", "top-1 accuracy", 64),
+}

@@ -1,0 +1,68 @@
+"""``hf-ortho evaluate``: loss and perplexity, or top-1 and top-5, of one checkpoint, or of two with the difference."""
+
+from __future__ import annotations
+
+from ..conversion.checkpoint import load_checkpoint
+from ..errors import ConfigError
+from ..training import data
+from ..training.finetune import DataArguments, change, evaluate_model, prepare
+from .console import Parser, console, table
+
+HELP = __doc__
+
+
+def parser() -> Parser:
+    p = Parser(prog="hf-ortho evaluate", description=HELP)
+    p.add_argument("model", help="a folder, or a model on the Hub")
+    p.add_argument("--against", metavar="OTHER", help="a second model, evaluated on the same samples")
+    p.add_argument("--dataset", help="a file, a folder, a dataset on the Hub; default for text: pydoc_topics")
+    p.add_argument("--split", help="default: validation or test, else the first")
+    p.add_argument("--revision", help="of the model on the Hub")
+    p.add_argument("--against-revision", help="of the other model on the Hub")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    p.add_argument("--block-size", type=int, help="tokens per sample; default: the model's context, at most 1024")
+    p.add_argument("--text-column")
+    p.add_argument("--image-column")
+    p.add_argument("--label-column")
+    p.add_argument("--max-samples", type=int, help="default: all")
+    p.add_argument("--batch-size", type=int, default=8)
+    return p
+
+
+def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float]]:
+    checkpoint = load_checkpoint(name, revision=revision, dtype=args.dtype)
+    place = args.dataset or ("pydoc_topics" if checkpoint.task == "causal-lm" else None)
+    if place is None:
+        raise ConfigError(f"--dataset is needed for {type(checkpoint.model).__name__}")
+    splits = data.load(place)
+    usual = (s for s in ("validation", "test") if s in splits)
+    split = args.split or next(usual, next(iter(splits)))
+    if split not in splits:
+        raise ConfigError(f"dataset {place!r} has no split {split!r}; it has: {', '.join(splits)}")
+    columns = {"text_column": args.text_column, "image_column": args.image_column, "label_column": args.label_column}
+    samples = prepare(checkpoint, splits[split], DataArguments(block_size=args.block_size, **columns), place)
+    if args.max_samples is not None:
+        samples = samples.select(range(min(args.max_samples, len(samples))))
+    what = f"{place}, {split}, {len(samples)} samples"
+    console.print(f"Evaluating {name} on {what}")
+    return what, evaluate_model(checkpoint, samples, args.batch_size)
+
+
+def run(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    for flag, value in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} {value}: must be at least 1")
+    what, first = measure(args.model, args.revision, args)
+    if not args.against:
+        table(what, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])
+        return
+    other_what, second = measure(args.against, args.against_revision, args)
+    if what != other_what:
+        console.print(f"note: the two models read the data differently ({what}; {other_what})")
+    rows = [
+        [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", change(second[key], value)]
+        for key, value in first.items()
+        if key in second
+    ]
+    table(what, ["", args.model, args.against, "difference", "relative"], rows)

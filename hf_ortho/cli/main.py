@@ -1,0 +1,58 @@
+"""Dispatch to the sub-commands and turn errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import signal
+import sys
+from importlib.metadata import version
+
+from ..errors import ConfigError, HfOrthoError
+
+COMMANDS = {
+    "demo": "the whole story on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
+    "convert": "convert a checkpoint to learnable activations",
+    "finetune": "fine-tune a checkpoint, from a YAML file and flags",
+    "evaluate": "loss and perplexity, or accuracy, of one checkpoint or two",
+    "plot": "draw the activations of a converted checkpoint",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:10s}{text}" for name, text in COMMANDS.items()]
+    return (
+        "usage: hf-ortho COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`hf-ortho COMMAND --help` lists its options."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 2 for a user's mistake, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(version("hf_ortho"))
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if argv[0] not in COMMANDS:
+            closest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            hint = f"; did you mean {closest[0]}?" if closest else ""
+            raise ConfigError(f"unknown command {argv[0]!r}: must be one of {', '.join(COMMANDS)}{hint}")
+        from .console import quiet
+
+        quiet()
+        importlib.import_module(f".{argv[0]}", __package__).run(argv[1:])
+    except HfOrthoError as error:
+        print(f"hf-ortho: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-ortho: interrupted; no output was left half-written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(signum, frame):
+    raise KeyboardInterrupt

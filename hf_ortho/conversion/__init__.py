@@ -1,0 +1,8 @@
+"""Convert pretrained models to learnable activations."""
+
+from .calibrate import Histogram, collect
+from .convert import convert
+from .report import ConversionReport, LayerReport
+from .sites import Site, find_sites
+
+__all__ = ["ConversionReport", "Histogram", "LayerReport", "Site", "collect", "convert", "find_sites"]

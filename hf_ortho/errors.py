@@ -1,0 +1,37 @@
+"""Every error that a user's input can cause, each also a ``ValueError`` or an ``OSError`` where that fits."""
+
+
+class HfOrthoError(Exception):
+    """Base class; the command line prints its message as one line and exits with code 2."""
+
+
+class ActivationNameError(HfOrthoError, ValueError):
+    """No such family, degree or initialisation."""
+
+
+class FitError(HfOrthoError, ValueError):
+    """A function cannot be interpolated: not element-wise, not finite, or without asymptotic slopes."""
+
+
+class SiteError(HfOrthoError, ValueError):
+    """The config of a model does not drive its activation, so a conversion would not reload."""
+
+
+class CalibrationError(HfOrthoError, ValueError):
+    """Calibration batches are empty, of the wrong kind, or give non-finite pre-activations."""
+
+
+class ConfigError(HfOrthoError, ValueError):
+    """A recipe or a flag is unknown, or its value does not fit."""
+
+
+class DataError(HfOrthoError, ValueError):
+    """A dataset cannot be read, or lacks the column that the task needs."""
+
+
+class CheckpointError(HfOrthoError, OSError):
+    """A model cannot be loaded from the place named."""
+
+
+class OutputError(HfOrthoError, OSError):
+    """A folder or file cannot be written; what was there before is untouched."""

@@ -1,0 +1,130 @@
+"""The model card (README.md) of a converted or fine-tuned model."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..activations import parse
+from ..conversion import ConversionReport
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+MAX_LAYERS = 16
+TASKS = {
+    "causal-lm": ("text-generation", "AutoModelForCausalLM"),
+    "image-classification": ("image-classification", "AutoModelForImageClassification"),
+}
+HYPERPARAMETERS = (
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "seed",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A table of measured figures; ``caption`` says on which data, by which command, on which hardware."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str
+
+
+def hardware() -> str:
+    """The machine that a figure was measured on."""
+    import os
+
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def write_card(
+    folder: Path,
+    model: PreTrainedModel,
+    task: str,
+    *,
+    place: str,
+    report: ConversionReport | None = None,
+    results: Results | None = None,
+    arguments: TrainingArguments | None = None,
+    picture: str | None = None,
+) -> None:
+    """Write README.md into ``folder`` from what is known; what was not measured is said to be so."""
+    provenance = getattr(model.config, "hf_ortho", None) or {}
+    activation = provenance.get("activation")
+    pipeline, auto_class = TASKS.get(task, (None, "AutoModel"))
+    base = provenance.get("source_model")
+    on_hub = base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
+    card_data = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["hf_ortho", "learnable-activations", *([parse(activation)[0].family] if activation else [])],
+    )
+    sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
+    revision = provenance.get("source_revision")
+    origin = f"`{base}`" + (f" at commit `{revision}`" if revision else "") if base else "a model built in memory"
+    if activation:
+        summary = (
+            f"{type(model).__name__} with learnable `{activation}` activations, converted from {origin} ({sources})"
+        )
+        summary += " by Hermite interpolation" + (", then fine-tuned." if arguments else ".")
+    else:
+        summary = f"{type(model).__name__}, fine-tuned from `{model.name_or_path}`; its activations are not learnable."
+    ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        title=Path(place).name,
+        summary=summary,
+        activation=activation or "its activations",
+        auto_class=auto_class,
+        place=place,
+        picture=picture,
+        conversion=_conversion(activation, provenance, report),
+        layers=_layers(report),
+        weight="the calibration data" if report and report.calibrated else "the density of N(-0.5, 1.5^2)",
+        notes=report.notes if report else [],
+        results=results,
+        hyperparameters={k: _plain(getattr(arguments, k)) for k in HYPERPARAMETERS} if arguments else {},
+        versions=", ".join(f"{p} {version(p)}" for p in ("hf_ortho", "torch", "transformers", "datasets")),
+    ).save(folder / "README.md")
+
+
+def _conversion(activation: str | None, provenance: dict, report: ConversionReport | None) -> str:
+    if not activation:
+        return "Not converted."
+    family, degree = parse(activation)
+    formula = (family.__doc__ or "").split("\n\n")[1].strip()
+    count = len(report.layers) if report else len(provenance.get("layers", []))
+    text = f"{count} activations of degree {degree}:\n\n    {formula}\n\nwith straight tails outside the domain."
+    if report and len(report.layers) > MAX_LAYERS:
+        text += f" The table shows {MAX_LAYERS} of {len(report.layers)}; `config.json` holds all under `hf_ortho`."
+    return text
+
+
+def _layers(report: ConversionReport | None) -> list[list[str]]:
+    if report is None:
+        return []
+    layers = report.layers
+    if len(layers) > MAX_LAYERS:
+        step = (len(layers) - 1) / (MAX_LAYERS - 1)
+        layers = [layers[round(i * step)] for i in range(MAX_LAYERS)]
+    return [[f"`{layer.module}`", *layer.cells()] for layer in layers]
+
+
+def _plain(value):
+    return getattr(value, "value", value)

@@ -1,0 +1,19 @@
+"""Training on the ecosystem's own engines."""
+
+from .finetune import DataArguments, ModelArguments, Result, evaluate_model, finetune
+from .metrics import Perplexity, TopKAccuracy
+from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
+
+__all__ = [
+    "POLICIES",
+    "ActivationTrainer",
+    "DataArguments",
+    "ModelArguments",
+    "Perplexity",
+    "Result",
+    "TopKAccuracy",
+    "activation_parameters",
+    "evaluate_model",
+    "finetune",
+    "set_trainable",
+]

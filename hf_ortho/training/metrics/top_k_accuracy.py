@@ -1,0 +1,34 @@
+"""Top-k accuracy of a classifier from its logits, as an evaluate module."""
+
+import datasets
+import evaluate
+import numpy as np
+
+DESCRIPTION = """Share of samples whose label is among the k largest logits. A NaN logit counts as a miss; equal logits
+are ordered by class, lowest first."""
+
+
+class TopKAccuracy(evaluate.Metric):
+    """``TopKAccuracy(k=1).compute(predictions=logits, references=labels)`` gives ``{"top1": ...}``, in [0, 1]."""
+
+    def __init__(self, *args, k: int = 1, **kwargs):
+        if k < 1:
+            raise ValueError(f"k {k}: must be at least 1")
+        self.k = k
+        super().__init__(*args, **kwargs)
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description="predictions: list of lists of float (logits); references: list of int (labels).",
+            features=datasets.Features(
+                {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        logits = np.nan_to_num(np.asarray(predictions, dtype=np.float64), nan=-np.inf)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, : self.k]
+        hit = (order == np.asarray(references)[:, None]).any(1) & np.isfinite(logits).any(1)
+        return {f"top{self.k}": float(hit.mean())}

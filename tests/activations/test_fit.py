@@ -1,0 +1,285 @@
+"""Hermite interpolation: how close each family comes, and what the report says about it."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import norm
+from torch import nn
+
+from hf_ortho.activations import FAMILIES, build
+from hf_ortho.errors import FitError
+
+MEAN, SIGMA = -0.5, 1.5  # the data-free weight
+
+
+def fitted(activation, fn="gelu", /, **options):
+    module = build(activation)
+    return module, module.fit(fn, **options)
+
+
+def line(lo=-25.0, hi=25.0, n=50001):
+    return torch.linspace(lo, hi, n, dtype=torch.float64)
+
+
+def errors(module, fn, x):
+    """|f - g| and |f' - g'| by autograd."""
+    x = x.clone().requires_grad_()
+    f, g = module(x), fn(x)
+    (df,), (dg,) = torch.autograd.grad(f.sum(), x), torch.autograd.grad(g.sum(), x)
+    return (f - g).abs().detach().numpy(), (df - dg).abs().numpy()
+
+
+# ---- closeness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("hermite_8", 5e-3),
+        ("hermite_16", 2e-4),
+        ("fourier_6", 1e-4),
+        ("tropical_rational_6", 8e-3),
+        ("tropical_rational_12", 2.5e-3),
+    ],
+)
+def test_gelu_on_the_whole_real_line(name, bound):
+    module, report = fitted(name)
+    assert report.sup_error <= bound
+    for x in (line(), line(-1e4, 1e4)):
+        assert errors(module, F.gelu, x)[0].max() <= bound
+    with torch.no_grad():
+        single = module(line().float()) - F.gelu(line().float())
+    assert single.abs().max() <= bound + 1e-5
+
+
+@pytest.mark.parametrize("name", ["hermite_3", "hermite_8", "fourier_6", "tropical_6", "tropical_rational_6"])
+@pytest.mark.parametrize("fn", [F.gelu, torch.tanh], ids=["gelu", "tanh"])
+def test_the_report_is_what_one_measures(name, fn):
+    module, report = fitted(name, fn)
+    e, de = errors(module, fn, line())
+    assert report.sup_error == pytest.approx(e.max(), rel=1e-2)
+    assert report.sup_derivative_error == pytest.approx(de.max(), rel=5e-2)
+    weight = norm.pdf(line().numpy(), MEAN, SIGMA)
+    weight /= weight.sum()
+    # The report averages over the nodes of the fit, which the knots and the ends of the domain adapt to.
+    assert report.rms_error == pytest.approx(math.sqrt(weight @ e**2), rel=0.1)
+    assert report.rms_derivative_error == pytest.approx(math.sqrt(weight @ de**2), rel=0.1)
+    lo, hi = report.domain
+    assert report.mass_outside == pytest.approx(norm.cdf(lo, MEAN, SIGMA) + norm.sf(hi, MEAN, SIGMA), abs=2e-2)
+    assert (report.activation, report.minimum, report.maximum) == (name, None, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_multiple_of_the_degree_is_no_worse(family):
+    # Every family at degree k*n contains itself at degree n; 2e-6 is what float32 parameters leave.
+    rms = {n: fitted(f"{family}_{n}")[1].rms_error for n in (2, 6, 12)}
+    for n in rms:
+        for multiple in (m for m in rms if m % n == 0):
+            assert rms[multiple] <= max(1.01 * rms[n], 2e-6), (n, multiple)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_largest_degree_stays_close_everywhere(family):
+    assert fitted(f"{family}_32")[1].sup_error <= 2 * fitted(family)[1].sup_error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("fn", "slopes"),
+    [("gelu", (0, 1)), ("silu", (0, 1)), ("relu", (0, 1)), ("tanh", (0, 0))],
+    ids=["gelu", "silu", "relu", "tanh"],
+)
+def test_tails_have_the_slopes_of_the_source(family, fn, slopes):
+    module, report = fitted(f"{family}_4", fn)
+    assert report.tail_slopes == pytest.approx(slopes, abs=1e-6)
+    assert module.tail_slopes.tolist() == list(report.tail_slopes)
+    far = torch.tensor([-1e5, 1e5], dtype=torch.float64)
+    assert module.derivative(far).tolist() == pytest.approx(slopes, abs=1e-5)
+
+
+# ---- piecewise-linear sources ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fn", [F.relu, F.leaky_relu, torch.abs, F.softshrink, F.relu6, F.hardtanh])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tropical_rational_of_degree_1_is_exact(fn, dtype):
+    module, _ = fitted("tropical_rational_1", fn)
+    generator = torch.Generator().manual_seed(3)
+    kinks = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 6.0])
+    x = torch.cat([kinks, *(s * torch.randn(20000, generator=generator) for s in (1.0, 30.0, 1000.0))]).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(module(x), fn(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_straight_line(family):
+    module, report = fitted(f"{family}_3", lambda x: 0.5 * x + 0.25)
+    assert report.tail_slopes == pytest.approx((0.5, 0.5))
+    assert report.sup_error < {"hermite": 1e-6, "tropical_rational": 1e-6}.get(family, 0.1)  # these hold every line
+    assert all(torch.isfinite(p).all() for name, p in module.named_parameters() if name != "domain")
+
+
+@pytest.mark.parametrize("degree", [5, 9, 16, 32])
+def test_hermite_around_a_kink(degree):
+    cubic = fitted("hermite_3", "relu")[1]
+    module, report = fitted(f"hermite_{degree}", "relu")
+    assert torch.isfinite(module.coefficients).all()
+    assert report.rms_error < cubic.rms_error
+    assert report.sup_error < cubic.sup_error
+    # The same holds in the float32 arithmetic that training uses.
+    with torch.no_grad():
+        assert (module(line().float()) - line().float().relu()).abs().max() < cubic.sup_error
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_given_domain_is_kept(family):
+    module, report = fitted(f"{family}_4", domain=(-2.25, 1.5))
+    assert module.domain.tolist() == [-2.25, 1.5]
+    assert report.domain == (-2.25, 1.5)
+    assert report.mass_outside == pytest.approx(norm.cdf(-2.25, MEAN, SIGMA) + norm.sf(1.5, MEAN, SIGMA), abs=2e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derivative_weight_trades_value_for_slope(family):
+    plain, sobolev = (fitted(f"{family}_4", domain=(-3.0, 3.0), derivative_weight=w)[1] for w in (0.0, 1.0))
+    assert sobolev.rms_derivative_error < plain.rms_derivative_error
+    assert sobolev.rms_error > plain.rms_error
+
+
+def test_the_ways_to_name_a_source_agree():
+    reports = [fitted("hermite_6", fn, name="g")[1] for fn in ("gelu", F.gelu, nn.GELU())]
+    assert reports[0] == reports[1] == reports[2]
+    assert [fitted("hermite_2", fn)[1].source for fn in ("gelu", F.gelu, nn.GELU())] == ["gelu", "gelu", "GELU"]
+
+
+def test_a_source_module_is_left_as_it_was():
+    source = nn.PReLU()
+    before = copy.deepcopy(source.state_dict())
+    _, report = fitted("hermite_4", source)
+    assert report.tail_slopes == (0.25, 1.0)
+    assert source.weight.dtype == torch.float32
+    assert source.weight.requires_grad
+    assert torch.equal(source.weight, before["weight"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fit_works_without_grad_and_keeps_the_frozen_domain(family):
+    with torch.no_grad():
+        module, report = fitted(f"{family}_2")
+    assert report == fitted(f"{family}_2")[1]
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"domain"}
+    assert {v.dtype for v in module.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["hermite_3", "tropical_rational_3"])
+def test_the_report_is_plain_json(name):
+    report = fitted(name)[1]
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["sup_error"] == report.sup_error
+    assert values["domain"] == list(report.domain)
+
+
+@pytest.mark.parametrize("degree", [2, 6, 16])
+def test_tropical_says_that_it_cannot_follow_a_dip(degree):
+    _, report = fitted(f"tropical_{degree}")
+    assert report.sup_error > 0.09  # GELU falls to -0.17, between tails of slope 0 and 1
+    assert "convex" in report.note
+    assert fitted(f"tropical_{degree}", F.softplus)[1].note == ""
+
+
+# ---- optimality of the closed form -----------------------------------------------------------------------------------
+
+
+def weighted_residual(module, fn, derivative_weight):
+    """The weighted mean of (f - g)^2 + lambda (f' - g')^2 on a fine grid."""
+    x = line(MEAN - 7 * SIGMA, MEAN + 7 * SIGMA, 8001)
+    e, de = errors(module, fn, x)
+    return norm.pdf(x.numpy(), MEAN, SIGMA) @ (e**2 + derivative_weight * de**2) * float(x[1] - x[0])
+
+
+@pytest.mark.parametrize("fn", [F.gelu, F.silu, torch.tanh], ids=["gelu", "silu", "tanh"])
+@pytest.mark.parametrize("degree", [3, 8])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_no_perturbation_improves_a_hermite_fit(weight, degree, fn):
+    module = build(f"hermite_{degree}").double()
+    module.fit(fn, derivative_weight=weight)
+    best = weighted_residual(module, fn, weight)
+    moves = [(module.coefficients, [0.1 * math.sqrt(best * math.factorial(k)) for k in range(degree + 1)])]
+    if not weight:  # with it, the ends of the domain may stop at the bounds of the search
+        moves.append((module.domain, [0.05, 0.05]))
+    for values, sizes in moves:
+        for k, size in enumerate(sizes):
+            for step in (-size, size):
+                values.data[k] += step
+                assert weighted_residual(module, fn, weight) > best
+                values.data[k] -= step
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        ("relu2", "asymptotic slope"),
+        (torch.square, "asymptotic slope"),
+        (torch.sin, "asymptotic slope"),
+        (lambda x: x.softmax(-1), "element-wise"),
+        (lambda x: x - x.mean(), "element-wise"),
+        (lambda x: x * math.nan, "finite"),
+        (torch.log, "finite"),
+        (torch.sum, "element-wise"),
+        ("no_such_activation", "no_such_activation"),
+        (nn.Linear(3, 3), "cannot be evaluated"),
+    ],
+    ids=["relu2", "square", "sin", "softmax", "centred", "nan", "log", "sum", "unknown", "linear"],
+)
+def test_sources_that_cannot_be_followed(fn, reason):
+    assert_refused("hermite_3", fn, reason)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fn", [lambda x: 1e39 * x, lambda x: 1e39 * torch.tanh(x)], ids=["slope", "height"])
+def test_parameters_beyond_float32(family, fn):
+    assert_refused(f"{family}_3", fn, "finite")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"derivative_weight": w} for w in (-1.0, math.inf, math.nan)),
+        *({"domain": d} for d in ((1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (-math.inf, 0.0), (math.nan, 1.0))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_out_of_range(family, options):
+    assert_refused(f"{family}_3", "gelu", next(iter(options)), **options)
+
+
+def assert_refused(name, fn, reason, **options):
+    module = build(name)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.125)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(FitError, match=reason):
+        module.fit(fn, **options)
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_a_failed_fit_leaves_a_fitted_module_as_it_was():
+    module, report = fitted("hermite_8")
+    before = errors(module, F.gelu, line())[0].max()
+    with pytest.raises(FitError):
+        module.fit("relu2")
+    assert errors(module, F.gelu, line())[0].max() == before
+    assert np.isclose(before, report.sup_error, rtol=1e-2)

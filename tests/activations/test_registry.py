@@ -1,0 +1,73 @@
+"""The names in ACT2FN and ACT2CLS."""
+
+import re
+
+import pytest
+from transformers.activations import ACT2CLS, ACT2FN
+
+from hf_ortho.activations import FAMILIES, build, parse
+from hf_ortho.errors import ActivationNameError, HfOrthoError
+
+
+@pytest.mark.parametrize("make", [lambda name: ACT2FN[name], lambda name: ACT2CLS[name]()], ids=["ACT2FN", "ACT2CLS"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_degree_has_a_name(family, make):
+    for degree in range(1, 33):
+        module = make(f"{family}_{degree}")
+        assert type(module) is FAMILIES[family]
+        assert (module.degree, module.name, module.init) == (degree, f"{family}_{degree}", "paper")
+    assert type(make(family)) is FAMILIES[family]
+    assert make(family).degree == FAMILIES[family].default_degree
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_survive_configs_that_split_on_dashes(family):
+    assert re.fullmatch(r"[a-z0-9_]+", family)
+    assert FAMILIES[family].family == family
+
+
+def test_each_look_up_builds_a_fresh_module():
+    assert ACT2FN["hermite_8"] is not ACT2FN["hermite_8"]
+    assert ACT2FN["hermite_8"].coefficients is not ACT2FN["hermite_8"].coefficients
+
+
+def test_the_activations_of_transformers_are_left_alone():
+    assert type(ACT2FN["gelu"]).__name__ == "GELUActivation"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parse_and_build(family):
+    assert parse(family) == (FAMILIES[family], FAMILIES[family].default_degree)
+    assert parse(f"{family}_7") == (FAMILIES[family], 7)
+    module = build(f"{family}_7", init="unit")
+    assert (type(module), module.degree, module.init) == (FAMILIES[family], 7, "unit")
+
+
+@pytest.mark.parametrize("degree", ["0", "33", "-1", "x", "", "08", "+8", " 8", "8.0", "1e1", "²", "٣"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_degrees(family, degree):
+    with pytest.raises(ActivationNameError, match="1 to 32") as caught:
+        parse(f"{family}_{degree}")
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, HfOrthoError)
+    assert f"{family}_{degree}" not in ACT2FN
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("hermit_3", "hermite"),
+        ("furier_6", "fourier"),
+        ("tropic_2", "tropical"),
+        ("tropical_ratio_2", "tropical_rational"),
+    ],
+)
+def test_unknown_families_name_the_closest(name, closest):
+    with pytest.raises(ActivationNameError, match=rf"did you mean {closest}\?"):
+        parse(name)
+
+
+@pytest.mark.parametrize("name", ["", "_", "gelu", "zzz_3", "HERMITE_3", "hermite-3", None, 3])
+def test_unknown_families(name):
+    with pytest.raises(ActivationNameError, match="hermite, fourier, tropical, tropical_rational"):
+        parse(name)

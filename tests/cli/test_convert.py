@@ -1,0 +1,459 @@
+"""``hf-ortho convert`` as a user runs it: what it writes, and that a failure writes nothing."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+)
+
+import hf_ortho
+from hf_ortho.activations import FAMILIES
+from hf_ortho.cli import main
+from hf_ortho.cli.main import COMMANDS
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A folder that does not exist, in a parent of its own."""
+    (tmp_path / "parent").mkdir()
+    return tmp_path / "parent" / "converted"
+
+
+@pytest.fixture
+def convert(hf_ortho_command, output):
+    return lambda model, *flags: hf_ortho_command("convert", model, "-o", output, *flags)
+
+
+def refusal(ran) -> str:
+    """The one sentence on stderr of a command that exits with 2."""
+    assert ran.code == 2, ran
+    (line,) = ran.err.splitlines()
+    assert line.startswith("hf-ortho: error: ")
+    return line.removeprefix("hf-ortho: error: ")
+
+
+def first_block(tokenizer, text):
+    """The first 32 tokens of a document, as a batch."""
+    return torch.tensor([tokenizer(text)["input_ids"][:32]])
+
+
+def written_losses(folder):
+    """Source and converted loss in the results table of the card."""
+    row = re.search(r"^\| loss \| (\S+) \| (\S+) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    return row and [float(v) for v in row.groups()]
+
+
+# ---- what it writes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_free_equals_the_library(convert, gpt2_folder, output, family):
+    ran = convert(gpt2_folder, "--family", family, "--degree", "4")
+    assert (ran.code, ran.err) == (0, "")
+    assert "reloaded with from_pretrained" in ran.out
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in output.iterdir()}
+    assert list(output.parent.iterdir()) == [output]
+    expected = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    report = hf_ortho.convert(expected, f"{family}_4")
+    found = AutoModelForCausalLM.from_pretrained(output)
+    assert found.config.activation_function == f"{family}_4"
+    assert found.config.hf_ortho["source_model"] == str(gpt2_folder)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in found.state_dict().items())
+    assert f"{report.layers[0].fit.sup_error:.1e}" in ran.out
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (gpt2_folder, output)]
+    assert tokenizers[0]("a text")["input_ids"] == tokenizers[1]("a text")["input_ids"]
+
+
+def test_defaults(convert, gpt2_folder, output):
+    assert convert(gpt2_folder).code == 0
+    config = json.loads((output / "config.json").read_text())
+    assert (config["activation_function"], config["hf_ortho"]["calibrated"]) == ("hermite_8", False)
+    assert written_losses(output) is None
+
+
+def test_calibration_files_of_all_kinds_agree(hf_ortho_command, gpt2_folder, text_file, tmp_path):
+    text = text_file.read_text()
+    files = {suffix: tmp_path / f"words{suffix}" for suffix in (".jsonl", ".parquet", ".csv")}
+    files[".jsonl"].write_text(json.dumps({"text": text, "id": 3}) + "\n")
+    pq.write_table(pa.table({"id": [3], "text": [text]}), files[".parquet"])
+    files[".csv"].write_text('text\n"' + text + '"\n')
+    weights = []
+    for path in (text_file, *files.values()):
+        folder = tmp_path / f"from_{path.suffix[1:]}"
+        flags = ("--calibration-data", path, "--calibration-samples", 1)
+        ran = hf_ortho_command("convert", gpt2_folder, "-o", folder, *flags)
+        assert (ran.code, ran.err) == (0, "")
+        weights.append(load_file(folder / "model.safetensors"))
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][key], other[key]) for key in other)
+
+    tokens = first_block(AutoTokenizer.from_pretrained(gpt2_folder), text)
+    losses = []
+    for folder in (gpt2_folder, tmp_path / "from_txt"):
+        with torch.no_grad():
+            losses.append(AutoModelForCausalLM.from_pretrained(folder)(tokens, labels=tokens).loss.item())
+    assert written_losses(tmp_path / "from_txt") == pytest.approx(losses, abs=2e-5)
+    expected = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    hf_ortho.convert(expected, "hermite_8", calibration=[tokens])
+    key = "transformer.h.1.mlp.act.coefficients"
+    torch.testing.assert_close(weights[0][key], expected.state_dict()[key], rtol=1e-4, atol=1e-6)
+
+
+def test_many_documents(convert, gpt2_folder, output, tmp_path):
+    lines = [json.dumps({"text": f"document {i} " * 9}) for i in range(30)]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    assert convert(gpt2_folder, "--calibration-data", tmp_path / "many.jsonl").code == 0
+    assert json.loads((output / "config.json").read_text())["hf_ortho"]["calibrated"]
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Nine pictures in each of three classes."""
+    rng = np.random.default_rng(0)
+    for name in ("bird", "cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(9):
+            picture = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+            picture.save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(("classes", "labelled"), [(3, True), (2, False)])
+def test_image_classifier(convert, make_convnext, save_parts, tmp_path, image_folder, output, classes, labelled):
+    """Labels that the model does not have give no loss."""
+    source = save_parts(tmp_path / "source", *make_convnext([f"class {i}" for i in range(classes)]))
+    ran = convert(source, "--family", "fourier", "--calibration-data", image_folder, "--calibration-samples", 2)
+    assert (ran.code, ran.err) == (0, "")
+    processors = [AutoImageProcessor.from_pretrained(folder) for folder in (source, output)]
+    picture = Image.open(next(image_folder.rglob("*.png")))
+    values = [p(picture, return_tensors="pt")["pixel_values"] for p in processors]
+    assert torch.equal(*values)
+    models = [AutoModelForImageClassification.from_pretrained(folder).eval() for folder in (source, output)]
+    assert models[1].config.hidden_act == "fourier_6"
+    with torch.no_grad():
+        logits = [model(values[0]).logits for model in models]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-2, atol=1e-2)
+    layer = models[1].config.hf_ortho["layers"][0]
+    assert layer["rms_error"] < 1e-4
+    losses = written_losses(output)
+    assert (losses is not None) == labelled
+    if labelled:
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_options(convert, gpt2_folder, output):
+    flags = ("--dtype", "bfloat16", "--field", "activation_function", "--derivative-weight", "1.0", "--degree", "6")
+    assert convert(gpt2_folder, *flags).code == 0
+    weights = load_file(output / "model.safetensors")
+    act = "transformer.h.0.mlp.act.coefficients"
+    assert {v.dtype for k, v in weights.items() if ".act." not in k} == {torch.bfloat16}
+    expected = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    hf_ortho.convert(expected, "hermite_6", derivative_weight=1.0)
+    assert torch.equal(weights[act], expected.state_dict()[act])
+
+
+def test_a_model_of_another_task(convert, tmp_path, output):
+    config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    assert convert(tmp_path / "bert").code == 0
+    assert json.loads((output / "config.json").read_text())["hidden_act"] == "hermite_8"
+
+
+def test_overwrite(convert, gpt2_folder, output):
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    assert "--overwrite" in refusal(convert(gpt2_folder))
+    assert [(p.name, p.read_text()) for p in output.iterdir()] == [("notes.txt", "mine")]
+    assert convert(gpt2_folder, "--overwrite").code == 0
+    assert not (output / "notes.txt").exists()
+    assert (output / "config.json").exists()
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_in_place_and_again(hf_ortho_command, make_gpt2, save_parts, tmp_path):
+    folder = save_parts(tmp_path / "model", *make_gpt2())
+    tokens = torch.arange(32)[None]
+    before = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits.detach()
+    for family in ("hermite", "fourier"):
+        assert hf_ortho_command("convert", folder, "-o", folder, "--overwrite", "--family", family).code == 0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.activation_function == "fourier_6"
+    assert model.config.hf_ortho["source_activations"] == {"activation_function": "gelu_new"}
+    assert (model(tokens).logits - before).norm() < 2e-2 * before.norm()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--family", "hermit"], r"'hermit'.*did you mean hermite\?"),
+        (["--family", "Fourier", "--degree", "4"], r"did you mean fourier\?"),
+        (["--family", "relu"], "hermite, fourier, tropical, tropical_rational"),
+        (["--degree", "0"], "'0' of hermite: must be an integer from 1 to 32"),
+        (["--degree", "33"], "'33' of hermite"),
+        (["--degree", "-1"], "'-1' of hermite"),
+        (["--degree", "x"], "'x' of hermite"),
+        (["--degree", "2.5"], "2.5"),
+        (["--degree", ""], "must be an integer from 1 to 32"),
+        (["--family", "tropical", "--degree", "rational_6"], "rational_6"),
+        (["--dgree", "4"], "unrecognized arguments: --dgree"),
+        (["--deg", "4"], "unrecognized arguments: --deg"),
+        (["surplus"], "unrecognized arguments: surplus"),
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--derivative-weight", "much"], "--derivative-weight: invalid float value: 'much'"),
+        (["--derivative-weight", "-1"], "derivative_weight -1.0"),
+        (["--derivative-weight", "nan"], "derivative_weight nan"),
+        (["--field", "hidden_act"], "hidden_act: no such activation field.*activation_function"),
+        (["--calibration-data", "/no/such/file.txt"], "/no/such/file.txt does not exist"),
+        (["--calibration-data", "missing.jsonl"], "missing.jsonl does not exist"),
+    ],
+)
+def test_bad_flags(convert, gpt2_folder, output, flags, message):
+    sentence = refusal(convert(gpt2_folder, *flags))
+    assert re.search(message, sentence), sentence
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--calibration-samples", "0"], "--calibration-samples 0: must be at least 1"),
+        (["--block-size", "1"], "block_size 1"),
+        (["--block-size", "33"], "block_size 33: must be from 2 to the model's context of 32"),
+        (["--calibration-split", "test"], "no split 'test'; it has: train"),
+    ],
+)
+def test_bad_flags_for_calibration(convert, gpt2_folder, text_file, output, flags, message):
+    sentence = refusal(convert(gpt2_folder, "--calibration-data", text_file, *flags))
+    assert message in sentence
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("empty.jsonl", b"", "empty.jsonl is empty"),
+        ("short.txt", b"too short", "less than one block of 32"),
+        ("blank.txt", b"\n\n\n", "less than one block of 32"),
+        ("words.docx", b"text", r"must end in one of \.txt"),
+        ("words", b"text", r"must end in one of \.txt"),
+        ("binary.txt", b"\xff\xfe\x00" * 99, "binary.txt"),
+        ("broken.jsonl", b'{"text": "a"', "broken.jsonl"),
+        ("broken.parquet", b"PAR1", "broken.parquet"),
+        ("numbers.jsonl", b'{"a": 1, "b": 2}\n' * 9, r"no text column.*\(a, b\)"),
+        ("two.jsonl", b'{"a": "x", "b": "y"}\n' * 9, r"no text column.*\(a, b\)"),
+    ],
+)
+def test_bad_calibration_files(convert, gpt2_folder, output, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    sentence = refusal(convert(gpt2_folder, "--calibration-data", tmp_path / name))
+    assert re.search(message, sentence), sentence
+    assert name in sentence
+    assert list(output.parent.iterdir()) == []
+
+
+def test_text_needs_a_tokenizer(convert, make_gpt2, save_parts, text_file, output, tmp_path):
+    source = save_parts(tmp_path / "source", make_gpt2()[0])
+    assert "has no tokenizer" in refusal(convert(source, "--calibration-data", text_file))
+    assert list(output.parent.iterdir()) == []
+
+
+def test_images_for_a_language_model(convert, gpt2_folder, image_folder, output):
+    assert "no text column" in refusal(convert(gpt2_folder, "--calibration-data", image_folder))
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "does not exist"),
+        ({}, "is no checkpoint"),
+        ({"model.safetensors": ""}, "is no checkpoint"),
+        ({"config.json": "{}"}, "cannot be loaded"),
+        ({"config.json": '{"model_type": "gpt2", "architectures": ["GPT9Model"]}'}, "GPT9Model"),
+        ({"config.json": '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'}, "cannot be loaded"),
+    ],
+)
+def test_bad_models(convert, output, tmp_path, files, message):
+    source = tmp_path / "source"
+    if files is not None:
+        source.mkdir()
+        for name, content in files.items():
+            (source / name).write_text(content)
+    sentence = refusal(convert(source))
+    assert str(source) in sentence
+    assert message in sentence
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_followed(convert, make_gpt2, save_parts, output, tmp_path):
+    source = save_parts(tmp_path / "source", *make_gpt2(activation_function="relu2"))
+    assert "relu2 has no asymptotic slope" in refusal(convert(source))
+    assert list(output.parent.iterdir()) == []
+
+
+def test_output_that_cannot_be_a_folder(hf_ortho_command, gpt2_folder, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "file" in refusal(hf_ortho_command("convert", gpt2_folder, "-o", output, "--overwrite"))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_missing_arguments(hf_ortho_command):
+    assert "required: model, -o/--output" in refusal(hf_ortho_command("convert"))
+
+
+# ---- failures while writing ----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(gpt2_folder, output):
+    """A real one: the kernel refuses to write more than half of the weights."""
+    limit = (gpt2_folder / "model.safetensors").stat().st_size // 2
+    assert limit > (gpt2_folder / "tokenizer.json").stat().st_size
+    run = subprocess.run(
+        [sys.executable, "-m", "hf_ortho", "convert", gpt2_folder, "-o", output],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"hf-ortho: error: {output} cannot be written")
+    assert os.strerror(errno.EFBIG) in line
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.fixture(params=[False, True], ids=["new", "overwrite"])
+def assert_untouched(request, output):
+    """Start without or with an output folder, and check later that it is so still."""
+    if request.param:
+        output.mkdir()
+        (output / "config.json").write_text("old")
+
+    def check():
+        found = {str(p.relative_to(output.parent)) for p in output.parent.rglob("*")}
+        assert found == ({"converted", "converted/config.json"} if request.param else set())
+        assert not request.param or (output / "config.json").read_text() == "old"
+
+    return check
+
+
+@pytest.fixture
+def after_save(monkeypatch):
+    """Run something when the weights have just been written."""
+
+    def install(action):
+        save = PreTrainedModel.save_pretrained
+
+        def patched(self, folder, **kwargs):
+            save(self, folder, **kwargs)
+            assert (Path(folder) / "model.safetensors").exists()
+            action(self, Path(folder))
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", patched)
+
+    return install
+
+
+def test_sigterm_while_writing(convert, gpt2_folder, after_save, assert_untouched):
+    after_save(lambda model, folder: os.kill(os.getpid(), signal.SIGTERM))
+    ran = convert(gpt2_folder, "--overwrite")
+    assert ran.code == 130
+    assert len(ran.err.splitlines()) == 1
+    assert "interrupted" in ran.err
+    assert_untouched()
+
+
+def test_an_error_while_writing(convert, gpt2_folder, output, after_save, assert_untouched):
+    def fill(model, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    after_save(fill)
+    sentence = refusal(convert(gpt2_folder, "--overwrite"))
+    assert sentence.startswith(f"{output} cannot be written")
+    assert os.strerror(errno.ENOSPC) in sentence
+    assert_untouched()
+
+
+def test_a_model_that_reloads_differently(convert, gpt2_folder, after_save, assert_untouched):
+    def damage(model, folder):
+        weights = folder / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-2] ^= 1
+        weights.write_bytes(data)
+
+    after_save(damage)
+    assert "does not reload" in refusal(convert(gpt2_folder, "--overwrite"))
+    assert_untouched()
+
+
+# ---- the command itself --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _sigterm():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("_sigterm")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(capsys, command, flag):
+    with pytest.raises(SystemExit) as stop:
+        main([command, flag])
+    assert stop.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"usage: hf-ortho {command}")
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_usage(hf_ortho_command, argv):
+    ran = hf_ortho_command(*argv)
+    assert (ran.code, ran.err) == (0, "")
+    assert all(re.search(rf"^  {name} +\w", ran.out, re.MULTILINE) for name in COMMANDS)
+
+
+def test_version(hf_ortho_command):
+    ran = hf_ortho_command("--version")
+    assert (ran.code, ran.out.strip()) == (0, hf_ortho.__version__)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("convrt", "did you mean convert?"), ("zzz", "must be one of"), ("--x", "")]
+)
+def test_unknown_command(hf_ortho_command, name, hint):
+    sentence = hf_ortho_command(name).error
+    assert f"unknown command '{name}'" in sentence
+    assert hint in sentence
+    assert all(command in sentence for command in COMMANDS)

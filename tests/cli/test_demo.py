@@ -1,0 +1,210 @@
+import dataclasses
+import re
+import shutil
+
+import matplotlib.image
+import pytest
+from datasets import Dataset, DatasetDict
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+
+from hf_ortho.cli import demo_tasks
+from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
+from hf_ortho.training import data
+from hf_ortho.training.finetune import evaluate_model
+
+QUICK = ("--steps", "3", "--tune-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def demo(hf_ortho_command):
+    def run(*argv):
+        return hf_ortho_command("demo", *argv)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def little_text():
+    """A little of the help texts, for what does not depend on how much there is."""
+    splits = data.pydoc_topics()
+    held_back = {"text": [splits["validation"][0]["text"][:3000]]}
+    little = DatasetDict(train=splits["train"].select([0, 1]), validation=Dataset.from_dict(held_back))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.BUILT_IN, "pydoc_topics", lambda: little)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text_demo(demo, little_text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "text"
+    return demo(*QUICK, "-o", folder), folder
+
+
+@pytest.fixture(scope="module")
+def vision_demo(demo, tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("demo") / "vision"
+    return demo("--task", "vision", "--family", "fourier", "--degree", "4", *QUICK, "-o", folder), folder
+
+
+def check_files(folder, processor_files):
+    assert {p.name for p in folder.iterdir()} == {
+        "README.md",
+        "activations.png",
+        "config.json",
+        "model.safetensors",
+        *processor_files,
+    }
+    height, width, _ = matplotlib.image.imread(folder / "activations.png").shape
+    assert height > 300
+    assert width > 600
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_text_demo(text_demo):
+    ran, folder = text_demo
+    assert ran.code == 0, ran.err
+    assert "bit-equal: True" in ran.out
+    assert re.search(r"It writes: .The statement ", ran.out)
+    check_files(folder, {"generation_config.json", "tokenizer.json", "tokenizer_config.json"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.activation_function == "hermite_8"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "def f(x):\n\treturn 'naïve ✓'"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_vision_demo(vision_demo):
+    ran, folder = vision_demo
+    assert ran.code == 0, ran.err
+    assert "bit-equal: True" in ran.out
+    check_files(folder, {"preprocessor_config.json"})
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.hidden_act == "fourier_4"
+    assert model.config.num_labels == 10
+    assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["shortest_edge"] == 32
+
+
+def test_the_card_of_the_demo(vision_demo):
+    ran, folder = vision_demo
+    card = (folder / "README.md").read_text()
+    assert "](activations.png)" in card
+    assert "image-classification" in card
+    assert "convnext.encoder.stages.2.layers.1.act" in card
+    row = next(line for line in card.splitlines() if line.startswith("| loss"))
+    assert row.split(" | ")[-1].rstrip(" |") == ran.figures["loss"][1]
+
+
+def test_the_figures_are_those_of_the_saved_model(vision_demo):
+    """The last table is the fine-tuned source against the fine-tuned conversion, which is what was saved."""
+    ran, folder = vision_demo
+    checkpoint = load_checkpoint(str(folder))
+    _, held_back = demo_tasks.TASKS["vision"].datasets(checkpoint)
+    found = evaluate_model(checkpoint, held_back)
+    for key in ("loss", "top1", "top5"):
+        assert float(ran.figures[key][1]) == pytest.approx(found[key], abs=1e-5)
+
+
+@pytest.fixture
+def tiny_text(little_text, monkeypatch, make_gpt2):
+    """The text demo with a model of one layer."""
+
+    def build():
+        # Weights so large that a conversion to a low degree changes the perplexity.
+        model, tokenizer = make_gpt2(n_layer=1, n_positions=demo_tasks.BLOCK, initializer_range=0.5)
+        return Checkpoint(model, tokenizer, None, "causal-lm", None)
+
+    task = dataclasses.replace(demo_tasks.TASKS["text"], build=build, batch_size=4, calibration_batch=1)
+    monkeypatch.setitem(demo_tasks.TASKS, "text", task)
+
+
+def test_compare_one_activation_over_one_seed(demo, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = demo(*QUICK, "--compare", "hermite_1", "--seeds", "5")
+    assert ran.code == 0, ran.err
+    lines = dict(re.findall(r"^(\w+): (perplexity .*)", ran.out, re.MULTILINE))
+    (at_first, gelu), (at_once, learned) = (
+        map(float, re.fullmatch(r"perplexity ([\d.]+) \(.*\), tuned ([\d.]+)", lines[name]).groups())
+        for name in ("gelu_new", "hermite_1")
+    )
+    change = 100 * (at_once / at_first - 1)
+    assert abs(change) > 0.5
+    # Columns: change by conversion (mean, largest), after fine-tuning, and minus the source's, both ± spread.
+    figures = ran.figures
+    assert [float(cell.rstrip("%")) for cell in figures["hermite_1"][:2]] == pytest.approx([change] * 2, abs=1e-4)
+    assert figures["gelu_new"][:2] == ["+0.0000%"] * 2
+    for name, tuned in (("gelu_new", gelu), ("hermite_1", learned)):
+        mean, _, spread, against, _, against_spread = figures[name][2:]
+        assert [float(mean), float(against)] == pytest.approx([tuned, tuned - gelu], abs=1e-4)
+        assert [spread, against_spread] == ["0.0000"] * 2
+    assert "seeds 5, 3 + 2 steps" in " ".join(ran.out.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_over_two_seeds_gives_mean_and_spread(demo, tiny_text):
+    ran = demo("--steps", "2", "--tune-steps", "1", "--compare", "fourier_2", "--seeds", "0", "1")
+    tuned = [float(v) for v in re.findall(r"fourier_2: perplexity .* tuned ([\d.]+)", ran.out)]
+    assert len(tuned) == 2
+    mean, spread = sum(tuned) / 2, abs(tuned[0] - tuned[1]) / 2**0.5
+    assert spread > 0
+    assert [float(ran.figures["fourier_2"][i]) for i in (2, 4)] == pytest.approx([mean, spread], abs=1e-4)
+
+
+def test_the_same_again_with_overwrite(demo, tiny_text, tmp_path):
+    first = demo(*QUICK, "--seed", 3, "-o", tmp_path / "out")
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    again = demo(*QUICK, "--seed", 3, "-o", tmp_path / "out", "--overwrite")
+    assert again.figures == first.figures
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert not (tmp_path / "out" / "old.txt").exists()
+
+
+def test_a_full_disk_leaves_the_old_folder(demo, tiny_text, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_ortho.cli.demo.write_card", full)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    ran = demo(*QUICK, "-o", tmp_path / "out", "--overwrite")
+    assert "No space left on device" in ran.error
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--family", "hermit"], "did you mean hermite?"),
+        (["--family", "polynomial"], "unknown activation 'polynomial'"),
+        (["--degree", "0"], "degree '0' of hermite"),
+        (["--degree", "33"], "degree '33' of hermite"),
+        (["--degree", "-1"], "degree"),
+        (["--degree", "two"], "degree 'two' of hermite"),
+        (["--steps", "0"], "--steps 0"),
+        (["--tune-steps", "-2"], "--tune-steps -2"),
+        (["--steps", "1.5"], "--steps"),
+        (["--task", "audio"], "--task"),
+        (["--compare", "hermite_3", "hermite_99"], "degree '99' of hermite"),
+        (["--compare", "hermite_3", "--seeds", "x"], "--seeds"),
+        (["--setps", "3"], "--setps"),
+        (["words"], "words"),
+    ],
+)
+def test_an_argument_that_does_not_fit(demo, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    ran = demo(*argv)
+    assert message in ran.error
+    assert ran.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists(demo, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in demo("-o", tmp_path / "file").error
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    assert "--overwrite" in demo("-o", tmp_path / "folder").error
+    shutil.rmtree(tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,317 @@
+"""Loading with head and processor, and saving without traces of a failure."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    ConvNextForImageClassification,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import hf_ortho
+from hf_ortho.cli.demo_tasks import byte_tokenizer, small_convnext
+from hf_ortho.conversion.checkpoint import (
+    Checkpoint,
+    check_output,
+    example_inputs,
+    fingerprint,
+    load_checkpoint,
+    outputs,
+    replacing,
+    save_checkpoint,
+    task_of,
+    verify_reload,
+)
+from hf_ortho.errors import CheckpointError, HfOrthoError, OutputError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def _folder_without_config(path):
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def _config(text):
+    def make(path):
+        path.mkdir()
+        (path / "config.json").write_text(text)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (_folder_without_config, "is no checkpoint"),
+        (lambda path: path.write_text("{}"), "is no checkpoint"),
+        (_config(json.dumps({"model_type": "gpt2", "architectures": ["NoSuchModel"]})), "'NoSuchModel'"),
+        (_config(json.dumps({"model_type": "gpt2"})), "'none' under architectures"),
+        (_config(json.dumps({"model_type": "no_such_type", "architectures": ["GPT2LMHeadModel"]})), "no_such_type"),
+        (_config(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})), "cannot be loaded"),
+        (_config("{broken"), "cannot be loaded"),
+        (_config("[]"), "cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_loaded(tmp_path, make, message):
+    path = tmp_path / "model"
+    make(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint(str(path))
+    assert isinstance(error.value, HfOrthoError)
+    assert isinstance(error.value, OSError)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_truncated_weights(gpt2, tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cannot be loaded") as error:
+        load_checkpoint(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("cls", "task"), [(GPT2LMHeadModel, "causal-lm"), (GPT2ForSequenceClassification, "")])
+def test_the_head_decides_class_and_task(gpt2, ids, tmp_path, aligned, cls, task):
+    model = gpt2(cls)
+    model.save_pretrained(tmp_path)
+    found = load_checkpoint(str(tmp_path))
+    assert (type(found.model), found.task, found.tokenizer, found.commit) == (cls, task, None, None)
+    assert not found.model.training
+    with torch.no_grad():
+        assert torch.equal(aligned(found.model)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+)
+def test_dtype(gpt2, tmp_path, dtype, expected):
+    model = gpt2().bfloat16()
+    hf_ortho.convert(model, "hermite_4")
+    model.save_pretrained(tmp_path)
+    found = load_checkpoint(str(tmp_path), dtype=dtype).model
+    assert found.transformer.wte.weight.dtype == expected
+    assert found.transformer.h[0].mlp.act.coefficients.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("GPT2LMHeadModel", "causal-lm"),
+        ("LlamaForCausalLM", "causal-lm"),
+        ("ConvNextForImageClassification", "image-classification"),
+        ("BertForMaskedLM", ""),
+        ("", ""),
+    ],
+)
+def test_task_of(architecture, task):
+    assert task_of(architecture) == task
+
+
+def test_tokenizer_goes_with_the_model(gpt2, tmp_path):
+    tokenizer = byte_tokenizer()
+    model = gpt2(vocab_size=len(tokenizer))
+    save_checkpoint(Checkpoint(model, tokenizer, None, "causal-lm", None), tmp_path)
+    found = load_checkpoint(str(tmp_path))
+    text = "Hermite, déjà vu\n"
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert found.tokenizer.decode(found.tokenizer(text)["input_ids"]) == text
+    assert found.processor is found.tokenizer
+    assert found.image_processor is None
+
+
+def test_image_processor_goes_with_the_model(convnext, tmp_path):
+    processor = small_convnext().image_processor
+    save_checkpoint(Checkpoint(convnext(), None, processor, "image-classification", None), tmp_path)
+    found = load_checkpoint(str(tmp_path))
+    assert type(found.model) is ConvNextForImageClassification
+    picture = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    assert expected.shape == (1, 3, 32, 32)
+    assert torch.equal(found.image_processor(picture, return_tensors="pt")["pixel_values"], expected)
+    assert found.processor is found.image_processor
+    assert found.tokenizer is None
+
+
+# ---- saving --------------------------------------------------------------------------------------------------------
+
+
+def write_files(folder):
+    (folder / "sub").mkdir()
+    (folder / "config.json").write_text("new")
+    (folder / "sub" / "weights").write_bytes(b"1234")
+
+
+def write_and(target, error=None):
+    with replacing(target) as draft:
+        write_files(draft)
+        if error is not None:
+            raise error
+
+
+@pytest.fixture(params=["absent", "empty", "filled"])
+def target(request, tmp_path):
+    """A folder to replace, in a parent of its own."""
+    path = tmp_path / "parent" / "model"
+    if request.param != "absent":
+        path.mkdir(parents=True)
+    if request.param == "filled":
+        (path / "old").write_text("old")
+        (path / "config.json").write_text("old")
+    return path
+
+
+NEW = {"config.json": b"new", "sub/weights": b"1234"}
+
+
+def test_replacing_puts_the_new_content_in_place(target):
+    with replacing(target) as draft:
+        assert draft.parent == target.parent
+        write_files(draft)
+    assert contents(target) == NEW
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt, SystemExit, MemoryError])
+def test_replacing_is_undone_by_an_exception(target, error):
+    existed, before = target.exists(), contents(target)
+    with pytest.raises(OutputError if error is OSError else error):
+        write_and(target, error("No space left on device"))
+    assert (target.exists(), contents(target)) == (existed, before)
+    assert list(target.parent.iterdir()) == ([target] if existed else [])
+
+
+def test_replacing_names_folder_and_reason(tmp_path):
+    with pytest.raises(OutputError, match=r"^\S+model cannot be written.*: \[Errno 28\]") as error:
+        write_and(tmp_path / "model", OSError(28, "No space left on device"))
+    assert isinstance(error.value, OSError)
+    assert "\n" not in str(error.value)
+
+
+def test_replacing_needs_a_folder_as_parent(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match="cannot be written"), replacing(tmp_path / "file" / "model"):
+        raise AssertionError("the block must not run")
+    assert contents(tmp_path) == {"file": b"kept"}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "when"), [(OSError, "instead"), (KeyboardInterrupt, "instead"), (KeyboardInterrupt, "after")]
+)
+def test_replacing_is_whole_when_a_rename_is_hit(tmp_path, monkeypatch, number, error, when):
+    target = tmp_path / "parent" / "model"
+    target.mkdir(parents=True)
+    (target / "config.json").write_text("old")
+    calls, rename = [], os.rename
+
+    def hit(source, to, **kwargs):
+        calls.append(to)
+        if len(calls) - 1 == number:
+            if when == "after":
+                rename(source, to, **kwargs)
+            raise error(5, "Input/output error")
+        return rename(source, to, **kwargs)
+
+    monkeypatch.setattr(os, "rename", hit)
+    monkeypatch.setattr(os, "replace", hit)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        write_and(target)
+    assert len(calls) > number
+    assert contents(target) in ({"config.json": b"old"}, NEW)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_replaced_folder_is_as_readable_as_others(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with replacing(tmp_path / "model") as draft:
+        write_files(draft)
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_check_output_accepts(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name, overwrite in (("empty", False), ("new", False), ("a/b/c", False), ("full", True)):
+        assert check_output(name, overwrite) == Path(name)
+        assert check_output(str(tmp_path / name), overwrite) == tmp_path / name
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "full"}
+
+
+@pytest.mark.parametrize(
+    ("name", "overwrite", "message"),
+    [
+        ("full", False, "not empty; pass --overwrite"),
+        ("file", False, "is a file"),
+        ("file", True, "is a file"),
+        ("file/below", True, "cannot be written"),
+    ],
+)
+def test_check_output_refuses(tmp_path, name, overwrite, message):
+    (tmp_path / "file").write_text("")
+    shutil.copytree(tmp_path, tmp_path / "full")
+    with pytest.raises(OutputError, match=message) as error:
+        check_output(tmp_path / name, overwrite)
+    assert isinstance(error.value, OSError)
+    assert str(tmp_path / name) in str(error.value)
+
+
+# ---- verification --------------------------------------------------------------------------------------------------
+
+
+def test_example_inputs_run(gpt2, convnext):
+    for model, shape in ((gpt2(), (1, 16)), (gpt2(n_positions=8), (1, 8)), (convnext(), (1, 3, 32, 32))):
+        inputs = example_inputs(model)
+        assert [tuple(v.shape) for v in inputs.values()] == [shape]
+        assert torch.equal(*(next(iter(example_inputs(model).values())) for _ in range(2)))
+        model.train()
+        with torch.no_grad():
+            expected = model.eval()(**inputs).logits
+        model.train()
+        assert torch.equal(outputs(model, inputs)[0], expected)
+        assert model.training
+
+
+def test_outputs_of_other_kinds():
+    bert = BertModel(
+        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    )
+    assert [tuple(v.shape) for v in outputs(bert, example_inputs(bert))] == [(1, 16, 32), (1, 32)]
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=97, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    assert outputs(t5, example_inputs(t5))[0].shape == (1, 16, 97)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_reload(gpt2, tmp_path, dtype):
+    model = gpt2(scale=60).to(dtype)
+    hf_ortho.convert(model, "hermite_8")
+    inputs = example_inputs(model)
+    expected, tensors = outputs(model, inputs), fingerprint(model)
+    model.save_pretrained(tmp_path)
+    assert verify_reload(GPT2LMHeadModel, tmp_path, tensors, inputs, expected)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.act.coefficients[8] *= 1.01
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OutputError, match="does not reload"):
+        verify_reload(GPT2LMHeadModel, tmp_path, tensors, inputs, expected)

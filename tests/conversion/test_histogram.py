@@ -1,0 +1,135 @@
+"""Streamed pre-activation histograms against numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Model
+
+from hf_ortho.activations.interpolation import Source
+from hf_ortho.conversion import Histogram, collect
+from hf_ortho.errors import CalibrationError, HfOrthoError
+
+BINS = 1024
+EDGES = np.linspace(-math.asinh(2.0**16), math.asinh(2.0**16), BINS + 1)
+
+
+def histogram_of(*batches):
+    histogram = Histogram()
+    for batch in batches:
+        histogram.update(torch.as_tensor(batch))
+    return histogram
+
+
+def test_edges_are_uniform_in_asinh():
+    edges = Histogram().edges
+    assert len(edges) == BINS + 1
+    np.testing.assert_allclose(np.arcsinh(edges), EDGES, atol=1e-9)
+    assert edges[-1] == pytest.approx(2.0**16)
+    middle = np.diff(edges)[BINS // 2 - 20 : BINS // 2 + 20]
+    np.testing.assert_allclose(middle, 0.023, rtol=0.12)
+    np.testing.assert_allclose(edges[-50:] / edges[-51:-1] - 1, 0.0233, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_are_exact_away_from_the_edges(dtype):
+    rng = np.random.default_rng(0)
+    bins = rng.integers(0, BINS, 20_000)
+    width = EDGES[1] - EDGES[0]
+    x = np.sinh(EDGES[0] + (bins + 0.5 + rng.uniform(-0.4, 0.4, len(bins))) * width)
+    histogram = histogram_of(torch.tensor(x, dtype=dtype).reshape(10, 40, 50))
+    np.testing.assert_array_equal(histogram.counts, np.bincount(bins, minlength=BINS))
+    assert (histogram.minimum, histogram.maximum) == (np.float32(x.min()), np.float32(x.max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gaussian_data_matches_numpy(dtype):
+    x = (3 * torch.randn(50_000, generator=torch.Generator().manual_seed(0)) - 1).to(dtype)
+    histogram = histogram_of(x)
+    values = x.double().numpy()
+    expected, _ = np.histogram(np.arcsinh(values), EDGES)
+    assert np.abs(histogram.counts - expected).sum() <= 4  # a value on an edge may fall on either side
+    assert histogram.counts.sum() == len(values)
+    assert (histogram.minimum, histogram.maximum) == (values.min(), values.max())
+
+
+def test_several_batches_equal_one():
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(1)) * 5
+    whole, parts = histogram_of(x), histogram_of(x[:1].reshape(1, 1), x[1:700], x[700:].reshape(-1, 2))
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    assert (parts.minimum, parts.maximum) == (whole.minimum, whole.maximum)
+    assert len(parts.counts) == BINS
+
+
+def test_outliers_beyond_the_last_bin_are_kept():
+    histogram = histogram_of([0.5, 0.5, 1.0e5], [-3.0e30])
+    assert (histogram.counts[0], histogram.counts[-1], histogram.counts.sum()) == (1, 1, 4)
+    assert (histogram.minimum, histogram.maximum) == (np.float32(-3.0e30), 1.0e5)
+    histogram.check("layer")
+
+
+def test_counts_do_not_saturate_at_the_integers_of_float32():
+    count = 2**24 + 2**22
+    assert histogram_of(torch.zeros(1, dtype=torch.bfloat16).expand(count)).counts.sum() == count
+
+
+def test_empty():
+    histogram = histogram_of(torch.empty(0, 5))
+    assert histogram.counts.sum() == 0
+    assert math.isnan(histogram.minimum)
+    assert math.isnan(histogram.maximum)
+    histogram.check("layer")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_non_finite_values_are_reported_with_the_layer(bad, first):
+    good = [1.0, 2.0]
+    histogram = histogram_of([0.0, bad], good) if first else histogram_of(good, [bad, 0.0])
+    with pytest.raises(CalibrationError, match=r"h\.3\.mlp\.act") as error:
+        histogram.check("h.3.mlp.act")
+    assert isinstance(error.value, HfOrthoError)
+    assert isinstance(error.value, ValueError)
+
+
+def test_nodes_carry_the_mass_and_the_moments_of_the_data():
+    x = torch.randn(40_000, generator=torch.Generator().manual_seed(3)) * 4 + 2
+    nodes = histogram_of(x).nodes(Source.of("gelu"))
+    assert nodes.w.sum() == pytest.approx(1.0)
+    assert nodes.w[nodes.data].sum() == pytest.approx(1.0, abs=2e-3)
+    assert nodes.mean(nodes.x) == pytest.approx(x.mean().item(), abs=0.01)
+    assert nodes.mean(nodes.x**2) == pytest.approx((x**2).mean().item(), rel=0.01)
+    assert nodes.x[nodes.data].min() >= nodes.minimum == x.min().item()
+    assert nodes.x[nodes.data].max() <= nodes.maximum == x.max().item()
+
+
+def test_collect_sees_what_reaches_the_modules(gpt2, ids, inputs_of):
+    model = gpt2(GPT2Model, scale=60)
+    names = ["h.0.mlp.act", "h.1.mlp.act"]
+    batches = [{"input_ids": ids[:3]}, {"input_ids": ids[3:, :7]}]
+    histograms, loss = collect(model, names, batches)
+    assert loss is None
+    assert list(histograms) == names
+    for name, values in inputs_of(model, names, *batches).items():
+        expected, _ = np.histogram(np.arcsinh(values), EDGES)
+        assert np.abs(histograms[name].counts - expected).sum() <= 4
+        assert (histograms[name].minimum, histograms[name].maximum) == (values.min(), values.max())
+
+
+def test_collect_leaves_no_hooks(gpt2, ids, state_of):
+    model = gpt2()
+    before = state_of(model)
+    collect(model, ["transformer.h.0.mlp.act"], [ids])
+    assert state_of(model) == before
+    with pytest.raises(CalibrationError):
+        collect(model, ["transformer.h.0.mlp.act"], [ids, ids + 97])
+    assert state_of(model) == before
+
+
+def test_collect_names_the_layer_that_overflows(gpt2, ids):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias[5] = math.inf
+    with pytest.raises(CalibrationError, match=r"transformer\.h\.1\.mlp\.act"):
+        collect(model, ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"], [ids])

@@ -1,0 +1,176 @@
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Model, TrainingArguments
+
+from hf_ortho import convert
+from hf_ortho.activations import LearnableActivation
+from hf_ortho.errors import ConfigError
+from hf_ortho.training import POLICIES, ActivationTrainer, activation_parameters, set_trainable
+
+
+@pytest.fixture(params=["hermite_3", "fourier_2", "tropical_2", "tropical_rational_2"])
+def activation(request):
+    return request.param
+
+
+def converted(model, name="hermite_3"):
+    convert(model, name)
+    return model
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def series(model):
+    """The names under the activations' paths, as both architectures spell them, without the domains."""
+    return {n for n, _ in model.named_parameters() if ".act." in n and not n.endswith(".domain")}
+
+
+def domains(model):
+    return {n for n, _ in model.named_parameters() if n.endswith(".domain")}
+
+
+def check(model, policy, expected):
+    found = set_trainable(model, policy)
+    assert trainable(model) == expected
+    assert found == sum(p.numel() for n, p in model.named_parameters() if n in expected)
+
+
+def test_policies_of_a_language_model(make_gpt2, activation):
+    model = converted(make_gpt2()[0], activation)
+    everything = {n for n, _ in model.named_parameters()}
+    assert len(domains(model)) == 2
+    assert len(series(model)) >= 2
+    check(model, "all", everything - domains(model))
+    # Whatever was trainable before, in any order. The head is tied to the embeddings, and named after them.
+    tied = {"transformer.wte.weight"}
+    for policy, head in (("activations", set()), ("activations+head", tied), ("activations", set())):
+        for parameter in model.parameters():
+            parameter.requires_grad_(policy == "activations")
+        check(model, policy, series(model) | head)
+
+
+def test_policy_with_a_head_of_its_own(make_gpt2):
+    model = converted(make_gpt2(tie_word_embeddings=False)[0])
+    check(model, "activations+head", series(model) | {"lm_head.weight"})
+
+
+def test_policies_of_an_image_classifier(make_convnext, activation):
+    model = converted(make_convnext()[0], activation)
+    everything = {n for n, _ in model.named_parameters()}
+    check(model, "all", everything - domains(model))
+    check(model, "activations", series(model))
+    check(model, "activations+head", series(model) | {"classifier.weight", "classifier.bias"})
+
+
+def test_activation_parameters_are_named_with_their_domains(make_gpt2):
+    model = converted(make_gpt2()[0])
+    assert activation_parameters(model) == series(model) | domains(model)
+    assert activation_parameters(make_gpt2()[0]) == set()
+
+
+def refused(model, policy, message):
+    model.get_parameter(next(n for n, _ in model.named_parameters())).requires_grad_(False)
+    before = trainable(model)
+    with pytest.raises(ConfigError, match=message):
+        set_trainable(model, policy)
+    assert trainable(model) == before
+
+
+def test_head_policy_of_a_model_without_a_head(make_gpt2):
+    model = converted(GPT2Model(make_gpt2()[0].config))
+    refused(model, "activations+head", "GPT2Model has no head; use 'activations'")
+    check(model, "activations", series(model))
+
+
+@pytest.mark.parametrize("policy", ["activations", "activations+head"])
+def test_activation_policy_of_an_unconverted_model(make_gpt2, policy):
+    refused(make_gpt2()[0], policy, "no learnable activations")
+
+
+def test_policy_all_of_an_unconverted_model(make_gpt2):
+    model = make_gpt2()[0]
+    check(model, "all", {n for n, _ in model.named_parameters()})
+
+
+def test_unknown_policy(make_gpt2):
+    refused(converted(make_gpt2()[0]), "heads", "'heads': must be one of all, activations, activations\\+head")
+
+
+# ---- weight decay --------------------------------------------------------------------------------------------------
+
+
+def arguments(folder, **options):
+    defaults = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    return TrainingArguments(output_dir=folder, weight_decay=0.5, learning_rate=0.01, **(defaults | options))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_weight_decay_spares_activations(make_gpt2, tmp_path, policy):
+    model = converted(make_gpt2()[0])
+    set_trainable(model, policy)
+    optimizer = ActivationTrainer(model=model, args=arguments(tmp_path)).create_optimizer()
+    names = {id(p): n for n, p in model.named_parameters()}
+    decays = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name not in decays
+            decays[name] = group["weight_decay"]
+    assert decays.keys() == trainable(model)
+    assert {decays[name] for name in series(model)} == {0.0}
+    # What plain Trainer decays in a GPT-2: the matrices of the linear layers and the embeddings.
+    linear = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".wte.weight", ".wpe.weight")
+    matrices = {name for name in trainable(model) if name.endswith(linear)}
+    assert {n for n, decay in decays.items() if decay == 0.5} == matrices
+    assert bool(matrices) == (policy != "activations")
+
+
+def test_a_step_without_gradient_leaves_activations_as_they_are(make_gpt2, tmp_path, activation):
+    model = converted(make_gpt2()[0], activation)
+    set_trainable(model, "all")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = ActivationTrainer(model=model, args=arguments(tmp_path)).create_optimizer()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = model.state_dict()
+    for name in series(model) | domains(model):
+        assert torch.equal(after[name], before[name])
+    matrix = "transformer.h.1.mlp.c_fc.weight"
+    torch.testing.assert_close(after[matrix], before[matrix] * (1 - 0.01 * 0.5))
+
+
+def test_a_plain_trainer_would_decay_them(make_gpt2, tmp_path):
+    """What the class is for; if this fails, it can go."""
+    from transformers import Trainer
+
+    model = converted(make_gpt2()[0])
+    assert series(model) <= set(Trainer(model=model, args=arguments(tmp_path)).get_decay_parameter_names(model))
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["activations", "activations+head", "all"])
+def test_training_moves_what_is_trainable_and_nothing_else(make_gpt2, tmp_path, activation, policy):
+    model = converted(make_gpt2()[0], activation)
+    set_trainable(model, policy)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    ids = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    ActivationTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=2, per_device_train_batch_size=4, save_strategy="no"),
+        train_dataset=rows,
+    ).train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trainable(model)
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    activations = [m for m in model.modules() if isinstance(m, LearnableActivation)]
+    assert len(activations) == 2
+    assert all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad)
