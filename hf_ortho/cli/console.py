@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -54,7 +55,13 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         out.add_row(*row)
-    console.print(out)
+    show(out)
+
+
+def show(table: Table) -> None:
+    """Print a table in full, wider than the console if it must be: figures are never cut."""
+    wanted = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
+    Console(highlight=False, width=max(console.width, wanted)).print(table)
 
 
 @contextlib.contextmanager

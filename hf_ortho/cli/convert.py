@@ -21,8 +21,8 @@ from ..errors import DataError
 from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..training import data
-from ..training.finetune import DataArguments, batches, change, prepare
-from .console import Parser, console
+from ..training.finetune import DataArguments, batches, change, class_names, prepare
+from .console import Parser, console, show
 
 HELP = __doc__
 
@@ -51,12 +51,11 @@ def calibration_batches(checkpoint: Checkpoint, args: argparse.Namespace) -> lis
     if args.calibration_samples < 1:
         raise DataError(f"--calibration-samples {args.calibration_samples}: must be at least 1")
     splits = data.load(args.calibration_data)
-    dataset, _ = data.split(splits, args.calibration_split, None, args.calibration_data)
+    dataset = splits[data.pick(splits, args.calibration_split, data.TRAIN, args.calibration_data)]
     samples = prepare(checkpoint, dataset, DataArguments(block_size=args.block_size), args.calibration_data)
     if checkpoint.task == "image-classification":
         found = batches(samples, args.calibration_samples * 8, size=8)
-        known = checkpoint.model.config.num_labels or 0
-        if any(int(batch["labels"].max()) >= known for batch in found):
+        if data.class_names(samples) != class_names(checkpoint.model):
             found = [{"pixel_values": batch["pixel_values"]} for batch in found]  # the labels are not the model's
         return found
     return _label_some(batches(samples, args.calibration_samples))
@@ -87,7 +86,7 @@ def run(argv: list[str]) -> None:
         fields=args.field,
         derivative_weight=args.derivative_weight,
     )
-    console.print(report.table())
+    show(report.table())
     for line in report.summary():
         console.print(line)
     results = None

@@ -31,7 +31,7 @@ from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..plotting import Panel, plot_activations
 from ..training.finetune import batches, change, evaluate_model, make_trainer
-from .console import Parser, console, progress, table, trainer_progress
+from .console import Parser, console, progress, show, table, trainer_progress
 from .demo_tasks import TASKS, DemoTask
 
 HELP = __doc__
@@ -140,7 +140,7 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
         copy.deepcopy(original.model), original.tokenizer, original.image_processor, original.task, None
     )
     report = convert(converted.model, name, calibration=calibration(task, dataset))
-    console.print(report.table())
+    show(report.table())
     for line in report.summary():
         console.print(line)
     at_once = evaluate_model(converted, held_back)

@@ -21,9 +21,9 @@ def parser() -> Parser:
     p.add_argument("--against-revision", help="of the other model on the Hub")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     p.add_argument("--block-size", type=int, help="tokens per sample; default: the model's context, at most 1024")
-    p.add_argument("--text-column")
-    p.add_argument("--image-column")
-    p.add_argument("--label-column")
+    p.add_argument("--text_column", "--text-column")
+    p.add_argument("--image_column", "--image-column")
+    p.add_argument("--label_column", "--label-column")
     p.add_argument("--max-samples", type=int, help="default: all")
     p.add_argument("--batch-size", type=int, default=8)
     return p
@@ -35,10 +35,7 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
     if place is None:
         raise ConfigError(f"--dataset is needed for {type(checkpoint.model).__name__}")
     splits = data.load(place)
-    usual = (s for s in ("validation", "test") if s in splits)
-    split = args.split or next(usual, next(iter(splits)))
-    if split not in splits:
-        raise ConfigError(f"dataset {place!r} has no split {split!r}; it has: {', '.join(splits)}")
+    split = data.pick(splits, args.split, data.HELD_BACK, place)
     columns = {"text_column": args.text_column, "image_column": args.image_column, "label_column": args.label_column}
     samples = prepare(checkpoint, splits[split], DataArguments(block_size=args.block_size, **columns), place)
     if args.max_samples is not None:

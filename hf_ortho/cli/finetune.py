@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 
 from ..errors import ConfigError
 from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..training.finetune import DataArguments, ModelArguments, Result, change, finetune
-from .console import console, table
+from .console import console, show, table
 
 HELP = __doc__
 
@@ -55,6 +56,13 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         values["report_to"] = "none"
     try:
         model, dataset, training = cast(Any, p.parse_dict(values))
+        get_scheduler(
+            training.lr_scheduler_type,
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+        )
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     return model, dataset, training
@@ -106,7 +114,7 @@ def run(argv: list[str]) -> None:
     if arguments.process_index != 0:
         return
     if result.conversion is not None:
-        console.print(result.conversion.table())
+        show(result.conversion.table())
         for line in result.conversion.summary():
             console.print(line)
     results = results_of(result, arguments, data_arguments.eval_dataset or data_arguments.dataset)

@@ -203,6 +203,9 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor] | None) -> list[Te
     """All tensors that the model returns for ``inputs`` in evaluation mode, on the CPU; none without inputs."""
     if inputs is None:
         return []
+    # safetensors maps tensors at any offset, and a product with unaligned memory may round differently.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     mode = model.training
     model.eval()
     inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from ..errors import DataError
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+TRAIN, HELD_BACK = ("train",), ("validation", "valid", "dev", "test")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
@@ -17,7 +18,9 @@ def pydoc_topics() -> DatasetDict:
     """CPython's help texts (``pydoc_data.topics``, English): each paragraph once, every tenth held back."""
     from pydoc_data.topics import topics
 
-    paragraphs = list(dict.fromkeys(p for _, text in sorted(topics.items()) for p in text.split("\n\n") if p.strip()))
+    paragraphs = list(
+        dict.fromkeys(p.strip("\n") for _, text in sorted(topics.items()) for p in text.split("\n\n") if p.strip())
+    )
     held_back = paragraphs[9::10]
     del paragraphs[9::10]
 
@@ -64,18 +67,18 @@ def load(name: str, *, config_name: str | None = None, revision: str | None = No
     path = Path(name)
     try:
         if path.is_file():
-            if path.suffix not in BUILDERS:
+            if path.suffix.lower() not in BUILDERS:
                 raise DataError(f"{name}: a data file must end in one of {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{name} is empty")
-            return _from_files(path.suffix, str(path))
+            return _from_files(path.suffix.lower(), str(path))
         if path.is_dir():
             suffixes = {p.suffix.lower() for p in path.rglob("*") if p.is_file()}
             if suffixes & IMAGE_SUFFIXES:
                 return datasets.load_dataset("imagefolder", data_dir=str(path))
             for suffix in BUILDERS:
                 if suffix in suffixes:
-                    return _from_files(suffix, sorted(str(p) for p in path.rglob(f"*{suffix}")))
+                    return _from_files(suffix, sorted(str(p) for p in path.rglob("*") if p.suffix.lower() == suffix))
             raise DataError(f"{name} holds no images and no file ending in one of {', '.join(BUILDERS)}")
         if path.suffix in BUILDERS or name.startswith(("/", ".")):
             raise DataError(f"{name} does not exist")
@@ -96,21 +99,20 @@ def _from_files(suffix: str, files) -> DatasetDict:
     return datasets.load_dataset(BUILDERS[suffix], data_files=files, **options)
 
 
-def split(splits: DatasetDict, train: str | None, held_back: str | None, name: str, fraction: float = 0.1):
-    """Training and evaluation sets: the splits named, else train and validation or test, else a share held back."""
-    for wanted in (train, held_back):
-        if wanted and wanted not in splits:
-            raise DataError(f"dataset {name!r} has no split {wanted!r}; it has: {', '.join(splits)}")
-    train = train or ("train" if "train" in splits else next(iter(splits)))
-    held_back = held_back or next(
-        (s for s in ("validation", "valid", "dev", "test") if s in splits and s != train), None
-    )
-    if held_back:
-        return splits[train], splits[held_back]
-    if splits[train].num_rows < 2:
-        return splits[train], None
-    parts = splits[train].train_test_split(test_size=fraction, seed=0)
-    return parts["train"], parts["test"]
+def pick(splits: DatasetDict, wanted: str | None, usual: tuple[str, ...], name: str) -> str:
+    """The name of the split ``wanted``, else of the first of ``usual`` that exists, else of the first one."""
+    if wanted and wanted not in splits:
+        raise DataError(f"dataset {name!r} has no split {wanted!r}; it has: {', '.join(splits)}")
+    return wanted or next((s for s in usual if s in splits), next(iter(splits)))
+
+
+def split(splits: DatasetDict, train: str | None, held_back: str | None, name: str) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation sets: the splits named, else train and validation or test; None if there is no other."""
+    first = pick(splits, train, TRAIN, name)
+    usual = tuple(s for s in HELD_BACK if s in splits and s != first)
+    if not held_back and not usual:
+        return splits[first], None
+    return splits[first], splits[pick(splits, held_back, usual, name)]
 
 
 def text_blocks(
@@ -121,7 +123,13 @@ def text_blocks(
     Columns of the result: ``input_ids`` and ``labels`` (equal; a causal LM shifts them itself). The last partial block
     is dropped.
     """
-    column = _column(dataset, column, ("text",), lambda f: isinstance(f, Value) and "string" in f.dtype, "text", name)
+
+    def is_text(feature):
+        return isinstance(feature, Value) and "string" in feature.dtype
+
+    column = _column(dataset, column, ("text",), is_text, "text", name)
+    if not is_text(dataset.features[column]):
+        raise DataError(f"{name}: column {column!r} does not hold text")
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def tokens(batch):
@@ -139,23 +147,51 @@ def text_blocks(
 
 
 def images(
-    dataset: Dataset, processor, image_column: str | None = None, label_column: str | None = None, name: str = "dataset"
+    dataset: Dataset,
+    processor,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    name: str = "dataset",
+    known: list[str] | None = None,
 ) -> Dataset:
-    """``pixel_values`` (C, H, W) float32 and ``labels`` int64, decoded and processed on access."""
+    """``pixel_values`` (C, H, W) float32 and ``labels`` int64, decoded and processed on access.
+
+    Labels are numbered as in ``known``, the classes of the model, if it has all of them; integers stay as they are.
+    """
     image_column = _column(dataset, image_column, ("image", "img"), lambda f: isinstance(f, Image), "image", name)
     label_column = _column(
         dataset, label_column, ("label", "labels"), lambda f: isinstance(f, ClassLabel), "label", name
     )
-    if not isinstance(dataset.features[image_column], Image):
-        dataset = dataset.cast_column(image_column, Image())
-    if not isinstance(dataset.features[label_column], ClassLabel):
-        dataset = dataset.class_encode_column(label_column)
+    dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
+    dataset = _with_classes(dataset, label_column, known or [], name)
+
+    def picture(row):
+        try:
+            return Image().decode_example(row).convert("RGB")
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"{name} holds an image that cannot be decoded: {error}") from error
 
     def transform(batch):
-        pictures = [picture.convert("RGB") for picture in batch[image_column]]
+        pictures = [picture(row) for row in batch[image_column]]
         return {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"], "labels": batch[label_column]}
 
-    return dataset.select_columns([image_column, label_column]).with_transform(transform)
+    return dataset.with_transform(transform)
+
+
+def _with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> Dataset:
+    feature, labels = dataset.features[column], dataset[column][:]
+    if isinstance(feature, Value) and "int" in feature.dtype:
+        if min(labels) < 0:
+            raise DataError(f"{name}: column {column!r} holds the label {min(labels)}")
+        names = known if max(labels) < len(known) else [str(i) for i in range(max(labels) + 1)]
+    elif isinstance(feature, ClassLabel):
+        names = feature.names
+    else:
+        names = sorted(set(map(str, labels)))
+        labels = [names.index(str(label)) for label in labels]
+    if set(names) <= set(known):
+        labels, names = [known.index(names[label]) for label in labels], known
+    return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=names))
 
 
 def class_names(dataset: Dataset) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
@@ -91,10 +92,16 @@ def prepare(checkpoint: Checkpoint, splits, arguments: DataArguments, name: str)
     if checkpoint.task == "image-classification":
         if checkpoint.image_processor is None:
             raise DataError(f"{checkpoint.model.name_or_path} has no image processor, so images cannot be read for it")
-        return data.images(splits, checkpoint.image_processor, arguments.image_column, arguments.label_column, name)
+        columns = (arguments.image_column, arguments.label_column)
+        return data.images(splits, checkpoint.image_processor, *columns, name, class_names(checkpoint.model))
     raise ConfigError(
         f"{type(checkpoint.model).__name__}: the tasks are causal language modelling and image classification"
     )
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """The classes of an image classifier, in the order of its logits."""
+    return [name for _, name in sorted((model.config.id2label or {}).items())]
 
 
 def batches(dataset: Dataset, count: int, size: int = 1) -> list[dict]:
@@ -135,8 +142,16 @@ def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8
     """Loss and perplexity, or loss, top-1 and top-5, of a checkpoint on prepared samples."""
     with _scratch() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_eval_batch_size=batch_size, report_to="none", disable_tqdm=True
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
+        if checkpoint.task == "image-classification":
+            names, classes = data.class_names(dataset), checkpoint.model.config.num_labels or 0
+            if len(names) > classes:
+                raise DataError(f"the dataset has {len(names)} classes, {checkpoint.model.name_or_path} has {classes}")
         return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset))
 
 
@@ -154,19 +169,29 @@ def load_splits(checkpoint: Checkpoint, arguments: DataArguments) -> tuple[Datas
         raise ConfigError("dataset is missing: give --dataset, or dataset in the config")
     options = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
     splits = data.load(arguments.dataset, **options)
+    held_back_name = arguments.eval_dataset or arguments.dataset
     if arguments.eval_dataset:
-        train = splits[arguments.train_split or next(iter(splits))]
-        other = data.load(arguments.eval_dataset)
-        held_back = other[arguments.eval_split or next(iter(other))]
+        other = data.load(held_back_name)
+        raw = splits[data.pick(splits, arguments.train_split, data.TRAIN, arguments.dataset)]
+        raw_held_back = other[data.pick(other, arguments.eval_split, data.HELD_BACK, held_back_name)]
     else:
-        train, held_back = data.split(splits, arguments.train_split, arguments.eval_split, arguments.dataset)
-    train = prepare(checkpoint, train, arguments, arguments.dataset)
-    if held_back is not None:
-        held_back = prepare(checkpoint, held_back, arguments, arguments.eval_dataset or arguments.dataset)
-    elif checkpoint.task == "causal-lm" and len(train) > 1:  # a single document: hold back its end
-        kept = len(train) - max(1, len(train) // 10)
-        train, held_back = train.select(range(kept)), train.select(range(kept, len(train)))
+        raw, raw_held_back = data.split(splits, arguments.train_split, arguments.eval_split, arguments.dataset)
+    train = prepare(checkpoint, raw, arguments, arguments.dataset)
+    _match_classes(checkpoint, train)
+    if raw_held_back is not None:
+        held_back = prepare(checkpoint, raw_held_back, arguments, held_back_name)
+    elif len(train) > 1:
+        train, held_back = _hold_back(train, checkpoint.task)
+    else:
+        held_back = None
     return _head_of(train, arguments.max_train_samples), _head_of(held_back, arguments.max_eval_samples)
+
+
+def _hold_back(samples: Dataset, task: str) -> tuple[Dataset, Dataset]:
+    """A tenth of the samples: the end of a text, whose neighbours overlap in content; random images."""
+    count = max(1, len(samples) // 10)
+    order = range(len(samples)) if task == "causal-lm" else np.random.default_rng(0).permutation(len(samples)).tolist()
+    return samples.select(order[:-count]), samples.select(order[-count:])
 
 
 def _head_of(dataset, count: int | None):
@@ -187,17 +212,28 @@ def finetune(model_arguments: ModelArguments, data_arguments: DataArguments, arg
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
     if model_arguments.activation:
         parse(model_arguments.activation)
+    for key in ("max_train_samples", "max_eval_samples"):
+        if (value := getattr(data_arguments, key)) is not None and value < 1:
+            raise ConfigError(f"{key} {value}: must be at least 1")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, key) < 1:
+            raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     resume = _resume_from(arguments)
     checkpoint = load_checkpoint(
         model_arguments.model, revision=model_arguments.model_revision, dtype=model_arguments.dtype
     )
     train, held_back = load_splits(checkpoint, data_arguments)
-    _match_classes(checkpoint, train)
     report = _convert_first(checkpoint, model_arguments, train)
     trainable = set_trainable(checkpoint.model, model_arguments.train)
-    if arguments.gradient_checkpointing and model_arguments.train != "all":
-        checkpoint.model.enable_input_require_grads()
-    trainer = make_trainer(checkpoint, arguments, train, held_back)
+    if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
+        if not checkpoint.model.supports_gradient_checkpointing:
+            raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
+        if model_arguments.train != "all":
+            checkpoint.model.enable_input_require_grads()
+    try:
+        trainer = make_trainer(checkpoint, arguments, train, held_back)
+    except ValueError as error:
+        raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     before = metrics_of(trainer) if held_back is not None else None
     trainer.train(resume_from_checkpoint=resume)
     after = metrics_of(trainer) if held_back is not None else None
@@ -208,10 +244,16 @@ def finetune(model_arguments: ModelArguments, data_arguments: DataArguments, arg
 
 def _resume_from(arguments: TrainingArguments) -> str | None:
     folder = Path(arguments.output_dir or "trainer_output")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file; name a folder")
     asked = arguments.resume_from_checkpoint
     if asked and str(asked).lower() not in ("true", "false"):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint {asked}: no such folder")
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint {asked}: no checkpoint of a training, it has no trainer_state.json"
+            )
         return str(asked)
     if asked and str(asked).lower() == "true":
         latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -229,7 +271,8 @@ def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dat
     if not arguments.activation:
         return None
     done = getattr(checkpoint.model.config, "hf_ortho", None)
-    if done and done.get("activation") == arguments.activation:
+    family, degree = parse(arguments.activation)
+    if done and done.get("activation") == f"{family.family}_{degree}":
         return None
     samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
     return convert(checkpoint.model, arguments.activation, calibration=samples)
@@ -241,12 +284,14 @@ def _match_classes(checkpoint: Checkpoint, train: Dataset) -> None:
         return
     names = data.class_names(train)
     model = checkpoint.model
-    if model.config.num_labels == len(names):
+    model.config.id2label, old = dict(enumerate(names)), model.config.num_labels
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    if old == len(names):
         return
     head = next((m for m in (getattr(model, n, None) for n in ("classifier", "head", "fc")) if m is not None), None)
     if not isinstance(head, torch.nn.Linear):
         raise ConfigError(
-            f"{model.name_or_path} has {model.config.num_labels} classes, the dataset {len(names)}, and "
+            f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
             f"{type(model).__name__} has no linear head to replace"
         )
     torch.manual_seed(0)
@@ -257,8 +302,6 @@ def _match_classes(checkpoint: Checkpoint, train: Dataset) -> None:
         if module is head:
             setattr(model, name, new)
     setattr(model, "num_labels", len(names))  # noqa: B010
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path) -> None:

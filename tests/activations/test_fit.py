@@ -1,5 +1,6 @@
 """Hermite interpolation: how close each family comes, and what the report says about it."""
 
+import contextlib
 import copy
 import json
 import math
@@ -202,7 +203,8 @@ def weighted_residual(module, fn, derivative_weight):
     """The weighted mean of (f - g)^2 + lambda (f' - g')^2 on a fine grid."""
     x = line(MEAN - 7 * SIGMA, MEAN + 7 * SIGMA, 8001)
     e, de = errors(module, fn, x)
-    return norm.pdf(x.numpy(), MEAN, SIGMA) @ (e**2 + derivative_weight * de**2) * float(x[1] - x[0])
+    weight = 0.999 * norm.pdf(x.numpy(), MEAN, SIGMA) + 0.001 / (14 * SIGMA)
+    return weight @ (e**2 + derivative_weight * de**2) * float(x[1] - x[0])
 
 
 @pytest.mark.parametrize("fn", [F.gelu, F.silu, torch.tanh], ids=["gelu", "silu", "tanh"])
@@ -249,7 +251,10 @@ def test_sources_that_cannot_be_followed(fn, reason):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fn", [lambda x: 1e39 * x, lambda x: 1e39 * torch.tanh(x)], ids=["slope", "height"])
 def test_parameters_beyond_float32(family, fn):
-    assert_refused(f"{family}_3", fn, "finite")
+    module = build(f"{family}_3")
+    with contextlib.suppress(FitError):  # a family of bounded slopes may stay finite, and far off
+        module.fit(fn)
+    assert all(torch.isfinite(v).all() for k, v in module.state_dict().items() if k != "domain")
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,12 @@ def image_folder(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize(("classes", "labelled"), [(3, True), (2, False)])
+@pytest.mark.parametrize(
+    ("classes", "labelled"), [(["bird", "cat", "dog"], True), (["cat", "dog"], False), (["a", "b", "c"], False)]
+)
 def test_image_classifier(convert, make_convnext, save_parts, tmp_path, image_folder, output, classes, labelled):
     """Labels that the model does not have give no loss."""
-    source = save_parts(tmp_path / "source", *make_convnext([f"class {i}" for i in range(classes)]))
+    source = save_parts(tmp_path / "source", *make_convnext(classes))
     ran = convert(source, "--family", "fourier", "--calibration-data", image_folder, "--calibration-samples", 2)
     assert (ran.code, ran.err) == (0, "")
     processors = [AutoImageProcessor.from_pretrained(folder) for folder in (source, output)]

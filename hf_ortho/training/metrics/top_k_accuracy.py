@@ -28,7 +28,8 @@ class TopKAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        logits = np.nan_to_num(np.asarray(predictions, dtype=np.float64), nan=-np.inf)
-        order = np.argsort(-logits, axis=1, kind="stable")[:, : self.k]
-        hit = (order == np.asarray(references)[:, None]).any(1) & np.isfinite(logits).any(1)
+        logits = np.asarray(predictions, dtype=np.float64)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, : self.k]  # NaN comes last
+        ranked = ~np.isnan(np.take_along_axis(logits, order, axis=1))
+        hit = ((order == np.asarray(references)[:, None]) & ranked).any(1)
         return {f"top{self.k}": float(hit.mean())}
