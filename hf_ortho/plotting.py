@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import nn
 
 from .activations import LearnableActivation
@@ -54,8 +57,12 @@ def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "")
     blocks = np.atleast_1d(np.array(figure.subfigures(rows, columns, squeeze=False))).ravel()
     for block, panel in zip(blocks, panels, strict=False):
         _draw(block, panel)
-    handles, labels = blocks[0].axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    handles: list[Artist] = [Line2D([], [], color=LEARNED, lw=1.4, label=f"learned ({panels[0].learned.name})")]
+    if any(panel.source is not None for panel in panels):
+        handles.append(Line2D([], [], color=SOURCE, lw=1.4, ls="--", label="source"))
+    if any(panel.histogram is not None for panel in panels):
+        handles.append(Patch(color=DATA, alpha=0.5, label="pre-activations (density)"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
     figure.savefig(path)
@@ -78,7 +85,6 @@ def _draw(block, panel: Panel) -> None:
         behind.set_ylim(bottom=0)
         top.set_zorder(behind.get_zorder() + 1)
         top.patch.set_visible(False)
-        top.fill_between([], [], color=DATA, alpha=0.5, label="pre-activations (density)")
     if source is not None:
         top.plot(x, source, color=SOURCE, ls="--", lw=1.4, label="source")
         below.plot(x, learned - source, color=LEARNED, lw=1.0)

@@ -90,10 +90,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
                 f"transformers {transformers.__version__} does not have"
             )
         model = cls.from_pretrained(name, revision=revision, dtype=dtype, **overrides)
-        tokenizer = _processor(AutoTokenizer, transformers.TOKENIZER_MAPPING, TOKENIZER_FILES, config, name, revision)
-        images = _processor(
-            AutoImageProcessor, transformers.IMAGE_PROCESSOR_MAPPING, IMAGE_FILES, config, name, revision
-        )
+        tokenizer = _processor(AutoTokenizer, TOKENIZER_FILES, name, revision)
+        images = _processor(AutoImageProcessor, IMAGE_FILES, name, revision)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -109,15 +107,19 @@ def _commit(name: str, revision: str | None) -> str | None:
     return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
-def _processor(auto, mapping, files: tuple[str, ...], config: PreTrainedConfig, name: str, revision: str | None):
+def _processor(auto, files: tuple[str, ...], name: str, revision: str | None):
     """The tokenizer or image processor, None if the checkpoint comes without one."""
     present = (cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False) for f in files)
-    if type(config) not in mapping or not any(present):
+    if not any(present):
         return None
     try:
         return auto.from_pretrained(name, revision=revision)
     except ImportError as error:
         raise CheckpointError(f"the processor of {name} needs a package: {_explain(error)}") from error
+    except (OSError, ValueError):
+        if auto is AutoTokenizer:
+            raise
+        return None  # the file describes another kind, such as an audio feature extractor
 
 
 def check_output(folder: str | os.PathLike, overwrite: bool) -> Path:
@@ -155,8 +157,8 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
         draft.chmod(0o777 & ~_umask())
         yield draft
         if target.exists():
-            target.rename(old)
-        draft.rename(target)
+            os.rename(target, old)
+        os.rename(draft, target)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{folder} cannot be written, nothing was changed: {_explain(error)}") from error
     finally:
@@ -203,17 +205,43 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor] | None) -> list[Te
     """All tensors that the model returns for ``inputs`` in evaluation mode, on the CPU; none without inputs."""
     if inputs is None:
         return []
-    # safetensors maps tensors at any offset, and a product with unaligned memory may round differently.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
     mode = model.training
     model.eval()
     inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    values = model(**inputs).to_tuple()
+    with _aligned(model):
+        values = model(**inputs).to_tuple()
     model.train(mode)
     return [v.cpu() for v in values if isinstance(v, Tensor)]
+
+
+@contextlib.contextmanager
+def _aligned(model: PreTrainedModel) -> Iterator[None]:
+    """Give each module a copy of its own tensors while it runs, one module at a time.
+
+    safetensors maps tensors at any offset in a file, and a product with unaligned memory may round differently.
+    """
+    mapped: dict[int, Tensor] = {}
+
+    def own(module):
+        return (*module.parameters(recurse=False), *module.buffers(recurse=False))
+
+    def copy(module, args):
+        for tensor in own(module):
+            mapped[id(tensor)], tensor.data = tensor.data, tensor.data.clone()
+
+    def restore(module, args, output):
+        for tensor in own(module):
+            tensor.data = mapped.pop(id(tensor))
+
+    handles = [module.register_forward_pre_hook(copy) for module in model.modules()]
+    handles += [module.register_forward_hook(restore) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
