@@ -21,7 +21,8 @@ from ..errors import DataError
 from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..training import data
-from ..training.finetune import DataArguments, batches, change, class_names, prepare
+from ..training.arguments import DataArguments
+from ..training.finetune import batches, change, class_names, prepare
 from .console import Parser, console, show
 
 HELP = __doc__

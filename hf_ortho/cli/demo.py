@@ -31,7 +31,7 @@ from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..plotting import Panel, plot_activations
 from ..training.finetune import batches, change, evaluate_model, make_trainer
-from .console import Parser, console, progress, show, table, trainer_progress
+from .console import Parser, console, show, table, trainer_progress
 from .demo_tasks import TASKS, DemoTask
 
 HELP = __doc__
@@ -139,7 +139,8 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
     converted = Checkpoint(
         copy.deepcopy(original.model), original.tokenizer, original.image_processor, original.task, None
     )
-    report = convert(converted.model, name, calibration=calibration(task, dataset))
+    with console.status("Calibrating and fitting"):
+        report = convert(converted.model, name, calibration=calibration(task, dataset))
     show(report.table())
     for line in report.summary():
         console.print(line)
@@ -221,7 +222,7 @@ def compare(task: DemoTask, names: list[str], seeds: list[int], steps: int, tune
         for name in (source, *names):
             checkpoint = duplicate(original)
             if name != source:
-                with progress(f"Converting to {name}"):
+                with console.status(f"Converting to {name}"):
                     convert(checkpoint.model, name, calibration=calibration(task, dataset))
             at_once = evaluate_model(checkpoint, held_back)[task.metric]
             set_seed(seed + 1)

@@ -18,7 +18,8 @@ from transformers import (
 
 from ..conversion.checkpoint import Checkpoint
 from ..training import data
-from ..training.finetune import DataArguments, prepare
+from ..training.arguments import DataArguments
+from ..training.finetune import prepare
 
 BLOCK = 128
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..conversion.checkpoint import load_checkpoint
 from ..errors import ConfigError
 from ..training import data
-from ..training.finetune import DataArguments, change, evaluate_model, prepare
+from ..training.arguments import DataArguments
+from ..training.finetune import change, evaluate_model, prepare
 from .console import Parser, console, table
 
 HELP = __doc__

@@ -14,7 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from ..errors import ConfigError
 from ..hub import Results, write_card
 from ..hub.card import hardware
-from ..training.finetune import DataArguments, ModelArguments, Result, change, finetune
+from ..training.arguments import DataArguments, ModelArguments
+from ..training.finetune import Result, change, finetune
 from .console import console, show, table
 
 HELP = __doc__

@@ -1,6 +1,7 @@
 """Training on the ecosystem's own engines."""
 
-from .finetune import DataArguments, ModelArguments, Result, evaluate_model, finetune
+from .arguments import DataArguments, ModelArguments
+from .finetune import Result, evaluate_model, finetune
 from .metrics import Perplexity, TopKAccuracy
 from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
 

@@ -183,7 +183,7 @@ def _with_classes(dataset: Dataset, column: str, known: list[str], name: str) ->
     if isinstance(feature, Value) and "int" in feature.dtype:
         if min(labels) < 0:
             raise DataError(f"{name}: column {column!r} holds the label {min(labels)}")
-        names = known if max(labels) < len(known) else [str(i) for i in range(max(labels) + 1)]
+        names = known if max(labels) + 1 == len(known) else [str(i) for i in range(max(labels) + 1)]
     elif isinstance(feature, ClassLabel):
         names = feature.names
     else:

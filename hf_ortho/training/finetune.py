@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,53 +19,9 @@ from ..conversion import ConversionReport, convert
 from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
 from ..errors import ConfigError, DataError
 from . import data
+from .arguments import DataArguments, ModelArguments
 from .metrics import EVALUATORS
 from .trainer import POLICIES, ActivationTrainer, set_trainable
-
-
-@dataclasses.dataclass
-class ModelArguments:
-    """The model and its activation."""
-
-    model: str | None = dataclasses.field(default=None, metadata={"help": "A folder or a model on the Hub."})
-    model_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
-    dtype: str = dataclasses.field(
-        default="float32", metadata={"help": "Of the weights: auto, float32, bfloat16, float16."}
-    )
-    activation: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "Convert to this first, such as hermite_8, unless the model has it already."},
-    )
-    calibration_samples: int = dataclasses.field(
-        default=8, metadata={"help": "Training samples that weight the fit of a conversion; 0 for the data-free fit."}
-    )
-    train: str = dataclasses.field(default="all", metadata={"help": f"What to train: {', '.join(POLICIES)}."})
-
-
-@dataclasses.dataclass
-class DataArguments:
-    """The data."""
-
-    dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "A file, a folder, a dataset on the Hub, pydoc_topics or digits."}
-    )
-    eval_dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "Another such place for the evaluation; default: a split of dataset."}
-    )
-    dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
-    train_split: str | None = dataclasses.field(default=None, metadata={"help": "Default: train."})
-    eval_split: str | None = dataclasses.field(
-        default=None, metadata={"help": "Default: validation or test, else a tenth of the training split."}
-    )
-    text_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: text, or the only one."})
-    image_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: image, or the only one."})
-    label_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: label, or the only one."})
-    block_size: int | None = dataclasses.field(
-        default=None, metadata={"help": "Tokens per training sample; default: the model's context, at most 1024."}
-    )
-    max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
-    max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
 
 
 @dataclasses.dataclass
@@ -140,7 +96,7 @@ def metrics_of(trainer: ActivationTrainer) -> dict[str, float]:
 
 def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
     """Loss and perplexity, or loss, top-1 and top-5, of a checkpoint on prepared samples."""
-    with _scratch() as folder:
+    with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_eval_batch_size=batch_size,
@@ -153,14 +109,6 @@ def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8
             if len(names) > classes:
                 raise DataError(f"the dataset has {len(names)} classes, {checkpoint.model.name_or_path} has {classes}")
         return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset))
-
-
-@contextlib.contextmanager
-def _scratch():
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
-        yield folder
 
 
 def load_splits(checkpoint: Checkpoint, arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
@@ -317,7 +265,3 @@ def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path) -> None:
 def change(before: float, after: float) -> str:
     """``after`` against ``before`` in per cent."""
     return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"
-
-
-def is_converted(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config, "hf_ortho", None))

@@ -1,0 +1,52 @@
+"""The fields of a recipe beside those of ``TrainingArguments``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .trainer import POLICIES
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """The model and its activation."""
+
+    model: str | None = dataclasses.field(default=None, metadata={"help": "A folder or a model on the Hub."})
+    model_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
+    dtype: str = dataclasses.field(
+        default="float32", metadata={"help": "Of the weights: auto, float32, bfloat16, float16."}
+    )
+    activation: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Convert to this first, such as hermite_8, unless the model has it already."},
+    )
+    calibration_samples: int = dataclasses.field(
+        default=8, metadata={"help": "Training samples that weight the fit of a conversion; 0 for the data-free fit."}
+    )
+    train: str = dataclasses.field(default="all", metadata={"help": f"What to train: {', '.join(POLICIES)}."})
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """The data."""
+
+    dataset: str | None = dataclasses.field(
+        default=None, metadata={"help": "A file, a folder, a dataset on the Hub, pydoc_topics or digits."}
+    )
+    eval_dataset: str | None = dataclasses.field(
+        default=None, metadata={"help": "Another such place for the evaluation; default: a split of dataset."}
+    )
+    dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
+    train_split: str | None = dataclasses.field(default=None, metadata={"help": "Default: train."})
+    eval_split: str | None = dataclasses.field(
+        default=None, metadata={"help": "Default: validation or test, else a tenth of the training split."}
+    )
+    text_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: text, or the only one."})
+    image_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: image, or the only one."})
+    label_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: label, or the only one."})
+    block_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "Tokens per training sample; default: the model's context, at most 1024."}
+    )
+    max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
+    max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
