@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint install clean
 
 demo: install
-	$(BIN)/hf-ortho demo
+	$(BIN)/hf-ortho demo --overwrite
 
 test: install lint
 	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2}

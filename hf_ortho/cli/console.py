@@ -60,6 +60,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def show(table: Table) -> None:
     """Print a table in full, wider than the console if it must be: figures are never cut."""
+    console.print(table.title, style="italic")
+    table.title = None
     wanted = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
     Console(highlight=False, width=max(console.width, wanted)).print(table)
 
