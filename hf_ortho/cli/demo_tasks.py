@@ -91,6 +91,6 @@ def small_convnext() -> Checkpoint:
 
 
 TASKS = {
-    "text": DemoTask("pydoc_topics", small_gpt2, 480, 100, 8, 4e-3, 4e-4, "perplexity", "perplexity", 8),
+    "text": DemoTask("pydoc_topics", small_gpt2, 620, 100, 8, 4e-3, 4e-4, "perplexity", "perplexity", 8),
     "vision": DemoTask("digits", small_convnext, 250, 60, 64, 2e-3, 2e-4, "top1", "top-1 accuracy", 64),
 }
