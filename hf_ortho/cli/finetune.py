@@ -57,6 +57,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         values["report_to"] = "none"
     try:
         model, dataset, training = cast(Any, p.parse_dict(values))
+        # Its own arguments are otherwise first read when the training starts, with the output folder made.
         get_scheduler(
             training.lr_scheduler_type,
             torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
