@@ -1,9 +1,9 @@
 """The activation families as plain modules, their registry and their fits."""
 
 from .base import LearnableActivation
+from .fit_report import FitReport
 from .fourier import Fourier
 from .hermite import Hermite
-from .interpolation import FitReport
 from .registry import FAMILIES, build, named, parse, register
 from .tropical import Tropical, TropicalRational
 

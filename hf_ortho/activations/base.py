@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -14,7 +15,8 @@ from transformers import initialization
 from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError
-from .interpolation import FitReport, Nodes, Source, Target, gaussian_moments
+from .fit_report import FitReport
+from .interpolation import Nodes, Source, Target, gaussian_moments
 
 logger = logging.get_logger("hf_ortho")
 
@@ -36,7 +38,7 @@ class LearnableActivation(nn.Module):
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
-    A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative`` and
+    A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative``,
     ``fit_parameters``, and may give ``breaks``.
 
     Args:
@@ -91,7 +93,7 @@ class LearnableActivation(nn.Module):
         raise NotImplementedError
 
     def fit_parameters(self, target: Target) -> tuple[dict[str, np.ndarray], str]:
-        """Least-squares values of the parameters (``domain`` among them) for a target, and a note for the report."""
+        """Values of the parameters (``domain`` among them) that follow a target, and a note for the report."""
         raise NotImplementedError
 
     def breaks(self) -> tuple[float, ...]:
@@ -127,12 +129,9 @@ class LearnableActivation(nn.Module):
         if not sigma > 0:
             raise FitError(f"sigma {sigma!r}: must be a positive standard deviation")
 
-        def evaluate(fn):
-            with torch.no_grad():
-                return lambda x: fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
-
+        value, slope = (functools.partial(self._evaluate, fn) for fn in (self.forward, self.derivative))
         with torch.no_grad():
-            return gaussian_moments(evaluate(self.forward), evaluate(self.derivative), sigma, self.breaks())
+            return gaussian_moments(value, slope, sigma, self.breaks())
 
     def fit(
         self,
@@ -141,11 +140,15 @@ class LearnableActivation(nn.Module):
         histogram=None,
         domain: tuple[float, float] | None = None,
         derivative_weight: float = 0.0,
+        tails: bool = True,
         name: str | None = None,
     ) -> FitReport:
         r"""Match ``fn`` and its derivative by weighted Sobolev least squares in float64, in place.
 
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
+
+        The nodes are the data and, with weights that Lawson's iteration finds, the real line: the mean squared error
+        over the data + 0.2 times the squared largest error anywhere gets small.
 
         Args:
             fn: a name in ``ACT2FN``, an element-wise torch callable, or a module.
@@ -153,6 +156,8 @@ class LearnableActivation(nn.Module):
                 density of N(-0.5, 1.5^2).
             domain: the interval [lo, hi]; searched for if None.
             derivative_weight: lambda >= 0.
+            tails: False for the pure series on the whole real line. It is fitted on ``domain``, by default the extremes
+                of the data, all of which must lie in it; outside it is wrong.
             name: what to call ``fn`` in the report.
 
         Raises:
@@ -164,11 +169,16 @@ class LearnableActivation(nn.Module):
             raise FitError(f"domain {domain!r}: must be two finite numbers lo < hi, or None to search")
         source = Source.of(fn, name)
         nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
+        if not tails:
+            domain = self._domain_of_data(nodes, domain)
+            nodes = nodes.within(*domain)
         target = Target.of(source, nodes, derivative_weight, domain)
         # Matrices this small lose a factor of 50 to a threaded BLAS on a busy machine.
         with threadpool_limits(limits=1, user_api="blas"):
             values, note = self.fit_parameters(target)
         values = {"tail_slopes": np.array(source.slopes)} | values
+        if not tails:
+            values |= {"domain": np.array([-math.inf, math.inf]), "tail_slopes": np.zeros(2)}
         with np.errstate(over="ignore"):
             finite = all(np.isfinite(v.astype(np.float32)).all() for k, v in values.items() if k != "domain")
         if not finite:
@@ -179,6 +189,25 @@ class LearnableActivation(nn.Module):
                 stored.copy_(torch.as_tensor(value, dtype=stored.dtype))
         self._initialized = True
         return FitReport.measure(self, target, note)
+
+    def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:
+        """The interval of a fit without tails: all data must lie in it."""
+        if nodes.minimum is None or nodes.maximum is None:
+            if domain is None:
+                raise FitError(f"{self.name} without tails needs calibration data or a domain: it is wrong outside")
+            return domain
+        if domain is None:
+            return nodes.minimum, nodes.maximum
+        if nodes.minimum < domain[0] or nodes.maximum > domain[1]:
+            raise FitError(
+                f"{self.name} without tails on {domain}: the data reach from {nodes.minimum:.4g} to {nodes.maximum:.4g}"
+            )
+        return domain
+
+    @torch.no_grad()
+    def _evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
+        """``forward`` or ``derivative`` at float64 points."""
+        return fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         if not x.dtype.is_floating_point:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import LearnableActivation
-from .interpolation import Target, variable_projection, width_bounds
+from .interpolation import Target, balance, variable_projection, width_bounds
 
 MIN_FREQUENCY, MAX_FREQUENCY = 0.1, 60.0
+ROUNDS = 8
 RIDGE = 1e-6  # keeps low frequencies from cancelling with amplitudes of 1e3
 
 
@@ -71,20 +72,29 @@ class Fourier(LearnableActivation):
 
     def fit_parameters(self, target: Target):
         """Variable projection over frequencies and [lo, hi]; cosine and sine amplitudes are linear."""
+        found = balance(self._solve, target, rounds=ROUNDS)
+        target, theta = found.target, found.solution
+        n = self.degree
+        theta[:n] = np.sort(theta[:n])
+        theta = theta.astype(np.float32).astype(np.float64)
+        linear = self._expand(target, theta)[4][0]
+        cosine, sine = linear[1 : n + 1], linear[n + 1 :]
+        factorials = np.array([math.factorial(k) for k in range(1, n + 1)], dtype=float)
+        return {
+            "offset": linear[:1],
+            "coefficients": np.hypot(cosine, sine) * factorials,
+            "frequencies": theta[:n],
+            "phases": np.arctan2(sine, cosine),
+            "domain": np.array(theta[n:] if target.domain is None else target.domain),
+        }, ""
+
+    def _solve(self, target: Target, start: np.ndarray | None):
         n, x = self.degree, target.nodes.x
         slopes = target.source.slopes
         root = np.sqrt(target.nodes.w)
 
-        def solve(theta):
-            w, (lo, hi) = theta[:n], theta[n:] if target.domain is None else target.domain
-            t = np.clip(x, lo, hi)
-            c, s = np.cos(np.outer(t, w)), np.sin(np.outer(t, w))
-            design = np.concatenate([np.ones((len(x), 1)), c, s], 1)
-            slope_design = np.concatenate([np.zeros((len(x), 1)), -s * w, c * w], 1)
-            return t, c, s, slope_design, *target.least_squares(design, slope_design, lo, hi, RIDGE)
-
         def problem(theta):
-            t, c, s, slope_design, linear, residual, project = solve(theta)
+            t, c, s, slope_design, (linear, residual, project) = self._expand(target, theta)
             a, b, w = linear[1 : n + 1], linear[n + 1 :], theta[:n]
             columns = np.zeros((len(residual), len(theta)))
             columns[: len(x), :n] = root[:, None] * t[:, None] * (b * c - a * s)
@@ -98,8 +108,8 @@ class Fourier(LearnableActivation):
                 columns[: len(x), n + 1] = root * (x > t) * (slope - slopes[1])
             return residual, project(columns)
 
-        starts = []
-        for widen, stretch in itertools.product((1.75, 1.0), (1.2, 1.6, 2.0)):
+        starts = [] if start is None else [start]
+        for widen, stretch in itertools.product((1.75, 1.0), (1.2, 1.6, 2.0)) if start is None else ():
             reach, shift = widen * math.sqrt(max(n, 2)), 0.3
             w = math.pi / (stretch * reach) * (np.arange(1, n + 1) - shift)
             starts.append(np.concatenate([w, [-reach, reach] if target.domain is None else []]))
@@ -107,20 +117,18 @@ class Fourier(LearnableActivation):
         if target.domain is None:
             least, most = width_bounds(n)
             lower, upper = [*lower, -most, least], [*upper, -least, most]
-        theta = variable_projection(problem, starts, (lower, upper))
-        theta[:n] = np.sort(theta[:n])
-        theta = theta.astype(np.float32).astype(np.float64)
-        linear = solve(theta)[4]
-        cosine, sine = linear[1 : n + 1], linear[n + 1 :]
-        factorials = np.array([math.factorial(k) for k in range(1, n + 1)], dtype=float)
-        domain = np.array(theta[n:] if target.domain is None else target.domain)
-        return {
-            "offset": linear[:1],
-            "coefficients": np.hypot(cosine, sine) * factorials,
-            "frequencies": theta[:n],
-            "phases": np.arctan2(sine, cosine),
-            "domain": domain,
-        }, ""
+        theta = variable_projection(problem, starts, (lower, upper), 60 if start is None else 15)
+        return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
+
+    def _expand(self, target: Target, theta: np.ndarray):
+        """clamp(x), cosines and sines there, the derivatives of the basis, and the least-squares solution."""
+        n, x = self.degree, target.nodes.x
+        w, (lo, hi) = theta[:n], theta[n:] if target.domain is None else target.domain
+        t = np.clip(x, lo, hi)
+        c, s = np.cos(np.outer(t, w)), np.sin(np.outer(t, w))
+        design = np.concatenate([np.ones((len(x), 1)), c, s], 1)
+        slope_design = np.concatenate([np.zeros((len(x), 1)), -s * w, c * w], 1)
+        return t, c, s, slope_design, target.least_squares(design, slope_design, lo, hi, RIDGE)
 
 
 def _factorials(degree: int, like: Tensor) -> Tensor:

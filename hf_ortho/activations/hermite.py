@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 
@@ -12,8 +13,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from .base import LearnableActivation
-from .interpolation import Target, width_bounds
+from .interpolation import Balanced, Target, balance, width_bounds
 
+SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
 HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
 
 
@@ -81,9 +83,14 @@ class Hermite(LearnableActivation):
         highest ones stay 0.
         """
         for n in range(self.degree, 0, -1):
-            lo, hi = _search_interval(target, n) if target.domain is None else target.domain
+            if target.domain is None:
+                lo, hi, found = _search_interval(target, n)
+            else:
+                lo, hi = target.domain
+                found = _balance(target, n, lo, hi, rounds=30)
             lo, hi = float(np.float32(lo)), float(np.float32(hi))
-            series, residual, design = _solve(target, n, lo, hi)
+            design, slopes = _designs(target, n, lo, hi)
+            series, residual, _ = found.target.least_squares(design, slopes, lo, hi)
             c = chebyshev_to_hermite(series, lo, hi)
             with np.errstate(over="ignore"):
                 stored = torch.from_numpy(c.astype(np.float32))
@@ -95,30 +102,52 @@ class Hermite(LearnableActivation):
         return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([lo, hi])}, note
 
 
-def _solve(target: Target, n: int, lo: float, hi: float):
-    """Chebyshev coefficients on [lo, hi], the residual, and the design matrix."""
-    t = (2 * np.clip(target.nodes.x, lo, hi) - (lo + hi)) / (hi - lo)
-    design = slopes = chebyshev.chebvander(t, n)
-    if target.derivative_weight:
-        columns = [chebyshev.chebval(t, chebyshev.chebder(row)) for row in np.eye(n + 1)]
-        slopes = np.stack(columns, 1) * 2 / (hi - lo)
-    series, residual, _ = target.least_squares(design, slopes, lo, hi)
-    return series, residual, design
+def _designs(target: Target, n: int, lo: float, hi: float):
+    """T_k at the nodes, shifted to [lo, hi], and their derivatives where these count."""
+    design = chebyshev.chebvander((2 * np.clip(target.nodes.x, lo, hi) - (lo + hi)) / (hi - lo), n)
+    return design, design @ _differentiation(n) * (2 / (hi - lo)) if target.derivative_weight else design
 
 
-def _search_interval(target: Target, n: int) -> tuple[float, float]:
-    def cost(widths):
-        residual = _solve(target, n, -math.exp(widths[0]), math.exp(widths[1]))[1]
-        return math.log(residual @ residual + 1e-300)
+def _balance(target: Target, n: int, lo: float, hi: float, rounds: int) -> Balanced:
+    """``balance`` with the interval fixed."""
+    design, slopes = _designs(target, n, lo, hi)
+    tails = target.tails(lo, hi)
 
-    reach = math.sqrt(max(n, 2))
+    def solve(weighted: Target, start):
+        c = weighted.normal_equations(design, slopes, lo, hi)
+        return c, design @ c + tails - target.g
+
+    return balance(solve, target, rounds)
+
+
+def _search_interval(target: Target, n: int) -> tuple[float, float, Balanced]:
     bounds = [tuple(math.log(v) for v in width_bounds(n))] * 2
-    options = {"xatol": 1e-3, "fatol": 1e-4, "maxfev": 80}
+    reach = math.sqrt(max(n, 2))
+    scale = min(SCALES, key=lambda r: _balance(target, n, -r * reach, r * reach, rounds=2).score)
+    found = []
     # Odd degrees gain from a skewed interval: GELU and its kin are x/2 plus an even function.
-    starts = [np.log([a * reach, b * reach]) for a, b in ((1.4, 1.4), (1.3, 0.8), (0.8, 1.3))]
-    results = [minimize(cost, start, method="Nelder-Mead", bounds=bounds, options=options) for start in starts]
-    widths = min(results, key=lambda r: r.fun).x
-    return -math.exp(widths[0]), math.exp(widths[1])
+    skews = ((1.0, 1.0), (1.3, 0.8), (0.8, 1.3)) if n % 2 else ((1.0, 1.0),)
+    for a, b in skews:
+        tried: list[tuple[float, float, Balanced]] = []
+
+        def cost(widths, tried=tried):
+            lo, hi = -math.exp(widths[0]), math.exp(widths[1])
+            weights = tried[-1][2].after if tried else target
+            tried.append((lo, hi, _balance(weights, n, lo, hi, rounds=3)))
+            return tried[-1][2].score
+
+        z = np.log([a * scale * reach, b * scale * reach])
+        simplex = z + np.array([[0, 0], [0.1, 0], [0, 0.1]])
+        options = {"xatol": 1e-3, "fatol": 1e-3, "maxfev": 60 if len(skews) == 1 else 30, "initial_simplex": simplex}
+        minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options)
+        found.append(min(tried, key=lambda t: t[2].score))
+    return min(found, key=lambda t: t[2].mean_square)
+
+
+@functools.cache
+def _differentiation(n: int) -> np.ndarray:
+    """The matrix that takes Chebyshev coefficients to those of the derivative."""
+    return np.stack([np.pad(chebyshev.chebder(row), (0, n + 1))[: n + 1] for row in np.eye(n + 1)], 1)
 
 
 def chebyshev_to_hermite(c: np.ndarray, lo: float, hi: float) -> np.ndarray:

@@ -4,32 +4,29 @@ r"""What the fits of all families share: the nodes, the weights, the solvers, th
 
     min_theta  sum_i w_i [ (f(x_i) - g(x_i))^2 + lambda (f'(x_i) - g'(x_i))^2 ],
 
-with the tails inside f, so that the interval [lo, hi] is part of the problem.
+with the tails inside f, so that the interval [lo, hi] is part of the problem. The nodes are the data and, with weights
+that Lawson's iteration finds, the real line, so that it is the mean squared error over the data + SUP_WEIGHT times the
+squared largest error that gets small.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-import torch
+from scipy.linalg import solve
 from scipy.optimize import least_squares
 
 from .source import Source
 
-if TYPE_CHECKING:
-    from .base import LearnableActivation
-
 Array = np.ndarray
 
-# The data-free weight N(-0.5, 1.5^2): pre-activations of pretrained networks lean to the negative side. It also backs a
-# histogram, so that regions without data stay sane.
+# The data-free weight N(-0.5, 1.5^2): pre-activations of pretrained networks lean to the negative side.
 DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
-BACKGROUND_MASS = 1.0e-3
-# Share of the data-free weight spread evenly, so that high degrees stay close where the density vanishes.
-UNIFORM_MASS = 1.0e-3
+# What the square of the largest error on the real line counts for, next to the mean squared error over the data.
+SUP_WEIGHT = 0.2
 
 
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
@@ -61,10 +58,9 @@ def gaussian_moments(value, derivative, sigma: float, breaks: tuple[float, ...] 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """Points x_i with weights w_i (sum 1), and what is known of the data behind them.
+    """Points x_i with weights w_i: the data (or the data-free density) with sum 1, then the real line.
 
-    ``minimum`` and ``maximum`` are the exact extremes of the data, None without data;
-    ``data`` marks the nodes that come from data.
+    ``data`` marks the former. ``minimum`` and ``maximum`` are the exact extremes of the data, None without data.
     """
 
     x: Array
@@ -74,30 +70,48 @@ class Nodes:
     maximum: float | None = None
 
     @classmethod
-    def gaussian(cls, source: Source, step: float = 0.25) -> Nodes:
-        """The data-free weight, with a little mass everywhere on 7 sigma to either side."""
-        reach = 7 * DEFAULT_SIGMA
-        x, length = quadrature(DEFAULT_MEAN - reach, DEFAULT_MEAN + reach, (0.0, *source.kinks), step)
-        density = norm_density((x - DEFAULT_MEAN) / DEFAULT_SIGMA) / DEFAULT_SIGMA
-        w = length * ((1 - UNIFORM_MASS) * density + UNIFORM_MASS / (2 * reach))
-        return cls(x, w / w.sum(), np.ones(len(x), dtype=bool))
+    def of(
+        cls, source: Source, x: Array, w: Array, minimum: float | None = None, maximum: float | None = None
+    ) -> Nodes:
+        """The points ``x`` of positive weight ``w``, and evenly weighted ones on 6 sigma to either side."""
+        line, length = quadrature(*_reach(6.0), (0.0, *source.kinks), 0.25, order=4)
+        x, w = x[w > 0], w[w > 0]
+        data = np.arange(len(x) + len(line)) < len(x)
+        weights = np.concatenate([w / w.sum(), SUP_WEIGHT * length / length.sum()])
+        return cls(np.concatenate([x, line]), weights, data, minimum, maximum)
 
     @classmethod
-    def histogram(cls, source: Source, x: Array, counts: Array, minimum: float, maximum: float) -> Nodes:
-        back = cls.gaussian(source, step=0.5)
-        seen = counts > 0
-        x, w = x[seen], counts[seen] / counts.sum()
-        return cls(
-            np.concatenate([x, back.x]),
-            np.concatenate([w * (1 - BACKGROUND_MASS), back.w * BACKGROUND_MASS]),
-            np.concatenate([np.ones(len(x), dtype=bool), np.zeros(len(back.x), dtype=bool)]),
-            minimum,
-            maximum,
-        )
+    def gaussian(cls, source: Source, step: float = 0.25) -> Nodes:
+        """The data-free weight."""
+        x, length = quadrature(*_reach(7.0), (0.0, *source.kinks), step)
+        return cls.of(source, x, length * norm_density((x - DEFAULT_MEAN) / DEFAULT_SIGMA))
+
+    def within(self, lo: float, hi: float) -> Nodes:
+        """Without the points outside [lo, hi]."""
+        kept = (self.x >= lo) & (self.x <= hi)
+        return dataclasses.replace(self, x=self.x[kept], w=self.w[kept], data=self.data[kept])
 
     def mean(self, values: Array) -> float:
         """Average over the data."""
         return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
+
+    def score(self, error: Array) -> float:
+        """log of the mean squared error over the data + SUP_WEIGHT * (largest error on the line)^2."""
+        sup = float(np.max(np.abs(error[~self.data])))
+        return math.log(self.mean(error**2) + SUP_WEIGHT * sup**2 + 1e-32)
+
+    def reweighted(self, error: Array) -> Nodes:
+        """Lawson's step: weight on the line moves to where |error| is large.
+
+        sup^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2, so a fixed point minimises ``score``.
+        """
+        w = np.where(self.data, self.w, self.w * np.abs(error))
+        w[~self.data] *= SUP_WEIGHT / w[~self.data].sum()
+        return dataclasses.replace(self, w=w)
+
+
+def _reach(sigmas: float) -> tuple[float, float]:
+    return DEFAULT_MEAN - sigmas * DEFAULT_SIGMA, DEFAULT_MEAN + sigmas * DEFAULT_SIGMA
 
 
 def width_bounds(degree: int) -> tuple[float, float]:
@@ -124,30 +138,80 @@ class Target:
     def of(cls, source: Source, nodes: Nodes, derivative_weight: float, domain: tuple[float, float] | None) -> Target:
         return cls(source, nodes, source.value(nodes.x), source.derivative(nodes.x), derivative_weight, domain)
 
+    def at(self, nodes: Nodes) -> Target:
+        """The same with other weights."""
+        return dataclasses.replace(self, nodes=nodes)
+
     def least_squares(self, design: Array, slope_design: Array, lo: float, hi: float, ridge: float = 0.0):
         """Solve for the linear coefficients with the interval fixed.
 
         ``design`` and ``slope_design`` hold the basis and its derivative at clamp(x, lo, hi), shape (nodes, p).
         Returns the coefficients, the residual, and a function that projects onto the residual space.
         """
-        x, (s_lo, s_hi) = self.nodes.x, self.source.slopes
-        root = np.sqrt(self.nodes.w)[:, None]
-        tails = s_lo * np.minimum(x - lo, 0) + s_hi * np.maximum(x - hi, 0)
-        blocks, right = [design * root], [(self.g - tails) * root[:, 0]]
-        if self.derivative_weight:
-            inside = ((x >= lo) & (x <= hi))[:, None]
-            root = root * math.sqrt(self.derivative_weight)
-            blocks.append(np.where(inside, slope_design, 0.0) * root)
-            outside_slope = np.where(x < lo, s_lo, np.where(x > hi, s_hi, 0.0))
-            right.append((self.dg - outside_slope) * root[:, 0])
+        a, b = self._weighted(design, slope_design, lo, hi)
         if ridge:
-            blocks.append(ridge * np.eye(design.shape[1]))
-            right.append(np.zeros(design.shape[1]))
-        a, b = np.concatenate(blocks), np.concatenate(right)
+            a = np.concatenate([a, ridge * np.eye(a.shape[1])])
+            b = np.concatenate([b, np.zeros(a.shape[1])])
         u, s, vt = np.linalg.svd(a, full_matrices=False)
         keep = s > 1e-13 * s[0]
         u, projected = u[:, keep], u[:, keep].T @ b
         return vt[keep].T @ (projected / s[keep]), u @ projected - b, lambda v: v - u @ (u.T @ v)
+
+    def normal_equations(self, design: Array, slope_design: Array, lo: float, hi: float) -> Array:
+        """The coefficients alone, five times faster; the weight on the line keeps good bases well conditioned."""
+        a, b = self._weighted(design, slope_design, lo, hi)
+        gram = a.T @ a
+        gram.flat[:: len(gram) + 1] *= 1 + 1e-13
+        return solve(gram, a.T @ b, assume_a="pos", check_finite=False)
+
+    def tails(self, lo: float, hi: float) -> Array:
+        """s_lo min(x - lo, 0) + s_hi max(x - hi, 0) at the nodes."""
+        x, (s_lo, s_hi) = self.nodes.x, self.source.slopes
+        return s_lo * np.minimum(x - lo, 0) + s_hi * np.maximum(x - hi, 0)
+
+    def _weighted(self, design: Array, slope_design: Array, lo: float, hi: float) -> tuple[Array, Array]:
+        """Rows times the roots of the weights, and the right-hand side without the tails."""
+        x, (s_lo, s_hi) = self.nodes.x, self.source.slopes
+        root = np.sqrt(self.nodes.w)[:, None]
+        a, b = design * root, (self.g - self.tails(lo, hi)) * root[:, 0]
+        if not self.derivative_weight:
+            return a, b
+        inside = ((x >= lo) & (x <= hi))[:, None]
+        root = root * math.sqrt(self.derivative_weight)
+        outside_slope = np.where(x < lo, s_lo, np.where(x > hi, s_hi, 0.0))
+        slopes, right = np.where(inside, slope_design, 0.0) * root, (self.dg - outside_slope) * root[:, 0]
+        return np.concatenate([a, slopes]), np.concatenate([b, right])
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced:
+    """The best of some rounds: ``Nodes.score``, mean squared error over the data, solution and weights; and the weights
+    that the next round would have."""
+
+    score: float
+    mean_square: float
+    solution: Any
+    target: Target
+    after: Target
+
+
+def balance(solve, target: Target, rounds: int) -> Balanced:
+    """Alternate least squares and Lawson's step.
+
+    ``solve(target, start)`` gives the solution for fixed weights, from the one of the last round, and f - g at the
+    nodes.
+    """
+    best, solution = None, None
+    for _ in range(rounds):
+        solution, error = solve(target, solution)
+        score = target.nodes.score(error)
+        if best is None or score < best[0]:
+            best = score, target.nodes.mean(error**2), solution, target
+        if np.abs(error).max() < 1e-9:
+            break
+        target = target.at(target.nodes.reweighted(error))
+    assert best is not None
+    return Balanced(*best, target)
 
 
 def variable_projection(problem, starts, bounds, max_nfev: int = 60) -> Array:
@@ -180,69 +244,3 @@ def variable_projection(problem, starts, bounds, max_nfev: int = 60) -> Array:
             best, best_cost = result.x, result.cost
     assert best is not None
     return best
-
-
-@dataclasses.dataclass(frozen=True)
-class FitReport:
-    """How well f matches g: ``sup`` over the real line, ``rms`` under the weight of the nodes.
-
-    Attributes:
-        domain, tail_slopes: the interval [lo, hi] and the slopes outside, as stored in the module.
-        sup_error, sup_derivative_error: max |f - g| and max |f' - g'| (away from kinks) on the real line.
-        rms_error, rms_derivative_error: root mean squares over the data, or over N(-0.5, 1.5^2) without data.
-        mass_outside: share of the data outside [lo, hi].
-        minimum, maximum: exact extremes of the data, None without data.
-        note: what a reader must know, for example that a convex family cannot follow the source; else empty.
-    """
-
-    activation: str
-    source: str
-    domain: tuple[float, float]
-    tail_slopes: tuple[float, float]
-    sup_error: float
-    sup_derivative_error: float
-    rms_error: float
-    rms_derivative_error: float
-    mass_outside: float
-    minimum: float | None
-    maximum: float | None
-    note: str = ""
-
-    @classmethod
-    def measure(cls, module: LearnableActivation, target: Target, note: str = "") -> FitReport:
-        """Compare the module as stored (float32 parameters, float64 arithmetic) with the source."""
-        nodes, source = target.nodes, target.source
-        lo, hi = (float(v) for v in module.domain.tolist())
-        reach = [20.0] + [abs(v) for v in (nodes.minimum, nodes.maximum, lo, hi) if v is not None and math.isfinite(v)]
-        grid = np.union1d(np.linspace(-max(reach), max(reach), 8001), np.linspace(-12, 12, 9601))
-        smooth = np.ones(len(grid), dtype=bool)
-        for kink in source.kinks:
-            smooth &= np.abs(grid - kink) > 1e-3
-
-        def errors(x: Array, g: Array, dg: Array):
-            t = torch.as_tensor(x, dtype=torch.float64, device=module.domain.device)
-            with torch.no_grad():
-                return module(t).cpu().numpy() - g, module.derivative(t).cpu().numpy() - dg
-
-        e, de = errors(grid, source.value(grid), source.derivative(grid))
-        if nodes.minimum is None:  # other nodes than the fit has seen
-            nodes = Nodes.gaussian(source, step=0.2)
-        en, den = errors(nodes.x, source.value(nodes.x), source.derivative(nodes.x))
-        return cls(
-            module.name,
-            source.name,
-            (lo, hi),
-            tuple(module.tail_slopes.tolist()),
-            float(np.abs(e).max()),
-            float(np.abs(de[smooth]).max()),
-            math.sqrt(nodes.mean(en**2)),
-            math.sqrt(nodes.mean(den**2)),
-            nodes.mean((nodes.x < lo) | (nodes.x > hi)),
-            nodes.minimum,
-            nodes.maximum,
-            note,
-        )
-
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

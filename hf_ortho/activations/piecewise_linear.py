@@ -11,12 +11,19 @@ from .interpolation import Nodes, Target, variable_projection
 INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
 
 
-def fit_knots(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Knots and values of the best continuous piecewise-linear function with at most n kinks of either sign."""
+def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Knots and values of the best continuous piecewise-linear function with at most n kinks of either sign.
+
+    ``start`` holds knots to refine, for example those for other weights.
+    """
     source = target.source
     if source.piecewise_linear and source.kinks:
         knots = np.array(source.kinks)
         values = source.value(knots)
+        if not len(_excess(_bends(knots, values, source.slopes), n)):
+            return knots, values
+    if start is not None and len(start) > 1:
+        knots, values, _ = _refine(target, start)
         if not len(_excess(_bends(knots, values, source.slopes), n)):
             return knots, values
     best, best_cost = None, math.inf
@@ -33,6 +40,13 @@ def fit_knots(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
             best, best_cost = (knots, values), cost
     assert best is not None
     return best
+
+
+def interpolate(x: np.ndarray, knots: np.ndarray, values: np.ndarray, slopes: tuple[float, float]) -> np.ndarray:
+    """The continuous function that is linear between the knots and has ``slopes`` outside."""
+    return (
+        np.interp(x, knots, values) + slopes[0] * np.minimum(x - knots[0], 0) + slopes[1] * np.maximum(x - knots[-1], 0)
+    )
 
 
 def _knot_density(target: Target, power: float) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +127,7 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
     if len(knots) < 2:
         values = source.value(knots)
-        error = target.g - values - s_lo * np.minimum(x - knots, 0) - s_hi * np.maximum(x - knots, 0)
+        error = target.g - interpolate(x, knots, values, source.slopes)
         return knots, values, float(w @ error**2)
     gaps = np.maximum(np.diff(knots), 1e-3)
     start = np.concatenate([knots[:1], np.log(gaps)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,13 +18,16 @@ Array = np.ndarray
 
 # Where a function is taken to have reached its asymptotes; the slope at twice the distance confirms it.
 FAR = 1.0e4
+# A straight stretch from 8 to 9.5 counts as the tail even if g bends later: gelu_10 is min(gelu(x), 10).
+NEAR = 8.0, 9.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An element-wise function g with its derivative, asymptotic lines and kinks, evaluated in float64.
 
-    ``slopes`` and ``intercepts`` hold (-inf, +inf) values: g(x) - slope * x - intercept -> 0.
+    ``slopes`` and ``intercepts`` hold (-inf, +inf) values: g(x) - slope * x - intercept -> 0, as far as ``reach``,
+    beyond which g is another line.
     ``kinks`` are the points where g' jumps; ``piecewise_linear`` is true when g is linear between them.
     """
 
@@ -33,6 +37,7 @@ class Source:
     intercepts: tuple[float, float]
     kinks: tuple[float, ...]
     piecewise_linear: bool
+    reach: tuple[float, float] = (-math.inf, math.inf)
 
     @classmethod
     def of(cls, fn: str | Callable[[torch.Tensor], torch.Tensor], name: str | None = None) -> Source:
@@ -60,11 +65,11 @@ class Source:
             raise FitError(f"{name} is not finite on [-12, 12]")
         if g.shape != probe.shape or not np.allclose(part, g[::7], rtol=1e-12, atol=1e-12):
             raise FitError(f"{name} is not an element-wise function, so no activation of one variable can match it")
-        slopes, intercepts = draft._asymptotes()
-        kinks = draft._kinks(probe, dg)
-        bent = np.flatnonzero(np.abs(np.diff(dg)) > 1e-9)
+        slopes, intercepts, reach = draft._asymptotes()
+        kinks = tuple(k for k in draft._kinks(probe, dg) if reach[0] < k < reach[1])
+        bent = [i for i in np.flatnonzero(np.abs(np.diff(dg)) > 1e-9) if reach[0] < probe[i] < reach[1] - 0.01]
         linear = all(any(probe[i] - 1e-6 <= k <= probe[i + 1] + 1e-6 for k in kinks) for i in bent)
-        return cls(name, function, slopes, intercepts, kinks, linear)
+        return cls(name, function, slopes, intercepts, kinks, linear, reach)
 
     def value(self, x: Array) -> Array:
         with torch.no_grad():
@@ -85,8 +90,24 @@ class Source:
                     f"{self.name} has no asymptotic slope at {side} (slope {dg[i]:.4g} at {x[i]:g}, {dg[i + 1]:.4g} at "
                     f"{x[i + 1]:g}); activations with straight tails cannot follow it"
                 )
-        slopes = (float(dg[1]), float(dg[3]))
-        return slopes, (float(g[0] - slopes[0] * x[0]), float(g[2] - slopes[1] * x[2]))
+        slopes, intercepts, reach = [], [], []
+        for sign, i in ((-1.0, 0), (1.0, 2)):
+            slope, intercept, end = float(dg[i + 1]), float(g[i] - dg[i + 1] * x[i]), sign * math.inf
+            near = sign * np.array(NEAR)
+            gn, dn = self.value(near), self.derivative(near)
+            if abs(dn[1] - slope) > 0.1 and abs(dn[1] - dn[0]) < 1e-6:
+                slope = float(dn[1])
+                intercept = float(gn[1] - slope * near[1])
+                inside, outside = near[1], sign * FAR
+                while abs(outside - inside) > 1e-9 * abs(inside):
+                    middle = (inside + outside) / 2
+                    straight = abs(float(self.value(np.array([middle]))[0]) - slope * middle - intercept) < 1e-6
+                    inside, outside = (middle, outside) if straight else (inside, middle)
+                end = float(np.round(inside, 6))
+            slopes.append(slope)
+            intercepts.append(intercept)
+            reach.append(end)
+        return tuple(slopes), tuple(intercepts), tuple(reach)
 
     def _kinks(self, grid: Array, dg: Array) -> tuple[float, ...]:
         """Bisect every grid cell across which g' changes by more than a smooth g could."""

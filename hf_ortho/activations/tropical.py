@@ -11,8 +11,10 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 
 from .base import LearnableActivation
-from .interpolation import Target, gaussian_moments, variable_projection
-from .piecewise_linear import fit_knots, lines_through
+from .interpolation import Target, balance, gaussian_moments, variable_projection
+from .piecewise_linear import fit_knots, interpolate, lines_through
+
+ROUNDS = 12
 
 
 def max_of_lines(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
@@ -112,6 +114,23 @@ class Tropical(LearnableActivation):
 
         S(x) = offset + (sqrt(2)/n) sum_{k=1..n} max(x - b_k, 0), in which every line keeps its gradient.
         """
+        theta = balance(self._solve, target, rounds=ROUNDS).solution
+        n, source = self.degree, target.source
+        step = math.sqrt(2) / n
+        breaks = np.sort(theta[1 : n + 1])
+        domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
+        grid = np.linspace(-8.0, 8.0, 1601)
+        slopes = source.derivative(grid)
+        fall = float(np.max(np.maximum.accumulate(slopes) - slopes))
+        note = ""
+        if fall > 0.01:
+            note = (
+                f"tropical polynomials are convex, {source.name} is not (its slope falls by {fall:.2g}): "
+                "the error does not vanish with the degree; tropical_rational has no such limit"
+            )
+        return {"coefficients": theta[0] / step - np.concatenate([[0.0], np.cumsum(breaks)]), "domain": domain}, note
+
+    def _solve(self, target: Target, start: np.ndarray | None):
         n, source, x = self.degree, target.source, target.nodes.x
         step, (s_lo, s_hi) = math.sqrt(2) / n, source.slopes
         root = np.sqrt(target.nodes.w)
@@ -133,8 +152,8 @@ class Tropical(LearnableActivation):
             residual = np.concatenate([root * (value - target.g), root_slope * (slope - target.dg)])
             return residual, np.concatenate([jacobian, np.zeros_like(jacobian)])
 
-        starts = []
-        for spread in (0.5, 1.0, 2.0):
+        starts = [] if start is None else [start]
+        for spread in (0.5, 1.0, 2.0) if start is None else ():
             breaks = spread * ndtri((np.arange(n) + 0.5) / n)
             starts.append(np.concatenate([[0.0], breaks, [-2 * spread, 2 * spread] if target.domain is None else []]))
         lower, upper = np.full(len(starts[0]), -40.0), np.full(len(starts[0]), 40.0)
@@ -149,18 +168,7 @@ class Tropical(LearnableActivation):
                 return residual @ residual
 
             theta = np.clip(minimize(cost, theta, method="Powell", options={"maxfev": 2000}).x, lower, upper)
-        breaks = np.sort(theta[1 : n + 1])
-        domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
-        grid = np.linspace(-8.0, 8.0, 1601)
-        slopes = source.derivative(grid)
-        fall = float(np.max(np.maximum.accumulate(slopes) - slopes))
-        note = ""
-        if fall > 0.01:
-            note = (
-                f"tropical polynomials are convex, {source.name} is not (its slope falls by {fall:.2g}): "
-                "the error does not vanish with the degree; tropical_rational has no such limit"
-            )
-        return {"coefficients": theta[0] / step - np.concatenate([[0.0], np.cumsum(breaks)]), "domain": domain}, note
+        return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
 
 
 class TropicalRational(LearnableActivation):
@@ -226,6 +234,10 @@ class TropicalRational(LearnableActivation):
 
         The tails are exact lines, so ``domain`` stays infinite unless one is asked for.
         """
-        knots, values = fit_knots(target, self.degree)
+        knots, values = balance(self._solve, target, rounds=ROUNDS).solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
         return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, ""
+
+    def _solve(self, target: Target, start: tuple[np.ndarray, np.ndarray] | None):
+        knots, values = fit_knots(target, self.degree, None if start is None else start[0])
+        return (knots, values), interpolate(target.nodes.x, knots, values, target.source.slopes) - target.g

@@ -80,7 +80,7 @@ class Histogram:
         """Bin centres as fit nodes, weighted by the counts."""
         edges = np.linspace(-REACH, REACH, BINS + 1)
         centres = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
-        return Nodes.histogram(source, centres, self.counts, self.minimum, self.maximum)
+        return Nodes.of(source, centres, self.counts, self.minimum, self.maximum)
 
 
 def collect(

@@ -191,7 +191,7 @@ def test_the_report_is_plain_json(name):
 @pytest.mark.parametrize("degree", [2, 6, 16])
 def test_tropical_says_that_it_cannot_follow_a_dip(degree):
     _, report = fitted(f"tropical_{degree}")
-    assert report.sup_error > 0.09  # GELU falls to -0.17, between tails of slope 0 and 1
+    assert report.sup_error > 0.08  # GELU falls to -0.17 and comes back: half of that is the best a convex one can do
     assert "convex" in report.note
     assert fitted(f"tropical_{degree}", F.softplus)[1].note == ""
 
@@ -199,29 +199,27 @@ def test_tropical_says_that_it_cannot_follow_a_dip(degree):
 # ---- optimality of the closed form -----------------------------------------------------------------------------------
 
 
-def weighted_residual(module, fn, derivative_weight):
-    """The weighted mean of (f - g)^2 + lambda (f' - g')^2 on a fine grid."""
-    x = line(MEAN - 7 * SIGMA, MEAN + 7 * SIGMA, 8001)
-    e, de = errors(module, fn, x)
-    weight = 0.999 * norm.pdf(x.numpy(), MEAN, SIGMA) + 0.001 / (14 * SIGMA)
-    return weight @ (e**2 + derivative_weight * de**2) * float(x[1] - x[0])
+def objective(module, fn):
+    """The mean of (f - g)^2 under N(-0.5, 1.5^2) + a fifth of its maximum, on a fine grid."""
+    x = line(MEAN - 6 * SIGMA, MEAN + 6 * SIGMA, 8001)
+    with torch.no_grad():
+        square = (module(x) - fn(x)).numpy() ** 2
+    return norm.pdf(x.numpy(), MEAN, SIGMA) @ square * float(x[1] - x[0]) + 0.2 * square.max()
 
 
 @pytest.mark.parametrize("fn", [F.gelu, F.silu, torch.tanh], ids=["gelu", "silu", "tanh"])
-@pytest.mark.parametrize("degree", [3, 8])
-@pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_no_perturbation_improves_a_hermite_fit(weight, degree, fn):
+@pytest.mark.parametrize("degree", [4, 8])
+def test_no_perturbation_improves_a_hermite_fit_by_much(degree, fn):
     module = build(f"hermite_{degree}").double()
-    module.fit(fn, derivative_weight=weight)
-    best = weighted_residual(module, fn, weight)
-    moves = [(module.coefficients, [0.1 * math.sqrt(best * math.factorial(k)) for k in range(degree + 1)])]
-    if not weight:  # with it, the ends of the domain may stop at the bounds of the search
-        moves.append((module.domain, [0.05, 0.05]))
+    module.fit(fn)
+    best = objective(module, fn)
+    moves = [(module.coefficients, [math.sqrt(best * math.factorial(k)) for k in range(degree + 1)])]
+    moves.append((module.domain, [0.3, 0.3]))
     for values, sizes in moves:
         for k, size in enumerate(sizes):
-            for step in (-size, size):
+            for step in (-size, -size / 10, size / 10, size):
                 values.data[k] += step
-                assert weighted_residual(module, fn, weight) > best
+                assert objective(module, fn) > 0.9 * best  # Lawson's weights are within a few rounds of the optimum
                 values.data[k] -= step
 
 
