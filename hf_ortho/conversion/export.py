@@ -89,7 +89,7 @@ def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarr
     width = None
     for path, module in network.named_modules(remove_duplicate=False):
         where = f"module {path}" if path else "the network"
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:  # a subclass may compute something else, as may one of nn.Sequential
             if width not in (None, module.in_features):
                 raise PolynomialError(f"{where} takes {module.in_features} values, the nn.Linear before gives {width}")
             for name, parameter in module.named_parameters():
@@ -105,7 +105,7 @@ def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarr
                     "ignore_tails=True if every pre-activation stays inside"
                 )
             layers.append(exact_monomials(module.coefficients.tolist()))
-        elif not isinstance(module, nn.Sequential):
+        elif type(module) is not nn.Sequential:
             raise PolynomialError(
                 f"{where} is {type(module).__name__}: only nn.Sequential of nn.Linear and Hermite modules expands"
             )
