@@ -3,9 +3,9 @@
 from importlib.metadata import version as _version
 
 from . import activations, errors
-from .conversion import ConversionReport, Histogram, convert
+from .conversion import ConversionReport, Histogram, convert, expand, polynomials
 
 __version__ = _version("hf_ortho")
-__all__ = ["ConversionReport", "Histogram", "activations", "convert", "errors"]
+__all__ = ["ConversionReport", "Histogram", "activations", "convert", "errors", "expand", "polynomials"]
 
 activations.register()

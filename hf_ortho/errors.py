@@ -13,6 +13,10 @@ class FitError(HfOrthoError, ValueError):
     """A function cannot be interpolated: not element-wise, not finite, or without asymptotic slopes."""
 
 
+class PolynomialError(HfOrthoError, ValueError):
+    """An activation or a network is no polynomial, lacks a finite domain, or has too many terms to expand."""
+
+
 class SiteError(HfOrthoError, ValueError):
     """The config of a model does not drive its activation, so a conversion would not reload."""
 

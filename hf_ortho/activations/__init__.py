@@ -4,6 +4,7 @@ from .base import LearnableActivation
 from .fit_report import FitReport
 from .fourier import Fourier
 from .hermite import Hermite
+from .polynomial import PolynomialForm
 from .registry import FAMILIES, build, named, parse, register
 from .tropical import Tropical, TropicalRational
 
@@ -13,6 +14,7 @@ __all__ = [
     "Fourier",
     "Hermite",
     "LearnableActivation",
+    "PolynomialForm",
     "Tropical",
     "TropicalRational",
     "build",

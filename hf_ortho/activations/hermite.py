@@ -12,8 +12,10 @@ from numpy.polynomial import chebyshev
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from ..errors import PolynomialError
 from .base import LearnableActivation
 from .interpolation import Balanced, Target, balance, width_bounds
+from .polynomial import PolynomialForm
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
 HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
@@ -75,6 +77,31 @@ class Hermite(LearnableActivation):
 
     def series_derivative(self, x):
         return hermite_sum(x, self.coefficients[1:].to(x.dtype))
+
+    def to_polynomial(self, domain: tuple[float, float] | None = None) -> PolynomialForm:
+        """S on [lo, hi] in monomials, He_k and Chebyshev polynomials; the tails are not part of it.
+
+        Args:
+            domain: [lo, hi], finite and inside the module's own domain; that one if None.
+
+        Raises:
+            PolynomialError: the interval is not finite, as for a module without tails unless ``domain`` is given, or
+                reaches beyond the module's domain, where the activation is a straight line; or a coefficient is not
+                finite.
+        """
+        own = self.domain.tolist()
+        lo, hi = map(float, own if domain is None else domain)
+        if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+            raise PolynomialError(
+                f"domain [{lo:g}, {hi:g}] of {self.name}: the polynomial needs a finite interval lo < hi, give one "
+                "with to_polynomial(domain=(lo, hi))"
+            )
+        if not own[0] <= lo < hi <= own[1]:
+            raise PolynomialError(
+                f"domain [{lo:g}, {hi:g}] of {self.name}: beyond its own domain [{own[0]:g}, {own[1]:g}] it is a "
+                "straight line, give an interval inside"
+            )
+        return PolynomialForm.of(self.coefficients.tolist(), (lo, hi))
 
     def fit_parameters(self, target: Target):
         """Closed form for the coefficients given [lo, hi]; Nelder-Mead over the two ends.

@@ -2,7 +2,18 @@
 
 from .calibrate import Histogram, collect
 from .convert import convert
+from .export import expand, polynomials
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites
 
-__all__ = ["ConversionReport", "Histogram", "LayerReport", "Site", "collect", "convert", "find_sites"]
+__all__ = [
+    "ConversionReport",
+    "Histogram",
+    "LayerReport",
+    "Site",
+    "collect",
+    "convert",
+    "expand",
+    "find_sites",
+    "polynomials",
+]

@@ -1,0 +1,130 @@
+"""The polynomials behind Hermite activations: of every activation of a model, and of a whole small network."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+
+import numpy as np
+from sympy import QQ, Poly, Rational, symbols
+from torch import nn
+
+from ..activations import Hermite, LearnableActivation, PolynomialForm
+from ..activations.polynomial import exact_monomials
+from ..errors import PolynomialError
+
+
+def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
+    """The polynomial of every Hermite activation of ``model``, by module path.
+
+    Where a module's own domain is infinite, the interval is the ``domain`` of its entry in
+    ``model.config.hf_ortho["layers"]``. A converted model has more that is no polynomial, such as softmax and
+    normalisation; outside its domain an activation is a straight line.
+
+    Raises:
+        PolynomialError: there is no learnable activation, one is of another family, or one has no finite domain.
+    """
+    provenance = getattr(getattr(model, "config", None), "hf_ortho", None) or {}
+    recorded = {layer["module"]: layer.get("domain") for layer in provenance.get("layers", [])}
+    forms: dict[str, PolynomialForm] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, LearnableActivation):
+            continue
+        if not isinstance(module, Hermite):
+            raise PolynomialError(f"{path} is {module.name}, which is no polynomial: convert to hermite_n")
+        finite = module.domain.isfinite().all()
+        try:
+            forms[path] = module.to_polynomial(None if finite else recorded.get(path))
+        except PolynomialError as error:
+            raise PolynomialError(f"{path}: {error}") from None
+    if not forms:
+        raise PolynomialError(
+            f"{type(model).__name__} has no Hermite activation: convert it first, hf_ortho.convert(model, 'hermite_8')"
+        )
+    return forms
+
+
+def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = False) -> list[Poly]:
+    """The exact multivariate polynomial of a stack of affine maps and Hermite activations.
+
+    With L layers of activations of degree n it is a polynomial of total degree n^L in the inputs.
+
+    Args:
+        network: ``nn.Sequential``, nested if wanted, of ``nn.Linear`` and ``Hermite`` modules.
+        max_terms: the most monomials an output may have. Time grows faster than their number: thousands of terms take
+            seconds to minutes.
+        ignore_tails: take activations with a finite domain for their polynomials. The expansion then equals the
+            network only where every pre-activation lies in its domain; by default such a module is refused.
+
+    Returns:
+        One ``sympy.Poly`` with rational coefficients for each output, in the generators x0, x1, ... (the inputs).
+        The parameters are taken at their stored values, so no rounding is involved.
+
+    Raises:
+        PolynomialError: another module is in the stack, widths do not fit, a parameter is not finite, an activation
+            has tails, or there are more than ``max_terms`` = C(n_in + degree, degree) monomials.
+    """
+    layers = _layers(network, ignore_tails)
+    n_in = next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
+    if n_in is None:
+        raise PolynomialError(f"{type(network).__name__} has no nn.Linear: the number of inputs is unknown")
+    degree = math.prod(max(len(layer) - 1, 1) for layer in layers if not isinstance(layer, nn.Linear))
+    terms = math.comb(n_in + degree, degree)
+    if terms > max_terms:
+        raise PolynomialError(
+            f"the expansion has up to C({n_in} + {degree}, {degree}) = {Decimal(terms):.10g} monomials ({n_in} inputs, "
+            f"degree {degree}), more than max_terms={max_terms}: take fewer inputs, fewer layers or a lower degree, or "
+            "raise max_terms"
+        )
+    inputs = symbols(f"x:{n_in}")
+    values = [Poly(x, *inputs, domain=QQ) for x in inputs]
+    for layer in layers:
+        values = _affine(layer, values) if isinstance(layer, nn.Linear) else [_horner(layer, v) for v in values]
+    return values
+
+
+def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarray]:
+    """The checked layers in order, an activation as its exact monomial coefficients."""
+    layers: list[nn.Linear | np.ndarray] = []
+    width = None
+    for path, module in network.named_modules(remove_duplicate=False):
+        where = f"module {path}" if path else "the network"
+        if type(module) is nn.Linear:  # a subclass may compute something else, as may one of nn.Sequential
+            if width not in (None, module.in_features):
+                raise PolynomialError(f"{where} takes {module.in_features} values, the nn.Linear before gives {width}")
+            for name, parameter in module.named_parameters():
+                if not parameter.isfinite().all():
+                    raise PolynomialError(f"{name} of {where} holds NaN or infinity: a polynomial needs finite weights")
+            width = module.out_features
+            layers.append(module)
+        elif isinstance(module, Hermite):
+            if not (ignore_tails or module.domain.isinf().all()):
+                lo, hi = module.domain.tolist()
+                raise PolynomialError(
+                    f"{where} is a straight line outside its domain [{lo:g}, {hi:g}], so it is no polynomial: pass "
+                    "ignore_tails=True if every pre-activation stays inside"
+                )
+            layers.append(exact_monomials(module.coefficients.tolist()))
+        elif type(module) is not nn.Sequential:
+            raise PolynomialError(
+                f"{where} is {type(module).__name__}: only nn.Sequential of nn.Linear and Hermite modules expands"
+            )
+    return layers
+
+
+def _affine(layer: nn.Linear, values: list[Poly]) -> list[Poly]:
+    bias = [0.0] * layer.out_features if layer.bias is None else layer.bias.tolist()
+    out = []
+    for row, b in zip(layer.weight.tolist(), bias, strict=True):
+        total = Poly(Rational(b), *values[0].gens, domain=QQ)
+        for w, value in zip(row, values, strict=True):
+            total += value * Rational(w)
+        out.append(total)
+    return out
+
+
+def _horner(coefficients: np.ndarray, value: Poly) -> Poly:
+    *rest, total = (Poly(Rational(a), *value.gens, domain=QQ) for a in coefficients)
+    for a in reversed(rest):
+        total = total * value + a
+    return total

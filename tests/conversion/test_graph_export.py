@@ -1,0 +1,39 @@
+"""``torch.export`` and ONNX: the graphs of converted models give the same logits at another batch size."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import hf_ortho
+from hf_ortho.activations import FAMILIES
+
+
+@pytest.fixture(params=["gpt2", "convnext"])
+def case(request, gpt2, convnext, ids, pixels):
+    """(model with outliers, name of its input, inputs)."""
+    if request.param == "gpt2":
+        return gpt2(scale=60, n_layer=1, use_cache=False), "input_ids", ids
+    sizes = {"num_stages": 1, "hidden_sizes": [8], "depths": [1], "initializer_range": 0.2}
+    return convnext(scale=4, **sizes), "pixel_values", pixels
+
+
+# torch's own copy of its deprecated class, inside torch.onnx.export
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_as_the_module(family, case, tmp_path):
+    model, name, inputs = case
+    with torch.no_grad():
+        original = model(**{name: inputs}).logits
+        hf_ortho.convert(model, f"{family}_2")
+        expected = model(**{name: inputs}).logits
+    assert (expected - original).abs().max() > 1e-4  # the graphs are of the new activations
+
+    dynamic = {name: {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (), {name: inputs[:2]}, dynamic_shapes=dynamic)
+    torch.testing.assert_close(program.module()(**{name: inputs}).logits, expected, rtol=0, atol=1e-5)
+
+    torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {name: inputs.numpy()})
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-5)
