@@ -15,7 +15,8 @@ COMMANDS = {
     "convert": "convert a checkpoint to learnable activations",
     "finetune": "fine-tune a checkpoint, from a YAML file and flags",
     "evaluate": "loss and perplexity, or accuracy, of one checkpoint or two",
-    "plot": "draw the activations of a converted checkpoint",
+    "plot": "draw the activations of a converted checkpoint, of two, or over a training",
+    "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
 }
 
 

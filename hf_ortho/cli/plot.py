@@ -1,14 +1,18 @@
-"""``hf-ortho plot``: a PNG of the activations of a converted checkpoint against the ones they replaced."""
+"""``hf-ortho plot``: the activations of a converted checkpoint, of two, or over a training, as a picture."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
-from ..conversion import collect
+from ..conversion import Histogram, collect
 from ..conversion.checkpoint import load_checkpoint
-from ..errors import ConfigError, OutputError
-from ..plotting import Panel, plot_activations
+from ..conversion.stored import StoredActivations, load_activations, provenance_of, source_names
+from ..errors import CheckpointError, ConfigError, OutputError
+from ..plotting import Panel, Snapshot, animate_history, plot_activations, plot_history
 from .console import Parser, console
 from .convert import calibration_batches
 
@@ -17,9 +21,12 @@ HELP = __doc__
 
 def parser() -> Parser:
     p = Parser(prog="hf-ortho plot", description=HELP)
-    p.add_argument("model", help="a folder, or a model on the Hub")
-    p.add_argument("-o", "--output", default="activations.png", help="PNG file to write")
+    p.add_argument("model", nargs="?", help="a folder, or a model on the Hub; optional with --history")
+    p.add_argument("-o", "--output", default="activations.png", help="PNG file to write; with --history also GIF")
     p.add_argument("--revision", help="of the model on the Hub")
+    p.add_argument("--against", metavar="OTHER", help="a second converted model, drawn over the first")
+    p.add_argument("--against-revision", help="of the other model on the Hub")
+    p.add_argument("--history", metavar="RUN_DIR", help="draw the checkpoint-N folders of a training, MODEL at the end")
     p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="draw the pre-activations over this data")
     p.add_argument("--calibration-samples", type=int, default=8, help="blocks of text, or images times 8")
     p.add_argument("--calibration-split", help="default: train")
@@ -29,21 +36,111 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if not args.output.endswith(".png"):
-        raise ConfigError(f"--output {args.output}: must end in .png")
-    checkpoint = load_checkpoint(args.model, revision=args.revision)
-    model = checkpoint.model
-    learned = {n: m for n, m in model.named_modules() if isinstance(m, LearnableActivation)}
-    if not learned:
-        raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
-    sources = (getattr(model.config, "hf_ortho", None) or {}).get("source_activations", {})
-    names = {value.rpartition("-")[2] for value in sources.values()}
-    source = ACT2FN[next(iter(names))] if len(names) == 1 else None
-    batches = calibration_batches(checkpoint, args)
-    histograms = collect(model, learned, batches)[0] if batches else {}
-    panels = [Panel(name, module, source, histograms.get(name)) for name, module in learned.items()]
-    try:
-        plot_activations(panels, args.output, args.model)
-    except OSError as error:
-        raise OutputError(f"{args.output} cannot be written: {error.strerror}") from error
+    suffix = Path(args.output).suffix
+    if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
+        raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
+    if not Path(args.output).absolute().parent.is_dir():
+        raise OutputError(f"{args.output} cannot be written: its folder does not exist")
+    if args.history:
+        for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
+            if value:
+                raise ConfigError(f"--history draws no {flag}: leave one of the two out")
+        _history(args)
+    elif args.model:
+        _shapes(args)
+    else:
+        raise ConfigError("MODEL is missing: name a converted folder or Hub model, or a training with --history")
     console.print(f"Wrote {args.output}")
+
+
+def _shapes(args) -> None:
+    histograms: dict[str, Histogram] = {}
+    if args.calibration_data:
+        stored, histograms = _observed(args)
+    else:
+        stored = load_activations(args.model, revision=args.revision)
+    modules = stored.modules
+    others: dict[str, LearnableActivation] = {}
+    if args.against:
+        others = load_activations(args.against, revision=args.against_revision).modules
+        modules = {path: module for path, module in modules.items() if path in others}
+        if not modules:
+            raise ConfigError(
+                f"{args.model} and {args.against} have no activations in common: the first has "
+                f"{next(iter(stored.modules))} ..., the second {next(iter(others))} ..."
+            )
+        _name_the_rest({args.model: stored.modules, args.against: others}, modules)
+    names = source_names(stored.provenance, modules)
+    sources = {name: ACT2FN[name] for name in names.values() if name in ACT2FN}
+    panels = [
+        Panel(path, module, sources.get(names[path]), histograms.get(path), others.get(path))
+        for path, module in modules.items()
+    ]
+    title = args.model
+    if found := sorted({name for name in names.values() if name}):
+        title += f": {', '.join(_activations(modules))} for {', '.join(found)}"
+    plot_activations(panels, args.output, title, other=f"against {args.against}")
+
+
+def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
+    """The activations of the whole model, and the histograms of their pre-activations."""
+    checkpoint = load_checkpoint(args.model, revision=args.revision)
+    modules = {n: m for n, m in checkpoint.model.named_modules() if isinstance(m, LearnableActivation)}
+    if not modules:
+        raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
+    batches = calibration_batches(checkpoint, args)
+    assert batches is not None
+    stored = StoredActivations(modules, provenance_of(checkpoint.model.config), checkpoint.commit)
+    return stored, collect(checkpoint.model, modules, batches)[0]
+
+
+def _history(args) -> None:
+    folders = checkpoints(args.history)
+    snapshots = [Snapshot(load_activations(str(folder)).modules, step) for step, folder in folders]
+    if args.model:
+        snapshots.append(Snapshot(load_activations(args.model, revision=args.revision).modules, name=args.model))
+    if len(snapshots) < 2:
+        raise ConfigError(
+            f"--history {args.history} has only {folders[0][1].name}: two moments are needed, so name the model at the "
+            "end too, or train with a smaller save_steps"
+        )
+    common = {path: m for path, m in snapshots[0].modules.items() if all(path in s.modules for s in snapshots)}
+    if not common:
+        raise ConfigError(f"the checkpoints of {args.history} have no activations in common with each other and MODEL")
+    _name_the_rest({snapshot.label: dict(snapshot.modules) for snapshot in snapshots}, common)
+    snapshots = [Snapshot({path: s.modules[path] for path in common}, s.step, s.name) for s in snapshots]
+    draw = animate_history if args.output.endswith(".gif") else plot_history
+    draw(snapshots, args.output, f"{args.history}: {', '.join(_activations(common))}")
+
+
+def checkpoints(folder: str) -> list[tuple[int, Path]]:
+    """(step, folder) of each ``checkpoint-STEP`` that Trainer left in ``folder``, by step.
+
+    Raises:
+        CheckpointError: ``folder`` is none, or holds no checkpoints.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"--history {folder}: no such folder; name the output_dir of a training")
+    found = [(int(m[1]), p) for p in path.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    if not found:
+        raise CheckpointError(
+            f"--history {folder}: holds no checkpoint-STEP folders; name the output_dir of a training whose "
+            "save_strategy is steps or epoch"
+        )
+    return sorted(found)
+
+
+def _activations(modules: dict[str, LearnableActivation]) -> list[str]:
+    return sorted({module.name for module in modules.values()})
+
+
+def _name_the_rest(all_of: dict[str, dict[str, LearnableActivation]], common: dict[str, LearnableActivation]) -> None:
+    """Say in one line which activations are not drawn."""
+    rest = [
+        f"{', '.join(path for path in modules if path not in common)} only in {name}"
+        for name, modules in all_of.items()
+        if set(modules) - set(common)
+    ]
+    if rest:
+        console.print(f"note: not drawn: {'; '.join(rest)}")

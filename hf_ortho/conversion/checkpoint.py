@@ -73,11 +73,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     Raises:
         CheckpointError: there is no checkpoint, or no transformers class for it.
     """
-    path = Path(name)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise CheckpointError(f"{name} is no checkpoint: a folder with config.json and safetensors weights is expected")
-    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
-        raise CheckpointError(f"{name} does not exist")
+    _check_place(name)
     try:
         commit = _commit(name, revision)
         revision = commit or revision  # a branch may move between two downloads
@@ -99,6 +95,14 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep it, nor write it
     return Checkpoint(model, tokenizer, images, task_of(architecture), commit)
+
+
+def _check_place(name: str) -> None:
+    path = Path(name)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise CheckpointError(f"{name} is no checkpoint: a folder with config.json and safetensors weights is expected")
+    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+        raise CheckpointError(f"{name} does not exist")
 
 
 def _commit(name: str, revision: str | None) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from stand_in import COMMIT, hub
 from transformers import AutoModelForCausalLM
 
-import hf_ortho  # noqa: F401
+import hf_ortho
 from hf_ortho.cli.demo_tasks import byte_tokenizer
 
 
@@ -70,6 +70,21 @@ def test_what_the_hub_lacks_is_one_sentence(root, tmp_path, name, revision, hint
     assert done.stderr.startswith("hf-ortho: error: ")
     assert hint in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_a_model_of_the_hub(root, tmp_path, tiny_gpt2_model):
+    hf_ortho.convert(tiny_gpt2_model, "fourier_3")
+    folder = root / "models" / "me" / "converted"
+    tiny_gpt2_model.save_pretrained(folder, max_shard_size="20KB")
+    with hub(root) as endpoint:
+        done = command(endpoint, tmp_path, "inspect", "me/converted", "--revision", "v1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["revision"] == COMMIT
+    module = tiny_gpt2_model.transformer.h[1].mlp.act
+    assert found["layers"][1]["parameters"]["frequencies"] == module.frequencies.tolist()
+    shards = {path.name for path in (tmp_path / "home").rglob("model-*.safetensors")}
+    assert 0 < len(shards) < len(list(folder.glob("model-*.safetensors")))
 
 
 def test_no_network_is_one_sentence(tmp_path):

@@ -1,0 +1,144 @@
+"""``hf-ortho inspect``: the activations of a converted checkpoint in numbers; loads no other weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import textwrap
+
+from ..activations import FitReport, LearnableActivation
+from ..conversion.report import _split_shared
+from ..conversion.stored import StoredActivations, distance, load_activations, source_names
+from ..errors import FitError
+from .console import Parser, console, table
+
+HELP = __doc__
+WIDTH = 100
+
+
+def parser() -> Parser:
+    p = Parser(prog="hf-ortho inspect", description=HELP)
+    p.add_argument("model", help="a folder, or a model on the Hub")
+    p.add_argument("--revision", help="of the model on the Hub")
+    p.add_argument("--json", action="store_true", help="print one JSON object, in full precision; null is unbounded")
+    return p
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One activation, its gain under N(0, 1), and its distance from what it replaced (None if unknown)."""
+
+    path: str
+    module: LearnableActivation
+    gain: tuple[float, float]
+    source: str | None
+    fit: FitReport | None
+
+    def vectors(self) -> dict[str, list[float]]:
+        """The family's own parameters."""
+        return {name: value.tolist() for name, value in self.module.named_parameters() if name != "domain"}
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        measured = None
+        if self.fit is not None:
+            keys = ("sup_error", "rms_error", "sup_derivative_error", "rms_derivative_error")
+            measured = {key: getattr(self.fit, key) for key in keys}
+        return {
+            "module": self.path,
+            "activation": self.module.name,
+            "family": self.module.family,
+            "degree": self.module.degree,
+            "domain": self.module.domain.tolist(),
+            "tail_slopes": self.module.tail_slopes.tolist(),
+            "gain": dict(zip(("value", "derivative"), self.gain, strict=True)),
+            "source": self.source,
+            "distance": measured,
+            "parameters": self.vectors(),
+        }
+
+    def cells(self) -> list[str]:
+        fit = self.fit
+        return [
+            self.module.name,
+            "{:.2f}..{:.2f}".format(*self.module.domain.tolist()),
+            "{:.3g}, {:.3g}".format(*self.module.tail_slopes.tolist()),
+            *(f"{moment:.4g}" for moment in self.gain),
+            *(("-", "-") if fit is None else (f"{fit.sup_error:.1e}", f"{fit.rms_error:.1e}")),
+        ]
+
+
+def examine(stored: StoredActivations) -> tuple[list[Layer], list[str]]:
+    """One entry per activation, and why a distance is missing where a source is known."""
+    layers: list[Layer] = []
+    notes: list[str] = []
+    for path, source in source_names(stored.provenance, stored.modules).items():
+        fit = None
+        module = stored.modules[path]
+        try:
+            fit = None if source is None else distance(module, source)
+        except FitError as error:
+            notes.append(str(error))
+        layers.append(Layer(path, module, module.gain(), source, fit))
+    return layers, list(dict.fromkeys(notes))
+
+
+def run(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    stored = load_activations(args.model, revision=args.revision)
+    layers, notes = examine(stored)
+    if args.json:
+        found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance}
+        print(json.dumps(_finite(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
+        return
+    for line in _provenance(args.model, stored):
+        console.print(line)
+    places, rows = _split_shared([layer.path for layer in layers])
+    sources = ", ".join(sorted({layer.source or "unknown" for layer in layers}))
+    columns = ["*", "activation", "domain", "tail slopes", "E f^2", "E f'^2", "sup f", "rms f"]
+    cells = [[row, *layer.cells()] for row, layer in zip(rows, layers, strict=True)]
+    table(f"{len(layers)} activations at {places}, source {sources}", columns, cells)
+    console.print("E under N(0, 1); sup over the real line and rms under N(-0.5, 1.5^2), from the source activation")
+    for note in notes:
+        console.print(f"no distance: {note}")
+    for row, layer in zip(rows, layers, strict=True):
+        console.print(f"\n{row} {layer.module.name}", style="bold")
+        for name, values in layer.vectors().items():
+            console.print(_vector(name, values))
+
+
+def _provenance(name: str, stored: StoredActivations) -> list[str]:
+    known = {"model": f"{name} at {stored.commit}" if stored.commit else name}
+    for key, value in stored.provenance.items():
+        if key != "layers" and value is not None:
+            known[key.replace("_", " ")] = _plain(value)
+    if not stored.provenance:
+        known["provenance"] = "none: the config has no hf_ortho entry, as after a training from scratch"
+    return [
+        textwrap.fill(f"{key:20s}{value}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)
+        for key, value in known.items()
+    ]
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _vector(name: str, values: list[float]) -> str:
+    """``name`` and its values in columns, with 4 significant digits."""
+    head = f"  {name:24s}"
+    return textwrap.fill(
+        "".join(f"{value:>11.4g}" for value in values), WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+    )
+
+
+def _finite(value):
+    """JSON has no infinity and no NaN: None in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

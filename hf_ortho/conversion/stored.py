@@ -1,0 +1,186 @@
+"""Read the learnable activations of a saved checkpoint, and nothing else of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ..activations import FAMILIES, FitReport, LearnableActivation, parse
+from ..activations.base import MAX_DEGREE
+from ..activations.interpolation import Nodes, Source, Target
+from ..errors import ActivationNameError, CheckpointError, ConfigError
+from .checkpoint import _check_place, _commit, _explain
+
+SHARED = ("domain", "tail_slopes")  # the tensors that every family has
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredActivations:
+    """What a checkpoint says of its activations.
+
+    Attributes:
+        modules: the activations by the path of their tensors, in the order of the layers.
+        provenance: ``hf_ortho`` of the config, empty if the model was not converted.
+        commit: the resolved 40-hex commit on the Hub, None for a folder.
+    """
+
+    modules: dict[str, LearnableActivation]
+    provenance: dict
+    commit: str | None
+
+
+def load_activations(name: str, *, revision: str | None = None) -> StoredActivations:
+    """Read config.json and the activations' tensors of a folder or a Hub model; no other weights are loaded.
+
+    Raises:
+        CheckpointError: there is no checkpoint with safetensors weights, or its activations are of no known family.
+        ConfigError: it has no learnable activations.
+    """
+    _check_place(name)
+    try:
+        commit = _commit(name, revision)
+        revision = commit or revision
+        config = json.loads(Path(_file(name, "config.json", revision)).read_text(encoding="utf-8"))
+        tensors = _read(name, revision)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {_explain(error)}") from error
+    if not tensors:
+        raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
+    provenance = provenance_of(config)
+    layers = _layers(provenance)
+    modules = {}
+    for path in sorted(tensors, key=_natural):
+        shapes = {key: tuple(value.shape) for key, value in tensors[path].items()}
+        field = layers.get(path, {}).get("field")
+        named = [list(_names(_at(config, field))) if field else [], list(_names(config))]
+        modules[path] = _build(named, shapes, f"{path} of {name}")
+        modules[path].load_state_dict(tensors[path])
+    return StoredActivations(modules, provenance, commit)
+
+
+def _file(name: str, file: str, revision: str | None) -> str:
+    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return str(found or "")
+
+
+def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each activation, by its path and their own names."""
+    index = _file(name, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if index:
+        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    else:
+        single = _file(name, SAFE_WEIGHTS_NAME, revision)
+        if not single:
+            raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        with safe_open(single, "pt") as weights:
+            places = dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
+    paths = {path for path in map(_parent, places) if all(_join(path, key) in places for key in SHARED)}
+    wanted = defaultdict(list)
+    for key, file in places.items():
+        if _parent(key) in paths:
+            wanted[file].append(key)
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for file, keys in wanted.items():
+        with safe_open(_file(name, file, revision), "pt") as weights:
+            for key in keys:
+                tensors[_parent(key)][key.rpartition(".")[2]] = weights.get_tensor(key)
+    return tensors
+
+
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _natural(path: str) -> list[tuple[bool, int, str]]:
+    """Sort h.2 before h.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
+
+
+def _names(config: Any) -> Iterator[tuple[str, int]]:
+    """(family, degree) of each learnable activation that a field of the config names, also behind a ``gated-``."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key != "hf_ortho":
+                yield from _names(value)
+    elif isinstance(config, str):
+        try:
+            cls, degree = parse(config.rpartition("-")[2])
+        except ActivationNameError:
+            return
+        yield cls.family, degree
+
+
+def _at(config: Any, field: str) -> Any:
+    for part in field.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+@functools.cache
+def _shapes(family: str, degree: int) -> dict[str, tuple[int, ...]]:
+    own = FAMILIES[family].initial_parameters(degree, "paper")
+    lengths = {key: len(values) for key, values in own.items()} | dict.fromkeys(SHARED, 2)
+    return {key: (length,) for key, length in lengths.items()}
+
+
+def _build(named: list[list[tuple[str, int]]], shapes: dict[str, tuple[int, ...]], where: str) -> LearnableActivation:
+    """The activation with tensors of these names and shapes: the one that the config names, else the only one."""
+    everything = [(family, degree) for family in FAMILIES for degree in range(1, MAX_DEGREE + 1)]
+    for known in (*named, everything):
+        fitting = sorted({entry for entry in known if _shapes(*entry) == shapes})
+        if len(fitting) == 1:
+            family, degree = fitting[0]
+            return FAMILIES[family](degree)
+        if fitting:
+            names = " or ".join(f"{family}_{degree}" for family, degree in fitting)
+            raise CheckpointError(f"the tensors of {where} could be {names}: the config does not tell which")
+    found = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
+    raise CheckpointError(f"the tensors of {where} ({found}) are those of none of {', '.join(FAMILIES)}")
+
+
+def provenance_of(config: Any) -> dict:
+    """The dictionary ``hf_ortho`` of a config, which may be a dictionary itself; empty without one."""
+    found = config.get("hf_ortho") if isinstance(config, Mapping) else getattr(config, "hf_ortho", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _layers(provenance: dict) -> dict[str, dict]:
+    return {layer["module"]: layer for layer in provenance.get("layers", [])}
+
+
+def source_names(provenance: dict, modules: Iterable[str]) -> dict[str, str | None]:
+    """The name in ``ACT2FN`` of what each module replaced: as noted for it, else the one that all have in common."""
+    layers = _layers(provenance)
+    fields = {field: value.rpartition("-")[2] for field, value in provenance.get("source_activations", {}).items()}
+    common = next(iter(fields.values())) if len(set(fields.values())) == 1 else None
+
+    def of(module: str) -> str | None:
+        layer = layers.get(module, {})
+        return layer.get("source") or fields.get(layer.get("field", ""), common)
+
+    return {module: of(module) for module in modules}
+
+
+def distance(module: LearnableActivation, source: str) -> FitReport:
+    """How far ``module`` is from ``source``, a name in ``ACT2FN``: the measure of a conversion without data.
+
+    Raises:
+        FitError: ``source`` is unknown or has no straight asymptotes.
+    """
+    examined = Source.of(source)
+    return FitReport.measure(module, Target.of(examined, Nodes.gaussian(examined), 0.0, None))

@@ -1,0 +1,139 @@
+"""How activations moved over training: one curve per checkpoint, as a picture or an animation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.animation import PillowWriter
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+
+from ..activations import LearnableActivation
+from .layout import BLACK, VERMILION, Grid, interval, mark_domain, thin, values, written
+
+POINTS = 401
+FRAMES_PER_SECOND = 3
+# the bright end of viridis is hard to see on white
+STEPS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, 256)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The activations at one moment of a training.
+
+    Attributes:
+        modules: the activations by path; every snapshot of a history has the same paths.
+        step: the optimiser step, None for the model at the end.
+        name: of the model at the end.
+    """
+
+    modules: Mapping[str, LearnableActivation]
+    step: int | None = None
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"end ({self.name})" if self.step is None else f"step {self.step}"
+
+
+class _History:
+    """The figure without curves, and the values of all snapshots on the intervals of its panels."""
+
+    def __init__(self, snapshots: Sequence[Snapshot], title: str):
+        paths = list(snapshots[0].modules)
+        chosen = [paths[i] for i in thin(len(paths))]
+        start = snapshots[0].label
+        self.grid = Grid(chosen, title, f"change since\n{start}", len(paths))
+        by_path = [[snapshot.modules[path] for snapshot in snapshots] for path in chosen]
+        intervals = [interval(modules, -5.0, 4.0) for modules in by_path]
+        if self.grid.compact:
+            intervals = [(min(lo for lo, _ in intervals), max(hi for _, hi in intervals))] * len(chosen)
+        self.x = [np.linspace(lo, hi, POINTS) for lo, hi in intervals]
+        self.y = [
+            np.stack([values(module, x) for module in modules]) for modules, x in zip(by_path, self.x, strict=True)
+        ]
+        for panel, (modules, ends) in enumerate(zip(by_path, intervals, strict=True)):
+            self.grid.set_interval(panel, *ends)
+            for axes in (self.grid.upper[panel], self.grid.lower[panel]):
+                mark_domain(axes, modules[-1], "domain [lo, hi] at the end")
+
+    def curve(self, panel: int, snapshot: int, **style) -> tuple:
+        """The lines of one snapshot in one panel: the shape, and its change since the first."""
+        x, y = self.x[panel], self.y[panel]
+        (shape,) = self.grid.upper[panel].plot(x, y[snapshot], **style)
+        (change,) = self.grid.lower[panel].plot(x, y[snapshot] - y[0], **style)
+        return shape, change
+
+
+def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "") -> None:
+    """Write a PNG: per activation one curve per snapshot, coloured by step, and its change since the first below.
+
+    The first snapshot is dashed; a model at the end has a colour of its own. Panels are laid out as in
+    ``plot_activations``.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    history = _History(snapshots, title)
+    steps = [snapshot.step for snapshot in snapshots if snapshot.step is not None]
+    scale = ScalarMappable(Normalize(min(steps), max(steps)), STEPS)
+    colours = scale.to_rgba(np.array([snapshot.step or 0 for snapshot in snapshots]))
+    for panel in range(len(history.x)):
+        for i, snapshot in enumerate(snapshots):
+            style: dict[str, Any] = {
+                "label": f"_{snapshot.label}",
+                "lw": 1.1,
+                "color": colours[i],
+            }
+            if i == 0:
+                style |= {"label": f"{snapshot.label}, the first", "ls": "--", "lw": 1.4, "zorder": 4}
+            elif snapshot.step is None:
+                style |= {"label": snapshot.label, "color": VERMILION, "ls": "-."}
+            history.curve(panel, i, **style)
+    grid = history.grid
+    ticks = steps if len(steps) <= 8 else None
+    if len(steps) > 1:
+        bar = grid.figure.colorbar(scale, ax=[*grid.upper, *grid.lower], ticks=ticks, aspect=40, pad=0.01)
+        bar.set_label("optimiser step", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    grid.finish()
+    with written(path) as draft:
+        grid.figure.savefig(draft)
+
+
+def animate_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "") -> None:
+    """Write an animated GIF, one frame per snapshot, its step in the title; the first stays as a dashed line.
+
+    The axes are the same in all frames.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    history = _History(snapshots, title)
+    grid, moving = history.grid, []
+    for panel in range(len(history.x)):
+        history.curve(panel, 0, color=BLACK, ls="--", lw=1.0, label=f"{snapshots[0].label}, the first", zorder=4)
+        moving.append(history.curve(panel, 0, color=VERMILION, lw=1.4, label="the step in the title"))
+        x, y = history.x[panel], history.y[panel]
+        for axes, frames in ((grid.upper[panel], y), (grid.lower[panel], y - y[0])):
+            axes.update_datalim([(x[0], frames.min()), (x[0], frames.max())])
+            axes.autoscale_view(scalex=False)
+    grid.finish()
+    grid.set_heading(max((snapshot.label for snapshot in snapshots), key=len))
+    grid.figure.draw_without_rendering()
+    grid.figure.set_layout_engine("none")  # the panels stay where they are from frame to frame
+    for axes in (*grid.upper, *grid.lower):
+        axes.autoscale(False)
+    writer = PillowWriter(fps=FRAMES_PER_SECOND)
+    with written(path) as draft, writer.saving(grid.figure, draft, grid.figure.dpi):
+        for i, snapshot in enumerate(snapshots):
+            grid.set_heading(snapshot.label)
+            for lines, y in zip(moving, history.y, strict=True):
+                for line, data in zip(lines, (y[i], y[i] - y[0]), strict=True):
+                    line.set_ydata(data)
+            writer.grab_frame()

@@ -1,0 +1,183 @@
+"""What the pictures share: a grid of panels at any number of layers, their titles, the domain, and the file."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+from torch import nn
+
+from ..activations import LearnableActivation
+from ..conversion.report import _split_shared
+from ..errors import OutputError
+
+FULL_PANELS = 12  # more share their axes in a compact grid
+MAX_PANELS = 64  # more are thinned evenly
+# Okabe & Ito's colours, which remain distinct under colour blindness
+BLACK, SKY, BLUE, VERMILION, GREY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
+
+
+def thin(count: int) -> list[int]:
+    """At most 64 of ``count`` indices, evenly spaced, with the first and the last."""
+    return np.linspace(0, count - 1, min(count, MAX_PANELS)).round().astype(int).tolist()
+
+
+class Grid:
+    """A figure with one panel per activation: the shape above and, if ``lower``, a difference below.
+
+    Up to 12 panels have axes of their own; up to 64 share them, and only the outer ones carry numbers.
+
+    What the paths of the activations share stands in the figure's title, the rest over each panel.
+
+    Attributes:
+        upper: the axes of the shapes, one per activation, in reading order.
+        lower: the axes of the differences, empty without them.
+    """
+
+    def __init__(self, paths: Sequence[str], title: str, difference: str = "", total: int | None = None):
+        n = len(paths)
+        self.compact = n > FULL_PANELS
+        columns = math.ceil(math.sqrt(1.3 * n)) if self.compact else min(math.ceil(math.sqrt(n)), 4)
+        rows = math.ceil(n / columns)
+        width, height = (1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6)
+        per_panel = 2 if difference else 1
+        height *= 1.4 if difference else 1.0
+        shared, own = _split_shared(list(paths)) if n > 1 else ("", list(paths))
+        titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in own]
+        height += 0.11 * max(text.count("\n") for text in titles)
+        self.size = width * columns + 0.5, height * rows + 1.2
+        self.figure = Figure(figsize=self.size, dpi=110, layout="constrained")
+        FigureCanvasAgg(self.figure)
+        # sharex and sharey take time that grows with the square of the panels
+        axes = self.figure.subplots(per_panel * rows, columns, squeeze=False, height_ratios=[3, 1.2][:per_panel] * rows)
+        self.upper: list[Axes] = list(axes[::per_panel].flat)
+        self.lower: list[Axes] = list(axes[1::2].flat) if difference else []
+        for unused in (*self.upper[n:], *self.lower[n:]):
+            unused.remove()
+        self.upper, self.lower = self.upper[:n], self.lower[:n]
+        bottom = self.lower or self.upper
+        for i, (top, below) in enumerate(zip(self.upper, bottom, strict=True)):
+            for kind in {top, below}:
+                kind.grid(alpha=0.25, lw=0.5)
+                kind.tick_params(labelsize=6 if self.compact else 7, length=2, labelbottom=kind is below)
+                kind.xaxis.set_major_locator(MaxNLocator(4 if self.compact else 7, steps=[1, 2, 5, 10]))
+            if self.lower:
+                below.yaxis.set_major_locator(MaxNLocator(2 if self.compact else 3, symmetric=True))
+                below.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            if self.compact:
+                for kind in {top, below}:
+                    kind.tick_params(labelleft=i % columns == 0)
+                below.tick_params(labelbottom=i + columns >= n)
+                if i + columns >= n:
+                    below.set_xlabel("pre-activation", fontsize=7)
+            else:
+                below.set_xlabel("pre-activation", fontsize=8)
+                top.set_ylabel("activation", fontsize=8)
+                if self.lower:
+                    below.set_ylabel(difference, fontsize=8)
+        if self.compact:
+            below_that = f" (above), {' '.join(difference.split())} (below)" if difference else ""
+            self.figure.supylabel(f"activation{below_that}", fontsize=9)
+        for top, text in zip(self.upper, titles, strict=True):
+            top.set_title(text, fontsize=7 if self.compact else 8, pad=3)
+        lines = [title, shared]
+        if total is not None and total > n:
+            lines.append(f"{n} of {total} activations, evenly spaced")
+        self.heading = "\n".join(_wrapped(line, int(11 * self.size[0])) for line in lines if line)
+        self._suptitle = self.figure.suptitle(self.heading, fontsize=10) if self.heading else None
+
+    def set_heading(self, line: str) -> None:
+        """Put ``line`` under the figure's title."""
+        text = "\n".join(filter(None, (self.heading, line)))
+        if self._suptitle is None:
+            self._suptitle = self.figure.suptitle(text, fontsize=10)
+        self._suptitle.set_text(text)
+
+    def set_interval(self, panel: int, lo: float, hi: float) -> None:
+        """Set the interval of x of one panel."""
+        for axes in (self.upper[panel], *self.lower[panel : panel + 1]):
+            axes.set_xlim(lo, hi)
+
+    def finish(self) -> None:
+        """The legend, and one range of y for all panels of a compact grid; to be called once all is drawn."""
+        for kind in (self.upper, self.lower) if self.compact else ():
+            drawn = [axes for axes in kind if np.isfinite(axes.dataLim.intervaly).all()]
+            limits = np.array([axes.get_ylim() for axes in drawn])
+            for axes in drawn:
+                axes.set_ylim(limits.min(), limits.max())
+        self._legend()
+
+    def _legend(self) -> None:
+        """One entry per label of all panels, below the figure."""
+        found: dict[str, Artist] = {}
+        for axes in self.figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                found.setdefault(label, handle)
+        longest = max(map(len, found), default=1)
+        columns = max(1, min(len(found), int(self.size[0] / (0.075 * longest + 0.5))))
+        self.figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Long paths broken after dots, slashes and underscores, so that no two titles overlap."""
+    breakable = re.sub(r"(?<=[./_])(?=\S)", "\0 ", text)
+    return textwrap.fill(breakable, width).replace("\0 ", "").replace("\0", "")
+
+
+def interval(modules: Sequence[LearnableActivation], lo: float, hi: float) -> tuple[float, float]:
+    """[lo, hi], widened so that every finite end of a domain is a little inside."""
+    ends = [end for module in modules for end in module.domain.tolist() if math.isfinite(end)]
+    margin = 0.08 * (max([hi, *ends]) - min([lo, *ends]))
+    return min([lo, *(end - margin for end in ends)]), max([hi, *(end + margin for end in ends)])
+
+
+def values(module: nn.Module, x: np.ndarray) -> np.ndarray:
+    """f(x) in float64, wherever the module is."""
+    tensor = next(module.parameters(), torch.empty(0))
+    with torch.no_grad():
+        return module(torch.as_tensor(x, dtype=torch.float64, device=tensor.device)).cpu().numpy()
+
+
+def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [lo, hi]") -> None:
+    """Shade [lo, hi], with a dotted line at each end that is finite."""
+    ends = module.domain.tolist()
+    finite = [end for end in ends if math.isfinite(end)]
+    if not finite:
+        return
+    left, right = axes.get_xlim()
+    axes.axvspan(max(ends[0], left), min(ends[1], right), color=GREY, alpha=0.12, lw=0, label=label)
+    for end in finite:
+        axes.axvline(end, color=GREY, lw=0.9, ls=":")
+
+
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """A draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
+
+    Raises:
+        OutputError: the picture cannot be written; what was at ``path`` is as before.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield draft
+        os.replace(draft, target)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)

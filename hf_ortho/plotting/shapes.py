@@ -1,0 +1,145 @@
+"""Source and learned shapes over the histogram of their pre-activations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from torch import nn
+
+from ..activations import LearnableActivation
+from ..conversion import Histogram
+from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values, written
+
+POINTS = 801
+STYLES: list[dict[str, Any]] = [
+    {"color": VERMILION, "lw": 2.0},  # the learned shape
+    {"color": BLUE, "lw": 1.4, "ls": "-."},  # the other checkpoint's
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One activation to draw.
+
+    Attributes:
+        title: its path in the model.
+        learned: the activation.
+        source: the function that it replaced, None if unknown.
+        histogram: of its pre-activations, None if unknown.
+        other: the same activation of another checkpoint, None without one.
+    """
+
+    title: str
+    learned: LearnableActivation
+    source: nn.Module | None = None
+    histogram: Histogram | None = None
+    other: LearnableActivation | None = None
+
+    @property
+    def modules(self) -> list[LearnableActivation]:
+        return [self.learned] if self.other is None else [self.learned, self.other]
+
+    @property
+    def has_data(self) -> bool:
+        return self.histogram is not None and bool(self.histogram.counts.any())
+
+
+def _interval(panel: Panel) -> tuple[float, float]:
+    """From the 1e-4 to the 1 - 1e-4 quantile of the data, at least [-4, 3], with the domain inside."""
+    lo, hi = -5.0, 4.0
+    if panel.histogram is not None and panel.has_data:
+        cumulative = np.cumsum(panel.histogram.counts) / panel.histogram.counts.sum()
+        edges = panel.histogram.edges
+        lo, hi = (float(edges[np.searchsorted(cumulative, q)]) for q in (1e-4, 1 - 1e-4))
+        lo, hi = min(lo, -4.0), max(hi, 3.0)
+    return interval(panel.modules, lo, hi)
+
+
+def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "", *, other: str = "the other") -> None:
+    """Write a PNG: per activation the learned shape, its source (dashed), the data behind and the difference below.
+
+    Up to 12 activations have axes of their own; more share them in a compact grid; of more than 64, 64 evenly spaced
+    ones are drawn, which the title says. The domain is shaded. The difference is to the source, or to ``Panel.other``
+    where no source is known.
+
+    Args:
+        panels: one per activation, at least one.
+        path: the PNG; replaced only by a whole picture.
+        title: stands over the figure, followed by what the paths of the panels share.
+        other: the name of the checkpoint that ``Panel.other`` comes from.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    chosen = [panels[i] for i in thin(len(panels))]
+    by_source = any(panel.source is not None for panel in chosen)
+    by_other = not by_source and any(panel.other is not None for panel in chosen)
+    difference = "difference\nfrom source" if by_source else "difference\nfrom other" if by_other else ""
+    labels = [_label("learned", [panel.learned for panel in chosen]), _label(other, [panel.other for panel in chosen])]
+    grid = Grid([panel.title for panel in chosen], title, difference, len(panels))
+    intervals = [_interval(panel) for panel in chosen]
+    if grid.compact:
+        intervals = [(min(lo for lo, _ in intervals), max(hi for _, hi in intervals))] * len(chosen)
+    for i, (panel, (lo, hi), axes) in enumerate(zip(chosen, intervals, grid.upper, strict=True)):
+        x = np.linspace(lo, hi, POINTS)
+        grid.set_interval(i, lo, hi)
+        _draw_shapes(axes, panel, x, labels)
+        if panel.has_data:
+            _draw_data(axes, panel, grid.compact)
+        if grid.lower:
+            _draw_differences(grid.lower[i], panel, x, panel.source if by_source else panel.other)
+    grid.finish()
+    with written(path) as draft:
+        grid.figure.savefig(draft)
+
+
+def _label(who: str, modules: Sequence[LearnableActivation | None]) -> str:
+    return f"{who} ({', '.join(sorted({module.name for module in modules if module is not None}))})"
+
+
+def _draw_shapes(axes: Axes, panel: Panel, x: np.ndarray, labels: list[str]) -> None:
+    for module, label, style in zip(panel.modules, labels, STYLES, strict=False):
+        axes.plot(x, values(module, x), label=label, zorder=3, **style)
+    if panel.source is not None:
+        axes.plot(x, values(panel.source, x), color=BLACK, ls="--", lw=1.0, label="source", zorder=4)
+    mark_domain(axes, panel.learned)
+
+
+def _draw_data(axes: Axes, panel: Panel, compact: bool) -> None:
+    assert panel.histogram is not None
+    counts, edges = panel.histogram.counts, panel.histogram.edges
+    density = counts / counts.sum() / np.diff(edges)
+    lo, hi = axes.get_xlim()
+    kept = (edges[1:] > lo) & (edges[:-1] < hi)
+    centres = (edges[1:] + edges[:-1])[kept] / 2
+    style: dict[str, Any] = {"color": SKY, "alpha": 0.45, "lw": 0}
+    if compact:
+        height = density[kept] / density[kept].max() * 0.95
+        label = "density of the pre-activations (own height in each panel)"
+        axes.fill_between(centres, height, transform=axes.get_xaxis_transform(), label=label, zorder=1, **style)
+        return
+    behind = axes.twinx()
+    behind.fill_between(centres, density[kept], label="density of the pre-activations", **style)
+    behind.set_ylim(bottom=0)
+    behind.tick_params(labelsize=7, length=2, colors=BLUE)
+    behind.locator_params(axis="y", nbins=4)
+    behind.set_ylabel("density", fontsize=8, color=BLUE)
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+def _draw_differences(axes: Axes, panel: Panel, x: np.ndarray, reference: nn.Module | None) -> None:
+    mark_domain(axes, panel.learned)
+    if reference is None:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "source unknown", transform=axes.transAxes, ha="center", va="center", fontsize=7)
+        return
+    axes.axhline(0, color=BLACK, lw=0.6)
+    for module, style in zip(panel.modules, STYLES, strict=False):
+        if module is not reference:
+            axes.plot(x, values(module, x) - values(reference, x), **(style | {"lw": 1.0}))

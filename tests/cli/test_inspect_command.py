@@ -1,0 +1,126 @@
+"""``hf-ortho inspect``: the numbers it prints, against those of the loaded model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+import hf_ortho
+from hf_ortho.activations import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, make_gpt2):
+    """``converted("hermite_8")``: the folder of a converted GPT-2 of twelve layers."""
+    folders = {}
+
+    def converted(activation):
+        if activation not in folders:
+            model, _ = make_gpt2(n_layer=12)
+            hf_ortho.convert(model, activation)
+            folders[activation] = tmp_path_factory.mktemp("inspect") / activation
+            model.save_pretrained(folders[activation])
+        return folders[activation]
+
+    return converted
+
+
+def moments(module):
+    """E f^2 and E f'^2 under N(0, 1) by the trapezoidal rule, f' by autograd."""
+    x = torch.linspace(-9, 9, 180_001, dtype=torch.float64, requires_grad=True)
+    value = module(x)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    weight = torch.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    return [torch.trapezoid(f**2 * weight, x).item() for f in (value, slope)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_json(hf_ortho_command, converted, family):
+    folder = converted(f"{family}_4")
+    ran = hf_ortho_command("inspect", folder, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    found = json.loads(ran.out)
+    assert found["model"] == str(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert found["provenance"] == model.config.hf_ortho
+    assert [layer["module"] for layer in found["layers"]] == [f"transformer.h.{i}.mlp.act" for i in range(12)]
+    layer = found["layers"][7]
+    module = model.get_submodule("transformer.h.7.mlp.act")
+    assert (layer["activation"], layer["family"], layer["degree"]) == (f"{family}_4", family, 4)
+    stored = layer["parameters"] | {key: layer[key] for key in ("domain", "tail_slopes")}
+    unbounded = {key: [v if np.isfinite(v) else None for v in t.tolist()] for key, t in module.state_dict().items()}
+    assert stored == unbounded
+    assert layer["source"] == "gelu_new"
+    expected = moments(module)
+    assert [layer["gain"]["value"], layer["gain"]["derivative"]] == pytest.approx(expected, rel=2e-4)
+    x = torch.linspace(-12, 12, 9601, dtype=torch.float64)
+    with torch.no_grad():
+        e = module(x) - ACT2FN["gelu_new"](x)
+    weight = torch.exp(-(((x + 0.5) / 1.5) ** 2) / 2)
+    rms = ((weight * e**2).sum() / weight.sum()).sqrt().item()
+    assert layer["distance"]["sup_error"] == pytest.approx(e.abs().max().item(), rel=0.02)
+    assert layer["distance"]["rms_error"] == pytest.approx(rms, rel=0.05)
+
+
+def test_text(hf_ortho_command, converted):
+    folder = converted("tropical_rational_8")
+    ran = hf_ortho_command("inspect", folder)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for start in (
+        "source activations  activation_function gelu_new",
+        "calibrated          no",
+        "versions            hf_",
+    ):
+        assert any(line.startswith(start) for line in lines)
+    found = json.loads(hf_ortho_command("inspect", folder, "--json").out)["layers"]
+    for row, layer in enumerate(found):
+        cells = ran.figures[str(row)]
+        assert cells[0] == "tropical_rational_8"
+        gain = [f"{layer['gain'][key]:.4g}" for key in ("value", "derivative")]
+        measured = [f"{layer['distance'][key]:.1e}" for key in ("sup_error", "rms_error")]
+        assert cells[-4:] == gain + measured
+    for name, values in found[11]["parameters"].items():
+        at = max(i for i, line in enumerate(lines) if line.strip().startswith(f"{name} "))
+        words = " ".join(lines[at : at + 2]).split()
+        assert words[: 1 + len(values)] == [name, *(f"{value:.4g}" for value in values)]
+
+
+def test_from_scratch(hf_ortho_command, make_gpt2, tmp_path):
+    """The paper's initialisation at degree 3: no provenance, no bounds, no source."""
+    make_gpt2(activation_function="hermite_3")[0].save_pretrained(tmp_path)
+    found = json.loads(hf_ortho_command("inspect", tmp_path, "--json").out)
+    assert found["provenance"] == {}
+    for layer in found["layers"]:
+        assert layer["domain"] == [None, None]
+        assert (layer["source"], layer["distance"]) == (None, None)
+        expected = np.float32([np.sqrt(1 - 1 / 6), 1, 1, 1]) / np.float32(np.sqrt(np.e))
+        np.testing.assert_allclose(layer["parameters"]["coefficients"], expected, rtol=1e-6)
+        assert layer["gain"]["value"] == pytest.approx(0.920, abs=1e-3)
+    text = hf_ortho_command("inspect", tmp_path)
+    assert text.code == 0
+    assert "none: the config has no hf_ortho entry" in text.out
+    assert text.figures["0"][-2:] == ["-", "-"]
+
+
+def test_a_source_that_cannot_be_followed(hf_ortho_command, tmp_path, make_gpt2):
+    model, _ = make_gpt2()
+    hf_ortho.convert(model, "hermite_3")
+    model.config.hf_ortho["source_activations"] = {"activation_function": "relu2"}
+    model.config.hf_ortho["layers"] = []
+    model.save_pretrained(tmp_path)
+    ran = hf_ortho_command("inspect", tmp_path)
+    assert ran.code == 0
+    assert [line for line in ran.out.splitlines() if line.startswith("no distance: relu2 has no asymptotic slope")]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_refuses(hf_ortho_command, gpt2_folder, tmp_path, flags):
+    ran = hf_ortho_command("inspect", gpt2_folder, *flags)
+    assert ran.error == f"{gpt2_folder} has no learnable activations; convert it first with hf-ortho convert"
+    assert ran.out == ""
+    assert "does not exist" in hf_ortho_command("inspect", tmp_path / "missing", *flags).error

@@ -1,0 +1,157 @@
+"""Activations read from a saved checkpoint, against those of the loaded model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
+
+import hf_ortho
+from hf_ortho.activations import FAMILIES, build
+from hf_ortho.conversion import stored
+from hf_ortho.conversion.stored import distance, load_activations, source_names
+from hf_ortho.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def saved(tmp_path, gpt2):
+    """``saved("hermite_8")``: the converted model and its folder."""
+
+    def saved(activation, **options):
+        model = gpt2(n_layer=3)
+        hf_ortho.convert(model, activation)
+        model.save_pretrained(tmp_path / "model", **options)
+        return model, tmp_path / "model"
+
+    return saved
+
+
+def rewrite(folder, change):
+    """Change the dictionary of tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def equal(found, model):
+    expected = {n: m for n, m in model.named_modules() if isinstance(m, hf_ortho.activations.LearnableActivation)}
+    assert list(found) == list(expected)
+    for path, module in found.items():
+        assert type(module) is type(expected[path])
+        assert module.degree == expected[path].degree
+        for key, value in expected[path].state_dict().items():
+            assert torch.equal(module.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_s_own(saved, family):
+    model, folder = saved(f"{family}_5")
+    found = load_activations(str(folder))
+    equal(found.modules, model)
+    assert found.provenance == model.config.hf_ortho
+    assert found.commit is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_scratch(tmp_path, gpt2, family):
+    model = gpt2(activation_function=family)
+    model.save_pretrained(tmp_path)
+    found = load_activations(str(tmp_path))
+    equal(found.modules, model)
+    assert found.provenance == {}
+
+
+def test_only_shards_with_activations_are_opened(saved, monkeypatch):
+    model, folder = saved("hermite_3", max_shard_size="10KB")
+    opened = []
+    real = stored.safe_open
+    monkeypatch.setattr(stored, "safe_open", lambda file, *rest: opened.append(file) or real(file, *rest))
+    equal(load_activations(str(folder)).modules, model)
+    assert 0 < len(set(opened)) < len(list(folder.glob("model-*.safetensors")))
+
+
+def test_layers_are_in_natural_order(tmp_path, gpt2):
+    model = gpt2(n_layer=11, activation_function="tropical_2")
+    model.save_pretrained(tmp_path)
+    assert [path.split(".")[2] for path in load_activations(str(tmp_path)).modules] == [str(i) for i in range(11)]
+
+
+def test_two_families_with_equal_shapes_are_told_apart_by_their_field(saved):
+    _, folder = saved("hermite_4")
+    fields = {f"transformer.h.{i}.mlp.act": "other.act" if i == 1 else "activation_function" for i in range(3)}
+    layers = [{"module": module, "field": field} for module, field in fields.items()]
+    configure(folder, other={"act": "gated-tropical_4"}, hf_ortho={"layers": layers})
+    assert [m.name for m in load_activations(str(folder)).modules.values()] == ["hermite_4", "tropical_4", "hermite_4"]
+    configure(folder, hf_ortho={})
+    with pytest.raises(CheckpointError, match=r"h\.0\.mlp\.act of .* could be hermite_4 or tropical_4: the config"):
+        load_activations(str(folder))
+
+
+def test_without_a_name_in_the_config_the_shapes_decide(saved):
+    model, folder = saved("fourier_5")
+    configure(folder, activation_function="gelu")
+    equal(load_activations(str(folder)).modules, model)
+
+
+def test_tensors_of_no_family(saved):
+    _, folder = saved("hermite_4")
+    rewrite(folder, lambda tensors: tensors.update({"transformer.h.1.mlp.act.more": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.act of .*more \[2\].* of none of hermite, fourier"):
+        load_activations(str(folder))
+
+
+def test_a_foreign_module_with_a_domain_is_none(saved):
+    model, folder = saved("hermite_4")
+    rewrite(folder, lambda tensors: tensors.update({"transformer.box.domain": torch.zeros(2)}))
+    equal(load_activations(str(folder)).modules, model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "has neither model.safetensors nor"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 50), CheckpointError, "cannot be loaded"),
+        (lambda f: (f / "config.json").write_text("{"), CheckpointError, "cannot be loaded"),
+        (lambda f: (f / "config.json").unlink(), CheckpointError, "is no checkpoint"),
+        (
+            lambda f: rewrite(f, lambda t: [t.pop(k) for k in list(t) if ".act." in k]),
+            ConfigError,
+            "has no learnable activations",
+        ),
+    ],
+    ids=["weights", "bytes", "json", "config", "activations"],
+)
+def test_refuses(saved, spoil, error, message):
+    _, folder = saved("hermite_2")
+    spoil(folder)
+    with pytest.raises(error, match=message):
+        load_activations(str(folder))
+
+
+def test_source_names():
+    fields = {"act": "gelu", "vision.act": "gated-silu"}
+    layers = [{"module": "a", "field": "act", "source": "gelu_new"}, {"module": "b", "field": "vision.act"}]
+    found = source_names({"source_activations": fields, "layers": layers}, ["a", "b", "c"])
+    assert found == {"a": "gelu_new", "b": "silu", "c": None}
+    assert source_names({"source_activations": {"act": "gelu"}}, ["a"]) == {"a": "gelu"}
+    assert source_names({}, ["a"]) == {"a": None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distance_is_what_a_fit_without_data_reports(family):
+    module = build(f"{family}_4")
+    report = module.fit("silu")
+    found = distance(module, "silu")
+    assert (found.sup_error, found.rms_error) == (report.sup_error, report.rms_error)
+    x = np.linspace(-12, 12, 4801)
+    with torch.no_grad():
+        t = torch.from_numpy(x)
+        sup = (module(t) - ACT2FN["silu"](t)).abs().max().item()
+    assert found.sup_error == pytest.approx(sup, rel=0.02)
