@@ -3,9 +3,9 @@
 from importlib.metadata import version as _version
 
 from . import activations, errors
-from .conversion import ConversionReport, Histogram, convert, expand, polynomials
+from .conversion import ConversionReport, Histogram, convert, expand, polynomials, revert
 
 __version__ = _version("hf_ortho")
-__all__ = ["ConversionReport", "Histogram", "activations", "convert", "errors", "expand", "polynomials"]
+__all__ = ["ConversionReport", "Histogram", "activations", "convert", "errors", "expand", "polynomials", "revert"]
 
 activations.register()

@@ -92,5 +92,11 @@ class FitReport:
         )
 
     def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain JSON values; infinity becomes None."""
+
+        def plain(value):
+            if isinstance(value, tuple):
+                return [plain(v) for v in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        return {k: plain(v) for k, v in dataclasses.asdict(self).items()}

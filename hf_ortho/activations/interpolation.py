@@ -5,8 +5,8 @@ r"""What the fits of all families share: the nodes, the weights, the solvers, th
     min_theta  sum_i w_i [ (f(x_i) - g(x_i))^2 + lambda (f'(x_i) - g'(x_i))^2 ],
 
 with the tails inside f, so that the interval [lo, hi] is part of the problem. The nodes are the data and, with weights
-that Lawson's iteration finds, the real line, so that it is the mean squared error over the data + SUP_WEIGHT times the
-squared largest error that gets small.
+that Lawson's iteration finds, the real line: next to the mean squared error over the data, the largest error anywhere
+gets small.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ Array = np.ndarray
 
 # The data-free weight N(-0.5, 1.5^2): pre-activations of pretrained networks lean to the negative side.
 DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
-# What the square of the largest error on the real line counts for, next to the mean squared error over the data.
-SUP_WEIGHT = 0.2
+# What the square of the largest error s on the real line counts for, next to the mean squared error over the data:
+# SUP_WEIGHT s^2 / (1 + (s / NEAR)^2). Far beyond NEAR the family cannot come close everywhere, and serves the data.
+SUP_WEIGHT, NEAR = 0.2, 0.02
 
 
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
@@ -96,17 +97,19 @@ class Nodes:
         return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
 
     def score(self, error: Array) -> float:
-        """log of the mean squared error over the data + SUP_WEIGHT * (largest error on the line)^2."""
-        sup = float(np.max(np.abs(error[~self.data])))
-        return math.log(self.mean(error**2) + SUP_WEIGHT * sup**2 + 1e-32)
+        """log of the mean squared error over the data + SUP_WEIGHT s^2 / (1 + (s / NEAR)^2), s = max |error|."""
+        square = float(np.max(np.abs(error[~self.data]))) ** 2
+        return math.log(self.mean(error**2) + SUP_WEIGHT * square / (1 + square / NEAR**2) + 1e-32)
 
     def reweighted(self, error: Array) -> Nodes:
         """Lawson's step: weight on the line moves to where |error| is large.
 
-        sup^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2, so a fixed point minimises ``score``.
+        s^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2, so that with the derivative of ``score``
+        by s^2 for the sum of the weights a fixed point minimises it.
         """
+        square = float(np.max(np.abs(error[~self.data]))) ** 2
         w = np.where(self.data, self.w, self.w * np.abs(error))
-        w[~self.data] *= SUP_WEIGHT / w[~self.data].sum()
+        w[~self.data] *= SUP_WEIGHT / (1 + square / NEAR**2) ** 2 / w[~self.data].sum()
         return dataclasses.replace(self, w=w)
 
 

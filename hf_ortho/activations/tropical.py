@@ -234,7 +234,9 @@ class TropicalRational(LearnableActivation):
 
         The tails are exact lines, so ``domain`` stays infinite unless one is asked for.
         """
-        knots, values = balance(self._solve, target, rounds=ROUNDS).solution
+        first = balance(self._solve, target, rounds=ROUNDS)
+        again = balance(self._solve, first.after, rounds=ROUNDS)  # knots anew: the best ones for other weights are far
+        knots, values = min(first, again, key=lambda found: found.score).solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
         return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, ""
 

@@ -1,8 +1,9 @@
 """Convert pretrained models to learnable activations."""
 
-from .calibrate import Histogram, collect
-from .convert import convert
+from .calibrate import collect
+from .convert import convert, revert
 from .export import expand, polynomials
+from .histogram import Histogram
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites
 
@@ -16,4 +17,5 @@ __all__ = [
     "expand",
     "find_sites",
     "polynomials",
+    "revert",
 ]

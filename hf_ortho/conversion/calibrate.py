@@ -1,92 +1,28 @@
-"""Pre-activation statistics: one streamed histogram per activation, filled in one pass over calibration batches."""
+"""Run a model over calibration batches: histograms of pre-activations, the mean loss, sample outputs."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
-from ..activations.interpolation import Nodes, Source
 from ..errors import CalibrationError
 from .checkpoint import task_of
-
-BINS = 1024
-REACH = math.asinh(2.0**16)
-
-
-class Histogram:
-    """Counts of x in 1024 bins that are uniform in asinh(x): 0.023 wide around 0, 2.3 % of |x| in the tails.
-
-    Constant memory, on the device of the data. ``minimum`` and ``maximum`` are exact.
-    """
-
-    def __init__(self):
-        self._counts: Tensor | None = None
-        self._extremes: Tensor | None = None
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add all elements of ``x``, any shape and floating dtype."""
-        x = x.detach().reshape(-1).float()
-        if not x.numel():
-            return
-        extremes = torch.stack(torch.aminmax(x))
-        counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
-        for piece in x.split(2**24):  # histc counts in float32
-            counts += torch.histc(torch.asinh(piece).clamp_(-REACH, REACH), BINS, -REACH, REACH)
-        if self._counts is None or self._extremes is None:
-            self._counts, self._extremes = counts, extremes
-        else:
-            self._counts += counts.to(self._counts.device)
-            low, high = extremes.to(self._extremes.device)
-            # minimum and maximum propagate NaN, which ``check`` looks for
-            self._extremes = torch.stack(
-                [torch.minimum(self._extremes[0], low), torch.maximum(self._extremes[1], high)]
-            )
-
-    def check(self, where: str) -> None:
-        """Raise CalibrationError if a NaN or an infinity was seen."""
-        if self._extremes is not None and not torch.isfinite(self._extremes).all():
-            raise CalibrationError(
-                f"the pre-activations of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
-                "calibration data or the weights hold NaN or infinity"
-            )
-
-    @property
-    def counts(self) -> np.ndarray:
-        return np.zeros(BINS) if self._counts is None else self._counts.cpu().numpy()
-
-    @property
-    def minimum(self) -> float:
-        return math.nan if self._extremes is None else float(self._extremes[0])
-
-    @property
-    def maximum(self) -> float:
-        return math.nan if self._extremes is None else float(self._extremes[1])
-
-    @property
-    def edges(self) -> np.ndarray:
-        """The 1025 bin edges, in units of x."""
-        return np.sinh(np.linspace(-REACH, REACH, BINS + 1))
-
-    def nodes(self, source: Source) -> Nodes:
-        """Bin centres as fit nodes, weighted by the counts."""
-        edges = np.linspace(-REACH, REACH, BINS + 1)
-        centres = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
-        return Nodes.of(source, centres, self.counts, self.minimum, self.maximum)
+from .histogram import Histogram
 
 
 def collect(
     model: PreTrainedModel, modules: Iterable[str], batches: Iterable
 ) -> tuple[dict[str, Histogram], float | None]:
     """Run ``model`` over ``batches``; histograms of the inputs of ``modules``, and the mean loss if labels came.
+
+    Under ``torch.distributed`` each process gives its own batches and gets the sums over all.
 
     Raises:
         CalibrationError: no batches, a batch that the model does not take, or non-finite pre-activations.
@@ -106,12 +42,27 @@ def collect(
             handle.remove()
     for name, histogram in histograms.items():
         histogram.check(name)
+        if several_processes():
+            histogram.reduce(model.device)
     return histograms, loss
+
+
+def several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def has_labels(model: PreTrainedModel, batch) -> bool:
     """Whether ``model`` returns a loss for ``batch``."""
     return isinstance(batch, Mapping) and any(key in batch for key in find_labels(type(model)))
+
+
+def check_batches(batches: Iterable) -> None:
+    """Raise CalibrationError unless ``batches`` is an iterable of batches."""
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration is {type(batches).__name__}: give an iterable of model inputs, for example a list of "
+            "{'input_ids': tensor} mappings or a DataLoader"
+        )
 
 
 @torch.no_grad()
@@ -120,25 +71,39 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
 
     Modes and config of the model stay as they are.
     """
-    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"calibration is {type(batches).__name__}: give an iterable of model inputs, for example a list of "
-            "{'input_ids': tensor} mappings or a DataLoader"
-        )
+    check_batches(batches)
     total = weight = 0.0
     count = 0
-    with _evaluating(model):
+    with evaluating(model):
         for count, batch in enumerate(batches, 1):
             loss, labels = _loss(model, batch, f"calibration batch {count}")
             if labels:
                 total, weight = total + loss * labels, weight + labels
+    if several_processes():
+        sums = torch.tensor([total, weight, count], dtype=torch.float64, device=model.device)
+        torch.distributed.all_reduce(sums)
+        total, weight, count = sums.tolist()
     if not count:
         raise CalibrationError("calibration is empty: give at least one batch of model inputs")
     return total / weight if weight else None
 
 
+def main_output(model: PreTrainedModel, batch, where: str = "the first calibration batch") -> Tensor:
+    """The logits, or the first floating output, for at most 4 samples of ``batch`` (their last 64 tokens), float32."""
+    inputs = _inputs(batch, where, model)
+    length = len(next(iter(inputs.values())))
+    inputs = {k: v[:4] if isinstance(v, Tensor) and len(v) == length else v for k, v in inputs.items()}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))} | {"logits_to_keep": 64}
+    with evaluating(model):
+        found = _forward(model, inputs, where)
+    tensors = [found.get("logits"), *found.values()] if isinstance(found, Mapping) else list(found)
+    return next(t.float() for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim)
+
+
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel):
+def evaluating(model: PreTrainedModel):
+    """Evaluation mode; afterwards modes and config are as before."""
     modes = [(module, module.training) for module in model.modules()]
     settings = dict(vars(model.config))  # a classifier notes its problem_type there when it first sees labels
     model.eval()
@@ -156,15 +121,9 @@ def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
     accepted = inspect.signature(model.forward).parameters
     inputs = _inputs(batch, where, model)
     labelled = has_labels(model, batch)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
     if not labelled and "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1  # the logits of a language model dwarf its activations
-    try:
-        loss = getattr(model(**inputs), "loss", None)
-    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {reason}") from error
+    loss = getattr(_forward(model, inputs, where), "loss", None)
     if loss is None or not labelled:
         return 0.0, 0
     labels = inputs.get("labels")
@@ -173,6 +132,16 @@ def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
     if task_of(type(model).__name__) == "causal-lm":
         labels = labels[:, 1:]
     return float(loss), int((labels != -100).sum())
+
+
+def _forward(model: PreTrainedModel, inputs: dict, where: str):
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    try:
+        return model(**inputs)
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {reason}") from error
 
 
 def _inputs(batch, where: str, model: PreTrainedModel) -> dict:
@@ -185,5 +154,10 @@ def _inputs(batch, where: str, model: PreTrainedModel) -> dict:
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise CalibrationError(f"{where}: {key} holds NaN or infinity")
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def place(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
+    return {key: place(value) for key, value in batch.items()}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from .. import activations
-from ..activations import FitReport, LearnableActivation
-from ..errors import SiteError
-from .calibrate import Histogram, collect, has_labels, mean_loss
-from .report import ConversionReport, LayerReport
+from ..errors import CalibrationError, FitError, SiteError
+from .calibrate import check_batches, collect, has_labels, main_output, mean_loss
+from .distill import distill as distill_activations
+from .fitting import Fitted, fit_site, fit_smallest
+from .histogram import Histogram
+from .report import ConversionReport
 from .sites import Site, find_sites, rebuild, set_field
 
 
@@ -21,23 +28,35 @@ def convert(
     model: PreTrainedModel,
     activation: str = "hermite_8",
     *,
+    degree: int | str | None = None,
+    tolerance: float = 1e-3,
     calibration: Iterable | None = None,
     fields: list[str] | None = None,
     derivative_weight: float = 0.0,
     domain: tuple[float, float] | None = None,
+    tails: bool = True,
+    distill: int = 0,
 ) -> ConversionReport:
     """Convert ``model`` in place; it then saves and reloads with plain ``from_pretrained``.
 
+    A model that is converted already is fitted anew to its present activations.
+
     Args:
         model: any transformers model whose config names its activation.
-        activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``.
+        activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``; or a family,
+            with ``degree``.
+        degree: 1 to 32, or ``"auto"``: for each config field the smallest degree at which the root mean square error
+            of every layer, over its own pre-activations, is at most ``tolerance``.
         calibration: batches of model inputs (mappings, or tensors of the main input). Each layer's fit is weighted by
             the histogram of its pre-activations over them; without it by the density of N(-0.5, 1.5^2). Batches with
             ``labels`` also give the loss before and, if the iterable can be read twice, after; the others are
-            cheaper, since no logits are needed.
+            cheaper, since no logits are needed. Under ``torch.distributed`` each process gives its own batches, all
+            count, and all processes get the same activations.
         fields: the config fields to convert, for example ``["text_config.hidden_act"]``; all by default.
         derivative_weight: lambda of the Sobolev least squares, see ``LearnableActivation.fit``.
         domain: one interval [lo, hi] for all layers; searched for per layer by default.
+        tails: False for the pure series, fitted on ``domain`` or, by default, on the range of each layer's data.
+        distill: steps of Adam on the activations alone, towards the outputs of the source model on ``calibration``.
 
     Returns:
         The report; its dictionary also goes into ``model.config.hf_ortho``.
@@ -45,106 +64,167 @@ def convert(
     Raises:
         ActivationNameError: no such family or degree.
         SiteError: the config drives no activation.
-        CalibrationError: the calibration data is empty, of the wrong kind, or not finite.
-        FitError: an activation of the model cannot be followed.
+        CalibrationError: the calibration data is empty, of the wrong kind, or not finite, or ``distill`` has none.
+        FitError: an activation of the model cannot be followed, or no degree keeps to ``tolerance``.
         In every case the model is as before.
     """
     start = time.perf_counter()
-    family, degree = activations.parse(activation)
+    if degree is None:
+        family, n = activations.parse(activation)
+    else:
+        family, n = activations.parse(activations.named(activation, None if degree == "auto" else degree))
+    if not tolerance > 0:
+        raise FitError(f"tolerance {tolerance!r}: must be positive")
+    if distill and calibration is None:
+        raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
     sites, left_alone = find_sites(model, fields)
     histograms: dict[str, Histogram] = {}
-    loss_before = loss_after = None
+    loss_before = loss_after = output_error = noise_floor = distillation = None
     if calibration is not None:
-        histograms, loss_before = collect(model, [name for site in sites for name in site.modules], calibration)
+        check_batches(calibration)
+        again = iter(calibration) is not calibration
+        batches = iter(calibration)
+        first = list(itertools.islice(batches, 1))
+        histograms, loss_before = collect(
+            model, [name for site in sites for name in site.modules], itertools.chain(first, batches)
+        )
+        reference, noise_floor = _reference(model, first[0]) if first else (None, None)
 
-    fitted: dict[str, LearnableActivation] = {}
-    layers: list[LayerReport] = []
-    data_free: dict[str, tuple[LearnableActivation, FitReport]] = {}
+    options: dict[str, Any] = {"derivative_weight": derivative_weight, "domain": domain, "tails": tails}
+    fitted: Fitted = {}
+    names: dict[str, str] = {}
     for site in sites:
-        for name in site.modules:
-            source = model.get_submodule(name)
-            histogram = histograms.get(name)
-            has_data = histogram is not None and histogram.counts.any()
-            new = family(degree)
-            if not has_data and site.source in data_free and not any(True for _ in source.parameters()):
-                twin, fit = data_free[site.source]
-                new.load_state_dict(twin.state_dict())
-            else:
-                fit = new.fit(
-                    source,
-                    histogram=histogram if has_data else None,
-                    derivative_weight=derivative_weight,
-                    domain=domain,
-                    name=site.source,
-                )
-                if not has_data:
-                    data_free[site.source] = new, fit
-            fitted[name] = new.to(_device_of(model, name)).train(source.training)
-            layers.append(LayerReport(name, site.field, fit))
-
-    _replace(model, sites, fitted, activations.build(activation).name)
-    if calibration is not None and loss_before is not None and iter(calibration) is not calibration:
-        loss_after = mean_loss(model, (batch for batch in calibration if has_labels(model, batch)))
+        if degree == "auto":
+            n, found = fit_smallest(model, site, family, histograms, tolerance, **options)
+        else:
+            found = fit_site(model, site, family, n, histograms, **options)
+        names[site.field] = f"{family.family}_{n}"
+        fitted |= found
+    sources = {path: model.get_submodule(path) for path in fitted}
+    restore = _replace(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
+    try:
+        if calibration is not None:
+            if distill:
+                if not again:
+                    raise CalibrationError("distill reads the calibration batches many times: give a list of them")
+                distillation = distill_activations(model, sources, calibration, distill)
+            if reference is not None:
+                with torch.no_grad():
+                    output_error = _relative(main_output(model, first[0]), reference)
+            if loss_before is not None and again:
+                loss_after = mean_loss(model, (batch for batch in calibration if has_labels(model, batch)))
+    except BaseException:
+        restore()
+        raise
     report = ConversionReport(
-        activation=f"{family.family}_{degree}",
+        activation=", ".join(dict.fromkeys(names.values())),
         model=model.name_or_path or type(model).__name__,
-        layers=layers,
+        layers=[layer for _, layer in fitted.values()],
         left_alone=left_alone,
         calibrated=bool(histograms),
         loss_before=loss_before,
         loss_after=loss_after,
+        output_error=output_error,
+        noise_floor=noise_floor,
+        distillation=distillation,
         seconds=time.perf_counter() - start,
+        modules={path: (module, sources[path], histograms.get(path)) for path, (module, _) in fitted.items()},
     )
     model.config.hf_ortho = _provenance(model, sites, report)
     return report
 
 
-def _replace(model: PreTrainedModel, sites: list[Site], fitted: dict[str, LearnableActivation], name: str) -> None:
-    """Put the modules in place and rewrite the config, then check that a rebuilt model has the same tensors."""
-    old = {path: model.get_submodule(path) for path in fitted}
-    before = {site.field: site.prefix + site.source for site in sites}
-    for path, module in fitted.items():
+def revert(model: PreTrainedModel) -> list[str]:
+    """Put the source activations back that ``config.hf_ortho`` names; returns the paths of the modules.
+
+    Raises:
+        SiteError: the config does not name them, or they had parameters of their own, which a conversion drops; the
+            model is as before.
+    """
+    known = (getattr(model.config, "hf_ortho", None) or {}).get("source_activations")
+    if not known:
+        raise SiteError(
+            f"the config of {type(model).__name__} names no source activations (hf_ortho.source_activations): "
+            "it was not converted by hf_ortho.convert"
+        )
+    sites, _ = find_sites(model, list(known))
+    new: dict[str, nn.Module] = {}
+    names: dict[str, str] = {}
+    for site in sites:
+        names[site.field] = known[site.field].removeprefix(site.prefix)
+        for path in site.modules:
+            new[path] = ACT2FN[names[site.field]].train(model.get_submodule(path).training)
+            if next(new[path].parameters(), None) is not None:
+                raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not kept")
+    _replace(model, sites, new, names)
+    del model.config.hf_ortho
+    return list(new)
+
+
+def _replace(model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Module], names: dict[str, str]):
+    """Put the modules in place and rewrite the config, then check that a rebuilt model has the same tensors.
+
+    Returns a function that undoes it.
+    """
+    old = {path: model.get_submodule(path) for path in modules}
+
+    def restore() -> None:
+        for path, module in old.items():
+            model.set_submodule(path, module)
+        for site in sites:
+            set_field(model.config, site.field, site.prefix + site.source)
+
+    for path, module in modules.items():
         model.set_submodule(path, module)
     for site in sites:
-        set_field(model.config, site.field, site.prefix + name)
+        set_field(model.config, site.field, site.prefix + names[site.field])
     expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
     found = {k: v.shape for k, v in model.state_dict().items()}
     if expected != found:
         differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-        for path, previous in old.items():
-            model.set_submodule(path, previous)
-        for field, value in before.items():
-            set_field(model.config, field, value)
+        restore()
         raise SiteError(f"the converted model would not reload: its config builds other tensors ({differing[0]} ...)")
+    return restore
 
 
-def _device_of(model: PreTrainedModel, path: str) -> torch.device:
-    """The device of the parameters nearest to a module that may have none itself."""
-    while True:
-        tensor = next(model.get_submodule(path).parameters(), None)
-        if tensor is not None or not path:
-            return tensor.device if tensor is not None else torch.device("cpu")
-        path = path.rpartition(".")[0]
+def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
+    """The output of the source model in float32; and, below float32, how far the model itself is from that."""
+    with torch.no_grad():
+        own = main_output(model, batch)
+    if torch.finfo(model.dtype).bits >= 32:
+        return own, None
+    with torch.no_grad():
+        exact = main_output(copy.deepcopy(model).float(), batch)
+    return exact, _relative(own, exact)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, in the Euclidean norm over all elements."""
+    return float(torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double()))
 
 
 def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionReport) -> dict:
     earlier = getattr(model.config, "hf_ortho", None) or {}
     sources = {site.field: site.prefix + site.source for site in sites}
+    sources |= earlier.get("source_activations", {})  # a second conversion keeps what the first one found
     return {
         "activation": report.activation,
-        # A second conversion keeps what the first one found.
         "source_model": earlier.get("source_model", model.config._name_or_path or None),
         "source_revision": earlier.get("source_revision", getattr(model.config, "_commit_hash", None)),
-        "source_activations": sources | earlier.get("source_activations", {}),
+        "source_activations": sources,
         "calibrated": report.calibrated,
         "layers": [
             {
                 "module": layer.module,
+                "field": layer.field,
+                "source": sources[layer.field].rpartition("-")[2],
+                "domain": layer.fit.to_dict()["domain"],
                 "sup_error": layer.fit.sup_error,
                 "rms_error": layer.fit.rms_error,
                 "mass_outside": layer.fit.mass_outside,
             }
             for layer in report.layers
-        ],
+        ]
+        + [layer for layer in earlier.get("layers", []) if layer["module"] not in report.modules],
         "versions": {package: version(package) for package in ("hf_ortho", "torch", "transformers")},
     }

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
+import textwrap
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from ..activations import FitReport
+from ..activations import FitReport, LearnableActivation
+from .distill import Distillation
+from .histogram import Histogram
+
+WIDTH = 100
+FILE = "conversion.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +67,12 @@ class ConversionReport:
         left_alone: (config field, why) of activation fields that were not converted.
         calibrated: whether the weights came from data.
         loss_before, loss_after: mean loss over the calibration batches, None where they carry no labels.
+        output_error: |y - z| / |z| (Euclidean norm) on the first samples of the calibration data, for the logits or the
+            first output, y converted and z the source model in float32.
+        noise_floor: the same with y the source model in its own dtype; None for float32.
+        distillation: what it bought, None without.
         seconds: wall-clock time of the conversion.
+        modules: learned module, source module and histogram by path, for ``plot``; not in ``to_dict``.
     """
 
     activation: str
@@ -68,11 +82,49 @@ class ConversionReport:
     calibrated: bool
     loss_before: float | None
     loss_after: float | None
+    output_error: float | None
+    noise_floor: float | None
+    distillation: Distillation | None
     seconds: float
+    modules: dict[str, tuple[LearnableActivation, nn.Module, Histogram | None]] = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict:
-        layers = [{"module": v.module, "field": v.field} | v.fit.to_dict() for v in self.layers]
-        return dataclasses.asdict(self) | {"layers": layers}
+        """Plain JSON values; an infinite end of a domain is None."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "modules"}
+        plain["layers"] = [{"module": v.module, "field": v.field} | v.fit.to_dict() for v in self.layers]
+        plain["left_alone"] = [list(pair) for pair in self.left_alone]
+        plain["distillation"] = self.distillation and dataclasses.asdict(self.distillation)
+        return plain | {"warnings": self.warnings}
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``conversion.json`` into ``folder``, beside the weights."""
+        Path(folder, FILE).write_text(self.to_json(), encoding="utf-8")
+
+    def plot(self, path: str | Path, title: str = "") -> None:
+        """Write a PNG: per layer the source, the fit, their difference, the pre-activations and the domain."""
+        from ..plotting import Panel, plot_activations  # which itself needs this package
+
+        panels = [Panel(name, *parts) for name, parts in self.modules.items()]
+        plot_activations(panels, path, title or f"{self.model}: {self.activation}")
+
+    @property
+    def warnings(self) -> list[str]:
+        """The layers with more than 0.1 % of their pre-activations, and most of their error, outside the domain."""
+        lines = []
+        for layer in self.layers:
+            fit = layer.fit
+            lo, hi = fit.domain
+            outside = fit.mass_outside * fit.rms_error_outside**2
+            if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error > 1e-6:
+                lines.append(
+                    f"{layer.module}: {fit.mass_outside:.2%} of the pre-activations lie outside the domain "
+                    f"[{lo:.2f}, {hi:.2f}], with an rms error there of {fit.rms_error_outside:.1e}"
+                )
+        return lines
 
     @property
     def notes(self) -> list[str]:
@@ -84,14 +136,14 @@ class ConversionReport:
         places, rows = _split_shared([layer.module for layer in self.layers])
         sources = ", ".join(sorted({layer.fit.source for layer in self.layers}))
         slopes = "; ".join(sorted({"{:.3g}, {:.3g}".format(*layer.fit.tail_slopes) for layer in self.layers}))
-        title = f"{self.activation} for {sources} (tail slopes {slopes}) at {places}"
+        title = textwrap.fill(f"{self.activation} for {sources} (tail slopes {slopes}) at {places}", WIDTH)
         table = Table(
             box=SIMPLE_HEAD,
             title=title,
             title_justify="left",
             pad_edge=False,
             collapse_padding=True,
-            min_width=len(title),
+            min_width=max(map(len, title.splitlines())),
         )
         table.add_column("*", overflow="fold")
         for column in ("domain", "sup f", "rms f", "sup f'", "rms f'", "outside", "seen"):
@@ -111,12 +163,26 @@ class ConversionReport:
                 f"loss on the labelled calibration data {self.loss_before:.5f} -> {self.loss_after:.5f} "
                 f"(exp(loss) {change:+.4%})"
             )
+        if self.output_error is not None:
+            floor = "" if self.noise_floor is None else f"; of the source in its own dtype {self.noise_floor:.1e}"
+            lines.append(f"relative error of the output, on the first samples, {self.output_error:.1e}{floor}")
+        if self.distillation is not None:
+            d = self.distillation
+            lines.append(
+                f"{d.steps} steps of distillation: squared error of the output {d.error_before:.2e} -> "
+                f"{d.error_after:.2e} ({d.error_after / d.error_before - 1:+.0%}) on a held-out batch"
+            )
         lines += [f"left alone: {field}: {why}" for field, why in self.left_alone]
-        return lines + [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.warnings:
+            lines += [f"warning: {line}" for line in self.warnings[:3]]
+            if more := self.warnings[3:]:
+                lines.append(f"warning: and {len(more)} layers more")
+        return lines
 
     def __str__(self) -> str:
         out = io.StringIO()
-        console = Console(file=out, width=200, color_system=None)
+        console = Console(file=out, width=WIDTH, color_system=None)
         console.print(self.table())
         lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
-        return "\n".join(lines + self.summary())
+        return "\n".join(lines + [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in self.summary()])

@@ -1,0 +1,113 @@
+"""Tune the activations of a converted model, and nothing else, towards the outputs of its source."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..activations import LearnableActivation
+from ..activations.interpolation import DEFAULT_MEAN, DEFAULT_SIGMA
+from ..errors import CalibrationError
+from .calibrate import evaluating, main_output
+
+RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What distillation bought: the mean squared error of the outputs, relative to theirs, on a batch it did not see.
+
+    (On the batches that it saw, if there is only one.)
+    """
+
+    steps: int
+    error_before: float
+    error_after: float
+
+
+def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iterable, steps: int) -> Distillation:
+    """``steps`` of Adam on the parameters and the domains of the activations at the paths of ``sources``.
+
+    The loss is |y - z|^2 / |z|^2 for the logits (or first output) y of the converted and z of the source model. All
+    parameters move in units in which they move the activation equally, for degree k of Hermite about sqrt(k!).
+    Everything is put back if the held-out error has not fallen.
+
+    Args:
+        sources: the activations that were replaced, by path.
+        batches: model inputs; the last one is held out if there are several.
+    """
+    seen = list(batches)
+    held_out = seen.pop() if len(seen) > 1 else seen[0]
+    moving = [cast(LearnableActivation, model.get_submodule(path)) for path in sources]
+    before = {id(module): {k: v.clone() for k, v in module.state_dict().items()} for module in moving}
+
+    def error(batch) -> Tensor:
+        with torch.no_grad(), _swapped(model, sources):
+            aim = main_output(model, batch)
+        return torch.sum((main_output(model, batch) - aim) ** 2) / torch.sum(aim**2)
+
+    with evaluating(model), _only(model, moving) as parameters:
+        with torch.no_grad():
+            error_before = float(error(held_out))
+        scales = [scale for module in moving for scale in _scales(module)]
+        starts = [p.detach().clone() for p in parameters]
+        offsets = [torch.zeros_like(p, requires_grad=True) for p in parameters]
+        optimizer = torch.optim.Adam(offsets, lr=RATE)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        for step in range(steps):
+            loss = error(seen[step % len(seen)])
+            if not torch.isfinite(loss):
+                raise CalibrationError(f"distillation: the outputs are not finite at step {step + 1}")
+            for offset, gradient, scale in zip(offsets, torch.autograd.grad(loss, parameters), scales, strict=True):
+                offset.grad = gradient * scale
+            optimizer.step()
+            decay.step()
+            with torch.no_grad():
+                for p, start, scale, offset in zip(parameters, starts, scales, offsets, strict=True):
+                    p.copy_(start + scale * offset)
+        with torch.no_grad():
+            error_after = float(error(held_out))
+    if not error_after < error_before:
+        for module in moving:
+            module.load_state_dict(before[id(module)])
+    return Distillation(steps, error_before, min(error_before, error_after))
+
+
+@contextlib.contextmanager
+def _swapped(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Iterator[None]:
+    present = {path: model.get_submodule(path) for path in modules}
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    try:
+        yield
+    finally:
+        for path, module in present.items():
+            model.set_submodule(path, module)
+
+
+@contextlib.contextmanager
+def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]:
+    """The finite parameters of ``modules``, which alone require gradients inside."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    chosen = [p.requires_grad_() for module in modules for p in module.parameters() if torch.isfinite(p).all()]
+    try:
+        yield chosen
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _scales(module: LearnableActivation) -> list[Tensor]:
+    """Per finite parameter, 1 / the root mean square of the derivative of f over N(-0.5, 1.5^2)."""
+    x = DEFAULT_MEAN + DEFAULT_SIGMA * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
+    state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}
+    x = x.to(module.domain.device)
+    slopes = torch.func.jacrev(lambda values: torch.func.functional_call(module, values, (x,)))(state)
+    return [1 / slope.detach().square().mean(0).sqrt().clamp(min=1e-3) for slope in slopes.values()]

@@ -1,0 +1,90 @@
+"""A streamed histogram of pre-activations: constant memory, on the device of the data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from ..activations.interpolation import Nodes, Source
+from ..errors import CalibrationError
+
+BINS = 1024
+REACH = math.asinh(2.0**16)
+
+
+class Histogram:
+    """Counts of x in 1024 bins that are uniform in asinh(x): 0.023 wide around 0, 2.3 % of |x| in the tails.
+
+    Constant memory, on the device of the data. ``minimum`` and ``maximum`` are exact.
+    """
+
+    def __init__(self):
+        self._counts: Tensor | None = None
+        self._extremes: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add all elements of ``x``, any shape and floating dtype."""
+        x = x.detach().reshape(-1).float()
+        if not x.numel():
+            return
+        extremes = torch.stack(torch.aminmax(x))
+        counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
+        for piece in x.split(2**24):  # histc counts in float32
+            counts += torch.histc(torch.asinh(piece).clamp_(-REACH, REACH), BINS, -REACH, REACH)
+        if self._counts is None or self._extremes is None:
+            self._counts, self._extremes = counts, extremes
+        else:
+            self._counts += counts.to(self._counts.device)
+            low, high = extremes.to(self._extremes.device)
+            # minimum and maximum propagate NaN, which ``check`` looks for
+            self._extremes = torch.stack(
+                [torch.minimum(self._extremes[0], low), torch.maximum(self._extremes[1], high)]
+            )
+
+    def reduce(self, device: torch.device) -> None:
+        """Sum the counts and join the extremes over all processes of ``torch.distributed``."""
+        counts = torch.zeros(BINS, dtype=torch.float64, device=device)
+        extremes = torch.tensor([math.inf, -math.inf], device=device)
+        if self._counts is not None and self._extremes is not None:
+            counts, extremes = self._counts.to(device), self._extremes.to(device)
+        bounds = extremes * torch.tensor([-1.0, 1.0], device=device)
+        torch.distributed.all_reduce(counts)
+        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+        if counts.any():
+            self._counts, self._extremes = counts, bounds * torch.tensor([-1.0, 1.0], device=device)
+
+    def check(self, where: str) -> None:
+        """Raise CalibrationError if a NaN or an infinity was seen."""
+        if self._extremes is not None and not torch.isfinite(self._extremes).all():
+            raise CalibrationError(
+                f"the pre-activations of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
+                "calibration data or the weights hold NaN or infinity"
+            )
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.zeros(BINS) if self._counts is None else self._counts.cpu().numpy()
+
+    @property
+    def minimum(self) -> float:
+        return math.nan if self._extremes is None else float(self._extremes[0])
+
+    @property
+    def maximum(self) -> float:
+        return math.nan if self._extremes is None else float(self._extremes[1])
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The 1025 bin edges, in units of x."""
+        return np.sinh(np.linspace(-REACH, REACH, BINS + 1))
+
+    def nodes(self, source: Source) -> Nodes:
+        """Bin centres as fit nodes, weighted by the counts."""
+        edges = np.linspace(-REACH, REACH, BINS + 1)
+        centres = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
+        return Nodes.of(source, centres, self.counts, self.minimum, self.maximum)
