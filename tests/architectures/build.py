@@ -140,9 +140,12 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     padded = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None]
     for parameter in model.parameters():
+        if not parameter.requires_grad:  # sinusoids, which classes compute anew after loading
+            continue
         if parameter.ndim > 1 and parameter.is_floating_point():
             fan = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[1]
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(fan, 1) ** 0.5)
+            gain = 2.0 if parameter.ndim == 4 else 1.0  # few convolutional nets normalise what they pass on
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (gain / max(fan, 1)) ** 0.5)
         elif parameter.is_floating_point():
             tiny = parameter.abs().max() < 1e-2 and parameter.abs().min() > 0  # a layer scale that hides its branch
             if tiny or not torch.isfinite(parameter).all():
