@@ -2,7 +2,8 @@
 
 transformers rebuilds a model from its config alone, so a conversion may only touch modules that the config places.
 They are found by experiment: put a sentinel name into each activation field, send the config through JSON, rebuild
-the model without memory (meta device), and see where sentinels appear.
+the model without memory (meta device), and see where sentinels appear. A field is left alone unless that is all that
+the name does: see ``_probe``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator
+from types import CodeType
 
 import torch
 from torch import nn
@@ -102,13 +105,16 @@ def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple
     if fields is not None and (unknown := set(fields) - {field for field, _, _ in seen}):
         known = ", ".join(field for field, _, _ in seen) or "none"
         raise SiteError(f"{', '.join(sorted(unknown))}: no such activation field in the config; it has: {known}")
+    original = rebuild(model, model.config)
     for field, prefix, source in seen:
         if fields is not None and field not in fields:
             left.append((field, "not selected"))
             continue
-        why, names = _probe(model, field, prefix)
+        why, names = _probe(model, original, field, prefix, source)
         if why:
             left.append((field, why))
+        elif taken := next((site.field for site in sites if set(site.modules) & set(names)), ""):
+            left.append((field, f"{taken} drives the same modules"))
         else:
             sites.append(Site(field, prefix, source, names))
     if not sites:
@@ -117,26 +123,139 @@ def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple
             f"the config of {type(model).__name__} (model_type {model.config.model_type!r}) drives no activation "
             f"({reasons}); a conversion would not reload"
         )
+    _check_together(model, sites)
     return sites, left
 
 
-def _probe(model: PreTrainedModel, field: str, prefix: str) -> tuple[str, tuple[str, ...]]:
-    """Why the field cannot be used (else empty), and the modules it drives."""
-    config = copy.deepcopy(model.config)
-    with _sentinel_registered():
-        try:
-            set_field(config, field, prefix + SENTINEL)
-            _Sentinel.built = 0
-            twin = rebuild(model, config)
-        except Exception as error:  # any failure of foreign code means that this field takes no foreign name
-            return f"{type(error).__name__} with another name: {str(error).splitlines()[0][:120]}", ()
+def _check_together(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Raise SiteError unless all fields at once drive what each drives alone."""
+    if len(sites) < 2:
+        return
+    try:
+        twin, _ = _with_sentinels(model, {site.field: site.prefix for site in sites})
+        together = {name for name, module in twin.named_modules() if isinstance(module, _Sentinel)}
+        odd = together ^ {name for site in sites for name in site.modules}
+        why = f"interfere at {min(odd)}" if odd else ""
+    except Exception as error:
+        why = f"raise {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    if why:
+        fields = ", ".join(site.field for site in sites)
+        raise SiteError(f"{fields} together {why}; name one of them, for example fields=[{sites[0].field!r}]")
+
+
+def _probe(
+    model: PreTrainedModel, original: PreTrainedModel, field: str, prefix: str, source: str
+) -> tuple[str, tuple[str, ...]]:
+    """Why the field cannot be used (else empty), and the modules it drives; ``original`` is ``model`` rebuilt."""
+    try:
+        twin, built = _with_sentinels(model, {field: prefix})
+    except Exception as error:  # any failure of foreign code means that this field takes no foreign name
+        return f"{type(error).__name__} with another name: {' '.join(str(error).split())[:160]}", ()
+    if reader := _reader(twin, field.rpartition(".")[2]):
+        return f"{reader} reads the name itself and looks the activation up inside forward, where it cannot learn", ()
     found = [(n, m) for n, m in twin.named_modules(remove_duplicate=False) if isinstance(m, _Sentinel)]
     if not found:
-        return "it places no module" if not _Sentinel.built else "it is looked up but no module is kept", ()
+        return "it places no module" if not built else "it is looked up but no module is kept", ()
+    names = tuple(n for n, _ in found)
     if len({id(m) for _, m in found}) < len(found):
         return "one instance stands at several paths, which safetensors does not store", ()
-    names = tuple(n for n, _ in found)
-    present = {n for n, _ in model.named_modules(remove_duplicate=False)}
-    if missing := set(names) - present:
+    if built > len(found):
+        return f"{built - len(found)} of the {built} activations that it places are not kept as modules", ()
+    present = dict(model.named_modules(remove_duplicate=False))
+    if missing := set(names) - present.keys():
         return f"the model lacks {min(missing)}, which its config builds", ()
+    for name in names:
+        if type(present[name]) is not type(expected := original.get_submodule(name)):
+            kinds = f"{type(present[name]).__name__}, its config builds {type(expected).__name__}"
+            return f"{name} of the model is {kinds}", ()
+    if not any(_is_used(twin, name) for name in names):
+        return f"its module {names[0]} is used by no method", ()
+    if difference := _difference(original, twin, names, source):
+        return f"another name changes more than the activation: {difference}", ()
     return "", names
+
+
+def _with_sentinels(model: PreTrainedModel, fields: dict[str, str]) -> tuple[PreTrainedModel, int]:
+    """``model`` rebuilt with sentinels in ``fields`` (each with its prefix), and how many of them were built."""
+    config = copy.deepcopy(model.config)
+    with _sentinel_registered():
+        for field, prefix in fields.items():
+            set_field(config, field, prefix + SENTINEL)
+        _Sentinel.built = 0
+        return rebuild(model, config), _Sentinel.built
+
+
+def _names(code: CodeType) -> set[str]:
+    """The attributes, globals and strings that a function mentions."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+        elif isinstance(constant, str):
+            names.add(constant)
+    return names
+
+
+def _names_at_run_time(cls: type) -> frozenset[str]:
+    """What the methods of ``cls`` mention, save for those that only build or initialise."""
+    methods: dict[str, set[str]] = {}
+    for base in cls.__mro__:
+        if base not in PreTrainedModel.__mro__ and not base.__module__.startswith("torch."):
+            for name, value in vars(base).items():
+                function = inspect.unwrap(getattr(value, "fget", value))
+                overridden = name in methods and "super" not in methods[name]
+                if hasattr(function, "__code__") and not overridden:
+                    methods.setdefault(name, set()).update(_names(function.__code__))
+    building = {"__init__", "_init_weights", "extra_repr"}
+    while more := {name for b in building for name in methods.get(b, ()) if name in methods} - building:
+        building |= more
+    return frozenset().union(*(names for name, names in methods.items() if name not in building))
+
+
+def _reader(twin: PreTrainedModel, leaf: str) -> str:
+    """The class of ``twin`` with a method that reads the sentinel's name from the module or its config, else empty."""
+    configs = {id(module.config): module.config for module in twin.modules() if hasattr(module, "config")}
+    telling = {key for key, config in configs.items() if SENTINEL in str(config)}
+    mentioned = {kind: _names_at_run_time(kind) for kind in {type(module) for module in twin.modules()}}
+    for module in twin.modules():
+        stored = {key for key, value in vars(module).items() if _is_plain(value) and SENTINEL in str(value)}
+        if id(getattr(module, "config", None)) in telling and not hasattr(module, leaf):
+            stored.add(leaf)
+        if stored & mentioned[type(module)]:
+            return type(module).__name__
+    return ""
+
+
+def _is_plain(value) -> bool:
+    """Whether ``value`` is a string, a number, or a sequence or mapping of those."""
+    if isinstance(value, dict):
+        return _is_plain(tuple(value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, int, float))
+
+
+def _is_used(twin: PreTrainedModel, path: str) -> bool:
+    """Whether a module above ``path`` mentions it by name; containers hand out their items without."""
+    *parents, leaf = path.split(".")
+    if leaf.isdigit():
+        return True
+    above = (twin.get_submodule(".".join(parents[:n])) for n in range(len(parents) + 1))
+    return any(leaf in _names_at_run_time(type(module)) for module in above)
+
+
+def _difference(original: PreTrainedModel, twin: PreTrainedModel, sites: tuple[str, ...], source: str) -> str:
+    """Where two rebuilt models differ in modules, shapes or plain settings, the activations set aside; else empty."""
+
+    def outline(model):
+        return {
+            name: (
+                f"{type(module).__module__}.{type(module).__qualname__}",  # torch makes parametrised classes anew
+                {key: parameter.shape for key, parameter in module.named_parameters(recurse=False)},
+                {k: str(v).replace(SENTINEL, source) for k, v in vars(module).items() if _is_plain(v)},
+            )
+            for name, module in model.named_modules()
+            if not any(name == site or name.startswith(f"{site}.") for site in sites)
+        }
+
+    expected, found = outline(original), outline(twin)
+    differing = (name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return next((name or type(original).__name__ for name in differing), "")

@@ -197,6 +197,88 @@ class Picky(Model):
         self.act = ACT2FN[config.hidden_act]
 
 
+class Used(Model):
+    """The activation is a module and is called, as it should be; the other models add to this."""
+
+    def build(self, config):
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        return self.act(self.first(x))
+
+
+class StoredName(Used):
+    def build(self, config):
+        super().build(config)
+        self.activation = config.hidden_act
+
+    def forward(self, x):
+        return ACT2FN[self.activation](super().forward(x))
+
+
+class NameInConfig(Used):
+    def forward(self, x):
+        config = self.config
+        return ACT2FN[config.hidden_act](super().forward(x))
+
+
+class NameByGetattr(Used):
+    def forward(self, x):
+        return self.gate(super().forward(x))
+
+    def gate(self, x):
+        return ACT2FN[getattr(self.config, "hidden_act")](x)  # noqa: B009
+
+
+class Branch(Used):
+    """Like the models that hand the name to a fused kernel if it is one that the kernel knows."""
+
+    def build(self, config):
+        super().build(config)
+        self.options = {"activation": config.hidden_act}
+
+    def forward(self, x):
+        return nn.functional.gelu(self.first(x)) if self.options["activation"] == "gelu" else super().forward(x)
+
+
+class InList(Used):
+    def build(self, config):
+        super().build(config)
+        self.hidden = [ACT2FN[config.hidden_act]]
+
+
+class Beside(Used):
+    """The module is built, the forward does without."""
+
+    def forward(self, x):
+        return nn.functional.gelu(self.first(x))
+
+
+class OtherShape(Used):
+    def build(self, config):
+        super().build(config)
+        self.second = nn.Linear(3, 3 if config.hidden_act == "gelu" else 6)
+
+
+class OtherSetting(Used):
+    def build(self, config):
+        super().build(config)
+        self.scale = 1.0 if config.hidden_act == "gelu" else 2.0
+
+
+class OtherModule(Used):
+    def build(self, config):
+        super().build(config)
+        self.norm = nn.Identity() if config.hidden_act == "gelu" else nn.Tanh()
+
+
+class Forgetful(Config):
+    """Computes the field anew whenever it is loaded."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**(kwargs | {"hidden_act": "gelu"}))
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
@@ -204,6 +286,15 @@ class Picky(Model):
         (Shared, "several paths"),
         (LookedUp, "no module is kept"),
         (Picky, "KeyError with another name.*no integer version"),
+        (StoredName, "StoredName reads the name itself"),
+        (NameInConfig, "NameInConfig reads the name itself"),
+        (NameByGetattr, "NameByGetattr reads the name itself"),
+        (Branch, "Branch reads the name itself"),
+        (InList, "1 of the 2 activations .* not kept as modules"),
+        (Beside, "act is used by no method"),
+        (OtherShape, "changes more than the activation: second"),
+        (OtherSetting, "changes more than the activation: OtherSetting"),
+        (OtherModule, "changes more than the activation: norm"),
     ],
 )
 def test_refused_with_the_reason(cls, why, state_of):
@@ -215,6 +306,77 @@ def test_refused_with_the_reason(cls, why, state_of):
     assert isinstance(error.value, HfOrthoError)
     assert isinstance(error.value, ValueError)
     assert state_of(model) == before
+
+
+def test_refused_if_the_config_computes_the_field_anew():
+    with pytest.raises(SiteError, match="hidden_act: it places no module"):
+        find_sites(Used(Forgetful()))
+
+
+def test_refused_if_the_model_holds_another_activation_than_its_config_builds():
+    model = Used(Config())
+    model.act = nn.ReLU()
+    with pytest.raises(SiteError, match="act of the model is ReLU, its config builds GELUActivation"):
+        find_sites(model)
+
+
+def test_a_method_that_builds_may_read_the_name():
+    (site,), _ = find_sites(Used(Config()))  # ``build`` reads config.hidden_act and is called by the constructor
+    assert site.modules == ("act",)
+
+
+class TwoFields(Config):
+    def __init__(self, head_act="relu", **kwargs):
+        super().__init__(**kwargs)
+        self.head_act = head_act
+
+
+class Two(Used):
+    def build(self, config):
+        super().build(config)
+        self.head = ACT2FN[config.head_act]
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
+class Quarrelsome(Two):
+    def build(self, config):
+        if config.hidden_act != "gelu" and config.head_act != "relu":
+            raise ValueError("one kernel only")
+        super().build(config)
+
+
+class Overlapping(Two):
+    """The first field stands in for the second when it has been changed."""
+
+    def build(self, config):
+        self.act = ACT2FN[config.hidden_act]
+        self.head = ACT2FN[config.head_act if config.hidden_act == "gelu" else config.hidden_act]
+
+
+def test_two_fields():
+    model = Two(TwoFields())
+    sites, left = find_sites(model)
+    assert {site.field: site.modules for site in sites} == {"hidden_act": ("act",), "head_act": ("head",)}
+    assert left == []
+    hf_ortho.convert(model, "tropical_rational_2", fields=["head_act"])
+    x = torch.linspace(-5, 5, 50)
+    assert torch.equal(model.act(x), nn.functional.gelu(x))
+    torch.testing.assert_close(model.head(x), torch.relu(x))
+
+
+def test_fields_that_fail_together_are_refused_and_work_apart():
+    model = Quarrelsome(TwoFields())
+    with pytest.raises(SiteError, match=r"hidden_act, head_act together raise ValueError: one kernel only; name one"):
+        find_sites(model)
+    assert [site.field for site in find_sites(model, ["head_act"])[0]] == ["head_act"]
+
+
+def test_of_two_fields_that_drive_the_same_module_one_converts():
+    (site,), left = find_sites(Overlapping(TwoFields()))
+    assert (site.field, site.modules) == ("hidden_act", ("act", "head"))
+    assert left == [("head_act", "hidden_act drives the same modules")]
 
 
 def test_refused_without_a_field():
