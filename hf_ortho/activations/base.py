@@ -190,6 +190,23 @@ class LearnableActivation(nn.Module):
         self._initialized = True
         return FitReport.measure(self, target, note)
 
+    def measure(
+        self,
+        fn: str | Callable[[Tensor], Tensor],
+        *,
+        histogram=None,
+        domain: tuple[float, float] | None = None,
+        name: str | None = None,
+    ) -> FitReport:
+        """How far f is from ``fn``, in the terms of ``fit``; ``domain`` is the one of a fit without tails.
+
+        Raises:
+            FitError: ``fn`` is unknown, or has no straight asymptotes.
+        """
+        source = Source.of(fn, name)
+        nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
+        return FitReport.measure(self, Target.of(source, nodes, 0.0, domain))
+
     def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:
         """The interval of a fit without tails: all data must lie in it."""
         if nodes.minimum is None or nodes.maximum is None:

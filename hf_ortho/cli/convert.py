@@ -17,7 +17,7 @@ from ..conversion.checkpoint import (
     save_checkpoint,
     verify_reload,
 )
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..training import data
@@ -33,7 +33,8 @@ def parser() -> Parser:
     p.add_argument("model", help="a folder, or a model on the Hub such as openai-community/gpt2")
     p.add_argument("-o", "--output", required=True, help="folder to write")
     p.add_argument("--family", default="hermite", help=f"one of {', '.join(FAMILIES)}")
-    p.add_argument("--degree", default=None, help="1 to 32; default: the family's")
+    p.add_argument("--degree", default=None, help="1 to 32, or auto; default: the family's")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="largest rms error per layer, for --degree auto")
     p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="default: the data-free fit")
     p.add_argument("--calibration-samples", type=int, default=8, help="blocks of text, or images times 8")
     p.add_argument("--calibration-split", help="default: train")
@@ -42,6 +43,9 @@ def parser() -> Parser:
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     p.add_argument("--field", action="append", help="config field to convert, repeatable; default: all that drive one")
     p.add_argument("--derivative-weight", type=float, default=0.0, help="lambda of the Sobolev least squares")
+    p.add_argument("--no-tails", action="store_true", help="pure polynomials or series, on the range of the data")
+    p.add_argument("--domain", nargs=2, type=float, metavar=("LO", "HI"), help="for all layers; default: searched")
+    p.add_argument("--distill", type=int, default=0, metavar="N", help="steps on the activations towards the source")
     p.add_argument("--overwrite", action="store_true", help="replace the output folder")
     return p
 
@@ -75,19 +79,29 @@ def _label_some(blocks: list[dict]) -> list[dict]:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    name = named(args.family, args.degree)
+    named(args.family, None if args.degree == "auto" else args.degree)
+    if args.distill < 0:
+        raise ConfigError(f"--distill {args.distill}: must be at least 0")
+    if args.distill and not args.calibration_data:
+        raise ConfigError(f"--distill {args.distill} needs --calibration-data")
     output = check_output(args.output, args.overwrite)
     console.print(f"Loading {args.model}")
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
     calibration = calibration_batches(checkpoint, args)
     report = convert(
         checkpoint.model,
-        name,
+        args.family,
+        degree=args.degree,
+        tolerance=args.tolerance,
         calibration=calibration,
         fields=args.field,
         derivative_weight=args.derivative_weight,
+        domain=args.domain,
+        tails=not args.no_tails,
+        distill=args.distill,
     )
-    show(report.table())
+    for part in report.tables():
+        show(part)
     for line in report.summary():
         console.print(line)
     results = None
@@ -109,7 +123,18 @@ def run(argv: list[str]) -> None:
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
     with replacing(output) as draft:
         save_checkpoint(checkpoint, draft)
-        write_card(draft, checkpoint.model, checkpoint.task, place=args.output, report=report, results=results)
+        report.save(draft)
+        report.plot(draft / "activations.png")
+        report.modules.clear()  # the sources need no memory while the copy is checked
+        write_card(
+            draft,
+            checkpoint.model,
+            checkpoint.task,
+            place=args.output,
+            report=report,
+            results=results,
+            picture="activations.png",
+        )
         cls = type(checkpoint.model)
         del checkpoint  # the reloaded model takes its place in memory
         equal = verify_reload(cls, draft, tensors, inputs, expected)

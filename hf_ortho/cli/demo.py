@@ -141,7 +141,8 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
     )
     with console.status("Calibrating and fitting"):
         report = convert(converted.model, name, calibration=calibration(task, dataset))
-    show(report.table())
+    for part in report.tables():
+        show(part)
     for line in report.summary():
         console.print(line)
     at_once = evaluate_model(converted, held_back)

@@ -116,7 +116,8 @@ def run(argv: list[str]) -> None:
     if arguments.process_index != 0:
         return
     if result.conversion is not None:
-        show(result.conversion.table())
+        for part in result.conversion.tables():
+            show(part)
         for line in result.conversion.summary():
             console.print(line)
     results = results_of(result, arguments, data_arguments.eval_dataset or data_arguments.dataset)

@@ -8,8 +8,8 @@ import math
 import textwrap
 
 from ..activations import FitReport, LearnableActivation
-from ..conversion.report import _split_shared
-from ..conversion.stored import StoredActivations, distance, load_activations, source_names
+from ..conversion.paths import by_kind
+from ..conversion.stored import StoredActivations, load_activations, source_names
 from ..errors import FitError
 from .console import Parser, console, table
 
@@ -77,7 +77,7 @@ def examine(stored: StoredActivations) -> tuple[list[Layer], list[str]]:
         fit = None
         module = stored.modules[path]
         try:
-            fit = None if source is None else distance(module, source)
+            fit = None if source is None else module.measure(source)
         except FitError as error:
             notes.append(str(error))
         layers.append(Layer(path, module, module.gain(), source, fit))
@@ -94,16 +94,17 @@ def run(argv: list[str]) -> None:
         return
     for line in _provenance(args.model, stored):
         console.print(line)
-    places, rows = _split_shared([layer.path for layer in layers])
-    sources = ", ".join(sorted({layer.source or "unknown" for layer in layers}))
+    known = {layer.path: layer for layer in layers}
     columns = ["*", "activation", "domain", "tail slopes", "E f^2", "E f'^2", "sup f", "rms f"]
-    cells = [[row, *layer.cells()] for row, layer in zip(rows, layers, strict=True)]
-    table(f"{len(layers)} activations at {places}, source {sources}", columns, cells)
+    for place, rows in by_kind(list(known)).items():
+        sources = ", ".join(sorted({known[path].source or "unknown" for _, path in rows}))
+        cells = [[row, *known[path].cells()] for row, path in rows]
+        table(f"{len(rows)} activations at {place}, source {sources}", columns, cells)
     console.print("E under N(0, 1); sup over the real line and rms under N(-0.5, 1.5^2), from the source activation")
     for note in notes:
         console.print(f"no distance: {note}")
-    for row, layer in zip(rows, layers, strict=True):
-        console.print(f"\n{row} {layer.module.name}", style="bold")
+    for layer in layers:
+        console.print(f"\n{layer.path} {layer.module.name}", style="bold")
         for name, values in layer.vectors().items():
             console.print(_vector(name, values))
 

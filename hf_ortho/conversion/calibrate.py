@@ -88,15 +88,17 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
     return total / weight if weight else None
 
 
-def main_output(model: PreTrainedModel, batch, where: str = "the first calibration batch") -> Tensor:
-    """The logits, or the first floating output, for at most 4 samples of ``batch`` (their last 64 tokens), float32."""
-    inputs = _inputs(batch, where, model)
-    length = len(next(iter(inputs.values())))
-    inputs = {k: v[:4] if isinstance(v, Tensor) and len(v) == length else v for k, v in inputs.items()}
+def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
+    """The logits, or the first floating output, float32; of at most 4 samples and their last 64 tokens if ``sample``."""
+    inputs = _inputs(batch, "a calibration batch", model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))} | {"logits_to_keep": 64}
+        inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))}
+        inputs["logits_to_keep"] = 64 if sample else 0
+    if sample:
+        length = len(next(iter(inputs.values())))
+        inputs = {k: v[:4] if isinstance(v, Tensor) and len(v) == length else v for k, v in inputs.items()}
     with evaluating(model):
-        found = _forward(model, inputs, where)
+        found = _forward(model, inputs, "a calibration batch")
     tensors = [found.get("logits"), *found.values()] if isinstance(found, Mapping) else list(found)
     return next(t.float() for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
@@ -75,6 +76,8 @@ def convert(
         family, n = activations.parse(activations.named(activation, None if degree == "auto" else degree))
     if not tolerance > 0:
         raise FitError(f"tolerance {tolerance!r}: must be positive")
+    if distill < 0:
+        raise CalibrationError(f"distill {distill!r}: must be a number of steps, at least 0")
     if distill and calibration is None:
         raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
     sites, left_alone = find_sites(model, fields)
@@ -88,6 +91,7 @@ def convert(
         histograms, loss_before = collect(
             model, [name for site in sites for name in site.modules], itertools.chain(first, batches)
         )
+        histograms = {path: histogram for path, histogram in histograms.items() if histogram.counts.any()}
         reference, noise_floor = _reference(model, first[0]) if first else (None, None)
 
     options: dict[str, Any] = {"derivative_weight": derivative_weight, "domain": domain, "tails": tails}
@@ -108,9 +112,18 @@ def convert(
                 if not again:
                     raise CalibrationError("distill reads the calibration batches many times: give a list of them")
                 distillation = distill_activations(model, sources, calibration, distill)
+                for path, (module, layer) in fitted.items():
+                    fit = layer.fit
+                    moved = module.measure(
+                        sources[path],
+                        histogram=histograms.get(path),
+                        domain=None if tails else fit.domain,
+                        name=fit.source,
+                    )
+                    fitted[path] = module, dataclasses.replace(layer, fit=dataclasses.replace(moved, note=fit.note))
             if reference is not None:
                 with torch.no_grad():
-                    output_error = _relative(main_output(model, first[0]), reference)
+                    output_error = _relative(main_output(model, first[0], sample=True), reference)
             if loss_before is not None and again:
                 loss_after = mean_loss(model, (batch for batch in calibration if has_labels(model, batch)))
     except BaseException:
@@ -130,7 +143,7 @@ def convert(
         seconds=time.perf_counter() - start,
         modules={path: (module, sources[path], histograms.get(path)) for path, (module, _) in fitted.items()},
     )
-    model.config.hf_ortho = _provenance(model, sites, report)
+    model.config.hf_ortho = _provenance(model, sites, report, tails)
     return report
 
 
@@ -190,11 +203,11 @@ def _replace(model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Mo
 def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
     """The output of the source model in float32; and, below float32, how far the model itself is from that."""
     with torch.no_grad():
-        own = main_output(model, batch)
+        own = main_output(model, batch, sample=True)
     if torch.finfo(model.dtype).bits >= 32:
         return own, None
     with torch.no_grad():
-        exact = main_output(copy.deepcopy(model).float(), batch)
+        exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
     return exact, _relative(own, exact)
 
 
@@ -203,7 +216,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double()))
 
 
-def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionReport) -> dict:
+def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionReport, tails: bool) -> dict:
     earlier = getattr(model.config, "hf_ortho", None) or {}
     sources = {site.field: site.prefix + site.source for site in sites}
     sources |= earlier.get("source_activations", {})  # a second conversion keeps what the first one found
@@ -213,6 +226,7 @@ def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionRep
         "source_revision": earlier.get("source_revision", getattr(model.config, "_commit_hash", None)),
         "source_activations": sources,
         "calibrated": report.calibrated,
+        "tails": tails,
         "layers": [
             {
                 "module": layer.module,

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..activations.interpolation import DEFAULT_MEAN, DEFAULT_SIGMA
-from ..errors import CalibrationError
-from .calibrate import evaluating, main_output
+from .calibrate import evaluating, main_output, several_processes
 
-RATE = 1e-3
+RATE = 0.02  # in root mean square errors of the fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Distillation:
 def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iterable, steps: int) -> Distillation:
     """``steps`` of Adam on the parameters and the domains of the activations at the paths of ``sources``.
 
-    The loss is |y - z|^2 / |z|^2 for the logits (or first output) y of the converted and z of the source model. All
-    parameters move in units in which they move the activation equally, for degree k of Hermite about sqrt(k!).
+    The loss is |y - z|^2 / |z|^2 for the logits (or first output) y of the converted and z of the source model. Each
+    parameter moves in units in which it changes the activation by the error of the fit.
     Everything is put back if the held-out error has not fallen.
 
     Args:
@@ -49,34 +49,39 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
 
     def error(batch) -> Tensor:
         with torch.no_grad(), _swapped(model, sources):
-            aim = main_output(model, batch)
-        return torch.sum((main_output(model, batch) - aim) ** 2) / torch.sum(aim**2)
+            aim = main_output(model, batch, sample=False)
+        return torch.sum((main_output(model, batch, sample=False) - aim) ** 2) / torch.sum(aim**2)
 
     with evaluating(model), _only(model, moving) as parameters:
         with torch.no_grad():
-            error_before = float(error(held_out))
-        scales = [scale for module in moving for scale in _scales(module)]
+            error_before = float(_mean_over_processes(error(held_out)))
+        scales = [s for module, source in zip(moving, sources.values(), strict=True) for s in _scales(module, source)]
         starts = [p.detach().clone() for p in parameters]
         offsets = [torch.zeros_like(p, requires_grad=True) for p in parameters]
         optimizer = torch.optim.Adam(offsets, lr=RATE)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         for step in range(steps):
-            loss = error(seen[step % len(seen)])
-            if not torch.isfinite(loss):
-                raise CalibrationError(f"distillation: the outputs are not finite at step {step + 1}")
-            for offset, gradient, scale in zip(offsets, torch.autograd.grad(loss, parameters), scales, strict=True):
-                offset.grad = gradient * scale
+            gradients = torch.autograd.grad(error(seen[step % len(seen)]), parameters, materialize_grads=True)
+            for offset, gradient, scale in zip(offsets, gradients, scales, strict=True):
+                offset.grad = _mean_over_processes(gradient) * scale
             optimizer.step()
             decay.step()
             with torch.no_grad():
                 for p, start, scale, offset in zip(parameters, starts, scales, offsets, strict=True):
                     p.copy_(start + scale * offset)
         with torch.no_grad():
-            error_after = float(error(held_out))
+            error_after = float(_mean_over_processes(error(held_out)))
     if not error_after < error_before:
         for module in moving:
             module.load_state_dict(before[id(module)])
     return Distillation(steps, error_before, min(error_before, error_after))
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    if several_processes():
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value
 
 
 @contextlib.contextmanager
@@ -104,10 +109,12 @@ def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]
             p.requires_grad_(flag)
 
 
-def _scales(module: LearnableActivation) -> list[Tensor]:
-    """Per finite parameter, 1 / the root mean square of the derivative of f over N(-0.5, 1.5^2)."""
+@torch.no_grad()
+def _scales(module: LearnableActivation, source: nn.Module) -> list[Tensor]:
+    """How far each finite parameter must move to change f by as much as f misses the source, over N(-0.5, 1.5^2)."""
     x = DEFAULT_MEAN + DEFAULT_SIGMA * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
-    state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}
     x = x.to(module.domain.device)
+    state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}
     slopes = torch.func.jacrev(lambda values: torch.func.functional_call(module, values, (x,)))(state)
-    return [1 / slope.detach().square().mean(0).sqrt().clamp(min=1e-3) for slope in slopes.values()]
+    miss = (module(x) - source(x)).square().mean().sqrt()
+    return [miss / slope.square().mean(0).sqrt().clamp(min=1e-3) for slope in slopes.values()]

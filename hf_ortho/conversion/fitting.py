@@ -45,8 +45,6 @@ def fit_site(
     data_free: tuple[LearnableActivation, FitReport] | None = None
     for path in sorted(site.modules, key=lambda p: p != first):
         source, histogram = model.get_submodule(path), histograms.get(path)
-        if histogram is not None and not histogram.counts.any():
-            histogram = None
         plain = next(source.parameters(), None) is None
         new = family(degree)
         if histogram is None and data_free is not None and plain:

@@ -17,6 +17,7 @@ from torch import nn
 from ..activations import FitReport, LearnableActivation
 from .distill import Distillation
 from .histogram import Histogram
+from .paths import by_kind
 
 WIDTH = 100
 FILE = "conversion.json"
@@ -42,18 +43,6 @@ class LayerReport:
             f"{fit.mass_outside:.2%}",
             "-" if fit.minimum is None else f"{fit.minimum:.1f}..{fit.maximum:.1f}",
         ]
-
-
-def _split_shared(paths: list[str]) -> tuple[str, list[str]]:
-    """``["h.0.mlp.act", "h.1.mlp.act"]`` to ``"h.*.mlp.act"`` and ``["0", "1"]``."""
-    parts = [path.split(".") for path in paths]
-    shortest = min(map(len, parts))
-    head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
-    if head == shortest:
-        return paths[0], paths if len(paths) > 1 else ["*"]
-    tail = next(i for i in range(shortest) if len({p[-1 - i] for p in parts}) > 1)
-    rows = [".".join(p[head : len(p) - tail]) for p in parts]
-    return ".".join([*parts[0][:head], "*", *parts[0][len(parts[0]) - tail :]]), rows
 
 
 @dataclasses.dataclass
@@ -113,13 +102,14 @@ class ConversionReport:
 
     @property
     def warnings(self) -> list[str]:
-        """The layers with more than 0.1 % of their pre-activations, and most of their error, outside the domain."""
+        """The layers with more than 0.1 % of their pre-activations outside the domain, and most of their squared error
+        there, if that is above 1e-3."""
         lines = []
         for layer in self.layers:
             fit = layer.fit
             lo, hi = fit.domain
             outside = fit.mass_outside * fit.rms_error_outside**2
-            if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error > 1e-6:
+            if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error_outside > 1e-3:
                 lines.append(
                     f"{layer.module}: {fit.mass_outside:.2%} of the pre-activations lie outside the domain "
                     f"[{lo:.2f}, {hi:.2f}], with an rms error there of {fit.rms_error_outside:.1e}"
@@ -131,12 +121,17 @@ class ConversionReport:
         """What the fits have to say, each once."""
         return list(dict.fromkeys(layer.fit.note for layer in self.layers if layer.fit.note))
 
-    def table(self) -> Table:
-        """One row per activation; what all rows share stands in the title."""
-        places, rows = _split_shared([layer.module for layer in self.layers])
-        sources = ", ".join(sorted({layer.fit.source for layer in self.layers}))
-        slopes = "; ".join(sorted({"{:.3g}, {:.3g}".format(*layer.fit.tail_slopes) for layer in self.layers}))
-        title = textwrap.fill(f"{self.activation} for {sources} (tail slopes {slopes}) at {places}", WIDTH)
+    def tables(self) -> list[Table]:
+        """One table per kind of place (paths that differ in numbers only), one row per activation."""
+        layers = {layer.module: layer for layer in self.layers}
+        return [self._table(place, rows, layers) for place, rows in by_kind(list(layers)).items()]
+
+    def _table(self, place: str, rows: list[tuple[str, str]], layers: dict[str, LayerReport]) -> Table:
+        fits = [layers[path].fit for _, path in rows]
+        names = ", ".join(dict.fromkeys(fit.activation for fit in fits))
+        sources = ", ".join(dict.fromkeys(fit.source for fit in fits))
+        slopes = "; ".join(dict.fromkeys("{:.3g}, {:.3g}".format(*fit.tail_slopes) for fit in fits))
+        title = textwrap.fill(f"{names} for {sources} (tail slopes {slopes}) at {place}", WIDTH)
         table = Table(
             box=SIMPLE_HEAD,
             title=title,
@@ -148,9 +143,9 @@ class ConversionReport:
         table.add_column("*", overflow="fold")
         for column in ("domain", "sup f", "rms f", "sup f'", "rms f'", "outside", "seen"):
             table.add_column(column, justify="right", no_wrap=True)
-        for row, layer in zip(rows, self.layers, strict=True):
-            cells = layer.cells()
-            table.add_row(row, cells[1], *cells[3:])
+        for row, path in rows:
+            _, domain, _, *rest = layers[path].cells()
+            table.add_row(row, domain, *rest)
         return table
 
     def summary(self) -> list[str]:
@@ -183,6 +178,7 @@ class ConversionReport:
     def __str__(self) -> str:
         out = io.StringIO()
         console = Console(file=out, width=WIDTH, color_system=None)
-        console.print(self.table())
+        for table in self.tables():
+            console.print(table)
         lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
         return "\n".join(lines + [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in self.summary()])

@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..activations import FAMILIES, FitReport, LearnableActivation, parse
+from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE
-from ..activations.interpolation import Nodes, Source, Target
 from ..errors import ActivationNameError, CheckpointError, ConfigError
 from .checkpoint import _check_place, _commit, _explain
 
@@ -174,13 +173,3 @@ def source_names(provenance: dict, modules: Iterable[str]) -> dict[str, str | No
         return layer.get("source") or fields.get(layer.get("field", ""), common)
 
     return {module: of(module) for module in modules}
-
-
-def distance(module: LearnableActivation, source: str) -> FitReport:
-    """How far ``module`` is from ``source``, a name in ``ACT2FN``: the measure of a conversion without data.
-
-    Raises:
-        FitError: ``source`` is unknown or has no straight asymptotes.
-    """
-    examined = Source.of(source)
-    return FitReport.measure(module, Target.of(examined, Nodes.gaussian(examined), 0.0, None))

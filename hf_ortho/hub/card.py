@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..activations import parse
+from ..activations import FAMILIES, parse
 from ..conversion import ConversionReport
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -73,7 +73,7 @@ def write_card(
         base_model=base if on_hub else None,
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=["hf_ortho", "learnable-activations", *([parse(activation)[0].family] if activation else [])],
+        tags=["hf_ortho", "learnable-activations", *(_families(activation) if activation else [])],
     )
     sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
     revision = provenance.get("source_revision")
@@ -97,7 +97,8 @@ def write_card(
         conversion=_conversion(activation, provenance, report),
         layers=_layers(report),
         weight="the calibration data" if report and report.calibrated else "the density of N(-0.5, 1.5^2)",
-        notes=report.notes if report else [],
+        tails=provenance.get("tails", True),
+        notes=[*report.notes, *report.warnings] if report else [],
         results=results,
         hyperparameters={k: _plain(getattr(arguments, k)) for k in HYPERPARAMETERS} if arguments else {},
         versions=", ".join(f"{p} {version(p)}" for p in ("hf_ortho", "torch", "transformers", "datasets")),
@@ -107,13 +108,21 @@ def write_card(
 def _conversion(activation: str | None, provenance: dict, report: ConversionReport | None) -> str:
     if not activation:
         return "Not converted."
-    family, degree = parse(activation)
-    formula = (family.__doc__ or "").split("\n\n")[1].strip()
+    formulas = [(FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in _families(activation)]
     count = len(report.layers) if report else len(provenance.get("layers", []))
-    text = f"{count} activations of degree {degree}:\n\n    {formula}\n\nwith straight tails outside the domain."
+    text = f"{count} activations, {activation}:\n\n    " + "\n\n    ".join(formulas)
+    if provenance.get("tails", True):
+        text += "\n\nwith straight tails outside the domain."
+    else:
+        text += "\n\non the whole real line, fitted on the domain: far outside it the values explode."
     if report and len(report.layers) > MAX_LAYERS:
         text += f" The table shows {MAX_LAYERS} of {len(report.layers)}; `config.json` holds all under `hf_ortho`."
     return text
+
+
+def _families(activation: str) -> list[str]:
+    """The families in a text such as ``hermite_8, hermite_9``, each once."""
+    return list(dict.fromkeys(parse(name)[0].family for name in activation.split(", ")))
 
 
 def _layers(report: ConversionReport | None) -> list[list[str]]:

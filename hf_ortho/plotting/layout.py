@@ -20,7 +20,7 @@ from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from torch import nn
 
 from ..activations import LearnableActivation
-from ..conversion.report import _split_shared
+from ..conversion.paths import split_shared
 from ..errors import OutputError
 
 FULL_PANELS = 12  # more share their axes in a compact grid
@@ -54,7 +54,7 @@ class Grid:
         width, height = (1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6)
         per_panel = 2 if difference else 1
         height *= 1.4 if difference else 1.0
-        shared, own = _split_shared(list(paths)) if n > 1 else ("", list(paths))
+        shared, own = split_shared(list(paths)) if n > 1 else ("", list(paths))
         titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in own]
         height += 0.11 * max(text.count("\n") for text in titles)
         self.size = width * columns + 0.5, height * rows + 1.2

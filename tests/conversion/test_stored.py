@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 import hf_ortho
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.conversion import stored
-from hf_ortho.conversion.stored import distance, load_activations, source_names
+from hf_ortho.conversion.stored import load_activations, source_names
 from hf_ortho.errors import CheckpointError, ConfigError
 
 
@@ -145,10 +145,10 @@ def test_source_names():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_distance_is_what_a_fit_without_data_reports(family):
+def test_measure_gives_what_a_fit_without_data_reports(family):
     module = build(f"{family}_4")
     report = module.fit("silu")
-    found = distance(module, "silu")
+    found = module.measure("silu")
     assert (found.sup_error, found.rms_error) == (report.sup_error, report.rms_error)
     x = np.linspace(-12, 12, 4801)
     with torch.no_grad():

@@ -1,0 +1,33 @@
+"""Module paths of many layers, made short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def split_shared(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """``["h.0.mlp.act", "h.1.mlp.act"]`` to ``"h.*.mlp.act"`` and ``["0", "1"]``."""
+    parts = [path.split(".") for path in paths]
+    shortest = min(map(len, parts))
+    head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
+    if head == shortest:
+        return paths[0], list(paths) if len(paths) > 1 else ["*"]
+    tail = next(i for i in range(shortest) if len({p[-1 - i] for p in parts}) > 1)
+    rows = [".".join(p[head : len(p) - tail]) for p in parts]
+    return ".".join([*parts[0][:head], "*", *parts[0][len(parts[0]) - tail :]]), rows
+
+
+def by_kind(paths: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Paths that differ in numbers only, as pattern -> [(what stands for ``*``, path)], in order of appearance.
+
+    ``split_shared`` is applied to each kind, so that ``stages.0.layers.1.act`` is ``0.layers.1`` in
+    ``stages.*.act``.
+    """
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault(".".join("*" if part.isdigit() else part for part in path.split(".")), []).append(path)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for members in kinds.values():
+        pattern, rows = split_shared(members)
+        found[pattern] = list(zip(rows, members, strict=True))
+    return found
