@@ -147,8 +147,8 @@ class LearnableActivation(nn.Module):
 
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
 
-        The nodes are the data and, with weights that Lawson's iteration finds, the real line: what gets small is the
-        mean squared error over the data + 0.2 s^2 / (1 + (s / 0.02)^2), s the largest error anywhere.
+        The nodes are the data and, with weights that Lawson's iteration finds, the real line, so that next to the mean
+        squared error over the data the largest error s anywhere gets small: s^2 counts 0.2, less from s = 0.02 on.
 
         Args:
             fn: a name in ``ACT2FN``, an element-wise torch callable, or a module.

@@ -25,9 +25,9 @@ Array = np.ndarray
 
 # The data-free weight N(-0.5, 1.5^2): pre-activations of pretrained networks lean to the negative side.
 DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
-# What the square of the largest error s on the real line counts for, next to the mean squared error over the data:
-# SUP_WEIGHT s^2 / (1 + (s / NEAR)^2). Far beyond NEAR the family cannot come close everywhere, and serves the data.
-SUP_WEIGHT, NEAR = 0.2, 0.02
+# What the square of the largest error s on the real line counts for, next to the mean squared error over the data: 0.2
+# while s is well below NEAR, and less above, down to 0.01: what cannot come close everywhere serves the data.
+SUP_WEIGHT, LEAST_SUP_WEIGHT, NEAR = 0.2, 0.01, 0.02
 
 
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
@@ -97,9 +97,11 @@ class Nodes:
         return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
 
     def score(self, error: Array) -> float:
-        """log of the mean squared error over the data + SUP_WEIGHT s^2 / (1 + (s / NEAR)^2), s = max |error|."""
+        """log of the mean squared error over the data + a s^2 + (b - a) NEAR^2 log(1 + (s / NEAR)^2), s = max |error|,
+        a and b the least and the full weight."""
         square = float(np.max(np.abs(error[~self.data]))) ** 2
-        return math.log(self.mean(error**2) + SUP_WEIGHT * square / (1 + square / NEAR**2) + 1e-32)
+        spread = (SUP_WEIGHT - LEAST_SUP_WEIGHT) * NEAR**2 * math.log1p(square / NEAR**2)
+        return math.log(self.mean(error**2) + LEAST_SUP_WEIGHT * square + spread + 1e-32)
 
     def reweighted(self, error: Array) -> Nodes:
         """Lawson's step: weight on the line moves to where |error| is large.
@@ -108,8 +110,9 @@ class Nodes:
         by s^2 for the sum of the weights a fixed point minimises it.
         """
         square = float(np.max(np.abs(error[~self.data]))) ** 2
+        total = LEAST_SUP_WEIGHT + (SUP_WEIGHT - LEAST_SUP_WEIGHT) / (1 + square / NEAR**2)
         w = np.where(self.data, self.w, self.w * np.abs(error))
-        w[~self.data] *= SUP_WEIGHT / (1 + square / NEAR**2) ** 2 / w[~self.data].sum()
+        w[~self.data] *= total / w[~self.data].sum()
         return dataclasses.replace(self, w=w)
 
 

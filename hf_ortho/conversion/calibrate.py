@@ -89,7 +89,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
 
 
 def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
-    """The logits, or the first floating output, float32; of at most 4 samples and their last 64 tokens if ``sample``."""
+    """The logits, or the first floating output, float32; ``sample``: of 4 samples and their last 64 tokens at most."""
     inputs = _inputs(batch, "a calibration batch", model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))}

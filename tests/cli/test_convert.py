@@ -459,3 +459,50 @@ def test_unknown_command(hf_ortho_command, name, hint):
     assert f"unknown command '{name}'" in sentence
     assert hint in sentence
     assert all(command in sentence for command in COMMANDS)
+
+
+# ---- degree, tails, distillation, and what is saved beside the weights -----------------------------------------------
+
+
+def test_the_report_and_its_picture_stand_beside_the_weights(hf_ortho_command, gpt2_folder, text_file, tmp_path):
+    ran = hf_ortho_command(
+        "convert", gpt2_folder, "-o", tmp_path / "out", "--degree", 4, "--calibration-data", text_file
+    )
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["activation"] == "hermite_4"
+    assert f"relative error of the output, on the first samples, {report['output_error']:.1e}" in ran.out
+    assert (tmp_path / "out" / "activations.png").read_bytes().startswith(b"\x89PNG")
+    assert "(activations.png)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_auto_tails_and_distillation(hf_ortho_command, gpt2_folder, text_file, tmp_path):
+    flags = ["--degree", "auto", "--tolerance", 5e-4, "--calibration-data", text_file]
+    ran = hf_ortho_command("convert", gpt2_folder, "-o", tmp_path / "auto", *flags, "--distill", 2)
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "auto" / "conversion.json").read_text())
+    assert all(layer["rms_error"] <= 5e-4 for layer in report["layers"])
+    assert "2 steps of distillation" in ran.out
+    ran = hf_ortho_command("convert", gpt2_folder, "-o", tmp_path / "pure", "--no-tails", "--domain", -9, 9)
+    assert ran.code == 0, ran.err
+    config = json.loads((tmp_path / "pure" / "config.json").read_text())
+    assert {tuple(layer["domain"]) for layer in config["hf_ortho"]["layers"]} == {(-9.0, 9.0)}
+    assert "no tails" in (tmp_path / "pure" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--degree", "auto", "--tolerance", "1e-12"], "tolerance 1e-12"),
+        (["--degree", "auto", "--tolerance", "-1"], "tolerance -1"),
+        (["--degree", "some"], "degree 'some'"),
+        (["--no-tails"], "needs calibration data or a domain"),
+        (["--domain", "2", "1"], "domain"),
+        (["--distill", "5"], "--distill 5 needs --calibration-data"),
+        (["--distill", "-5"], "--distill -5"),
+    ],
+)
+def test_choices_that_cannot_be(hf_ortho_command, gpt2_folder, tmp_path, flags, reason):
+    ran = hf_ortho_command("convert", gpt2_folder, "-o", tmp_path / "out", *flags)
+    assert reason in ran.error
+    assert not (tmp_path / "out").exists()
