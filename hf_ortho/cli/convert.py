@@ -9,14 +9,11 @@ from ..conversion import convert
 from ..conversion.checkpoint import (
     Checkpoint,
     check_output,
-    example_inputs,
-    fingerprint,
     load_checkpoint,
-    outputs,
     replacing,
     save_checkpoint,
-    verify_reload,
 )
+from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError, DataError
 from ..hub import Results, write_card
 from ..hub.card import hardware
@@ -57,6 +54,8 @@ def calibration_batches(checkpoint: Checkpoint, args: argparse.Namespace) -> lis
         raise DataError(f"--calibration-samples {args.calibration_samples}: must be at least 1")
     splits = data.load(args.calibration_data)
     dataset = splits[data.pick(splits, args.calibration_split, data.TRAIN, args.calibration_data)]
+    if not checkpoint.task:
+        return _of_another_task(checkpoint, dataset, args)
     samples = prepare(checkpoint, dataset, DataArguments(block_size=args.block_size), args.calibration_data)
     if checkpoint.task == "image-classification":
         found = batches(samples, args.calibration_samples * 8, size=8)
@@ -64,6 +63,25 @@ def calibration_batches(checkpoint: Checkpoint, args: argparse.Namespace) -> lis
             found = [{"pixel_values": batch["pixel_values"]} for batch in found]  # the labels are not the model's
         return found
     return _label_some(batches(samples, args.calibration_samples))
+
+
+def _of_another_task(checkpoint: Checkpoint, dataset, args: argparse.Namespace) -> list[dict]:
+    """Text for an encoder or an encoder-decoder, images for an image model; without labels."""
+    model, name = checkpoint.model, args.calibration_data
+    if model.main_input_name == "pixel_values" and checkpoint.image_processor is not None:
+        samples = data.images(dataset, checkpoint.image_processor, name=name)
+        found = batches(samples, args.calibration_samples * 8, size=8)
+        return [{"pixel_values": batch["pixel_values"]} for batch in found]
+    if model.main_input_name != "input_ids" or checkpoint.tokenizer is None:
+        raise DataError(
+            f"{type(model).__name__} takes {model.main_input_name}, which --calibration-data cannot give it; "
+            "calibrate it in Python with hf_ortho.convert(model, calibration=batches), or leave the flag out"
+        )
+    size = args.block_size or min(512, checkpoint.tokenizer.model_max_length)
+    found = batches(data.text_chunks(dataset, checkpoint.tokenizer, size, name), args.calibration_samples)
+    if model.config.is_encoder_decoder:
+        found = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in found]
+    return found
 
 
 def _label_some(blocks: list[dict]) -> list[dict]:

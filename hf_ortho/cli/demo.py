@@ -19,13 +19,10 @@ from ..conversion import ConversionReport, collect, convert
 from ..conversion.checkpoint import (
     Checkpoint,
     check_output,
-    example_inputs,
-    fingerprint,
-    outputs,
     replacing,
     save_checkpoint,
-    verify_reload,
 )
+from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError
 from ..hub import Results, write_card
 from ..hub.card import hardware

@@ -95,6 +95,7 @@ def convert(
         reference, noise_floor = _reference(model, first[0]) if first else (None, None)
 
     options: dict[str, Any] = {"derivative_weight": derivative_weight, "domain": domain, "tails": tails}
+    fitting = time.perf_counter()
     fitted: Fitted = {}
     names: dict[str, str] = {}
     for site in sites:
@@ -104,6 +105,7 @@ def convert(
             found = fit_site(model, site, family, n, histograms, **options)
         names[site.field] = f"{family.family}_{n}"
         fitted |= found
+    fitting = time.perf_counter() - fitting
     sources = {path: model.get_submodule(path) for path in fitted}
     restore = _replace(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
     try:
@@ -140,6 +142,7 @@ def convert(
         output_error=output_error,
         noise_floor=noise_floor,
         distillation=distillation,
+        fit_seconds=fitting,
         seconds=time.perf_counter() - start,
         modules={path: (module, sources[path], histograms.get(path)) for path, (module, _) in fitted.items()},
     )

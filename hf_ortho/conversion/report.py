@@ -60,7 +60,7 @@ class ConversionReport:
             first output, y converted and z the source model in float32.
         noise_floor: the same with y the source model in its own dtype; None for float32.
         distillation: what it bought, None without.
-        seconds: wall-clock time of the conversion.
+        fit_seconds, seconds: wall-clock time of all fits, and of the whole conversion.
         modules: learned module, source module and histogram by path, for ``plot``; not in ``to_dict``.
     """
 
@@ -74,6 +74,7 @@ class ConversionReport:
     output_error: float | None
     noise_floor: float | None
     distillation: Distillation | None
+    fit_seconds: float
     seconds: float
     modules: dict[str, tuple[LearnableActivation, nn.Module, Histogram | None]] = dataclasses.field(repr=False)
 
@@ -151,7 +152,10 @@ class ConversionReport:
     def summary(self) -> list[str]:
         """The lines under the table."""
         weight = "the data" if self.calibrated else "N(-0.5, 1.5^2), no calibration data"
-        lines = [f"{len(self.layers)} activations converted in {self.seconds:.1f} s; rms and outside under {weight}"]
+        lines = [
+            f"{len(self.layers)} activations converted in {self.seconds:.1f} s, {self.fit_seconds:.1f} s of it fits; "
+            f"rms and outside under {weight}"
+        ]
         if self.loss_before is not None and self.loss_after is not None:
             change = math.expm1(self.loss_after - self.loss_before)
             lines.append(

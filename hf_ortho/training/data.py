@@ -124,12 +124,7 @@ def text_blocks(
     is dropped.
     """
 
-    def is_text(feature):
-        return isinstance(feature, Value) and "string" in feature.dtype
-
-    column = _column(dataset, column, ("text",), is_text, "text", name)
-    if not is_text(dataset.features[column]):
-        raise DataError(f"{name}: column {column!r} does not hold text")
+    column = _text_column(dataset, column, name)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def tokens(batch):
@@ -144,6 +139,31 @@ def text_blocks(
         raise DataError(f"{name} has {len(flat)} tokens, less than one block of {block_size}")
     blocks = [flat[i * block_size : (i + 1) * block_size] for i in range(count)]
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+
+
+def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -> Dataset:
+    """Each document in chunks of at most ``size`` tokens, with the special tokens that the model was trained with.
+
+    Column of the result: ``input_ids``, of different lengths.
+    """
+    column = _text_column(dataset, None, name)
+
+    def tokens(batch):
+        chunks = tokenizer(batch[column], truncation=True, max_length=size, return_overflowing_tokens=True)
+        return {"input_ids": chunks["input_ids"]}
+
+    chunks = dataset.map(tokens, batched=True, batch_size=256, remove_columns=dataset.column_names)
+    return chunks.with_format("torch")
+
+
+def _text_column(dataset: Dataset, column: str | None, name: str) -> str:
+    def is_text(feature):
+        return isinstance(feature, Value) and "string" in feature.dtype
+
+    column = _column(dataset, column, ("text",), is_text, "text", name)
+    if not is_text(dataset.features[column]):
+        raise DataError(f"{name}: column {column!r} does not hold text")
+    return column
 
 
 def images(

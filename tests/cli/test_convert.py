@@ -24,7 +24,13 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 import hf_ortho
@@ -506,3 +512,67 @@ def test_choices_that_cannot_be(hf_ortho_command, gpt2_folder, tmp_path, flags, 
     ran = hf_ortho_command("convert", gpt2_folder, "-o", tmp_path / "out", *flags)
     assert reason in ran.error
     assert not (tmp_path / "out").exists()
+
+
+# ---- calibration of models without a task of their own --------------------------------------------------------------
+
+
+def _bert(vocabulary):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertModel(BertConfig(vocab_size=vocabulary, **sizes)), "encoder.layer.0.intermediate.intermediate_act_fn"
+
+
+def _t5(vocabulary):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", decoder_start_token_id=0, **sizes)
+    return T5ForConditionalGeneration(config), "decoder.block.0.layer.2.DenseReluDense.act"
+
+
+@pytest.mark.parametrize("build", [_bert, _t5], ids=["encoder", "encoder-decoder"])
+def test_text_calibrates_models_that_are_no_causal_lm(
+    build, hf_ortho_command, make_gpt2, save_parts, text_file, tmp_path
+):
+    _, tokenizer = make_gpt2()
+    model, module = build(len(tokenizer))
+    save_parts(tmp_path / "in", model, tokenizer)
+    flags = ["--calibration-data", text_file, "--block-size", 24, "--degree", 3]
+    ran = hf_ortho_command("convert", tmp_path / "in", "-o", tmp_path / "out", *flags)
+    assert ran.code == 0, ran.err
+    layers = {v["module"]: v for v in json.loads((tmp_path / "out" / "conversion.json").read_text())["layers"]}
+    assert layers[module]["minimum"] < layers[module]["maximum"]
+
+
+def test_an_image_model_without_a_head(hf_ortho_command, make_convnext, save_parts, tmp_path):
+    model, processor = make_convnext()
+    save_parts(tmp_path / "in", model.convnext, processor)
+    ran = hf_ortho_command("convert", tmp_path / "in", "-o", tmp_path / "out", "--calibration-data", "digits")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["calibrated"]
+
+
+def test_inputs_that_the_command_cannot_make(hf_ortho_command, text_file, tmp_path):
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    Wav2Vec2Model(config).save_pretrained(tmp_path / "in")
+    ran = hf_ortho_command("convert", tmp_path / "in", "-o", tmp_path / "out", "--calibration-data", text_file)
+    assert "Wav2Vec2Model takes input_values" in ran.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_field_can_be_chosen(hf_ortho_command, make_gpt2, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=sizes | {"vocab_size": 49}, vision_config=vision)).save_pretrained(tmp_path / "in")
+    flags = ["--field", "text_config.hidden_act"]
+    ran = hf_ortho_command("convert", tmp_path / "in", "-o", tmp_path / "out", *flags)
+    assert ran.code == 0, ran.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["hidden_act"] == "hermite_8"
+    assert config["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
+    assert "left alone: vision_config.hidden_act: not selected" in ran.out

@@ -22,15 +22,12 @@ from hf_ortho.cli.demo_tasks import byte_tokenizer, small_convnext
 from hf_ortho.conversion.checkpoint import (
     Checkpoint,
     check_output,
-    example_inputs,
-    fingerprint,
     load_checkpoint,
-    outputs,
     replacing,
     save_checkpoint,
     task_of,
-    verify_reload,
 )
+from hf_ortho.conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from hf_ortho.errors import CheckpointError, HfOrthoError, OutputError
 
 

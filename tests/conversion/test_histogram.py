@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Model
 
 from hf_ortho.activations.interpolation import Source
@@ -133,3 +134,21 @@ def test_collect_names_the_layer_that_overflows(gpt2, ids):
         model.transformer.h[1].mlp.c_fc.bias[5] = math.inf
     with pytest.raises(CalibrationError, match=r"transformer\.h\.1\.mlp\.act"):
         collect(model, ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"], [ids])
+
+
+def test_update_moves_nothing_to_the_host():
+    class Ops(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    histogram = Histogram()
+    with Ops() as ops:
+        for x in (torch.randn(100), torch.randn(3, 4, 5)):
+            histogram.update(x)
+    assert "histc" in ops.names
+    assert not ops.names & {"_local_scalar_dense", "_to_copy", "item", "copy_"}  # what .item(), .tolist(), .cpu() run
