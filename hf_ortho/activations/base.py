@@ -129,7 +129,7 @@ class LearnableActivation(nn.Module):
         if not sigma > 0:
             raise FitError(f"sigma {sigma!r}: must be a positive standard deviation")
 
-        value, slope = (functools.partial(self._evaluate, fn) for fn in (self.forward, self.derivative))
+        value, slope = (functools.partial(self.evaluate, fn) for fn in (self.forward, self.derivative))
         with torch.no_grad():
             return gaussian_moments(value, slope, sigma, self.breaks())
 
@@ -222,7 +222,7 @@ class LearnableActivation(nn.Module):
         return domain
 
     @torch.no_grad()
-    def _evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
+    def evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
         """``forward`` or ``derivative`` at float64 points."""
         return fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
 

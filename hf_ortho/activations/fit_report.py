@@ -61,7 +61,7 @@ class FitReport:
             smooth &= np.abs(grid - kink) > 1e-3
 
         def errors(x: Array):
-            value, slope = module._evaluate(module.forward, x), module._evaluate(module.derivative, x)
+            value, slope = module.evaluate(module.forward, x), module.evaluate(module.derivative, x)
             return value - source.value(x), slope - source.derivative(x)
 
         e, de = errors(grid)

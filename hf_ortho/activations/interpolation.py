@@ -16,7 +16,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.linalg import solve
 from scipy.optimize import least_squares
 
 from .source import Source
@@ -168,7 +167,7 @@ class Target:
         a, b = self._weighted(design, slope_design, lo, hi)
         gram = a.T @ a
         gram.flat[:: len(gram) + 1] *= 1 + 1e-13
-        return solve(gram, a.T @ b, assume_a="pos", check_finite=False)
+        return np.linalg.solve(gram, a.T @ b)
 
     def tails(self, lo: float, hi: float) -> Array:
         """s_lo min(x - lo, 0) + s_hi max(x - hi, 0) at the nodes."""

@@ -49,7 +49,8 @@ class Checkpoint:
         return self.tokenizer or self.image_processor
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """The first line that an exception has to say."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -70,9 +71,9 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     Raises:
         CheckpointError: there is no checkpoint, or no transformers class for it.
     """
-    _check_place(name)
+    check_place(name)
     try:
-        commit = _commit(name, revision)
+        commit = commit_of(name, revision)
         revision = commit or revision  # a branch may move between two downloads
         config = AutoConfig.from_pretrained(name, revision=revision)
         architecture = (config.architectures or [""])[0]
@@ -88,13 +89,14 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {_explain(error)}") from error
+        raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep it, nor write it
     return Checkpoint(model, tokenizer, images, task_of(architecture), commit)
 
 
-def _check_place(name: str) -> None:
+def check_place(name: str) -> None:
+    """Raise CheckpointError for a folder without config.json, or a path that is neither there nor a Hub name."""
     path = Path(name)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         raise CheckpointError(f"{name} is no checkpoint: a folder with config.json and safetensors weights is expected")
@@ -102,7 +104,7 @@ def _check_place(name: str) -> None:
         raise CheckpointError(f"{name} does not exist")
 
 
-def _commit(name: str, revision: str | None) -> str | None:
+def commit_of(name: str, revision: str | None) -> str | None:
     """The commit of a Hub model, from the place of its config in the cache."""
     file = Path(str(cached_file(name, "config.json", revision=revision)))
     return file.parent.name if file.parent.parent.name == "snapshots" else None
@@ -116,7 +118,7 @@ def _processor(auto, files: tuple[str, ...], name: str, revision: str | None):
     try:
         return auto.from_pretrained(name, revision=revision)
     except ImportError as error:
-        raise CheckpointError(f"the processor of {name} needs a package: {_explain(error)}") from error
+        raise CheckpointError(f"the processor of {name} needs a package: {explain(error)}") from error
     except (OSError, ValueError):
         if auto is AutoTokenizer:
             raise
@@ -152,7 +154,7 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {_explain(error)}") from error
+        raise OutputError(f"{folder} cannot be written: {explain(error)}") from error
     old = draft.with_name(f"{draft.name}.old")
     try:
         draft.chmod(0o777 & ~_umask())
@@ -161,7 +163,7 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
             os.rename(target, old)
         os.rename(draft, target)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder} cannot be written, nothing was changed: {_explain(error)}") from error
+        raise OutputError(f"{folder} cannot be written, nothing was changed: {explain(error)}") from error
     finally:
         if old.exists() and not target.exists():
             old.replace(target)

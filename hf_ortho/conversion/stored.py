@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE
 from ..errors import ActivationNameError, CheckpointError, ConfigError
-from .checkpoint import _check_place, _commit, _explain
+from .checkpoint import check_place, commit_of, explain
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
 
@@ -44,16 +44,16 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
         CheckpointError: there is no checkpoint with safetensors weights, or its activations are of no known family.
         ConfigError: it has no learnable activations.
     """
-    _check_place(name)
+    check_place(name)
     try:
-        commit = _commit(name, revision)
+        commit = commit_of(name, revision)
         revision = commit or revision
         config = json.loads(Path(_file(name, "config.json", revision)).read_text(encoding="utf-8"))
         tensors = _read(name, revision)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {_explain(error)}") from error
+        raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
     if not tensors:
         raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
     provenance = provenance_of(config)
