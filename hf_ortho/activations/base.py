@@ -205,6 +205,7 @@ class LearnableActivation(nn.Module):
         """
         source = Source.of(fn, name)
         nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
+        nodes = nodes if domain is None else nodes.within(*domain)
         return FitReport.measure(self, Target.of(source, nodes, 0.0, domain))
 
     def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:

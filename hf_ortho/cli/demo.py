@@ -166,6 +166,7 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
     expected = outputs(converted.model, inputs)
     with replacing(output) as draft:
         save_checkpoint(converted, draft)
+        report.save(draft)
         draw(converted, report, dataset, task, draft / "activations.png", source)
         results = Results(
             [f"{source}", f"{source}, fine-tuned", f"{name}, converted", f"{name}, fine-tuned"],

@@ -124,6 +124,8 @@ def run(argv: list[str]) -> None:
     if results is not None:
         table(results.caption, ["", *results.columns], results.rows)
     folder = Path(str(arguments.output_dir))
+    if result.conversion is not None:
+        result.conversion.save(folder)
     write_card(
         folder,
         result.checkpoint.model,

@@ -9,7 +9,7 @@ import textwrap
 
 from ..activations import FitReport, LearnableActivation
 from ..conversion.paths import by_kind
-from ..conversion.stored import StoredActivations, load_activations, source_names
+from ..conversion.stored import StoredActivations, load_activations, pure_domain, source_names
 from ..errors import FitError
 from .console import Parser, console, table
 
@@ -62,7 +62,7 @@ class Layer:
         fit = self.fit
         return [
             self.module.name,
-            "{:.2f}..{:.2f}".format(*self.module.domain.tolist()),
+            "{:.2f}..{:.2f}".format(*(self.module.domain.tolist() if fit is None else fit.domain)),
             "{:.3g}, {:.3g}".format(*self.module.tail_slopes.tolist()),
             *(f"{moment:.4g}" for moment in self.gain),
             *(("-", "-") if fit is None else (f"{fit.sup_error:.1e}", f"{fit.rms_error:.1e}")),
@@ -77,7 +77,7 @@ def examine(stored: StoredActivations) -> tuple[list[Layer], list[str]]:
         fit = None
         module = stored.modules[path]
         try:
-            fit = None if source is None else module.measure(source)
+            fit = None if source is None else module.measure(source, domain=pure_domain(stored.provenance, path))
         except FitError as error:
             notes.append(str(error))
         layers.append(Layer(path, module, module.gain(), source, fit))
@@ -100,7 +100,8 @@ def run(argv: list[str]) -> None:
         sources = ", ".join(sorted({known[path].source or "unknown" for _, path in rows}))
         cells = [[row, *known[path].cells()] for row, path in rows]
         table(f"{len(rows)} activations at {place}, source {sources}", columns, cells)
-    console.print("E under N(0, 1); sup over the real line and rms under N(-0.5, 1.5^2), from the source activation")
+    where = "over the real line" if stored.provenance.get("tails", True) else "on the domain"
+    console.print(f"E under N(0, 1); sup {where} and rms under N(-0.5, 1.5^2), from the source activation")
     for note in notes:
         console.print(f"no distance: {note}")
     for layer in layers:

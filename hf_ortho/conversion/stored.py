@@ -162,6 +162,12 @@ def _layers(provenance: dict) -> dict[str, dict]:
     return {layer["module"]: layer for layer in provenance.get("layers", [])}
 
 
+def pure_domain(provenance: dict, module: str) -> tuple[float, float] | None:
+    """The interval that an activation without tails was fitted on, None for others."""
+    domain = _layers(provenance).get(module, {}).get("domain")
+    return None if provenance.get("tails", True) or not domain or None in domain else tuple(domain)
+
+
 def source_names(provenance: dict, modules: Iterable[str]) -> dict[str, str | None]:
     """The name in ``ACT2FN`` of what each module replaced: as noted for it, else the one that all have in common."""
     layers = _layers(provenance)

@@ -124,3 +124,14 @@ def test_refuses(hf_ortho_command, gpt2_folder, tmp_path, flags):
     assert ran.error == f"{gpt2_folder} has no learnable activations; convert it first with hf-ortho convert"
     assert ran.out == ""
     assert "does not exist" in hf_ortho_command("inspect", tmp_path / "missing", *flags).error
+
+
+def test_without_tails_the_distance_is_taken_on_the_domain(hf_ortho_command, gpt2_folder, tmp_path):
+    flags = ["--degree", 6, "--no-tails", "--domain", -5, 4]
+    assert hf_ortho_command("convert", gpt2_folder, "-o", tmp_path / "pure", *flags).code == 0
+    report = json.loads((tmp_path / "pure" / "conversion.json").read_text())
+    ran = hf_ortho_command("inspect", tmp_path / "pure", "--json")
+    for layer, converted in zip(json.loads(ran.out)["layers"], report["layers"], strict=True):
+        assert layer["domain"] == [None, None]
+        assert layer["distance"]["sup_error"] == pytest.approx(converted["sup_error"])
+    assert "-5.00..4.00" in hf_ortho_command("inspect", tmp_path / "pure").out
