@@ -165,17 +165,20 @@ class LearnableActivation(nn.Module):
         """
         if not 0.0 <= derivative_weight < math.inf:
             raise FitError(f"derivative_weight {derivative_weight!r}: must be finite and at least 0")
-        if domain is not None and not (math.isfinite(domain[0]) and math.isfinite(domain[1]) and domain[0] < domain[1]):
+        if domain is not None and not _is_interval(domain):
             raise FitError(f"domain {domain!r}: must be two finite numbers lo < hi, or None to search")
         source = Source.of(fn, name)
         nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
         if not tails:
             domain = self._domain_of_data(nodes, domain)
-            nodes = nodes.within(*domain)
+            nodes = nodes.within(source, *domain)
         target = Target.of(source, nodes, derivative_weight, domain)
         # Matrices this small lose a factor of 50 to a threaded BLAS on a busy machine.
         with threadpool_limits(limits=1, user_api="blas"):
-            values, note = self.fit_parameters(target)
+            try:
+                values, note = self.fit_parameters(target)
+            except np.linalg.LinAlgError as error:
+                raise FitError(f"{self.name} could not be fitted to {source.name}: {error}") from error
         values = {"tail_slopes": np.array(source.slopes)} | values
         if not tails:
             values |= {"domain": np.array([-math.inf, math.inf]), "tail_slopes": np.zeros(2)}
@@ -205,7 +208,7 @@ class LearnableActivation(nn.Module):
         """
         source = Source.of(fn, name)
         nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
-        nodes = nodes if domain is None else nodes.within(*domain)
+        nodes = nodes if domain is None else nodes.within(source, *domain)
         return FitReport.measure(self, Target.of(source, nodes, 0.0, domain))
 
     def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:
@@ -215,7 +218,9 @@ class LearnableActivation(nn.Module):
                 raise FitError(f"{self.name} without tails needs calibration data or a domain: it is wrong outside")
             return domain
         if domain is None:
-            return nodes.minimum, nodes.maximum
+            domain = nodes.minimum, nodes.maximum
+        if not domain[0] < domain[1]:
+            raise FitError(f"{self.name} without tails: all data are {domain[0]:g}; give a domain")
         if nodes.minimum < domain[0] or nodes.maximum > domain[1]:
             raise FitError(
                 f"{self.name} without tails on {domain}: the data reach from {nodes.minimum:.4g} to {nodes.maximum:.4g}"
@@ -288,3 +293,9 @@ class LearnableActivation(nn.Module):
         if was_meta and not self.domain.is_meta:  # to_empty()
             self.reset_parameters()
         return self
+
+
+def _is_interval(domain) -> bool:
+    """Whether ``domain`` is two finite numbers lo < hi."""
+    numbers = isinstance(domain, (tuple, list)) and all(isinstance(v, (int, float)) for v in domain)
+    return numbers and len(domain) == 2 and all(map(math.isfinite, domain)) and domain[0] < domain[1]

@@ -71,14 +71,22 @@ class Nodes:
 
     @classmethod
     def of(
-        cls, source: Source, x: Array, w: Array, minimum: float | None = None, maximum: float | None = None
+        cls,
+        source: Source,
+        x: Array,
+        w: Array,
+        minimum: float | None = None,
+        maximum: float | None = None,
+        line: tuple[float, float] | None = None,
     ) -> Nodes:
-        """The points ``x`` of positive weight ``w``, and evenly weighted ones on 6 sigma to either side."""
-        line, length = quadrature(*_reach(6.0), (0.0, *source.kinks), 0.25, order=4)
+        """The points ``x`` of positive weight ``w``, and evenly weighted ones on ``line``, by default 6 sigma to either
+        side."""
+        lo, hi = line or _reach(6.0)
+        points, length = quadrature(lo, hi, (0.0, *source.kinks), min(0.25, (hi - lo) / 8), order=4)
         x, w = x[w > 0], w[w > 0]
-        data = np.arange(len(x) + len(line)) < len(x)
+        data = np.arange(len(x) + len(points)) < len(x)
         weights = np.concatenate([w / w.sum(), SUP_WEIGHT * length / length.sum()])
-        return cls(np.concatenate([x, line]), weights, data, minimum, maximum)
+        return cls(np.concatenate([x, points]), weights, data, minimum, maximum)
 
     @classmethod
     def gaussian(cls, source: Source, step: float = 0.25) -> Nodes:
@@ -86,10 +94,16 @@ class Nodes:
         x, length = quadrature(*_reach(7.0), (0.0, *source.kinks), step)
         return cls.of(source, x, length * norm_density((x - DEFAULT_MEAN) / DEFAULT_SIGMA))
 
-    def within(self, lo: float, hi: float) -> Nodes:
-        """Without the points outside [lo, hi]."""
-        kept = (self.x >= lo) & (self.x <= hi)
-        return dataclasses.replace(self, x=self.x[kept], w=self.w[kept], data=self.data[kept])
+    def within(self, source: Source, lo: float, hi: float) -> Nodes:
+        """For a fit to [lo, hi] alone: the data there, or the data-free weight if it has any mass there, else an even
+        one."""
+        x, w = self.x[self.data], self.w[self.data]
+        if self.minimum is None:
+            x, length = quadrature(lo, hi, (0.0, *source.kinks), min(0.25, (hi - lo) / 8))
+            w = length * norm_density((x - DEFAULT_MEAN) / DEFAULT_SIGMA)
+            w = w if w.sum() > 1e-9 else length
+        w = np.where((x >= lo) & (x <= hi), w, 0.0)
+        return Nodes.of(source, x, w, self.minimum, self.maximum, (lo, hi))
 
     def mean(self, values: Array) -> float:
         """Average over the data."""

@@ -46,6 +46,10 @@ def named(family: str, degree: str | int | None = None) -> str:
     if degree is None:
         cls, default = parse(family)
         return f"{cls.family}_{default}"
+    if family not in FAMILIES and family.rpartition("_")[0] in FAMILIES:
+        raise ActivationNameError(
+            f"{family!r} already names a degree: give the family {family.rpartition('_')[0]!r} with degree {degree!r}"
+        )
     cls, _ = parse(f"{family}_{degree}")
     if cls.family != family:
         raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")

@@ -28,11 +28,17 @@ def collect(
         CalibrationError: no batches, a batch that the model does not take, or non-finite pre-activations.
     """
     histograms = {name: Histogram() for name in modules}
-    handles = []
+    mask: Tensor | None = None
+
+    def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal mask
+        mask = None if model.config.is_encoder_decoder else kwargs.get("attention_mask")
+
+    handles = [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
     for name, histogram in histograms.items():
 
         def observe(module: nn.Module, args: tuple, histogram: Histogram = histogram) -> None:
-            histogram.update(args[0])
+            histogram.update(_unmasked(args[0], mask))
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(observe))
     try:
@@ -40,11 +46,16 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+    for histogram in histograms.values() if several_processes() else ():
+        histogram.reduce(model.device)
     for name, histogram in histograms.items():
         histogram.check(name)
-        if several_processes():
-            histogram.reduce(model.device)
     return histograms, loss
+
+
+def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x``, (batch, length, ...), where a (batch, length) mask is not 0; all of it if the shapes do not tell."""
+    return x[mask.bool()] if mask is not None and mask.ndim == 2 and x.shape[:2] == mask.shape else x
 
 
 def several_processes() -> bool:
@@ -94,13 +105,14 @@ def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))}
         inputs["logits_to_keep"] = 64 if sample else 0
-    if sample:
-        length = len(next(iter(inputs.values())))
-        inputs = {k: v[:4] if isinstance(v, Tensor) and len(v) == length else v for k, v in inputs.items()}
+    tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
+    if sample and all(v.ndim and len(v) == len(tensors[0]) for v in tensors):
+        inputs = {k: v[:4] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     with evaluating(model):
         found = _forward(model, inputs, "a calibration batch")
-    tensors = [found.get("logits"), *found.values()] if isinstance(found, Mapping) else list(found)
-    return next(t.float() for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim)
+    values = [found.get("logits"), *found.values()] if isinstance(found, Mapping) else list(found)
+    output = next(v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim)
+    return _unmasked(output, None if model.config.is_encoder_decoder else inputs.get("attention_mask"))
 
 
 @contextlib.contextmanager
@@ -130,7 +142,7 @@ def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
         return 0.0, 0
     labels = inputs.get("labels")
     if labels is None:
-        return float(loss), len(next(iter(inputs.values())))
+        return float(loss), len(next(v for v in inputs.values() if isinstance(v, Tensor)))
     if task_of(type(model).__name__) == "causal-lm":
         labels = labels[:, 1:]
     return float(loss), int((labels != -100).sum())

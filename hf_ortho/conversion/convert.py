@@ -27,7 +27,7 @@ from .sites import Site, find_sites, rebuild, set_field
 
 def convert(
     model: PreTrainedModel,
-    activation: str = "hermite_8",
+    activation: str = "hermite",
     *,
     degree: int | str | None = None,
     tolerance: float = 1e-3,
@@ -40,19 +40,21 @@ def convert(
 ) -> ConversionReport:
     """Convert ``model`` in place; it then saves and reloads with plain ``from_pretrained``.
 
-    A model that is converted already is fitted anew to its present activations.
+    A model that is converted already is fitted anew to its present activations; without tails these grow like a
+    polynomial, so ``revert`` such a model first.
 
     Args:
         model: any transformers model whose config names its activation.
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``; or a family,
-            with ``degree``.
+            with ``degree`` or its default degree.
         degree: 1 to 32, or ``"auto"``: for each config field the smallest degree at which the root mean square error
             of every layer, over its own pre-activations, is at most ``tolerance``.
         calibration: batches of model inputs (mappings, or tensors of the main input). Each layer's fit is weighted by
             the histogram of its pre-activations over them; without it by the density of N(-0.5, 1.5^2). Batches with
             ``labels`` also give the loss before and, if the iterable can be read twice, after; the others are
             cheaper, since no logits are needed. Under ``torch.distributed`` each process gives its own batches, all
-            count, and all processes get the same activations.
+            count, and all processes get the same activations. Positions that an ``attention_mask`` hides do not
+            count.
         fields: the config fields to convert, for example ``["text_config.hidden_act"]``; all by default.
         derivative_weight: lambda of the Sobolev least squares, see ``LearnableActivation.fit``.
         domain: one interval [lo, hi] for all layers; searched for per layer by default.
@@ -73,13 +75,15 @@ def convert(
     if degree is None:
         family, n = activations.parse(activation)
     else:
-        family, n = activations.parse(activations.named(activation, None if degree == "auto" else degree))
+        family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
     if not tolerance > 0:
         raise FitError(f"tolerance {tolerance!r}: must be positive")
     if distill < 0:
         raise CalibrationError(f"distill {distill!r}: must be a number of steps, at least 0")
     if distill and calibration is None:
         raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
+    if distill and iter(calibration or ()) is calibration:
+        raise CalibrationError("distill reads the calibration batches many times: give a list of them")
     sites, left_alone = find_sites(model, fields)
     histograms: dict[str, Histogram] = {}
     loss_before = loss_after = output_error = noise_floor = distillation = None
@@ -111,8 +115,6 @@ def convert(
     try:
         if calibration is not None:
             if distill:
-                if not again:
-                    raise CalibrationError("distill reads the calibration batches many times: give a list of them")
                 distillation = distill_activations(model, sources, calibration, distill)
                 for path, (module, layer) in fitted.items():
                     fit = layer.fit
@@ -190,16 +192,19 @@ def _replace(model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Mo
         for site in sites:
             set_field(model.config, site.field, site.prefix + site.source)
 
-    for path, module in modules.items():
-        model.set_submodule(path, module)
-    for site in sites:
-        set_field(model.config, site.field, site.prefix + names[site.field])
-    expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
-    found = {k: v.shape for k, v in model.state_dict().items()}
-    if expected != found:
-        differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        for site in sites:
+            set_field(model.config, site.field, site.prefix + names[site.field])
+        expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
+        found = {k: v.shape for k, v in model.state_dict().items()}
+        if expected != found:
+            odd = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+            raise SiteError(f"the converted model would not reload: its config builds other tensors ({odd} ...)")
+    except BaseException:
         restore()
-        raise SiteError(f"the converted model would not reload: its config builds other tensors ({differing[0]} ...)")
+        raise
     return restore
 
 
@@ -209,14 +214,18 @@ def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
         own = main_output(model, batch, sample=True)
     if torch.finfo(model.dtype).bits >= 32:
         return own, None
-    with torch.no_grad():
-        exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
+    try:
+        with torch.no_grad():
+            exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
+    except torch.OutOfMemoryError:
+        return own, None
     return exact, _relative(own, exact)
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, in the Euclidean norm over all elements."""
-    return float(torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double()))
+def _relative(found: Tensor, expected: Tensor) -> float | None:
+    """|found - expected| / |expected|, in the Euclidean norm over all elements; None if that is no finite number."""
+    ratio = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
+    return float(ratio) if torch.isfinite(ratio) else None
 
 
 def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionReport, tails: bool) -> dict:
@@ -236,6 +245,7 @@ def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionRep
                 "field": layer.field,
                 "source": sources[layer.field].rpartition("-")[2],
                 "domain": layer.fit.to_dict()["domain"],
+                "fitted_to": layer.fit.source,
                 "sup_error": layer.fit.sup_error,
                 "rms_error": layer.fit.rms_error,
                 "mass_outside": layer.fit.mass_outside,

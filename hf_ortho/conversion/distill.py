@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import cast
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..activations.interpolation import DEFAULT_MEAN, DEFAULT_SIGMA
+from ..errors import CalibrationError
 from .calibrate import evaluating, main_output, several_processes
 
 RATE = 0.02  # in root mean square errors of the fit
@@ -21,14 +24,15 @@ RATE = 0.02  # in root mean square errors of the fit
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """What distillation bought: the mean squared error of the outputs, relative to theirs, on a batch it did not see.
+    """What distillation bought: the squared error of the outputs, relative to theirs, on a held-out or the only batch.
 
-    (On the batches that it saw, if there is only one.)
+    ``steps`` is 0 if there was nothing to gain: no error, or none that is finite.
     """
 
     steps: int
     error_before: float
     error_after: float
+    held_out: bool
 
 
 def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iterable, steps: int) -> Distillation:
@@ -40,10 +44,17 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
 
     Args:
         sources: the activations that were replaced, by path.
-        batches: model inputs; the last one is held out if there are several.
+        batches: model inputs, of which the first ``steps`` + 1 are read; the last is held out if there are several.
     """
-    seen = list(batches)
-    held_out = seen.pop() if len(seen) > 1 else seen[0]
+    seen = list(itertools.islice(batches, steps + 1))
+    if several_processes():
+        least = torch.tensor(len(seen), device=model.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        seen = seen[: int(least)]
+        if not seen:
+            raise CalibrationError("distill needs calibration batches in every process")
+    several = len(seen) > 1
+    held_out = seen.pop() if several else seen[0]
     moving = [cast(LearnableActivation, model.get_submodule(path)) for path in sources]
     before = {id(module): {k: v.clone() for k, v in module.state_dict().items()} for module in moving}
 
@@ -55,6 +66,8 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
     with evaluating(model), _only(model, moving) as parameters:
         with torch.no_grad():
             error_before = float(_mean_over_processes(error(held_out)))
+        if not 0 < error_before < math.inf:
+            return Distillation(0, 0.0, 0.0, several)
         scales = [s for module, source in zip(moving, sources.values(), strict=True) for s in _scales(module, source)]
         starts = [p.detach().clone() for p in parameters]
         offsets = [torch.zeros_like(p, requires_grad=True) for p in parameters]
@@ -74,7 +87,7 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
     if not error_after < error_before:
         for module in moving:
             module.load_state_dict(before[id(module)])
-    return Distillation(steps, error_before, min(error_before, error_after))
+    return Distillation(steps, error_before, min(error_before, error_after), several)
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Histogram:
         extremes = torch.tensor([math.inf, -math.inf], device=device)
         if self._counts is not None and self._extremes is not None:
             counts, extremes = self._counts.to(device), self._extremes.to(device)
-        bounds = extremes * torch.tensor([-1.0, 1.0], device=device)
+        # a maximum over processes need not pass NaN on, so that infinity stands for it
+        bounds = torch.nan_to_num(extremes * torch.tensor([-1.0, 1.0], device=device), nan=math.inf, neginf=-math.inf)
         torch.distributed.all_reduce(counts)
         torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
         if counts.any():

@@ -11,8 +11,11 @@ def split_shared(paths: Sequence[str]) -> tuple[str, list[str]]:
     shortest = min(map(len, parts))
     head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
     if head == shortest:
-        return paths[0], list(paths) if len(paths) > 1 else ["*"]
-    tail = next(i for i in range(shortest) if len({p[-1 - i] for p in parts}) > 1)
+        return (paths[0], ["*"]) if len(paths) == 1 else ("*", list(paths))
+    most = shortest - head  # a part is not counted at both ends
+    tail = next((i for i in range(most) if len({p[-1 - i] for p in parts}) > 1), most)
+    if any(len(p) == head + tail for p in parts):
+        return "*", list(paths)
     rows = [".".join(p[head : len(p) - tail]) for p in parts]
     return ".".join([*parts[0][:head], "*", *parts[0][len(parts[0]) - tail :]]), rows
 

@@ -57,7 +57,7 @@ class ConversionReport:
         calibrated: whether the weights came from data.
         loss_before, loss_after: mean loss over the calibration batches, None where they carry no labels.
         output_error: |y - z| / |z| (Euclidean norm) on the first samples of the calibration data, for the logits or the
-            first output, y converted and z the source model in float32.
+            first output, y converted and z the source model in float32; of this process, None if not finite.
         noise_floor: the same with y the source model in its own dtype; None for float32.
         distillation: what it bought, None without.
         fit_seconds, seconds: wall-clock time of all fits, and of the whole conversion.
@@ -165,11 +165,11 @@ class ConversionReport:
         if self.output_error is not None:
             floor = "" if self.noise_floor is None else f"; of the source in its own dtype {self.noise_floor:.1e}"
             lines.append(f"relative error of the output, on the first samples, {self.output_error:.1e}{floor}")
-        if self.distillation is not None:
-            d = self.distillation
+        if (d := self.distillation) is not None:
+            gain = f"({d.error_after / d.error_before - 1:+.0%})" if d.error_before else "(nothing to gain)"
             lines.append(
                 f"{d.steps} steps of distillation: squared error of the output {d.error_before:.2e} -> "
-                f"{d.error_after:.2e} ({d.error_after / d.error_before - 1:+.0%}) on a held-out batch"
+                f"{d.error_after:.2e} {gain} on {'a held-out' if d.held_out else 'the only'} batch"
             )
         lines += [f"left alone: {field}: {why}" for field, why in self.left_alone]
         lines += [f"note: {note}" for note in self.notes]

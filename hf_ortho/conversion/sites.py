@@ -99,6 +99,8 @@ def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple
     """
     if not isinstance(model, PreTrainedModel):
         raise SiteError(f"{type(model).__name__} is not a transformers PreTrainedModel, so no config drives it")
+    if isinstance(fields, str):
+        raise SiteError(f"fields {fields!r}: must be a list of config fields, such as [{fields!r}]")
     sites: list[Site] = []
     left: list[tuple[str, str]] = []
     seen = list(_activation_fields(model.config))

@@ -50,6 +50,7 @@ def vision_demo(demo, tmp_path_factory):
 def check_files(folder, processor_files):
     assert {p.name for p in folder.iterdir()} == {
         "README.md",
+        "conversion.json",
         "activations.png",
         "config.json",
         "model.safetensors",

@@ -1,11 +1,14 @@
 """The choices of a conversion: the degree, tails, reverting, fitting anew, dtypes."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     GPT2Config,
@@ -106,6 +109,30 @@ def test_without_tails_the_data_must_lie_in_the_domain(gpt2, ids, state_of):
     assert state_of(model) == before
     report = hf_ortho.convert(model, "hermite_6", tails=False, domain=(-6.0, 6.0))
     assert {layer.fit.domain for layer in report.layers} == {(-6.0, 6.0)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("domain", [(20.0, 26.0), (0.01, 0.02), (-3.0, -2.5)])
+def test_without_tails_any_interval_can_be_fitted(family, domain):
+    module = FAMILIES[family](4)
+    report = module.fit("gelu", tails=False, domain=domain)
+    x = torch.linspace(*domain, 101, dtype=torch.float64)
+    with torch.no_grad():
+        error = (module(x) - torch.nn.functional.gelu(x)).abs().max().item()
+    assert error <= 1.05 * report.sup_error + 1e-9
+    assert error <= 0.05 * (domain[1] - domain[0]) + (5.0 if family == "tropical" else 0.0)  # its slopes are fixed
+    assert report.rms_error <= report.sup_error
+
+
+def test_without_tails_constant_data_need_a_domain(gpt2, ids, state_of):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.zero_()
+        model.transformer.h[0].mlp.c_fc.bias.fill_(0.5)
+    before = state_of(model)
+    with pytest.raises(FitError, match=r"all data are 0\.5; give a domain"):
+        hf_ortho.convert(model, "hermite_3", calibration=[ids], tails=False)
+    assert state_of(model) == before
 
 
 # ---- revert, and fitting anew ----------------------------------------------------------------------------------------
@@ -240,6 +267,8 @@ def test_distillation_that_buys_nothing_changes_nothing(gpt2, ids):
 
     (_, before), (report, after) = converted(0), converted(3)
     assert report.distillation.error_before == report.distillation.error_after == 0
+    assert "0 steps of distillation" in str(report)
+    assert "on the only batch" in " ".join(str(report).split())
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -252,4 +281,67 @@ def test_distillation_needs_batches_to_read_again(gpt2, ids, state_of):
         hf_ortho.convert(model, "hermite_3", distill=2, calibration=iter([ids]))
     with pytest.raises(CalibrationError, match="distill -1"):
         hf_ortho.convert(model, "hermite_3", distill=-1, calibration=[ids])
+    assert state_of(model) == before
+
+
+# ---- batches and arguments of all kinds ------------------------------------------------------------------------------
+
+
+def test_padding_does_not_count(gpt2, ids):
+    mask = torch.ones_like(ids)
+    mask[:, 20:] = 0
+    short = hf_ortho.convert(gpt2(scale=20), "hermite_5", calibration=[{"input_ids": ids[:, :20]}])
+    padded_inputs = {"return_dict": True, "input_ids": ids, "attention_mask": mask}
+    padded = hf_ortho.convert(gpt2(scale=20), "hermite_5", calibration=[padded_inputs])
+    for a, b in zip(short.layers, padded.layers, strict=True):
+        assert b.fit.minimum == pytest.approx(a.fit.minimum, rel=1e-4)
+        assert b.fit.rms_error == pytest.approx(a.fit.rms_error, rel=1e-3)
+
+
+def test_outputs_of_zero_have_no_relative_error(ids):
+    model = BertForSequenceClassification(BertConfig(vocab_size=97, **TINY)).eval()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.zero_()
+    report = hf_ortho.convert(model, "hermite_4", calibration=[{"input_ids": ids}], distill=2)
+    assert report.output_error is None
+    assert "nan" not in report.to_json().lower()
+    assert "nan" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"activation": "hermite_8", "degree": 6}, "'hermite_8' already names a degree"),
+        ({"activation": "hermite_8", "degree": "auto"}, "'hermite_8' already names a degree"),
+        ({"degree": 0}, "degree '0'"),
+        ({"fields": "activation_function"}, "must be a list"),
+        ({"domain": 5}, "domain 5"),
+        ({"domain": (1, 2, 3)}, "domain"),
+        ({"domain": (2.0, 1.0)}, "domain"),
+        ({"tolerance": float("nan"), "degree": "auto"}, "tolerance nan"),
+    ],
+)
+def test_arguments_that_cannot_be(options, reason, gpt2, state_of):
+    model = gpt2()
+    before = state_of(model)
+    with pytest.raises(HfOrthoError, match=reason):
+        hf_ortho.convert(model, **options)
+    assert state_of(model) == before
+
+
+def test_the_default_family_takes_a_degree(gpt2):
+    assert hf_ortho.convert(gpt2(), degree=5).activation == "hermite_5"
+    assert hf_ortho.convert(gpt2()).activation == "hermite_8"
+
+
+def test_an_interrupt_while_checking_undoes_the_conversion(gpt2, state_of, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    model = gpt2()
+    before = state_of(model)
+    monkeypatch.setattr(sys.modules["hf_ortho.conversion.convert"], "rebuild", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hf_ortho.convert(model, "hermite_3")
     assert state_of(model) == before

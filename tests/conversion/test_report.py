@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 import hf_ortho
-from hf_ortho.conversion.paths import by_kind
+from hf_ortho.conversion.paths import by_kind, split_shared
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ def test_long_paths_fit_100_columns():
             ["s.0.b.0.act", "s.0.b.1.act", "s.1.b.0.act"],
             {"s.*.act": [("0.b.0", "s.0.b.0.act"), ("0.b.1", "s.0.b.1.act"), ("1.b.0", "s.1.b.0.act")]},
         ),
+        (["a.act", "a.0.act"], {"a.act": [("*", "a.act")], "a.0.act": [("*", "a.0.act")]}),
         (
             ["h.0.a", "x.b", "h.1.a"],
             {"h.*.a": [("0", "h.0.a"), ("1", "h.1.a")], "x.b": [("*", "x.b")]},
@@ -103,3 +104,11 @@ def test_long_paths_fit_100_columns():
 )
 def test_paths_by_kind(paths, expected):
     assert by_kind(paths) == expected
+
+
+@pytest.mark.parametrize(
+    "paths", [["a.act", "a.a.act"], ["l.0.activation", "l.0.layer.0.activation"], ["x", "x.y"], ["a.b", "c.d"]]
+)
+def test_what_paths_share_and_what_not_give_the_paths(paths):
+    pattern, rows = split_shared(paths)
+    assert [pattern.replace("*", row) for row in rows] == paths
