@@ -82,14 +82,15 @@ def convert(
         raise CalibrationError(f"distill {distill!r}: must be a number of steps, at least 0")
     if distill and calibration is None:
         raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
-    if distill and iter(calibration or ()) is calibration:
+    if calibration is not None:
+        check_batches(calibration)
+    again = calibration is not None and iter(calibration) is not calibration
+    if distill and not again:
         raise CalibrationError("distill reads the calibration batches many times: give a list of them")
     sites, left_alone = find_sites(model, fields)
     histograms: dict[str, Histogram] = {}
     loss_before = loss_after = output_error = noise_floor = distillation = None
     if calibration is not None:
-        check_batches(calibration)
-        again = iter(calibration) is not calibration
         batches = iter(calibration)
         first = list(itertools.islice(batches, 1))
         histograms, loss_before = collect(
