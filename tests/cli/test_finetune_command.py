@@ -268,6 +268,7 @@ def test_the_output_reloads_with_from_pretrained(converted_run):
     assert {p.name for p in folder.iterdir()} == {
         "README.md",
         "config.json",
+        "conversion.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -41,7 +41,7 @@ def command(endpoint, tmp_path, *args, offline=False):
 def test_model_and_data_from_the_hub(root, tmp_path, tiny_gpt2_model):
     with hub(root) as endpoint:
         flags = ["--revision", "v1", "--calibration-data", "me/text", "--block-size", 16]
-        done = command(endpoint, tmp_path, "convert", "me/tiny", "-o", "out", "--degree", 8, *flags)
+        done = command(endpoint, tmp_path, "convert", "me/tiny", "-o", "out", "--degree", 12, *flags)
     assert done.returncode == 0, done.stderr
     provenance = json.loads((tmp_path / "out" / "config.json").read_text())["hf_ortho"]
     assert provenance["source_model"] == "me/tiny"
