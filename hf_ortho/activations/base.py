@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError
 from .fit_report import FitReport
-from .interpolation import Nodes, Source, Target, gaussian_moments
+from .interpolation import Nodes, Source, Target, gaussian_moments, is_interval
 
 logger = logging.get_logger("hf_ortho")
 
@@ -165,7 +165,7 @@ class LearnableActivation(nn.Module):
         """
         if not 0.0 <= derivative_weight < math.inf:
             raise FitError(f"derivative_weight {derivative_weight!r}: must be finite and at least 0")
-        if domain is not None and not _is_interval(domain):
+        if domain is not None and not is_interval(domain):
             raise FitError(f"domain {domain!r}: must be two finite numbers lo < hi, or None to search")
         source = Source.of(fn, name)
         nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
@@ -293,9 +293,3 @@ class LearnableActivation(nn.Module):
         if was_meta and not self.domain.is_meta:  # to_empty()
             self.reset_parameters()
         return self
-
-
-def _is_interval(domain) -> bool:
-    """Whether ``domain`` is two finite numbers lo < hi."""
-    numbers = isinstance(domain, (tuple, list)) and all(isinstance(v, (int, float)) for v in domain)
-    return numbers and len(domain) == 2 and all(map(math.isfinite, domain)) and domain[0] < domain[1]

@@ -133,6 +133,12 @@ def _reach(sigmas: float) -> tuple[float, float]:
     return DEFAULT_MEAN - sigmas * DEFAULT_SIGMA, DEFAULT_MEAN + sigmas * DEFAULT_SIGMA
 
 
+def is_interval(domain) -> bool:
+    """Whether ``domain`` is two finite numbers lo < hi."""
+    numbers = isinstance(domain, (tuple, list)) and all(isinstance(v, (int, float)) for v in domain)
+    return numbers and len(domain) == 2 and all(map(math.isfinite, domain)) and domain[0] < domain[1]
+
+
 def width_bounds(degree: int) -> tuple[float, float]:
     """The least and the largest -lo and hi that a search tries, in units of x.
 

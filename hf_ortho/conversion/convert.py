@@ -23,6 +23,7 @@ from .fitting import Fitted, fit_site, fit_smallest
 from .histogram import Histogram
 from .report import ConversionReport
 from .sites import Site, find_sites, rebuild, set_field
+from .stored import provenance_of
 
 
 def convert(
@@ -160,7 +161,7 @@ def revert(model: PreTrainedModel) -> list[str]:
         SiteError: the config does not name them, or they had parameters of their own, which a conversion drops; the
             model is as before.
     """
-    known = (getattr(model.config, "hf_ortho", None) or {}).get("source_activations")
+    known = provenance_of(model.config).get("source_activations")
     if not known:
         raise SiteError(
             f"the config of {type(model).__name__} names no source activations (hf_ortho.source_activations): "
@@ -230,7 +231,7 @@ def _relative(found: Tensor, expected: Tensor) -> float | None:
 
 
 def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionReport, tails: bool) -> dict:
-    earlier = getattr(model.config, "hf_ortho", None) or {}
+    earlier = provenance_of(model.config)
     sources = {site.field: site.prefix + site.source for site in sites}
     sources |= earlier.get("source_activations", {})  # a second conversion keeps what the first one found
     return {

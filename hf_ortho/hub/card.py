@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..activations import FAMILIES, parse
 from ..conversion import ConversionReport
+from ..conversion.stored import provenance_of
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 MAX_LAYERS = 16
@@ -64,7 +65,7 @@ def write_card(
     picture: str | None = None,
 ) -> None:
     """Write README.md into ``folder`` from what is known; what was not measured is said to be so."""
-    provenance = getattr(model.config, "hf_ortho", None) or {}
+    provenance = provenance_of(model.config)
     activation = provenance.get("activation")
     pipeline, auto_class = TASKS.get(task, (None, "AutoModel"))
     base = provenance.get("source_model")
