@@ -80,6 +80,29 @@ def hf_ortho_command():
     return run
 
 
+@pytest.fixture
+def randomised():
+    """Factory of float64 modules with random parameters, so that no two tropical lines tie."""
+
+    import torch
+
+    from hf_ortho.activations import build
+
+    def make(name, domain=None, spread=0.3):
+        module = build(name).double()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for key, value in module.named_parameters():
+                if key != "domain":
+                    value += spread * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            if domain is not None:
+                module.domain.copy_(torch.tensor(domain, dtype=torch.float64))
+                module.tail_slopes.copy_(torch.tensor((0.3, 1.2), dtype=torch.float64))
+        return module
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_gpt2():
     """``make_gpt2(n_layer=1)``: a seeded byte-level GPT-2 with a context of 32, and its tokenizer."""

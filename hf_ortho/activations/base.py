@@ -15,6 +15,7 @@ from transformers import initialization
 from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError
+from ..kernels import dispatch, eager, formula
 from .fit_report import FitReport
 from .interpolation import Nodes, Source, Target, gaussian_moments, is_interval
 
@@ -39,7 +40,7 @@ class LearnableActivation(nn.Module):
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
     A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative``,
-    ``fit_parameters``, and may give ``breaks``.
+    ``fit_parameters``, and may give ``breaks``, ``kernel`` and ``compiled``.
 
     Args:
         degree: 1 to 32; the family's default if None.
@@ -51,6 +52,10 @@ class LearnableActivation(nn.Module):
 
     family: ClassVar[str]
     default_degree: ClassVar[int]
+    kernel: ClassVar[Callable[..., eager.Series] | None] = None  # on the CPU
+    compiled: ClassVar[type | None] = None  # under torch.compile
+    series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype
+    series_derivative: ClassVar[Callable[..., Tensor]]  # likewise, S'(x)
     domain: nn.Parameter
     tail_slopes: Tensor
 
@@ -65,6 +70,7 @@ class LearnableActivation(nn.Module):
         self.init = init
         # Python floats, so that they survive a construction on the meta device.
         self._initial = {name: list(values) for name, values in self.initial_parameters(degree, init).items()}
+        self._names = "domain", "tail_slopes", *self._initial
         self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
         # An explicit float32 keeps float32 on every load path of transformers.
         for name, values in self._initial.items():
@@ -84,14 +90,6 @@ class LearnableActivation(nn.Module):
         """Name and initial value of each parameter vector, in the order of ``named_parameters``."""
         raise NotImplementedError
 
-    def series(self, x: Tensor) -> Tensor:
-        """S(x), in the dtype of ``x``."""
-        raise NotImplementedError
-
-    def series_derivative(self, x: Tensor) -> Tensor:
-        """S'(x), in the dtype of ``x``."""
-        raise NotImplementedError
-
     def fit_parameters(self, target: Target) -> tuple[dict[str, np.ndarray], str]:
         """Values of the parameters (``domain`` among them) that follow a target, and a note for the report."""
         raise NotImplementedError
@@ -108,21 +106,24 @@ class LearnableActivation(nn.Module):
         return f"{self.family}_{self.degree}"
 
     def forward(self, x: Tensor) -> Tensor:
-        t = x.to(self._compute_dtype(x))
-        lo, hi = self.domain.to(t.dtype)
-        s_lo, s_hi = self.tail_slopes.to(t.dtype)
-        inside = torch.clamp(t, lo, hi)
-        beyond = t - inside
-        y = self.series(inside) + s_lo * torch.clamp(beyond, max=0.0) + s_hi * torch.clamp(beyond, min=0.0)
-        return y.to(x.dtype)
+        return dispatch.activation(type(self), x, *self._tensors())
+
+    @classmethod
+    def formula(cls, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
+        """f(x) in plain operations: what the kernels are checked against, and what exporters see."""
+        dtype = cls.compute_dtype(x)
+        return formula.value(cls.series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters))).to(x.dtype)
 
     def derivative(self, x: Tensor) -> Tensor:
         """f'(x) in closed form; S' on [lo, hi], s_lo below, s_hi above. Same shape and dtype as ``x``."""
-        t = x.to(self._compute_dtype(x))
-        lo, hi = self.domain.to(t.dtype)
-        s_lo, s_hi = self.tail_slopes.to(t.dtype)
-        slope = self.series_derivative(torch.clamp(t, lo, hi))
-        return torch.where(t < lo, s_lo, torch.where(t > hi, s_hi, slope)).to(x.dtype)
+        dtype = self.compute_dtype(x)
+        tensors = (t.to(dtype) for t in (x, *self._tensors()))
+        return formula.slope(self.series_derivative, *tensors).to(x.dtype)
+
+    def _tensors(self) -> list[Tensor]:
+        """The domain, the slopes of the tails and the parameters of the series."""
+        stored: dict = {**self._parameters, **self._buffers}  # nn.Module's attributes cost a microsecond each
+        return [stored[name] if name in stored else getattr(self, name) for name in self._names]
 
     def gain(self, sigma: float = 1.0) -> tuple[float, float]:
         """(E[f(x)^2], E[f'(x)^2]) for x ~ N(0, sigma^2), by float64 quadrature (arXiv 2502.01247, section 3)."""
@@ -232,9 +233,15 @@ class LearnableActivation(nn.Module):
         """``forward`` or ``derivative`` at float64 points."""
         return fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+    @classmethod
+    def compute_dtype(cls, x: Tensor) -> torch.dtype:
+        """The dtype of the arithmetic: at least float32.
+
+        Raises:
+            TypeError: ``x`` is not a floating-point tensor.
+        """
         if not x.dtype.is_floating_point:
-            raise TypeError(f"{self.name} takes floating-point tensors, got {x.dtype}")
+            raise TypeError(f"{cls.family} takes floating-point tensors, got {x.dtype}")
         return torch.promote_types(x.dtype, torch.float32)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..kernels import compiled
+from ..kernels.fourier import FourierSeries
 from .base import LearnableActivation
 from .interpolation import Target, balance, variable_projection, width_bounds
 
@@ -34,6 +36,8 @@ class Fourier(LearnableActivation):
 
     family = "fourier"
     default_degree = 6
+    kernel = FourierSeries
+    compiled = compiled.Fourier
     offset: nn.Parameter
     coefficients: nn.Parameter
     frequencies: nn.Parameter
@@ -54,19 +58,17 @@ class Fourier(LearnableActivation):
             "phases": [math.pi / 4] * degree,
         }
 
-    def _terms(self, x: Tensor):
-        amplitudes = self.coefficients.to(x.dtype) / _factorials(self.degree, x)
-        return zip(amplitudes, self.frequencies.to(x.dtype), self.phases.to(x.dtype), strict=True)
-
-    def series(self, x):
-        y = self.offset[0].to(x.dtype).expand_as(x)
-        for a, w, p in self._terms(x):
+    @staticmethod
+    def series(x, offset, coefficients, frequencies, phases):
+        y = offset[0].expand_as(x)
+        for a, w, p in zip(coefficients / _factorials(coefficients), frequencies, phases, strict=True):
             y = torch.addcmul(y, a, torch.cos(w * x - p))
         return y
 
-    def series_derivative(self, x):
+    @staticmethod
+    def series_derivative(x, offset, coefficients, frequencies, phases):
         y = torch.zeros_like(x)
-        for a, w, p in self._terms(x):
+        for a, w, p in zip(coefficients / _factorials(coefficients), frequencies, phases, strict=True):
             y = torch.addcmul(y, -a * w, torch.sin(w * x - p))
         return y
 
@@ -131,8 +133,8 @@ class Fourier(LearnableActivation):
         return t, c, s, slope_design, target.least_squares(design, slope_design, lo, hi, RIDGE)
 
 
-def _factorials(degree: int, like: Tensor) -> Tensor:
-    return torch.tensor([math.factorial(k) for k in range(1, degree + 1)], dtype=like.dtype, device=like.device)
+def _factorials(like: Tensor) -> Tensor:
+    return torch.tensor([math.factorial(k) for k in range(1, len(like) + 1)], dtype=like.dtype, device=like.device)
 
 
 def _second_moment(offset: float, degree: int) -> float:

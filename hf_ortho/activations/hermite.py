@@ -13,24 +13,13 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from ..errors import PolynomialError
+from ..kernels import compiled
+from ..kernels.hermite import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
 from .base import LearnableActivation
 from .interpolation import Balanced, Target, balance, width_bounds
 from .polynomial import PolynomialForm
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
-HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
-
-
-def _monomials(degree: int) -> list[list[float]]:
-    """Row j, column k: the coefficient of x^j in He_k(x)/k! = sum_m (-1)^m x^(k-2m) / (m! (k-2m)! 2^m).
-
-    (DLMF 18.5.13, rescaled.)
-    """
-    table = [[0.0] * (degree + 1) for _ in range(degree + 1)]
-    for k in range(degree + 1):
-        for m in range(k // 2 + 1):
-            table[k - 2 * m][k] = (-1) ** m / (math.factorial(m) * math.factorial(k - 2 * m) * 2**m)
-    return table
 
 
 def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
@@ -38,7 +27,7 @@ def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
     (k+1) h_{k+1} = x h_k - h_{k-1} for h_k = He_k/k! (DLMF 18.9.1)."""
     degree = coefficients.shape[0] - 1
     if degree <= HORNER_MAX_DEGREE:
-        table = torch.tensor(_monomials(degree), dtype=x.dtype, device=x.device)
+        table = torch.tensor(MONOMIALS[degree], dtype=x.dtype, device=x.device)
         *rest, y = (table * coefficients).sum(1)  # not a matmul, which autocast would run in low precision
         y = y.expand_as(x)
         for m in reversed(rest):
@@ -62,6 +51,8 @@ class Hermite(LearnableActivation):
 
     family = "hermite"
     default_degree = 8
+    kernel = staticmethod(hermite_series)
+    compiled = compiled.Hermite
     coefficients: nn.Parameter
 
     @classmethod
@@ -72,11 +63,13 @@ class Hermite(LearnableActivation):
             c /= math.sqrt(sum(v**2 / math.factorial(k) for k, v in enumerate(c)))
         return {"coefficients": c.tolist()}
 
-    def series(self, x):
-        return hermite_sum(x, self.coefficients.to(x.dtype))
+    @staticmethod
+    def series(x, coefficients):
+        return hermite_sum(x, coefficients)
 
-    def series_derivative(self, x):
-        return hermite_sum(x, self.coefficients[1:].to(x.dtype))
+    @staticmethod
+    def series_derivative(x, coefficients):
+        return hermite_sum(x, coefficients[1:])
 
     def to_polynomial(self, domain: tuple[float, float] | None = None) -> PolynomialForm:
         """S on [lo, hi] in monomials, He_k and Chebyshev polynomials; the tails are not part of it.

@@ -10,6 +10,8 @@ from scipy.optimize import minimize
 from scipy.special import ndtri
 from torch import Tensor, nn
 
+from ..kernels import compiled
+from ..kernels.tropical import TropicalRationalSeries, TropicalSeries, upper_envelope
 from .base import LearnableActivation
 from .interpolation import Target, balance, gaussian_moments, variable_projection
 from .piecewise_linear import fit_knots, interpolate, lines_through
@@ -35,22 +37,12 @@ def slope_of_max(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
     return slope
 
 
-def envelope_breaks(slopes: np.ndarray, intercepts: np.ndarray) -> list[float]:
-    """Where the upper envelope of the lines changes from one line to the next, ascending."""
-    hull: list[tuple[float, float]] = []
-    breaks: list[float] = []
-    for p, a in sorted(zip(slopes.tolist(), intercepts.tolist(), strict=True)):
-        if hull and hull[-1][0] == p:
-            hull.pop()  # parallel and not above
-            if breaks:
-                breaks.pop()
-        while hull and breaks and (hull[-1][1] - a) / (p - hull[-1][0]) <= breaks[-1]:
-            hull.pop()
-            breaks.pop()
-        if hull:
-            breaks.append((hull[-1][1] - a) / (p - hull[-1][0]))
-        hull.append((p, a))
-    return breaks
+def _breaks(module: LearnableActivation, *maxima: tuple[Tensor, Tensor]) -> tuple[float, ...]:
+    """The ends of the domain, and within it the points where a maximum changes from one line to the next."""
+    lo, hi = module.domain.tolist()
+    starts = [start for lines in maxima for _, start in upper_envelope(*(v.tolist() for v in lines))]
+    ends = [v for v in (lo, hi) if math.isfinite(v)]
+    return tuple(sorted([*ends, *(b for b in starts if lo < b < hi)]))
 
 
 def _quantile_intercepts(slopes: np.ndarray) -> np.ndarray:
@@ -80,6 +72,8 @@ class Tropical(LearnableActivation):
 
     family = "tropical"
     default_degree = 6
+    kernel = TropicalSeries
+    compiled = compiled.Tropical
     coefficients: nn.Parameter
 
     @classmethod
@@ -92,22 +86,22 @@ class Tropical(LearnableActivation):
         b = b - mean + math.sqrt(mean**2 - second + 1.0)  # E[(F + s)^2] = 1
         return {"coefficients": (b * degree / math.sqrt(2)).tolist()}
 
-    def _lines(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = math.sqrt(2) / self.degree
-        slopes = scale * torch.arange(self.degree + 1, dtype=x.dtype, device=x.device)
-        return slopes, scale * self.coefficients.to(x.dtype)
+    @staticmethod
+    def _lines(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        scale = math.sqrt(2) / (len(coefficients) - 1)
+        slopes = scale * torch.arange(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
+        return slopes, scale * coefficients
 
-    def series(self, x):
-        return max_of_lines(x, *self._lines(x))
+    @classmethod
+    def series(cls, x, coefficients):
+        return max_of_lines(x, *cls._lines(coefficients))
 
-    def series_derivative(self, x):
-        return slope_of_max(x, *self._lines(x))
+    @classmethod
+    def series_derivative(cls, x, coefficients):
+        return slope_of_max(x, *cls._lines(coefficients))
 
     def breaks(self):
-        slopes, intercepts = (v.detach().cpu().numpy() for v in self._lines(self.coefficients.double()))
-        lo, hi = self.domain.tolist()
-        inner = [b for b in envelope_breaks(slopes, intercepts) if lo < b < hi]
-        return tuple(sorted([*super().breaks(), *inner]))
+        return _breaks(self, self._lines(self.coefficients.double()))
 
     def fit_parameters(self, target: Target):
         """Gauss-Newton on the breaks b_k, the offset and [lo, hi], in the equivalent form
@@ -186,6 +180,8 @@ class TropicalRational(LearnableActivation):
 
     family = "tropical_rational"
     default_degree = 6
+    kernel = TropicalRationalSeries
+    compiled = compiled.TropicalRational
     numerator_slopes: nn.Parameter
     numerator_intercepts: nn.Parameter
     denominator_slopes: nn.Parameter
@@ -207,27 +203,19 @@ class TropicalRational(LearnableActivation):
             "denominator_intercepts": b.tolist(),
         }
 
-    def _lines(self, dtype: torch.dtype):
-        numerator = self.numerator_slopes.to(dtype), self.numerator_intercepts.to(dtype)
-        return numerator, (self.denominator_slopes.to(dtype), self.denominator_intercepts.to(dtype))
+    @staticmethod
+    def series(x, numerator_slopes, numerator_intercepts, denominator_slopes, denominator_intercepts):
+        numerator = max_of_lines(x, numerator_slopes, numerator_intercepts)
+        return numerator - max_of_lines(x, denominator_slopes, denominator_intercepts)
 
-    def series(self, x):
-        numerator, denominator = self._lines(x.dtype)
-        return max_of_lines(x, *numerator) - max_of_lines(x, *denominator)
-
-    def series_derivative(self, x):
-        numerator, denominator = self._lines(x.dtype)
-        return slope_of_max(x, *numerator) - slope_of_max(x, *denominator)
+    @staticmethod
+    def series_derivative(x, numerator_slopes, numerator_intercepts, denominator_slopes, denominator_intercepts):
+        numerator = slope_of_max(x, numerator_slopes, numerator_intercepts)
+        return numerator - slope_of_max(x, denominator_slopes, denominator_intercepts)
 
     def breaks(self):
-        lo, hi = self.domain.tolist()
-        points = [
-            b
-            for lines in self._lines(torch.float64)
-            for b in envelope_breaks(*(v.detach().cpu().numpy() for v in lines))
-            if lo < b < hi
-        ]
-        return tuple(sorted([*super().breaks(), *points]))
+        numerator = self.numerator_slopes, self.numerator_intercepts
+        return _breaks(self, numerator, (self.denominator_slopes, self.denominator_intercepts))
 
     def fit_parameters(self, target: Target):
         """Free-knot least squares: exact for piecewise-linear sources, else variable projection over the knots.

@@ -6,33 +6,10 @@ import torch
 from scipy.integrate import cubature
 from scipy.stats import norm
 
-from hf_ortho.activations import build
-
-TAIL_SLOPES = (0.3, 1.2)
-
 
 @pytest.fixture(params=[None, (-1.5, 1.8)], ids=["pure", "tails"])
 def domain(request):
     return request.param
-
-
-@pytest.fixture
-def randomised():
-    """Factory of float64 modules with random parameters, so that no two tropical lines tie."""
-
-    def make(name, domain=None, spread=0.3):
-        module = build(name).double()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for key, value in module.named_parameters():
-                if key != "domain":
-                    value += spread * torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            if domain is not None:
-                module.domain.copy_(torch.tensor(domain, dtype=torch.float64))
-                module.tail_slopes.copy_(torch.tensor(TAIL_SLOPES, dtype=torch.float64))
-        return module
-
-    return make
 
 
 @pytest.fixture

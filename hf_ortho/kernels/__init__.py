@@ -1,0 +1,1 @@
+"""Kernels of the activations: pure functions of an input and parameters. ``dispatch`` chooses among them."""

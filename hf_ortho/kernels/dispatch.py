@@ -1,0 +1,116 @@
+"""Which kernel evaluates an activation, and the autograd function around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import eager, formula
+
+PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+
+
+def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
+    """f(x) of ``LearnableActivation``, in the shape and dtype of ``x``.
+
+    ``family.formula`` is the oracle, made of differentiable PyTorch operations. Where nothing but the values and the
+    first gradients is asked for, a kernel takes its place that keeps nothing for the backward pass but ``x``: Triton's
+    on CUDA, ``family.kernel`` elsewhere. The formula itself serves compilers, tracers and exporters, functorch
+    transforms, forward-mode differentiation, tensor subclasses, dispatch modes, and double backward.
+
+    Args:
+        family: a subclass of ``LearnableActivation``; ``formula``, ``kernel`` and ``family`` are read.
+        x: any shape and strides, a floating dtype.
+        domain: [lo, hi].
+        tail_slopes: [s_lo, s_hi].
+        parameters: those of the family's series, in the order of its ``initial_parameters``.
+    """
+    tensors = (x, domain, tail_slopes, *parameters)
+    if torch.compiler.is_compiling():
+        return _Compiled.apply(family, *tensors) if _compiles(family) else family.formula(*tensors)
+    if family.kernel is None or _transformed(tensors):
+        return family.formula(*tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Eager.apply(family, *tensors)
+    return eager.forward(family.kernel, x, parameters, domain, tail_slopes)
+
+
+def _transformed(tensors) -> bool:
+    """Whether anything but ordinary tensors on one device, to be computed now, asks for the formula itself."""
+    x, domain = tensors[:2]
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or not PLAIN_TENSORS.issuperset(map(type, tensors))
+        or not x.is_floating_point()  # the formula says what is wrong
+        or x.layout is not torch.strided
+        or x.is_meta
+        or x.device != domain.device
+    )
+
+
+def _compiles(family) -> bool:
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return family.compiled is not None and not in_functorch and not torch.compiler.is_exporting()
+
+
+class _Compiled(torch.autograd.Function):
+    """Keeps x and recomputes, as ``_Eager``, in operations for the compiler to fuse."""
+
+    @staticmethod
+    def forward(ctx, family, x, domain, tail_slopes, *parameters):
+        ctx.family = family
+        ctx.save_for_backward(x, domain, tail_slopes, *parameters)
+        dtype = family.compute_dtype(x)
+        series = getattr(family.compiled, "value", family.series)
+        return formula.value(series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters))).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        family = ctx.family
+        dtype = family.compute_dtype(g)
+        x, domain, tail_slopes, *parameters = (t.to(dtype) for t in ctx.saved_tensors)
+        upstream = g.to(dtype)
+        gx, *gradients = family.compiled.gradients(torch.clamp(x, domain[0], domain[1]), upstream, *parameters)
+        gx = formula.splice(x, gx, domain, tail_slopes, upstream)
+        at_domain = None
+        if ctx.needs_input_grad[2]:
+            outside = torch.stack(
+                [torch.where(x < domain[0], upstream, 0).sum(), torch.where(x > domain[1], upstream, 0).sum()]
+            )
+            rise = family.series_derivative(domain, *parameters) - tail_slopes
+            at_domain = torch.where(domain.isfinite(), outside * rise, 0)
+        found: list[Tensor | None] = [gx, at_domain, None, *gradients]
+        return None, *(v if v is None else v.to(t.dtype) for v, t in zip(found, ctx.saved_tensors, strict=True))
+
+
+class _Eager(torch.autograd.Function):
+    """Keeps x, recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx, family, x, domain, tail_slopes, *parameters):
+        ctx.family = family
+        ctx.save_for_backward(x, domain, tail_slopes, *parameters)
+        return eager.forward(family.kernel, x, parameters, domain, tail_slopes)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, domain, tail_slopes, *parameters = ctx.saved_tensors
+        _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
+        if torch.is_grad_enabled() or needs_slopes:
+            return None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[1:], g)
+        needs = needs_x, any(needs_parameters), needs_domain
+        gx, at_parameters, at_domain = eager.backward(ctx.family.kernel, g, x, parameters, domain, tail_slopes, needs)
+        return None, gx, at_domain, None, *(at_parameters or (None for _ in parameters))
+
+
+def _formula_gradients(family, tensors, needs, g):
+    """Gradients that can be differentiated again."""
+    with torch.enable_grad():
+        y = family.formula(*tensors)
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return [next(found) if need else None for need in needs]

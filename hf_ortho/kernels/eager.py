@@ -1,0 +1,251 @@
+"""CPU kernels: an activation and its gradients chunk by chunk, with nothing kept between the two but the input.
+
+A chunk and its scratch rows stay in the cache, so an activation costs little more than the memory traffic of one pass.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GRAIN = 32768  # elements; from here on ATen opens an OpenMP region for every operation
+CHUNK = 1 << 17  # large enough that the interpreter's share is small, small enough for the cache
+DEVICE_CHUNK = 1 << 24  # on an accelerator without kernels of its own launches are what costs
+MAX_THREADS = 16  # beyond, Python's lock is the limit
+
+within = torch.ops.aten.hardtanh_backward.grad_input  # (g, x, lo, hi): g where lo < x < hi, else 0
+above = torch.ops.aten.threshold_backward.grad_input  # (g, x, start): g where x > start, else 0
+
+Vectors = tuple[tuple[float, ...], ...]
+Rows = Sequence[Tensor | None]
+
+
+class Series(Protocol):
+    """S of one family with fixed parameters, on chunks of a floating dtype of at least 32 bits.
+
+    ``rows`` are scratch rows of the chunk's length; where one is None the operation allocates. ``out`` may be None for
+    the same reason. ``x`` and ``g`` are not written to.
+    """
+
+    rows: int
+
+    def __init__(self, parameters: Vectors, dtype: torch.dtype, device: torch.device): ...
+
+    def value(self, x: Tensor, out: Tensor | None, rows: Rows) -> Tensor:
+        """S(x)."""
+
+    def gradient(self, x: Tensor, g: Tensor, out: Tensor | None, rows: Rows, reduce: bool) -> list[float]:
+        """g S'(x) into ``out`` unless that is None; returns sums over the chunk if ``reduce``."""
+
+    def gradients(self, sums: list[float]) -> list[list[float]]:
+        """The gradient of each parameter vector, from the sums over all chunks."""
+
+
+class Activation:
+    """f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0), with fixed parameters."""
+
+    def __init__(
+        self,
+        series: Callable[..., Series],
+        parameters: Vectors,
+        domain: tuple[float, float],
+        slopes: tuple[float, float],
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.series = series(parameters, dtype, device)
+        self.domain = domain
+        self.slopes = slopes
+        ends = np.array(domain, dtype=torch.empty((), dtype=dtype).numpy().dtype)
+        self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
+        self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
+        self.rows = self.series.rows + (0 if self.pure else 2)
+        self.no_rows = (None,) * self.rows
+        self.dtype = dtype
+        self.parameters = parameters
+
+    def value(self, x: Tensor, out: Tensor | None, rows: Rows) -> Tensor:
+        if self.pure:
+            return self.series.value(x, out, rows)
+        (lo, hi), (s_lo, s_hi) = self.domain, self.slopes
+        inside = torch.clamp(x, lo, hi, out=rows[0])
+        y = self.series.value(inside, out, rows[2:])
+        if s_lo or s_hi:
+            beyond = torch.sub(x, inside, out=inside)
+            if s_lo:
+                y.add_(torch.clamp_max(beyond, 0.0, out=rows[1]), alpha=s_lo)
+            if s_hi:
+                y.add_(beyond.clamp_(min=0.0), alpha=s_hi)
+        return y
+
+    def gradient(
+        self, x: Tensor, g: Tensor, out: Tensor | None, rows: Rows, parameters: bool, domain: bool
+    ) -> list[float]:
+        """g f'(x) into ``out`` unless that is None; returns the sums that ``parameters`` and ``domain`` ask for."""
+        if self.pure:
+            return self.series.gradient(x, g, out, rows, parameters) + [0.0, 0.0] * domain
+        s_lo, s_hi = self.slopes
+        inside = torch.clamp(x, *self.domain, out=rows[0])
+        sums = self.series.gradient(inside, g, out, rows[2:], parameters)
+        if out is not None:
+            within(out, x, *self.bounds, grad_input=out)
+        for slope, outside in ((s_lo, self._below), (s_hi, self._above)):
+            if domain or (slope and out is not None):
+                part = outside(x, g, rows[1])
+                if domain:
+                    sums.append(part.sum().item())
+                if slope and out is not None:
+                    out.add_(part, alpha=slope)
+        return sums
+
+    def _above(self, x: Tensor, g: Tensor, row: Tensor | None) -> Tensor:
+        return above(g, x, self.domain[1], grad_input=row)
+
+    def _below(self, x: Tensor, g: Tensor, row: Tensor | None) -> Tensor:
+        return torch.sub(g, above(g, x, self.bounds[0], grad_input=row), out=row)
+
+    def domain_gradient(self, sums: list[float]) -> list[float]:
+        """df/dlo = S'(lo) - s_lo where x < lo, and likewise hi; an infinite end gets 0."""
+        # In float64: at a good fit S' and the slope of the tail nearly cancel.
+        ends = torch.tensor(self.domain, dtype=torch.float64).nan_to_num(posinf=0.0, neginf=0.0)
+        slopes = torch.empty_like(ends)
+        series = type(self.series)(self.parameters, ends.dtype, ends.device)
+        series.gradient(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.rows, 2)), False)
+        pairs = zip(sums, slopes.tolist(), self.slopes, self.domain, strict=True)
+        return [0.0 if abs(end) == torch.inf else total * (s - tail) for total, s, tail, end in pairs]
+
+
+# Keyed by values, so that no update of a parameter, however it is made, can leave a stale entry.
+_activation = functools.lru_cache(maxsize=512)(Activation)
+
+
+def _prepare(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
+    vectors = tuple([tuple(p.tolist()) for p in parameters])
+    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device)
+
+
+def forward(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
+    """f(x), in the shape, strides and dtype of ``x``."""
+    activation = _prepare(series, x, parameters, domain, tail_slopes)
+    if x.numel() <= GRAIN:
+        converts = x.dtype != activation.dtype
+        y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_rows)
+        return y.to(x.dtype) if converts else y
+    y = torch.empty_like(x)
+    source, out = _flat(x, like=y), _flat(y, like=y)
+
+    def body(rows: list[Tensor], span: slice) -> None:
+        if x.dtype == activation.dtype:
+            activation.value(source[span], out[span], rows)
+        else:
+            out[span] = activation.value(rows[0].copy_(source[span]), rows[1], rows[2:])
+
+    _run(body, x, activation, 2)
+    return y
+
+
+def backward(
+    series,
+    g: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    domain: Tensor,
+    tail_slopes: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
+    """The gradients of x, of each parameter and of the domain, each where ``needs`` asks for it."""
+    needs_x, needs_parameters, needs_domain = needs
+    activation = _prepare(series, x, parameters, domain, tail_slopes)
+    gx = torch.empty_like(x)
+    source, upstream, out = _flat(x, like=gx), _flat(g, like=gx), _flat(gx, like=gx)
+
+    def body(rows: list[Tensor], span: slice) -> list[float]:
+        if x.dtype == activation.dtype:
+            target = out[span] if needs_x else None
+            return activation.gradient(source[span], upstream[span], target, rows, needs_parameters, needs_domain)
+        inputs, target = (rows[0].copy_(source[span]), rows[1].copy_(upstream[span])), rows[2] if needs_x else None
+        sums = activation.gradient(*inputs, target, rows[3:], needs_parameters, needs_domain)
+        if target is not None:
+            out[span] = target
+        return sums
+
+    by_chunk = _run(body, x, activation, 3)
+    sums = [sum(column) for column in zip(*by_chunk, strict=True)]  # in float64 and in a fixed order
+    at_domain = _gradient(activation.domain_gradient(sums[-2:]), domain) if needs_domain else None
+    at_parameters = None
+    if needs_parameters:
+        vectors = activation.series.gradients(sums[:-2] if needs_domain else sums)
+        at_parameters = [_gradient(v, p) for v, p in zip(vectors, parameters, strict=True)]
+    return gx if needs_x else None, at_parameters, at_domain
+
+
+def _gradient(values: list[float], parameter: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=parameter.dtype, device=parameter.device)
+
+
+# ---- chunks and threads ----------------------------------------------------------------------------------------------
+
+
+def _chunk_size(x: Tensor) -> int:
+    return CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
+
+
+def _flat(x: Tensor, like: Tensor) -> Tensor:
+    """The elements of ``x`` in the order that ``like``, which is dense in memory, has them; a view if ``x`` has it."""
+    if x.stride() != like.stride():
+        x = torch.empty_like(like).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) -> list:
+    """``body(rows, span)`` for every chunk; its results in the order of the chunks, whatever thread ran it.
+
+    The first rows, ``conversions`` of them, are there only where the dtype of ``x`` is not that of the arithmetic.
+    """
+    n, size = x.numel(), _chunk_size(x)
+    chunks = max(-(-n // size), 1)
+    inference = torch.is_inference_mode_enabled()
+    shape = activation.rows + (conversions if x.dtype != activation.dtype else 0), min(size, n)
+
+    def work(first: int, last: int) -> list:
+        # Modes belong to threads. Inside inference mode tensors are made that only it may write to.
+        with torch.inference_mode() if inference else contextlib.nullcontext(), torch.no_grad():
+            rows = list(torch.empty(shape, dtype=activation.dtype, device=x.device))
+            spans = [slice(i * size, min((i + 1) * size, n)) for i in range(first, last)]
+            results = [body(rows, span) for span in spans[:-1]]
+            rest = spans[-1].stop - spans[-1].start
+            return [*results, body([row[:rest] for row in rows], spans[-1])]
+
+    threads = min(torch.get_num_threads(), MAX_THREADS)
+    if threads == 1 or n <= GRAIN or x.device.type != "cpu":
+        return work(0, chunks)
+    pool = _pool(threads, os.getpid())
+    ends = [chunks * t // threads for t in range(threads + 1)]
+    jobs = [pool.submit(work, first, last) for first, last in itertools.pairwise(ends) if first < last]
+    return [result for job in jobs for result in job.result()]
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads in which ATen works alone: many short OpenMP regions crawl as soon as a core is taken by somebody else.
+
+    Threads do not survive a fork, hence one pool per process.
+    """
+    own = torch.get_num_threads()
+    started = threading.Barrier(threads)
+    pool = concurrent.futures.ThreadPoolExecutor(threads, "hf_ortho", torch.set_num_threads, (1,))
+    for job in [pool.submit(started.wait) for _ in range(threads)]:
+        job.result()
+    torch.set_num_threads(own)  # for threads to come; those of the pool keep their number
+    return pool

@@ -1,0 +1,50 @@
+"""CPU kernel of the Fourier family."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class FourierSeries:
+    """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!; the sums: g, and per k those of g cos, g sin, g x sin."""
+
+    rows = 2
+
+    def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
+        (self.offset,), a, self.w, p = parameters
+        self.factorials = [math.factorial(k) for k in range(1, len(a) + 1)]
+        self.amplitudes = [v / f for v, f in zip(a, self.factorials, strict=True)]
+        self.phases = torch.tensor([-v for v in p], dtype=dtype, device=device).unbind()
+
+    def value(self, x: Tensor, out, rows) -> Tensor:
+        y = torch.full_like(x, self.offset) if out is None else out.fill_(self.offset)
+        for w, phase, amplitude in zip(self.w, self.phases, self.amplitudes, strict=True):
+            y.add_(torch.add(phase, x, alpha=w, out=rows[0]).cos_(), alpha=amplitude)
+        return y
+
+    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+        sums = [g.sum().item()] if reduce else []
+        if out is not None:
+            out.zero_()
+        for w, phase, amplitude in zip(self.w, self.phases, self.amplitudes, strict=True):
+            angle = torch.add(phase, x, alpha=w, out=rows[0])
+            if reduce:
+                sums.append(torch.cos(angle, out=rows[1]).mul_(g).sum().item())
+            sine = angle.sin_().mul_(g)
+            if out is not None:
+                out.add_(sine, alpha=-amplitude * w)
+            if reduce:
+                sums += [sine.sum().item(), sine.mul_(x).sum().item()]
+        return sums
+
+    def gradients(self, sums: list[float]) -> list[list[float]]:
+        cosines, sines, moments = (sums[1 + i :: 3] for i in range(3))
+        return [
+            sums[:1],
+            [v / f for v, f in zip(cosines, self.factorials, strict=True)],
+            [-a * v for a, v in zip(self.amplitudes, moments, strict=True)],
+            [a * v for a, v in zip(self.amplitudes, sines, strict=True)],
+        ]

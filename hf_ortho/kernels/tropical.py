@@ -1,0 +1,126 @@
+"""CPU kernels of the tropical families: only the lines of the upper envelope are computed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .eager import above
+
+
+def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:
+    """The lines that attain max_k (slopes_k x + intercepts_k), left to right, each with the x where it takes over.
+
+    Of lines that coincide the first one counts. The first x is -inf.
+    """
+    hull: list[tuple[int, float]] = []
+    for k in sorted(range(len(slopes)), key=lambda k: (slopes[k], -intercepts[k], k)):
+        if hull and slopes[hull[-1][0]] == slopes[k]:
+            continue  # parallel and not above
+        start = -math.inf
+        while hull:
+            last, since = hull[-1]
+            start = (intercepts[last] - intercepts[k]) / (slopes[k] - slopes[last])
+            if start > since:
+                break
+            hull.pop()
+            start = -math.inf
+        hull.append((k, start))
+    return hull
+
+
+class Maximum:
+    """max_k (slopes_k x + intercepts_k); the sums are those of g and g x where each line of the envelope takes over."""
+
+    def __init__(self, slopes, intercepts, dtype: torch.dtype, device: torch.device):
+        self.count = len(slopes)
+        if all(math.isfinite(v) for v in (*slopes, *intercepts)):
+            self.hull = upper_envelope(slopes, intercepts)
+        else:
+            self.hull = [(k, -math.inf) for k in range(self.count)]  # NaN must reach the output
+        self.slopes = [slopes[k] for k, _ in self.hull]
+        self.intercepts = torch.tensor([intercepts[k] for k, _ in self.hull], dtype=dtype, device=device).unbind()
+
+    def value(self, x: Tensor, out, row) -> Tensor:
+        y = torch.add(self.intercepts[0], x, alpha=self.slopes[0], out=out)
+        for slope, intercept in zip(self.slopes[1:], self.intercepts[1:], strict=True):
+            line = torch.add(intercept, x, alpha=slope, out=row)
+            torch.maximum(y, line, out=y)  # propagates NaN
+        return y
+
+    def gradient(self, x: Tensor, g: Tensor, out, row, reduce: bool, moments: bool, sign: float = 1.0) -> list[float]:
+        """Adds sign g f'(x) to ``out``; returns, per line of the envelope, the sum of g (and, after it, of g x) to the
+        right of where it takes over."""
+        sums = []
+        for i, (slope, (_, start)) in enumerate(zip(self.slopes, self.hull, strict=True)):
+            right = g if i == 0 else above(g, x, start, grad_input=row)
+            rise = slope - self.slopes[i - 1] if i else slope
+            if out is not None and rise:
+                out.add_(right, alpha=sign * rise)
+            if reduce:
+                sums.append(right.sum().item())
+            if reduce and moments:
+                sums.append(torch.mul(right, x, out=row).sum().item())
+        return sums
+
+    def per_line(self, sums: list[float]) -> list[float]:
+        """The sum where each line is the maximum, from the sums to the right of each start; 0 off the envelope."""
+        total = [0.0] * self.count
+        for (k, _), here, after in zip(self.hull, sums, [*sums[1:], 0.0], strict=True):
+            total[k] = here - after
+        return total
+
+
+class TropicalSeries:
+    """S(x) = (sqrt(2)/n) max_k (k x + a_k)."""
+
+    rows = 1
+
+    def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
+        (a,) = parameters
+        self.scale = math.sqrt(2) / (len(a) - 1)
+        slopes = [self.scale * k for k in range(len(a))]
+        self.maximum = Maximum(slopes, [self.scale * v for v in a], dtype, device)
+
+    def value(self, x: Tensor, out, rows) -> Tensor:
+        return self.maximum.value(x, out, rows[0])
+
+    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+        if out is not None:
+            out.zero_()
+        return self.maximum.gradient(x, g, out, rows[0], reduce, moments=False)
+
+    def gradients(self, sums: list[float]) -> list[list[float]]:
+        return [[self.scale * v for v in self.maximum.per_line(sums)]]
+
+
+class TropicalRationalSeries:
+    """S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k)."""
+
+    rows = 2
+
+    def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
+        p, a, q, b = parameters
+        self.top, self.bottom = Maximum(p, a, dtype, device), Maximum(q, b, dtype, device)
+
+    def value(self, x: Tensor, out, rows) -> Tensor:
+        y = self.top.value(x, out, rows[0])
+        return y.sub_(self.bottom.value(x, rows[0], rows[1]))
+
+    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+        if out is not None:
+            out.zero_()
+        sums = self.top.gradient(x, g, out, rows[0], reduce, moments=True)
+        return sums + self.bottom.gradient(x, g, out, rows[0], reduce, moments=True, sign=-1.0)
+
+    def gradients(self, sums: list[float]) -> list[list[float]]:
+        cut = 2 * len(self.top.hull)
+        top, bottom = sums[:cut], [-v for v in sums[cut:]]
+        return [
+            self.top.per_line(top[1::2]),
+            self.top.per_line(top[::2]),
+            self.bottom.per_line(bottom[1::2]),
+            self.bottom.per_line(bottom[::2]),
+        ]

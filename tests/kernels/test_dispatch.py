@@ -1,0 +1,228 @@
+"""Where a kernel would be wrong the formula takes its place, and both give the same."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_ortho.activations import FAMILIES, LearnableActivation, build
+from hf_ortho.kernels import compiled, dispatch, eager
+
+NAMES = [f"{family}_{degree}" for family in FAMILIES for degree in (3, 9)]
+TAILS = (-1.5, 1.8)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning",  # torch's own imports, and its tracer
+    "ignore:.*should not be instantiated:DeprecationWarning",  # torch's own, as it compiles
+)
+
+
+@pytest.fixture(params=NAMES)
+def module(request, randomised):
+    return randomised(request.param, TAILS)
+
+
+@pytest.fixture
+def x():
+    return 1.5 * torch.randn(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.fixture
+def kernels_used(monkeypatch):
+    """Counts the calls of the CPU kernels."""
+    calls = []
+    for name in ("forward", "backward"):
+        kernel = getattr(eager, name)
+        monkeypatch.setattr(eager, name, lambda *a, kernel=kernel, name=name: (calls.append(name), kernel(*a))[1])
+    return calls
+
+
+def parameters_of(module):
+    return {key: p for key, p in module.named_parameters() if p.requires_grad}
+
+
+def test_kernels_serve_plain_calls(module, x, kernels_used):
+    module(x.requires_grad_()).sum().backward()
+    with torch.no_grad():
+        module(x)
+    assert kernels_used == ["forward", "backward", "forward"]
+
+
+def test_double_backward(module, x, kernels_used):
+    module.domain.requires_grad_()
+    tensors = x[:6].requires_grad_(), *module._tensors()
+    tensors = [t.detach().requires_grad_(t is not module.tail_slopes) for t in tensors]
+    run = lambda *t: dispatch.activation(type(module), *t)  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, tensors)
+    assert torch.autograd.gradcheck(run, tensors)
+    assert "backward" in kernels_used
+
+
+def test_a_gradient_penalty_reaches_the_parameters(module, x):
+    x.requires_grad_()
+    parameters = list(parameters_of(module).values())
+    results = []
+    for fn in (module, lambda x: type(module).formula(x, *module._tensors())):
+        (slope,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((slope.square() * fn(x)).sum(), [x, *parameters]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_functorch(module, x, kernels_used):
+    slope = module.derivative(x).detach()
+    torch.testing.assert_close(vmap(grad(lambda t: module(t)))(x), slope)
+    torch.testing.assert_close(jacrev(module)(x), torch.diag(slope))
+    torch.testing.assert_close(jvp(module, (x,), (torch.ones_like(x),))[1], slope)
+    curvature = vmap(hessian(lambda t: module(t)))(x)
+    torch.testing.assert_close(curvature, vmap(grad(grad(lambda t: module(t))))(x))
+    assert not kernels_used
+
+
+def test_forward_mode_gives_the_true_tangent(module, x, kernels_used):
+    with forward_ad.dual_level():
+        y = module(forward_ad.make_dual(x, torch.full_like(x, 2.0)))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, 2.0 * module.derivative(x))
+    assert not kernels_used
+
+
+def test_functional_call_differentiates_the_parameters_given(module, x, kernels_used):
+    given = {key: (p.detach() + 0.1).requires_grad_() for key, p in parameters_of(module).items()}
+    functional_call(module, given, (x,)).square().sum().backward()
+    assert kernels_used == ["forward", "backward"]
+    exact = {**dict(module.named_parameters()), **dict(module.named_buffers()), **given}
+    y = type(module).formula(x, *(exact[key] for key in module._names))
+    for (key, p), theirs in zip(given.items(), torch.autograd.grad(y.square().sum(), given.values()), strict=True):
+        torch.testing.assert_close(p.grad, theirs, msg=key)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(module, x, reentrant, kernels_used):
+    results = []
+    for run in (module, lambda t: checkpoint(module, t, use_reentrant=reentrant)):
+        module.zero_grad()
+        data = x.clone().requires_grad_()
+        run(data).square().sum().backward()
+        results.append([data.grad, *(p.grad for p in parameters_of(module).values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kernels_used.count("forward") == 3
+
+
+def test_autocast_and_its_gradients(module, x):
+    module, x = module.float(), x.to(torch.bfloat16)
+    results = []
+    for enabled in (False, True):
+        module.zero_grad()
+        data = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            module(data).sum().backward()
+        results.append([data.grad, *(p.grad for p in parameters_of(module).values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert {v.dtype for v in results[1][1:]} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the lengths of the parameters are fixed
+def test_tracing(module, x, kernels_used):
+    traced = torch.jit.trace(module, x)
+    with torch.no_grad():  # constants would be stale
+        for p in parameters_of(module).values():
+            p.add_(0.1)
+    torch.testing.assert_close(traced(2 * x), type(module).formula(2 * x, *module._tensors()))
+
+
+def test_modes_fake_tensors_and_meta(module, x, kernels_used):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = module(mode.from_tensor(x))
+    assert y.shape == x.shape
+    assert module.to("meta")(x.to("meta")).is_meta
+    assert not kernels_used
+    with FlopCounterMode(display=False):
+        build(module.name)(x)
+    assert not kernels_used
+
+
+class Tagged(torch.Tensor):
+    """A subclass that survives every operation."""
+
+
+def test_tensor_subclasses_stay_what_they_are(module, x, kernels_used):
+    y = module(x.as_subclass(Tagged))
+    assert type(y) is Tagged
+    assert not kernels_used
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), module(x))
+
+
+def test_a_tensor_that_is_not_strided_is_refused_as_ever(module):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        module(torch.eye(3, dtype=torch.float64).to_sparse())
+
+
+@pytest.mark.parametrize("name", ["hermite_3", "hermite_9", "fourier_3", "tropical_3", "tropical_rational_3"])
+def test_compiled_with_any_size(name, x, randomised):
+    torch._dynamo.reset()
+    module = randomised(name, TAILS).float()
+    module.domain.requires_grad_()
+    fn = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (40, 33):
+        results = []
+        for run in (module, fn):
+            module.zero_grad()
+            data = x[:n].float().requires_grad_()
+            y = run(data)
+            y.sin().sum().backward()
+            results.append([y.detach(), data.grad, *(p.grad for p in module.parameters())])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-5)
+
+
+def test_compiled_gradients_in_float64(module, x):
+    """What the compiler differentiates, run uncompiled."""
+    data = x.requires_grad_(), *module._tensors()
+    module.domain.requires_grad_()
+    wanted = [t for t in data if t.requires_grad]
+    ours = torch.autograd.grad(dispatch._Compiled.apply(type(module), *data).sin().sum(), wanted)
+    theirs = torch.autograd.grad(type(module).formula(*data).sin().sum(), wanted)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_functorch(module, x):
+    torch._dynamo.reset()
+    compiled_slope = torch.compile(lambda t: vmap(grad(module))(t), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled_slope(x), module.derivative(x).detach())
+
+
+@pytest.mark.parametrize("reach", [1.0, 100.0, 1e4])
+def test_cosine_and_sine_in_turns(reach):
+    x = torch.linspace(-reach, reach, 10001)
+    w, p = torch.tensor(1.7), torch.tensor(0.4)
+    angle = w.double() * x.double() - p.double()
+    cosine, sine = compiled.cosine_and_sine(x, w, p)
+    # The angle in turns is rounded to float32; the polynomials add next to nothing.
+    allowed = 2 * torch.finfo(torch.float32).eps * (1.7 * reach + 4)
+    torch.testing.assert_close(cosine.double(), angle.cos(), rtol=0, atol=allowed)
+    torch.testing.assert_close(sine.double(), angle.sin(), rtol=0, atol=allowed)
+
+
+def test_a_family_without_kernels_works(x, kernels_used):
+    class Sine(LearnableActivation):
+        family = "sine"
+        default_degree = 1
+
+        @classmethod
+        def initial_parameters(cls, degree, init):
+            return {"amplitude": [0.7]}
+
+        @staticmethod
+        def series(x, amplitude):
+            return amplitude * torch.sin(x)
+
+    module = Sine()
+    y = module(x)
+    torch.testing.assert_close(y, 0.7 * x.sin(), rtol=1e-6, atol=1e-6)
+    y.sum().backward()
+    torch.testing.assert_close(module.amplitude.grad.double(), x.sin().sum().reshape(1), rtol=1e-5, atol=1e-5)
+    assert not kernels_used
