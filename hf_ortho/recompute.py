@@ -97,8 +97,10 @@ def _remember_input(activation: LearnableActivation, args: tuple[Tensor, ...], y
         return
     # An optimizer may step, and FSDP shard, before the backward; a copy shares nothing but the constants.
     copied = copy.copy(activation)
-    copied._parameters = {name: p.detach().clone() for name, p in activation.named_parameters(recurse=False)}  # type: ignore[misc]
-    copied._buffers = {name: b.clone() for name, b in activation.named_buffers(recurse=False)}
+    copied.__dict__.update(
+        _parameters={name: p.detach().clone() for name, p in activation._parameters.items() if p is not None},
+        _buffers={name: b.clone() for name, b in activation._buffers.items() if b is not None},
+    )
     x = args[0].detach()  # shares the version counter
     _sources[y] = _Source(copied, x, x._version, y._version)
 
@@ -134,16 +136,20 @@ def _nodes(last: Node, first: Node | None) -> Iterator[Node]:
         todo += before
 
 
+@functools.cache
+def _saved_names(kind: type[Node]) -> list[tuple[str, str]]:
+    raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    return [(name, name.removeprefix("_raw")) for name in raw]
+
+
 def _saved_tensors(node: Node) -> Iterator[tuple]:
     """Pairs of an autograd ``SavedTensor`` and the tensor in it."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         yield from zip(node._raw_saved_tensors, node.saved_tensors, strict=True)
-        return
-    for name in dir(node):
-        if name.startswith("_raw_saved_"):
-            raw, saved = getattr(node, name), getattr(node, name.removeprefix("_raw"))
-            if isinstance(saved, Tensor):
-                yield raw, saved
+    else:
+        for raw, name in _saved_names(type(node)):
+            if isinstance(saved := getattr(node, name), Tensor):
+                yield getattr(node, raw), saved
 
 
 def _is_all_of(saved: Tensor, y: Tensor) -> bool:
