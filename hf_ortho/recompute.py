@@ -93,7 +93,7 @@ _sources = WeakTensorKeyDictionary()
 
 
 def _remember_input(activation: LearnableActivation, args: tuple[Tensor, ...], y: Tensor) -> None:
-    if torch.compiler.is_compiling() or not args or y.grad_fn is None:  # without a graph nobody keeps x
+    if _is_traced() or not args or y.grad_fn is None:  # without a graph nobody keeps x
         return
     # An optimizer may step, and FSDP shard, before the backward; a copy shares nothing but the constants.
     copied = copy.copy(activation)
@@ -106,7 +106,7 @@ def _remember_input(activation: LearnableActivation, args: tuple[Tensor, ...], y
 
 
 def _drop_input(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    if torch.compiler.is_compiling() or not args or output.grad_fn is None:
+    if _is_traced() or not args or output.grad_fn is None:
         return
     y = args[0]
     source = _sources.get(y)
@@ -117,6 +117,10 @@ def _drop_input(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> N
             if _is_all_of(saved, y):
                 unpack = functools.partial(_Source.output, dtype=saved.dtype, shape=saved.shape)
                 raw.register_hooks(lambda _: source, unpack)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _others_keep() -> bool:

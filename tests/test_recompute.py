@@ -376,6 +376,17 @@ def test_compile_has_no_graph_break():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of unpacking the domain, with or without fusing
+def test_tracing_and_export():
+    model = mlp()
+    hf_ortho.fuse_mlp(model)
+    x = PIXELS.view(-1, 6)
+    expected = model(x)
+    assert torch.equal(torch.jit.trace(model, (x,))(x), expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
 @pytest.mark.parametrize("make", [gpt2, convnext])
 def test_autocast(make):
     def autocast(model):
