@@ -32,8 +32,8 @@ def fuse_mlp(model: nn.Module, enabled: bool = True) -> list[str]:
     inside LoRA layers too) or ``Conv1D``, as in GPT-2, BERT, ViT or ConvNeXt. Where something lies in between (a
     product, as in gated MLPs; a dropout that drops), and where autograd keeps nothing or something else keeps it in
     another way (no grad, gradient checkpointing and other ``torch.autograd.graph.saved_tensors_hooks``,
-    ``torch.func``, ``torch.compile``), everything stays as it is. Changing x in place before the backward raises
-    autograd's ``RuntimeError``.
+    ``torch.func``, ``torch.compile``, tracing), everything stays as it is. Changing x in place before the backward
+    raises autograd's ``RuntimeError``.
 
     It is a matter of forward hooks on the present activations and linear layers: state dict, config and module names
     do not change, copies of the model are fused as well, and activations or layers that are put in later (by
