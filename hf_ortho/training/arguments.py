@@ -24,6 +24,13 @@ class ModelArguments:
         default=8, metadata={"help": "Training samples that weight the fit of a conversion; 0 for the data-free fit."}
     )
     train: str = dataclasses.field(default="all", metadata={"help": f"What to train: {', '.join(POLICIES)}."})
+    fuse_mlp: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Recompute the activations in the backward instead of keeping their outputs for the next linear "
+            "layer: the same weights with less memory, for one more forward of each activation."
+        },
+    )
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from ..activations import parse
 from ..conversion import ConversionReport, convert
 from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
 from ..errors import ConfigError, DataError
+from ..recompute import fuse_mlp
 from . import data
 from .arguments import DataArguments, ModelArguments
 from .metrics import EVALUATORS
@@ -173,6 +174,8 @@ def finetune(model_arguments: ModelArguments, data_arguments: DataArguments, arg
     train, held_back = load_splits(checkpoint, data_arguments)
     report = _convert_first(checkpoint, model_arguments, train)
     trainable = set_trainable(checkpoint.model, model_arguments.train)
+    if model_arguments.fuse_mlp:
+        fuse_mlp(checkpoint.model)
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
         if not checkpoint.model.supports_gradient_checkpointing:
             raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")

@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_ortho import convert
+from hf_ortho import convert, fuse_mlp
 from hf_ortho.cli.finetune import parse_arguments
 from hf_ortho.conversion.checkpoint import load_checkpoint
 from hf_ortho.training.data import text_blocks
@@ -160,6 +160,8 @@ def test_an_unknown_key_or_flag_names_the_closest(recipe, finetune, tmp_path, ke
         {"block_size": 33},
         {"train": "everything"},
         {"train": "activations"},  # not converted
+        {"fuse_mlp": True},  # not converted
+        {"fuse_mlp": "perhaps"},
         {"activation": "hermite_0"},
         {"activation": "hermit_8"},
         {"dtype": "float33"},
@@ -481,6 +483,19 @@ def test_activation_checkpointing_changes_no_weight(
     expected, found = (load_file(tmp_path / place / "model.safetensors") for place in ("out", "less"))
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_fuse_mlp_changes_no_bit_of_the_weights(recipe, finetune, tmp_path, monkeypatch):
+    module, fused = importlib.import_module("hf_ortho.training.finetune"), []
+    monkeypatch.setattr(module, "fuse_mlp", lambda model: fused.extend(fuse_mlp(model)))
+    options = {"activation": "hermite_3", "learning_rate": 0.01, "save_strategy": "no"}
+    assert finetune(recipe(**options)).code == 0
+    assert fused == []
+    ran = finetune(recipe(**options, fuse_mlp=True, output_dir=str(tmp_path / "less")))
+    assert ran.code == 0, ran.err
+    assert fused == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "less" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
 def test_activation_checkpointing_of_a_model_without_it(recipe, finetune, convnext_folder, three_classes, tmp_path):

@@ -1,0 +1,167 @@
+"""Compute an activation's output again in the backward instead of keeping it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.pytorch_utils import Conv1D
+
+from .activations import LearnableActivation
+from .errors import ConfigError
+
+LINEAR_LAYERS = (nn.Linear, Conv1D)
+
+
+def fuse_mlp(model: nn.Module, enabled: bool = True) -> list[str]:
+    """Recompute act(x) in the backward of the linear layer that follows it, instead of keeping it from the forward.
+
+    With y = act(x) and the linear layer z = y W + b, the gradient of W is y^T dL/dz: y, one tensor of the MLP's inner
+    width per token, is the only thing that autograd keeps for it. x is kept anyway, for the gradient of the
+    activation, and y = act(x) again, by the same code and with the parameters that the activation had in the forward.
+    Loss, gradients and parameters are the same bit for bit; each MLP pays one more forward of its activation per
+    backward.
+
+    This takes effect whenever the output of a learnable activation is itself the input of an ``nn.Linear`` (those
+    inside LoRA layers too) or ``Conv1D``, as in GPT-2, BERT, ViT or ConvNeXt. Where something lies in between (a
+    product, as in gated MLPs; a dropout that drops), and where autograd keeps nothing or something else keeps it in
+    another way (no grad, gradient checkpointing and other ``torch.autograd.graph.saved_tensors_hooks``,
+    ``torch.func``, ``torch.compile``, tracing), everything stays as it is. Changing x in place before the backward
+    raises autograd's ``RuntimeError``.
+
+    It is a matter of forward hooks on the present activations and linear layers: state dict, config and module names
+    do not change, copies of the model are fused as well, and activations or layers that are put in later (by
+    ``convert``, ``revert`` or peft) are not until ``fuse_mlp`` is called again. Calling it twice changes nothing.
+
+    Args:
+        model: any module with learnable activations, in place.
+        enabled: False undoes it.
+
+    Returns:
+        The paths of the model's learnable activations.
+
+    Raises:
+        ConfigError: there are none, and ``enabled`` is True.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
+    if enabled and not paths:
+        raise ConfigError(
+            f"fuse_mlp: {type(model).__name__} has no learnable activations whose output could be recomputed; convert "
+            "it first, with hf_ortho.convert(model, ...) or `hf-ortho convert`"
+        )
+    for module in model.modules():
+        for kinds, hook in (((LearnableActivation,), _remember_input), (LINEAR_LAYERS, _drop_input)):
+            if isinstance(module, kinds):
+                for key, present in list(module._forward_hooks.items()):
+                    if present is hook:
+                        del module._forward_hooks[key]
+                if enabled:
+                    # First, since FSDP's own hook shards the parameters again.
+                    module.register_forward_hook(hook, prepend=True)
+    return paths
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Source:
+    """What an activation's output was computed from."""
+
+    activation: LearnableActivation
+    x: Tensor
+    x_version: int
+    y_version: int
+
+    def output(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        if self.x._version != self.x_version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                f"input {list(self.x.shape)} of {self.activation.name} is at version {self.x._version}; expected "
+                f"version {self.x_version} instead"
+            )
+        with torch.no_grad():
+            # The class's own forward: hooks of the module belong to the first forward alone.
+            return type(self.activation).forward(self.activation, self.x).to(dtype).view(shape)
+
+
+# Sources by output; an entry lives as long as the output does.
+_sources = WeakTensorKeyDictionary()
+
+
+def _remember_input(activation: LearnableActivation, args: tuple[Tensor, ...], y: Tensor) -> None:
+    if _is_traced() or not args or y.grad_fn is None:  # without a graph nobody keeps x
+        return
+    # An optimizer may step, and FSDP shard, before the backward; a copy shares nothing but the constants.
+    copied = copy.copy(activation)
+    copied.__dict__.update(
+        _parameters={name: p.detach().clone() for name, p in activation._parameters.items() if p is not None},
+        _buffers={name: b.clone() for name, b in activation._buffers.items() if b is not None},
+    )
+    x = args[0].detach()  # shares the version counter
+    _sources[y] = _Source(copied, x, x._version, y._version)
+
+
+def _drop_input(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    if _is_traced() or not args or output.grad_fn is None:
+        return
+    y = args[0]
+    source = _sources.get(y)
+    if source is None or y._version != source.y_version or _others_keep():
+        return
+    for node in _nodes(output.grad_fn, y.grad_fn):
+        for raw, saved in _saved_tensors(node):
+            if _is_all_of(saved, y):
+                unpack = functools.partial(_Source.output, dtype=saved.dtype, shape=saved.shape)
+                raw.register_hooks(lambda _: source, unpack)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _others_keep() -> bool:
+    """Whether other hooks decide what is saved (checkpointing, offloading), or hooks are forbidden (torch.func)."""
+    forbidden = not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return forbidden or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _nodes(last: Node, first: Node | None) -> Iterator[Node]:
+    """The graph behind ``last``, up to and without ``first``."""
+    seen, todo = {first}, [last]
+    while todo:
+        node = todo.pop()
+        yield node
+        before = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= before
+        todo += before
+
+
+@functools.cache
+def _saved_names(kind: type[Node]) -> list[tuple[str, str]]:
+    raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    return [(name, name.removeprefix("_raw")) for name in raw]
+
+
+def _saved_tensors(node: Node) -> Iterator[tuple]:
+    """Pairs of an autograd ``SavedTensor`` and the tensor in it."""
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        yield from zip(node._raw_saved_tensors, node.saved_tensors, strict=True)
+    else:
+        for raw, name in _saved_names(type(node)):
+            if isinstance(saved := getattr(node, name), Tensor):
+                yield getattr(node, raw), saved
+
+
+def _is_all_of(saved: Tensor, y: Tensor) -> bool:
+    """Whether ``saved`` is ``y``, flattened or not, or a cast of it as autocast makes."""
+    if saved.numel() != y.numel() or not saved.is_contiguous() or not y.is_contiguous():
+        return False
+    root = saved if saved._base is None else saved._base
+    if root is (y if y._base is None else y._base):
+        return saved.storage_offset() == y.storage_offset()
+    cast = root.grad_fn
+    return cast is not None and cast.name() == "ToCopyBackward0" and cast.next_functions == ((y.grad_fn, y.output_nr),)
