@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_families import ALL_NAN, FAMILIES, Family
+from .triton_families import ALL_NAN, FAMILIES, IN_HALF_PRECISION, Family
 
 FORWARD_TILE = 2048
 PROGRAMS = 1024
 ROWS = 2  # loads in flight per thread
 WARPS = 4
-SUMS_PER_PASS = 72  # what the registers of a thread hold
+SUMS_PER_THREAD = 56  # in registers
 HOISTED_DEGREE = 12  # up to here the scalars stay in registers, above they are loaded for every tile
 
 
@@ -43,7 +43,8 @@ def forward_kernel(
     # A tail without slope starts at infinity, where it adds 0 even to an infinite x.
     lo = tl.where(s_lo == 0.0, float("-inf"), lo)
     hi = tl.where(s_hi == 0.0, float("inf"), hi)
-    y += s_lo * tl.where(x < lo, x - lo, 0.0) + s_hi * tl.where(x > hi, x - hi, 0.0)
+    y += s_lo * tl.where(x < lo, x - lo, 0.0)
+    y += s_hi * tl.where(x > hi, x - hi, 0.0)
     tl.store(y_pointer + start + lane, y.to(y_pointer.dtype.element_ty), mask=exists)
 
 
@@ -115,6 +116,10 @@ def sum_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(values, 0).to(sums.dtype.element_ty))
 
 
+def kernels_for(family: str, x: Tensor) -> Family:
+    return (FAMILIES if x.dtype == torch.float32 else IN_HALF_PRECISION)[family]
+
+
 def degree_of(family: Family, parameters: Sequence[Tensor]) -> int:
     return parameters[-1].numel() - family.beyond_degree
 
@@ -140,7 +145,7 @@ def activation(
     Returns:
         Tensor with the shape, dtype and strides of ``x``.
     """
-    kernels = FAMILIES[family]
+    kernels = kernels_for(family, x)
     y = torch.empty_like(x)
     n = x.numel()
     if n:
@@ -166,7 +171,7 @@ def activation_backward(
     of_domain: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and in one vector those of the parameters and of [lo, hi]; each empty if not asked for."""
-    kernels = FAMILIES[family]
+    kernels = kernels_for(family, x)
     degree = degree_of(kernels, parameters)
     total = sum(p.numel() for p in parameters)
     first = 0 if of_parameters else total
@@ -178,8 +183,8 @@ def activation_backward(
         return gx, sums
     if g.stride() != x.stride():
         g = torch.empty_like(x).copy_(g)
-    per_pass = triton.cdiv(last - first, triton.cdiv(last - first, SUMS_PER_PASS) or 1)
-    lanes = WARPS * 32 * next(k for k in (4, 2, 1) if k == 1 or k * per_pass <= SUMS_PER_PASS)
+    per_pass = triton.cdiv(last - first, triton.cdiv(last - first, SUMS_PER_THREAD) or 1)
+    lanes = WARPS * 32 * next(k for k in (4, 2, 1) if k == 1 or k * per_pass <= SUMS_PER_THREAD)
     tiles = triton.cdiv(n, ROWS * lanes)
     programs = min(PROGRAMS, tiles)
     partial = torch.empty(last, programs, dtype=torch.float32, device=x.device)

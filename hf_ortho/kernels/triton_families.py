@@ -18,6 +18,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from numpy.polynomial import Chebyshev, Polynomial
+from triton.language.extra import libdevice
 
 # Triton 3.4, which torch 2.8 brings, has it in the language module.
 constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr_function
@@ -70,8 +71,8 @@ def hermite_monomial_sum(c, J: tl.constexpr, DEGREE: tl.constexpr):
 @triton.jit
 def hermite_value(x, c, DEGREE: tl.constexpr):
     if DEGREE <= HORNER_MAX_DEGREE:
-        y = x * c[DEGREE] * monomial(DEGREE, DEGREE) + hermite_monomial_sum(c, DEGREE - 1, DEGREE)
-        for i in tl.static_range(2, DEGREE + 1):
+        y = hermite_monomial_sum(c, DEGREE, DEGREE)
+        for i in tl.static_range(1, DEGREE + 1):
             y = y * x + hermite_monomial_sum(c, DEGREE - i, DEGREE)
     else:
         y = x * c[1] + c[0]
@@ -109,6 +110,8 @@ def hermite_scales(c, DEGREE: tl.constexpr):
 
 INVERSE_PI = tl.constexpr(float(np.float32(1 / math.pi)))
 INVERSE_PI_REST = tl.constexpr(1 / math.pi - float(np.float32(1 / math.pi)))
+INVERSE_TWO_PI = tl.constexpr(1 / (2 * math.pi))
+MINUS_TWO_PI = tl.constexpr(-2 * math.pi)
 # A float32 t + ROUND is rounded to an integer, whose parity is the lowest bit, for |t| < 2^22.
 ROUND = tl.constexpr(1.5 * 2**23)
 REACH = tl.constexpr(2.0**22)
@@ -132,7 +135,7 @@ def cosine_coefficient(k):
 
 @constexpr_function
 def sine_coefficient(k):
-    return SINE[k]
+    return -SINE[k]  # the angle has -r
 
 
 @constexpr_function
@@ -172,12 +175,12 @@ def resolved(x, fastest):
 
 @triton.jit
 def cosine_and_sine(x, high, low, phase):
-    """cos and sin of w x - p = pi (m + r), m an integer, |r| <= 1/2.
+    """cos and sin of w x - p = pi (m - r), m an integer, |r| <= 1/2.
 
     The fused products are exact, so that r keeps its digits where m is large.
     """
     shifted = tl.fma(x, high, -phase) + ROUND
-    r = tl.fma(x, high, -(shifted - ROUND)) + tl.fma(x, low, -phase)
+    r = tl.fma(x, -high, shifted - ROUND) + tl.fma(x, -low, phase)
     u = r * r
     c = u * cosine_coefficient(5) + cosine_coefficient(4)
     s = u * sine_coefficient(4) + sine_coefficient(3)
@@ -230,9 +233,71 @@ def fourier_scales(scalars, DEGREE: tl.constexpr):
     return (1.0,) + amplitudes + frequencies + phases
 
 
+# ---- Fourier in half precision -----------------------------------------------------------------------------------
+# The GPU's own cosine, whose error is below 2^-20 on [-pi, pi] (PTX ISA, cos.approx.f32), is far better than the output.
+
+# The interpreter has no device library.
+COS, SIN = (libdevice.fast_cosf, libdevice.fast_sinf) if isinstance(ones, triton.JITFunction) else (tl.cos, tl.sin)
+
+
+@triton.jit
+def half_fourier_scalars(p, DEGREE: tl.constexpr):
+    """a_0, and for each k: a_k/k!, w_k, p_k."""
+    terms = ()
+    for k in tl.static_range(DEGREE):
+        amplitude = tl.load(p[1] + k).to(tl.float32) * inverse_factorial(k + 1)
+        terms = terms + (amplitude, tl.load(p[2] + k).to(tl.float32), tl.load(p[3] + k).to(tl.float32))
+    return (tl.load(p[0]).to(tl.float32),) + terms
+
+
+@triton.jit
+def reduced_angle(x, frequency, phase):
+    """w x - p less a multiple of 2 pi, in [-pi, pi]."""
+    angle = x * frequency - phase
+    turns = (angle * INVERSE_TWO_PI + ROUND) - ROUND
+    return turns * MINUS_TWO_PI + angle
+
+
+@triton.jit
+def half_fourier_value(x, scalars, DEGREE: tl.constexpr):
+    y = scalars[0]
+    for k in tl.static_range(DEGREE):
+        y += scalars[1 + 3 * k] * COS(reduced_angle(x, scalars[2 + 3 * k], scalars[3 + 3 * k]))
+    return y
+
+
+@triton.jit
+def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
+    slope = 0.0
+    gx = g * x
+    amplitudes = ()
+    frequencies = ()
+    phases = ()
+    for k in tl.static_range(DEGREE):
+        angle = reduced_angle(x, scalars[2 + 3 * k], scalars[3 + 3 * k])
+        s = SIN(angle)
+        slope -= scalars[1 + 3 * k] * scalars[2 + 3 * k] * s
+        amplitudes = amplitudes + (g * COS(angle),)
+        frequencies = frequencies + (gx * s,)
+        phases = phases + (g * s,)
+    return slope, (g,) + amplitudes + frequencies + phases
+
+
+@triton.jit
+def half_fourier_scales(scalars, DEGREE: tl.constexpr):
+    amplitudes = ()
+    frequencies = ()
+    phases = ()
+    for k in tl.static_range(DEGREE):
+        amplitudes = amplitudes + (inverse_factorial(k + 1),)
+        frequencies = frequencies + (-scalars[1 + 3 * k],)
+        phases = phases + (scalars[1 + 3 * k],)
+    return (1.0,) + amplitudes + frequencies + phases
+
+
 # ---- Tropical ----------------------------------------------------------------------------------------------------
-# Their summands for line k are g where line k or a later one is the first that attains the maximum: the maximum of all
-# lines is above that of the first k. The gradient of line k is the difference of neighbouring sums.
+# Their summands for line k count where line k or a later one is the first that attains the maximum, which is where the
+# maximum of all lines is above that of the first k. The gradient of line k is the difference of neighbouring sums.
 
 
 @triton.jit
@@ -260,10 +325,10 @@ def gradient_of_max(x, g, slopes, intercepts, LINES: tl.constexpr):
     of_slopes = (gx,)
     of_intercepts = (g,)
     for k in tl.static_range(1, LINES):
-        later = maxima[LINES - 1] > maxima[k - 1]
-        slope = tl.where(later, slopes[k], slope)
-        of_slopes = of_slopes + (tl.where(later, gx, 0.0),)
-        of_intercepts = of_intercepts + (tl.where(later, g, 0.0),)
+        later = tl.where(maxima[LINES - 1] > maxima[k - 1], 1.0, 0.0)
+        slope += later * (slopes[k] - slopes[k - 1])
+        of_slopes = of_slopes + (later * gx,)
+        of_intercepts = of_intercepts + (later * g,)
     return slope, of_slopes, of_intercepts
 
 
@@ -357,5 +422,10 @@ FAMILIES = {
         tropical_rational_gradient,
         tropical_rational_scales,
         cumulative=True,
+    ),
+}
+IN_HALF_PRECISION = FAMILIES | {
+    "fourier": Family(
+        half_fourier_scalars, half_fourier_value, half_fourier_gradient, half_fourier_scales, beyond_degree=0
     ),
 }
