@@ -3,9 +3,13 @@
     f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0)
 
 Forward reads x and writes f(x). Backward reads x and g and writes the gradient of x, while a fixed number of persistent
-programs add up the gradients of the parameters in registers; a second kernel adds the partial sums in float64. There are
-no atomics, and the split depends on the number of elements only: results are bit-equal from run to run.
+programs add up the gradients of the parameters in registers; a second kernel adds the partial sums in float64. There
+are no atomics, and the split depends on the number of elements only: results are bit-equal from run to run.
 """
+
+# Triton 3.4 compiles tuple concatenation only, which mypy takes for a change of type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
 
 import contextlib
 from collections.abc import Sequence
@@ -17,12 +21,11 @@ from torch import Tensor
 
 from .triton_families import ALL_NAN, FAMILIES, IN_HALF_PRECISION, Family
 
-FORWARD_TILE = 2048
 PROGRAMS = 1024
-ROWS = 2  # loads in flight per thread
 WARPS = 4
+ROWS = 2  # loads in flight per thread
 SUMS_PER_THREAD = 56  # in registers
-HOISTED_DEGREE = 12  # up to here the scalars stay in registers, above they are loaded for every tile
+HIGH_DEGREE = 12  # above, the scalars do not fit into registers: they are loaded for every tile
 
 
 @triton.jit
@@ -129,16 +132,14 @@ def on_device_of(x: Tensor):
 
 
 @torch.library.custom_op("hf_ortho::activation", mutates_args=())
-def activation(
-    x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor, family: str
-) -> Tensor:
+def activation(x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor, family: str) -> Tensor:
     """f(x) on the GPU, differentiable once with respect to x, the parameters and the domain.
 
     Args:
         x: float32, bfloat16 or float16 on a CUDA device, any shape, non-overlapping and dense; the arithmetic is in
             float32. (With TRITON_INTERPRET=1 a CPU tensor.)
-        parameters: the family's parameter vectors in the order of ``LearnableActivation.initial_parameters``, float32 or
-            float64 (read as float32), on the device of ``x``. Gradients come back in their dtype.
+        parameters: the family's parameter vectors in the order of ``LearnableActivation.initial_parameters``, float32
+            or float64 (read as float32), on the device of ``x``. Gradients come back in their dtype.
         domain, tail_slopes: [lo, hi] and [s_lo, s_hi], as the parameters. ``tail_slopes`` gets no gradient.
         family: a key of ``FAMILIES``; the degree follows from the parameters' shapes.
 
@@ -146,13 +147,15 @@ def activation(
         Tensor with the shape, dtype and strides of ``x``.
     """
     kernels = kernels_for(family, x)
+    degree = degree_of(kernels, parameters)
+    tile = 2048 if degree <= HIGH_DEGREE else 1024
     y = torch.empty_like(x)
     n = x.numel()
     if n:
         with on_device_of(x):
-            forward_kernel[(triton.cdiv(n, FORWARD_TILE),)](
+            forward_kernel[(triton.cdiv(n, tile),)](
                 x, y, tuple(parameters), domain, tail_slopes, n,
-                scalars=kernels.scalars, value=kernels.value, DEGREE=degree_of(kernels, parameters), TILE=FORWARD_TILE,
+                scalars=kernels.scalars, value=kernels.value, DEGREE=degree, TILE=tile,
                 num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return y
@@ -193,7 +196,7 @@ def activation_backward(
             backward_kernel[(programs,)](
                 x, g, gx, partial, tuple(parameters), domain, tail_slopes, n, tiles,
                 scalars=kernels.scalars, gradient=kernels.gradient, scales=kernels.scales, DEGREE=degree,
-                HOIST=degree <= HOISTED_DEGREE, WRITE_GX=of_x and start == first, TOTAL=total,
+                HOIST=degree <= HIGH_DEGREE, WRITE_GX=of_x and start == first, TOTAL=total,
                 FIRST=start, LAST=min(start + per_pass, last), ROWS=ROWS, LANES=lanes, PROGRAMS=programs,
                 num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
@@ -225,9 +228,7 @@ def _differentiate(ctx, g):
     x, domain, tail_slopes, *parameters = ctx.saved_tensors
     of_x, each_parameter, of_domain = ctx.needs_input_grad[:3]
     of_parameters = any(each_parameter)
-    gx, sums = activation_backward(
-        g, x, parameters, domain, tail_slopes, ctx.family, of_x, of_parameters, of_domain
-    )
+    gx, sums = activation_backward(g, x, parameters, domain, tail_slopes, ctx.family, of_x, of_parameters, of_domain)
     of_each = [None] * len(parameters)
     if of_parameters:
         *split, sums = sums.split([*(p.numel() for p in parameters), 2 * of_domain])

@@ -10,6 +10,10 @@ A family is four small ``triton.jit`` functions, with ``p`` the pointers of its 
 Summands that nobody needs are dead code, which the compiler removes.
 """
 
+# Triton 3.4 compiles tuple concatenation only, which mypy takes for a change of type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+
 import dataclasses
 import math
 from typing import Any
@@ -115,7 +119,6 @@ MINUS_TWO_PI = tl.constexpr(-2 * math.pi)
 # A float32 t + ROUND is rounded to an integer, whose parity is the lowest bit, for |t| < 2^22.
 ROUND = tl.constexpr(1.5 * 2**23)
 REACH = tl.constexpr(2.0**22)
-
 
 
 def interpolate(fn, degree):
@@ -234,10 +237,9 @@ def fourier_scales(scalars, DEGREE: tl.constexpr):
 
 
 # ---- Fourier in half precision -----------------------------------------------------------------------------------
-# The GPU's own cosine, whose error is below 2^-20 on [-pi, pi] (PTX ISA, cos.approx.f32), is far better than the output.
+# The GPU's own cosine, with an error below 2^-20 on [-pi, pi] (PTX ISA, cos.approx), is far better than the output.
 
-# The interpreter has no device library.
-COS, SIN = (libdevice.fast_cosf, libdevice.fast_sinf) if isinstance(ones, triton.JITFunction) else (tl.cos, tl.sin)
+INTERPRETED = tl.constexpr(not isinstance(ones, triton.JITFunction))
 
 
 @triton.jit
@@ -251,18 +253,23 @@ def half_fourier_scalars(p, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def reduced_angle(x, frequency, phase):
-    """w x - p less a multiple of 2 pi, in [-pi, pi]."""
+def approximate_cosine_and_sine(x, frequency, phase):
     angle = x * frequency - phase
     turns = (angle * INVERSE_TWO_PI + ROUND) - ROUND
-    return turns * MINUS_TWO_PI + angle
+    angle += turns * MINUS_TWO_PI
+    if INTERPRETED:  # without a device library
+        c, s = tl.cos(angle), tl.sin(angle)
+    else:
+        c, s = libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    return c, s
 
 
 @triton.jit
 def half_fourier_value(x, scalars, DEGREE: tl.constexpr):
     y = scalars[0]
     for k in tl.static_range(DEGREE):
-        y += scalars[1 + 3 * k] * COS(reduced_angle(x, scalars[2 + 3 * k], scalars[3 + 3 * k]))
+        c, _ = approximate_cosine_and_sine(x, scalars[2 + 3 * k], scalars[3 + 3 * k])
+        y += scalars[1 + 3 * k] * c
     return y
 
 
@@ -274,10 +281,9 @@ def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
     frequencies = ()
     phases = ()
     for k in tl.static_range(DEGREE):
-        angle = reduced_angle(x, scalars[2 + 3 * k], scalars[3 + 3 * k])
-        s = SIN(angle)
+        c, s = approximate_cosine_and_sine(x, scalars[2 + 3 * k], scalars[3 + 3 * k])
         slope -= scalars[1 + 3 * k] * scalars[2 + 3 * k] * s
-        amplitudes = amplitudes + (g * COS(angle),)
+        amplitudes = amplitudes + (g * c,)
         frequencies = frequencies + (gx * s,)
         phases = phases + (g * s,)
     return slope, (g,) + amplitudes + frequencies + phases

@@ -1,0 +1,43 @@
+"""Runs the Triton kernels in Triton's interpreter: in a process of its own, which has TRITON_INTERPRET=1."""
+
+import numpy as np
+import torch
+
+
+def evaluate(family, x, g, parameters, domain, tail_slopes, wanted=("x", "parameters", "domain"), programs=1024):
+    """f(x), and the gradients of sum(g f(x)) by name."""
+    from hf_ortho.kernels import triton as kernels
+
+    kernels.PROGRAMS = programs
+    leaves = {"x": x} | {f"parameters.{i}": v for i, v in enumerate(parameters)} | {"domain": domain}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted or name.partition(".")[0] in wanted)
+    y = kernels.activation(x, parameters, domain, tail_slopes, family)
+    if y.requires_grad:
+        y.backward(g)
+    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def evaluate_with_exact_fma(*args, **options):
+    """``evaluate`` with the fused multiply-add of the GPU, where the interpreter rounds twice."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def exact(self, a, b, c):
+        product = a.data.astype(np.longdouble) * b.data
+        return TensorHandle((product + c.data).astype(np.float32), c.dtype.scalar)
+
+    original = InterpreterBuilder.create_fma
+    InterpreterBuilder.create_fma = exact
+    try:
+        return evaluate(*args, **options)
+    finally:
+        InterpreterBuilder.create_fma = original
+
+
+def check_registration(family, x, parameters, domain, tail_slopes):
+    """torch's own checks of the operator: schema, fake tensors, autograd, AOT dispatch."""
+    from hf_ortho.kernels import triton as kernels
+
+    for leaf in (x, *parameters, domain):
+        leaf.requires_grad_()
+    return torch.library.opcheck(kernels.activation, (x, parameters, domain, tail_slopes, family))
