@@ -7,7 +7,7 @@ programs add up the gradients of the parameters in registers; a second kernel ad
 are no atomics, and the split depends on the number of elements only: results are bit-equal from run to run.
 """
 
-# Triton 3.4 compiles tuple concatenation only, which mypy takes for a change of type.
+# Tuples of device values grow by concatenation, which mypy takes for a change of type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
