@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -16,7 +20,7 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
 
     ``family.formula`` is the oracle, made of differentiable PyTorch operations. Where nothing but the values and the
     first gradients is asked for, a kernel takes its place that keeps nothing for the backward pass but ``x``: Triton's
-    on CUDA, ``family.kernel`` elsewhere. The formula itself serves compilers, tracers and exporters, functorch
+    on CUDA, those of ``eager`` elsewhere. The formula itself serves compilers, tracers and exporters, functorch
     transforms, forward-mode differentiation, tensor subclasses, dispatch modes, and double backward.
 
     Args:
@@ -31,9 +35,10 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
         return _Compiled.apply(family, *tensors) if _compiles(family) else family.formula(*tensors)
     if family.kernel is None or _transformed(tensors):
         return family.formula(*tensors)
+    backend = _backend(family, x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Eager.apply(family, *tensors)
-    return eager.forward(family.kernel, x, parameters, domain, tail_slopes)
+        return Recomputed.apply(backend, family, *tensors)
+    return backend.forward(family, x, parameters, domain, tail_slopes)
 
 
 def _transformed(tensors) -> bool:
@@ -52,13 +57,27 @@ def _transformed(tensors) -> bool:
     )
 
 
+def _backend(family, x: Tensor) -> ModuleType:
+    if x.is_cuda and x.dtype != torch.float64 and _has_triton():
+        from . import triton
+
+        if family.family in triton.FAMILIES:
+            return triton
+    return eager
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+
+
 def _compiles(family) -> bool:
     in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return family.compiled is not None and not in_functorch and not torch.compiler.is_exporting()
 
 
 class _Compiled(torch.autograd.Function):
-    """Keeps x and recomputes, as ``_Eager``, in operations for the compiler to fuse."""
+    """Keeps x and recomputes, as ``Recomputed``, in operations for the compiler to fuse."""
 
     @staticmethod
     def forward(ctx, family, x, domain, tail_slopes, *parameters):
@@ -87,24 +106,24 @@ class _Compiled(torch.autograd.Function):
         return None, *(v if v is None else v.to(t.dtype) for v, t in zip(found, ctx.saved_tensors, strict=True))
 
 
-class _Eager(torch.autograd.Function):
-    """Keeps x, recomputes the rest."""
+class Recomputed(torch.autograd.Function):
+    """f with the kernels of a backend, ``eager`` or ``triton``: keeps x, recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, family, x, domain, tail_slopes, *parameters):
-        ctx.family = family
+    def forward(ctx, backend, family, x, domain, tail_slopes, *parameters):
+        ctx.backend, ctx.family = backend, family
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
-        return eager.forward(family.kernel, x, parameters, domain, tail_slopes)
+        return backend.forward(family, x, parameters, domain, tail_slopes)
 
     @staticmethod
     def backward(ctx, g):
         x, domain, tail_slopes, *parameters = ctx.saved_tensors
-        _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
+        _, _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
         if torch.is_grad_enabled() or needs_slopes:
-            return None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[1:], g)
+            return None, None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[2:], g)
         needs = needs_x, any(needs_parameters), needs_domain
-        gx, at_parameters, at_domain = eager.backward(ctx.family.kernel, g, x, parameters, domain, tail_slopes, needs)
-        return None, gx, at_domain, None, *(at_parameters or (None for _ in parameters))
+        gx, at_parameters, at_domain = ctx.backend.backward(ctx.family, g, x, parameters, domain, tail_slopes, needs)
+        return None, None, gx, at_domain, None, *(at_parameters or (None for _ in parameters))
 
 
 def _formula_gradients(family, tensors, needs, g):

@@ -135,9 +135,9 @@ def _prepare(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, ta
     return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device)
 
 
-def forward(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
+def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
     """f(x), in the shape, strides and dtype of ``x``."""
-    activation = _prepare(series, x, parameters, domain, tail_slopes)
+    activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
     if x.numel() <= GRAIN:
         converts = x.dtype != activation.dtype
         y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_rows)
@@ -156,7 +156,7 @@ def forward(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tai
 
 
 def backward(
-    series,
+    family,
     g: Tensor,
     x: Tensor,
     parameters: Sequence[Tensor],
@@ -166,7 +166,7 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
     """The gradients of x, of each parameter and of the domain, each where ``needs`` asks for it."""
     needs_x, needs_parameters, needs_domain = needs
-    activation = _prepare(series, x, parameters, domain, tail_slopes)
+    activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
     gx = torch.empty_like(x)
     source, upstream, out = _flat(x, like=gx), _flat(g, like=gx), _flat(gx, like=gx)
 

@@ -1,0 +1,49 @@
+"""Runs the Triton kernels in Triton's interpreter: in a process of its own, which has TRITON_INTERPRET=1."""
+
+import itertools
+
+import numpy as np
+import torch
+
+
+def evaluate(family, x, g, parameters, domain, tail_slopes, wanted=("x", "parameters", "domain"), programs=1024):
+    """f(x), and the gradients of sum(g f(x)) by name."""
+    from hf_ortho.activations import FAMILIES
+    from hf_ortho.kernels import dispatch
+    from hf_ortho.kernels import triton as kernels
+
+    kernels.PROGRAMS = programs
+    leaves = {"x": x} | {f"parameters.{i}": v for i, v in enumerate(parameters)} | {"domain": domain}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted or name.partition(".")[0] in wanted)
+    y = dispatch.Recomputed.apply(kernels, FAMILIES[family], x, domain, tail_slopes, *parameters)
+    if y.requires_grad:
+        y.backward(g)
+    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def evaluate_with_exact_fma(*args, **options):
+    """``evaluate`` with the fused multiply-add of the GPU, where the interpreter rounds twice."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def exact(self, a, b, c):
+        product = a.data.astype(np.longdouble) * b.data
+        return TensorHandle((product + c.data).astype(np.float32), c.dtype.scalar)
+
+    original = InterpreterBuilder.create_fma
+    InterpreterBuilder.create_fma = exact
+    try:
+        return evaluate(*args, **options)
+    finally:
+        InterpreterBuilder.create_fma = original
+
+
+def check_registration(family, x, parameters, domain, tail_slopes):
+    """torch's own checks of the operators: schema, fake tensors, AOT dispatch."""
+    from hf_ortho.kernels import triton as kernels
+
+    tensors = x, parameters, domain, tail_slopes, family
+    found = [torch.library.opcheck(kernels.activation, tensors)]
+    for needs in itertools.product((True, False), repeat=3):
+        found.append(torch.library.opcheck(kernels.activation_backward, (torch.ones_like(x), *tensors, *needs)))
+    return [result for results in found for result in results.values()]

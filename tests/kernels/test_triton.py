@@ -1,0 +1,210 @@
+"""The Triton kernels, in Triton's interpreter against float64 autograd of the plain formula."""
+
+import concurrent.futures
+import multiprocessing
+import os
+
+import interpreted
+import pytest
+import torch
+
+from hf_ortho.activations import FAMILIES, build
+
+pytest.importorskip("triton")  # on Linux only
+
+DOMAIN, TAIL_SLOPES = (-1.5, 1.75), (0.25, 1.25)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """``interpreter(function, ...)`` calls a function of ``interpreted`` in the interpreter's process."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as process, pytest.MonkeyPatch.context() as environment:
+        environment.setitem(os.environ, "TRITON_INTERPRET", "1")
+        process.submit(int).result()  # starts it
+        environment.undo()
+        yield lambda function, *args, **options: process.submit(function, *args, **options).result()
+
+
+def random_module(name, domain=DOMAIN, tail_slopes=TAIL_SLOPES):
+    """A float64 module whose values float32 holds exactly, without ties."""
+    module = build(name).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in family_parameters(module):
+            value += 0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            value.copy_(value.float())
+        module.domain.copy_(torch.tensor(domain))
+        module.tail_slopes.copy_(torch.tensor(tail_slopes))
+    module.domain.requires_grad_()
+    return module
+
+
+def family_parameters(module):
+    return [value for key, value in module.named_parameters() if key != "domain"]
+
+
+def arguments(module, dtype=torch.float32):
+    parameters = [v.detach().to(dtype) for v in family_parameters(module)]
+    return parameters, module.domain.detach().to(dtype), module.tail_slopes.to(dtype)
+
+
+def normal(*shape, seed=1, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def autograd(module, x, g):
+    """The plain formula's value and gradients, in float64, named as ``interpreted.evaluate`` names them."""
+    x = x.detach().double().requires_grad_()
+    y = module(x)
+    parameters = family_parameters(module)
+    leaves = {"x": x} | {f"parameters.{i}": v for i, v in enumerate(parameters)} | {"domain": module.domain}
+    gradients = torch.autograd.grad(y, list(leaves.values()), g.double())
+    return y.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def assert_close(ours, theirs, tolerance):
+    """Elements differ by ``tolerance`` of the largest."""
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("degree", [1, 3, 8, 12])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_and_gradients_follow_the_formula(interpreter, family, degree):
+    module = random_module(f"{family}_{degree}")
+    x, g = normal(1101, scale=2.0), normal(1101, seed=2)
+    y, gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module), programs=1)
+    expected, theirs = autograd(module, x, g)
+    assert_close(y, expected, 1e-6)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert_close(gradient, theirs[name], 4e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_highest_degree_takes_several_passes(interpreter, family):
+    module = random_module(f"{family}_32")
+    x, g = normal(57, scale=2.0), normal(57, seed=2)
+    y, gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module))
+    expected, theirs = autograd(module, x, g)
+    assert_close(y, expected, 4e-6)
+    for name, gradient in gradients.items():
+        assert_close(gradient, theirs[name], 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_the_float32_result_rounded(interpreter, family, dtype):
+    module = random_module(f"{family}_4")
+    x, g = normal(301, scale=2.0).to(dtype), normal(301, seed=2).to(dtype)
+    y, gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module))
+    expected, theirs = autograd(module, x, g)
+    rounding = torch.finfo(dtype).eps
+    if dtype == torch.float16:  # the interpreter truncates to bfloat16, a GPU rounds
+        rounding /= 2
+    for ours, exact in ((y, expected), (gradients.pop("x"), theirs["x"])):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=1.01 * rounding, atol=2e-6)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert_close(gradient, theirs[name], 4e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_domain_and_float64_parameters(interpreter, family):
+    module = random_module(f"{family}_5", (-torch.inf, torch.inf), (0.0, 0.0))
+    x, g = normal(100), normal(100, seed=2)
+    y, gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module, torch.float64))
+    expected, theirs = autograd(module, x, g)
+    assert_close(y, expected, 1e-6)
+    assert gradients["domain"].tolist() == [0.0, 0.0]
+    for name in theirs.keys() - {"domain"}:
+        assert gradients[name].dtype == (torch.float32 if name == "x" else torch.float64)
+        assert_close(gradients[name], theirs[name], 4e-6)
+
+
+LAYOUTS = {
+    "empty": torch.empty(0, 3),
+    "one": torch.tensor(0.5),
+    "channels_last": normal(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    "transposed": normal(3, 4, 5).transpose(0, 2),
+    "strided": normal(3, 8)[:, ::2],
+    "expanded": normal(1, 4).expand(3, 4),
+}
+
+
+@pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts(interpreter, family, x):
+    module = random_module(f"{family}_2")
+    g = torch.tensor(0.75).expand_as(x)
+    y, gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module))
+    expected, theirs = autograd(module, x, g)
+    assert y.stride() == gradients["x"].stride() == torch.empty_like(x).stride()
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.double(), theirs[name], rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("wanted", ["x", "parameters", "parameters.0", "domain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_only_where_asked_for(interpreter, family, wanted):
+    module = random_module(f"{family}_2")
+    x, g = normal(33, scale=2.0), normal(33, seed=2)
+    complete = interpreter(interpreted.evaluate, family, x, g, *arguments(module))[1]
+    gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module), wanted=(wanted,))[1]
+    for name, gradient in gradients.items():
+        if wanted in (name, name.partition(".")[0]):
+            assert torch.equal(gradient, complete[name])
+        else:
+            assert gradient is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_and_infinity(interpreter, family):
+    module = random_module(f"{family}_3", tail_slopes=(0.0, 1.0))
+    lo, hi = DOMAIN
+    x = torch.tensor([torch.nan, -torch.inf, torch.inf, 3e38, -3e38])
+    y, gradients = interpreter(interpreted.evaluate, family, x, torch.ones(5), *arguments(module), wanted=("x",))
+    with torch.no_grad():
+        at_lo, at_hi = module(torch.tensor([lo, hi], dtype=torch.float64))
+    assert y[0].isnan()
+    assert_close(y[[1, 4]], at_lo.expand(2), 1e-6)
+    assert y[2] == torch.inf
+    assert y[3].item() == pytest.approx(at_hi.item() + 3e38 - hi, rel=1e-6)
+    assert gradients["x"][1:].tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_without_domain(interpreter, family):
+    module = random_module(f"{family}_9", (-torch.inf, torch.inf), (0.0, 0.0))
+    x = torch.tensor([torch.nan, 0.5])
+    y, _ = interpreter(interpreted.evaluate, family, x, torch.ones(2), *arguments(module), wanted=())
+    assert y.isnan().tolist() == [True, False]
+
+
+def test_ties_go_to_the_first_line(interpreter):
+    module = build("tropical_3").double()  # all four lines meet at 0
+    x, g = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 10.0, 100.0])
+    _, gradients = interpreter(interpreted.evaluate, "tropical", x, g, *arguments(module))
+    scale = 2**0.5 / 3
+    assert gradients["parameters.0"].tolist() == pytest.approx([11 * scale, 0.0, 0.0, 100 * scale])
+    assert gradients["x"].tolist() == pytest.approx([0.0, 0.0, 100 * 3 * scale])
+
+
+def test_cosines_of_large_arguments(interpreter):
+    """w x up to 1e4 rad: x and w are exact, so the error must stay that of float32 arithmetic near 0."""
+    module = random_module("fourier_6", (-torch.inf, torch.inf), (0.0, 0.0))
+    x = torch.linspace(-1800.0, 1800.0, 999)
+    g = normal(999, seed=2)
+    y, gradients = interpreter(interpreted.evaluate_with_exact_fma, "fourier", x, g, *arguments(module))
+    assert 1e4 < (module.frequencies.max() * x.max()).item() < 1.3e4
+    expected, theirs = autograd(module, x, g)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients["x"].double(), theirs["x"], rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("family", ["hermite", "tropical_rational"])
+def test_the_operators_are_registered_completely(interpreter, family):
+    results = interpreter(interpreted.check_registration, family, normal(5), *arguments(random_module(f"{family}_2")))
+    assert set(results) == {"SUCCESS"}
