@@ -13,7 +13,7 @@ from ..activations import FAMILIES
 from ..activations.base import MAX_DEGREE
 from ..conversion.checkpoint import explain
 from .competitors import REFERENCE, compiled, fixed, learnable, third_party
-from .memory import peak_bytes, saved_bytes
+from .memory import of_each, peak_bytes, saved_bytes
 from .results import NotRun, Results
 from .settings import Settings
 from .timing import interleave
@@ -48,11 +48,6 @@ class Load:
         """Bytes per element."""
         return saved_bytes(lambda: module(self.leaf), module.parameters()) / self.x.numel()
 
-    def peak(self, module: nn.Module, device: str) -> float | None:
-        """Bytes per element that a forward and a backward pass take beside x and the upstream gradient."""
-        found = peak_bytes(lambda: self.forward_backward(module), device)
-        return None if found is None else found / self.x.numel()
-
 
 def _add_times(
     results: Results, case: str, modules: Modules, load: Load, settings: Settings, sample: float = 0.0
@@ -72,8 +67,10 @@ def _add_saved(results: Results, case: str, modules: Modules, load: Load) -> Non
 
 
 def _add_peak(results: Results, case: str, modules: Modules, load: Load, device: str) -> None:
-    peaks = {name: load.peak(module, device) for name, module in modules.items()}
-    results.add_memory(case, "peak", {name: peak for name, peak in peaks.items() if peak is not None})
+    """Bytes per element that a forward and a backward pass take beside x and the upstream gradient."""
+    calls = {name: functools.partial(load.forward_backward, module) for name, module in modules.items()}
+    found = of_each(peak_bytes, calls, device)
+    results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in found.items()})
 
 
 def _make(makers: Mapping[str, Callable[[], nn.Module]], settings: Settings) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ..conversion import convert
-from .memory import peak_bytes, saved_bytes
+from .memory import kept_bytes, of_each, peak_bytes
 from .results import Results
 from .settings import Settings
 from .timing import interleave
@@ -51,12 +51,11 @@ def _train_step(results: Results, settings: Settings, case: str, models: dict[st
         model.zero_grad(set_to_none=True)
 
     calls = {name: functools.partial(step, model) for name, model in models.items()}
-    times = interleave(calls, rounds=settings.rounds, sample=settings.sample, device=settings.device)
+    times = interleave(calls, rounds=settings.rounds, device=settings.device)
     results.add_times(case, "step", times)
-    saved = {name: saved_bytes(functools.partial(m, **batch), m.parameters()) for name, m in models.items()}
-    results.add_memory(case, "saved", saved)
-    peaks = {name: peak_bytes(call, settings.device) for name, call in calls.items()}
-    results.add_memory(case, "peak", {name: peak for name, peak in peaks.items() if peak is not None})
+    forwards = {name: lambda model=model: model(**batch).loss for name, model in models.items()}
+    results.add_memory(case, "kept", of_each(kept_bytes, forwards, settings.device))
+    results.add_memory(case, "peak", of_each(peak_bytes, calls, settings.device))
 
 
 def gpt2(results: Results, settings: Settings) -> None:
@@ -103,5 +102,5 @@ def generation(results: Results, settings: Settings) -> None:
     calls = {
         name: functools.partial(_move(m, settings).eval().generate, prompt, **options) for name, m in models.items()
     }
-    times = interleave(calls, rounds=settings.rounds, sample=settings.sample, device=settings.device)
+    times = interleave(calls, rounds=settings.rounds, device=settings.device)
     results.add_times("generation", "generate", times)

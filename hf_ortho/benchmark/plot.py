@@ -96,7 +96,7 @@ def _plain_numbers(axis: Axis) -> None:
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     found = dict(zip(labels, handles, strict=True))
-    axes.legend(list(found.values()), list(found), fontsize=8)
+    axes.legend(list(found.values()), list(found), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _elements(axes: Axes, results: Results) -> None:

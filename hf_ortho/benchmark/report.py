@@ -9,7 +9,7 @@ from .settings import Settings
 from .targets import Outcome
 
 PER_ELEMENT = ("sequence", "image", "libraries", "elements", "degree")  # cases of one activation: memory is per element
-MEMORY = ("saved", "peak")
+MEMORY = ("saved", "kept", "peak")
 TITLES = {
     "sequence": "activations on {sequence}",
     "image": "activations on {image}",
@@ -34,8 +34,8 @@ def explanation(settings: Settings) -> str:
         f"{settings.device}, {settings.to_dict()['dtype']}, x ~ N(0, 1), seed {settings.seed}, {clock}, up to "
         f"{settings.rounds} interleaved rounds.\n"
         "A ratio is the median over the rounds, to the first row in the same round, ± half the interquartile range.\n"
-        "saved: kept for backward, of an activation over the size of x; peak: of forward and backward, beside the\n"
-        f"input or the weights, in {memory}."
+        "saved: tensors saved for backward, over the size of x; kept: memory held between forward and backward;\n"
+        f"peak: of forward and backward. kept and peak are beside the input or the weights, in {memory}."
     )
 
 
@@ -91,4 +91,12 @@ def targets_table(outcomes: Iterable[Outcome]) -> Table:
         measured = "-" if figure is None else f"{figure.ratio:.2f}"
         name = f"{target.case}: {target.row}, {target.measure}"
         rows.append([name, f"<= {target.limit:g}", measured, outcome.verdict])
-    return "targets", ["", "target", "measured", ""], rows
+    return "targets, as ratios", ["", "target", "measured", ""], rows
+
+
+def sentence(outcome: Outcome) -> str:
+    """A target with what was measured for it, in one line."""
+    target, figure = outcome.target, outcome.figure
+    measured = "nothing" if figure is None else f"{figure.ratio:.2f}"
+    what = f"{target.case}: {target.row}, {target.measure}"
+    return f"{what}: target {target.limit:g}, measured {measured}, {outcome.verdict}"

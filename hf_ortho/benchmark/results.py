@@ -16,7 +16,7 @@ class Figure:
         case: what was run, for example ``sequence`` or ``gpt2``.
         row: the competitor.
         measure: ``forward``, ``forward + backward``, ``call``, ``step`` or ``generate``, which are times; ``saved``
-            for backward or ``peak``, which are memory.
+            for backward, ``kept`` between forward and backward, or ``peak``, which are memory.
         value: median seconds, or bytes; in the cases of a single activation bytes per element.
         ratio: to the case's first row; of ``saved`` in those cases: bytes over the bytes of the input.
         spread: interquartile range of the ratio over the rounds; None for memory.

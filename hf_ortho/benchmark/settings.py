@@ -17,7 +17,7 @@ class Settings:
         dtype: of the inputs and of the models' weights.
         rounds: each competitor runs once per round.
         seconds: a competitor leaves after 3 rounds once it has taken this long.
-        sample: calls are repeated until one measurement takes this many seconds.
+        sample: short calls are repeated until one measurement takes this many seconds.
         sequence, image: shapes of the activations' input.
         libraries: the shape on which other libraries run, which are slow.
         elements: sizes of the sweep over elements.
@@ -31,7 +31,7 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     seed: int = 0
-    rounds: int = 7
+    rounds: int = 5
     seconds: float = 2.0
     sample: float = 0.002
     sequence: tuple[int, ...] = (8, 1024, 3072)
@@ -70,9 +70,9 @@ QUICK = Settings(
     rounds=3,
     seconds=0.2,
     sample=0.0005,
-    sequence=(2, 64, 768),
-    image=(4, 14, 14, 128),
-    libraries=(1, 64, 768),
+    sequence=(2, 64, 256),
+    image=(2, 14, 14, 64),
+    libraries=(1, 64, 256),
     elements=(10**4, 10**5),
     degree_elements=10**4,
     compiled=False,

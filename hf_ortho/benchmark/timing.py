@@ -63,12 +63,13 @@ def interleave(
     device: str = "cpu",
     clock: Callable[[Call, int, str], float] = measure,
 ) -> dict[str, Times]:
-    """Run all competitors once per round, in an order that rotates; the first is the reference.
+    """Run all competitors once per round, in an order that rotates and turns round; the first is the reference.
 
     Args:
         rounds: at least 1.
         seconds: a competitor leaves after 3 rounds once it has taken this long; the reference stays.
-        sample: calls are repeated until one measurement takes this many seconds; 0 is one call.
+        sample: calls are repeated until one measurement takes this many seconds, after one that does not count; 0 is
+            for long calls, which are measured one by one.
         clock: gives the seconds of one call.
     """
     names = list(calls)
@@ -79,9 +80,12 @@ def interleave(
     found: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
+        order = names[shift:] + names[:shift]
+        for name in order if i % 2 == 0 else reversed(order):
             if name != names[0] and i >= LEAST_ROUNDS and sum(found[name]) * repeats[name] >= seconds:
                 continue
+            if sample:
+                clock(calls[name], 1, device)  # not counted: it pays for the memory that the one before left behind
             found[name].append(clock(calls[name], repeats[name], device))
     reference = found[names[0]]
     # Whoever leaves does so for good, so that the nth time of each is of the nth round.

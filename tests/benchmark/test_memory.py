@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from hf_ortho.benchmark import memory
-from hf_ortho.benchmark.memory import peak_bytes, saved_bytes
+from hf_ortho.benchmark.memory import kept_bytes, of_each, peak_bytes, saved_bytes
 
 N = 4096
 LARGE = 8 * 2**20  # elements: 32 MiB in float32
@@ -89,8 +89,20 @@ def test_peak(call, tensors):
     assert peak_bytes(lambda: None) < 0.05 * 4 * LARGE
 
 
+def test_kept():
+    x = torch.randn(LARGE, requires_grad=True)
+    assert kept_bytes(lambda: x.exp().sum()) == pytest.approx(4 * LARGE, rel=0.05)  # exp(x)
+    assert kept_bytes(lambda: x.exp().exp().sum()) == pytest.approx(8 * LARGE, rel=0.05)
+    assert kept_bytes(allocate) == pytest.approx(4 * LARGE, rel=0.05)  # its result
+
+
+def test_of_each_leaves_out_what_cannot_be_had():
+    assert of_each(lambda call, device: call(), {"a": lambda: 3, "b": lambda: None}, "cpu") == {"a": 3.0}
+
+
 def test_no_peak_where_the_mark_cannot_be_reset(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "missing")
     assert peak_bytes(allocate) is None
+    assert kept_bytes(allocate) is None
     monkeypatch.setattr(memory, "CLEAR", tmp_path)  # a folder: writing fails
     assert peak_bytes(allocate) is None

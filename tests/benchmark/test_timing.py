@@ -30,10 +30,10 @@ def test_ratios_are_taken_within_a_round():
     assert found["ours"].spread == pytest.approx(np.subtract(*np.percentile([2, 3, 4], [75, 25])))
 
 
-def test_the_order_rotates_after_the_first_calls():
+def test_the_order_rotates_and_turns_after_the_first_calls():
     clock = Clock(a=[1.0], b=[1.0], c=[1.0])
     interleave({"a": "a", "b": "b", "c": "c"}, rounds=4, clock=clock)
-    assert "".join(call for call, _ in clock.called) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert "".join(call for call, _ in clock.called) == "abc" + "abc" + "acb" + "cab" + "cba"
 
 
 def test_a_slow_competitor_leaves_but_not_before_the_third_round():
@@ -44,9 +44,10 @@ def test_a_slow_competitor_leaves_but_not_before_the_third_round():
 
 
 def test_short_calls_are_repeated():
-    clock = Clock(gelu=[5.0, 0.25], ours=[5.0, 2.0])
-    interleave({"gelu": "gelu", "ours": "ours"}, rounds=1, sample=1.0, clock=clock)
-    assert clock.called[-2:] == [("gelu", 4), ("ours", 1)]
+    clock = Clock(gelu=[5.0, 0.25, 9.0, 0.25], ours=[5.0, 2.0, 9.0, 2.0])
+    found = interleave({"gelu": "gelu", "ours": "ours"}, rounds=1, sample=1.0, clock=clock)
+    assert clock.called[-4:] == [("gelu", 1), ("gelu", 4), ("ours", 1), ("ours", 1)]
+    assert found["ours"] == Times([2.0], [8.0])
 
 
 def test_measure_calls_as_often_as_asked():
