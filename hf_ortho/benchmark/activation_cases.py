@@ -16,13 +16,12 @@ from .competitors import REFERENCE, compiled, fixed, learnable, third_party
 from .memory import of_each, peak_bytes, saved_bytes
 from .results import NotRun, Results
 from .settings import Settings
-from .timing import interleave
+from .timing import Call, interleave
 
 Modules = Mapping[str, nn.Module]
-TIMED = ("forward", "forward + backward")
 HERMITE_DEGREES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, MAX_DEGREE)
 DEGREES = (3, 8, MAX_DEGREE)
-ROOM = 24  # tensors of the input's size, in float32, that must fit into free memory
+ROOM = 128  # bytes per element that are taken to be needed until a smaller size has shown how many are
 
 
 class Load:
@@ -34,7 +33,6 @@ class Load:
             torch.randn(shape, generator=generator, device=settings.device, dtype=settings.dtype) for _ in range(2)
         )
         self.leaf = self.x.detach().requires_grad_()
-        self.bytes = self.x.numel() * self.x.element_size()
 
     def forward(self, module: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -44,6 +42,12 @@ class Load:
         inputs = [self.leaf, *(p for p in module.parameters() if p.requires_grad)]
         torch.autograd.grad(module(self.leaf), inputs, self.gradient, allow_unused=True)
 
+    def forwards(self, modules: Modules) -> dict[str, Call]:
+        return {name: functools.partial(self.forward, module) for name, module in modules.items()}
+
+    def steps(self, modules: Modules) -> dict[str, Call]:
+        return {name: functools.partial(self.forward_backward, module) for name, module in modules.items()}
+
     def saved(self, module: nn.Module) -> float:
         """Bytes per element."""
         return saved_bytes(lambda: module(self.leaf), module.parameters()) / self.x.numel()
@@ -52,9 +56,7 @@ class Load:
 def _add_times(
     results: Results, case: str, modules: Modules, load: Load, settings: Settings, sample: float = 0.0
 ) -> None:
-    for measure in TIMED:
-        run: Callable[[nn.Module], object] = load.forward if measure == "forward" else load.forward_backward
-        calls = {name: functools.partial(run, module) for name, module in modules.items()}
+    for measure, calls in (("forward", load.forwards(modules)), ("forward + backward", load.steps(modules))):
         times = interleave(
             calls, rounds=settings.rounds, seconds=settings.seconds, sample=sample, device=settings.device
         )
@@ -68,8 +70,7 @@ def _add_saved(results: Results, case: str, modules: Modules, load: Load) -> Non
 
 def _add_peak(results: Results, case: str, modules: Modules, load: Load, device: str) -> None:
     """Bytes per element that a forward and a backward pass take beside x and the upstream gradient."""
-    calls = {name: functools.partial(load.forward_backward, module) for name, module in modules.items()}
-    found = of_each(peak_bytes, calls, device)
+    found = of_each(peak_bytes, load.steps(modules), device)
     results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in found.items()})
 
 
@@ -133,14 +134,17 @@ def libraries(results: Results, settings: Settings) -> None:
 def elements(results: Results, settings: Settings) -> None:
     """``hermite_8`` at each number of elements, as the rows ``hermite_8 10000`` and so on, next to ``F.gelu 10000``."""
     makers = {REFERENCE: fixed()[REFERENCE], "hermite_8": learnable()["hermite_8"]}
+    room = float(ROOM)
     for n in settings.elements:
-        if 4 * n * ROOM > _free_memory(settings.device):
+        if n * room > _free_memory(settings.device):
             results.not_run.append(NotRun("elements", f"hermite_8 {n}", "too little free memory"))
             continue
         load = Load((n,), settings)
         modules = {f"{name} {n}": module for name, module in _make(makers, settings).items()}
         _add_times(results, "elements", modules, load, settings, settings.sample)
         _add_saved(results, "elements", modules, load)
+        peaks = of_each(peak_bytes, load.steps(modules), settings.device)
+        room = 2 * load.x.element_size() + max(peaks.values(), default=ROOM * n) / n
 
 
 def _free_memory(device: str) -> int:
@@ -164,6 +168,5 @@ def decode(results: Results, settings: Settings) -> None:
     load = Load(settings.decode, settings)
     modules = _make(fixed() | learnable(), settings)
     del modules["copy"]
-    calls = {name: functools.partial(load.forward, module) for name, module in modules.items()}
-    times = interleave(calls, rounds=settings.rounds, sample=settings.sample, device=settings.device)
+    times = interleave(load.forwards(modules), rounds=settings.rounds, sample=settings.sample, device=settings.device)
     results.add_times("decode", "call", times)

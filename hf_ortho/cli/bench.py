@@ -26,7 +26,7 @@ def parser() -> Parser:
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cpu: one thread, float32; cuda: bfloat16")
     p.add_argument("--json", metavar="FILE", help="write all figures, settings and the environment")
     p.add_argument("--plot", metavar="FILE.png", help="draw the ratios and the curves over elements and degree")
-    p.add_argument("--check", action="store_true", help=f"exit with 1 if a target is missed by over {TOLERANCE:.0%}")
+    p.add_argument("--check", action="store_true", help=f"exit with 1 if a target is missed by over {TOLERANCE:.0%}%")
     p.add_argument("--quick", action="store_true", help="small tensors and few rounds: whether it runs, not how fast")
     return p
 
