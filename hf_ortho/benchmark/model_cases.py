@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .. import fuse_mlp
 from ..conversion import convert
 from .memory import kept_bytes, of_each, peak_bytes
 from .results import Results
@@ -26,6 +27,12 @@ PROMPT = 16
 def _converted(model: PreTrainedModel, activation: str) -> PreTrainedModel:
     model = copy.deepcopy(model)
     convert(model, activation)
+    return model
+
+
+def _fused(model: PreTrainedModel, activation: str) -> PreTrainedModel:
+    model = _converted(model, activation)
+    fuse_mlp(model)
     return model
 
 
@@ -66,6 +73,7 @@ def gpt2(results: Results, settings: Settings) -> None:
         "gelu_new": original,
         "hermite_3": _converted(original, "hermite_3"),
         "hermite_8": _converted(original, "hermite_8"),
+        "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
     }
     _train_step(results, settings, "gpt2", models, {"input_ids": ids, "labels": ids})
 
@@ -82,6 +90,7 @@ def convnext(results: Results, settings: Settings) -> None:
     models = {
         "gelu": original,
         "hermite_8": _converted(original, "hermite_8"),
+        "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
     }
     _train_step(results, settings, "convnext", models, batch)
 
