@@ -17,6 +17,8 @@ COMMANDS = {
     "evaluate": "loss and perplexity, or accuracy, of one checkpoint or two",
     "plot": "draw the activations of a converted checkpoint, of two, or over a training",
     "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
+    "bench": "time and memory of the activations, and of models with them, against the fixed ones",
+    "env": "the machine and the versions of the libraries",
 }
 
 
@@ -28,7 +30,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; 0 if it went well, 1 for a check that fails, 2 for a user's mistake, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -45,14 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         from .console import quiet
 
         quiet()
-        importlib.import_module(f".{argv[0]}", __package__).run(argv[1:])
+        return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
     except HfOrthoError as error:
         print(f"hf-ortho: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hf-ortho: interrupted; no output was left half-written", file=sys.stderr)
         return 130
-    return 0
 
 
 def _interrupt(signum, frame):

@@ -1,0 +1,172 @@
+"""The activations alone: on two large tensors, over the number of elements and the degree, and on one token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..activations import FAMILIES
+from ..activations.base import MAX_DEGREE
+from ..conversion.checkpoint import explain
+from .competitors import REFERENCE, compiled, fixed, learnable, third_party
+from .memory import of_each, peak_bytes, saved_bytes
+from .results import NotRun, Results
+from .settings import Settings
+from .timing import Call, interleave
+
+Modules = Mapping[str, nn.Module]
+HERMITE_DEGREES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, MAX_DEGREE)
+DEGREES = (3, 8, MAX_DEGREE)
+ROOM = 128  # bytes per element that are taken to be needed until a smaller size has shown how many are
+
+
+class Load:
+    """An input x ~ N(0, 1), a random upstream gradient, and what runs on them."""
+
+    def __init__(self, shape: tuple[int, ...], settings: Settings):
+        generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        self.x, self.gradient = (
+            torch.randn(shape, generator=generator, device=settings.device, dtype=settings.dtype) for _ in range(2)
+        )
+        self.leaf = self.x.detach().requires_grad_()
+
+    def forward(self, module: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return module(self.x)
+
+    def forward_backward(self, module: nn.Module) -> None:
+        inputs = [self.leaf, *(p for p in module.parameters() if p.requires_grad)]
+        torch.autograd.grad(module(self.leaf), inputs, self.gradient, allow_unused=True)
+
+    def forwards(self, modules: Modules) -> dict[str, Call]:
+        return {name: functools.partial(self.forward, module) for name, module in modules.items()}
+
+    def steps(self, modules: Modules) -> dict[str, Call]:
+        return {name: functools.partial(self.forward_backward, module) for name, module in modules.items()}
+
+    def saved(self, module: nn.Module) -> float:
+        """Bytes per element."""
+        return saved_bytes(lambda: module(self.leaf), module.parameters()) / self.x.numel()
+
+
+def _add_times(
+    results: Results, case: str, modules: Modules, load: Load, settings: Settings, sample: float = 0.0
+) -> None:
+    for measure, calls in (("forward", load.forwards(modules)), ("forward + backward", load.steps(modules))):
+        times = interleave(
+            calls, rounds=settings.rounds, seconds=settings.seconds, sample=sample, device=settings.device
+        )
+        results.add_times(case, measure, times)
+
+
+def _add_saved(results: Results, case: str, modules: Modules, load: Load) -> None:
+    saved = {name: load.saved(module) for name, module in modules.items()}
+    results.add_memory(case, "saved", saved, load.x.element_size())
+
+
+def _add_peak(results: Results, case: str, modules: Modules, load: Load, device: str) -> None:
+    """Bytes per element that a forward and a backward pass take beside x and the upstream gradient."""
+    found = of_each(peak_bytes, load.steps(modules), device)
+    results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in found.items()})
+
+
+def _make(makers: Mapping[str, Callable[[], nn.Module]], settings: Settings) -> dict[str, nn.Module]:
+    return {name: make().to(settings.device) for name, make in makers.items()}
+
+
+def _add_guarded(
+    results: Results, case: str, modules: dict[str, nn.Module], name: str, make: Callable[[], nn.Module], load: Load
+) -> None:
+    """Take in a competitor that may fail, in a compiler or another library; if it does, say why."""
+    try:
+        module = make().to(load.x.device)
+        load.forward(module)
+        load.forward_backward(module)
+        load.saved(module)
+    except ModuleNotFoundError as error:
+        results.not_run.append(NotRun(case, name, f"{error.name} is not installed"))
+    except Exception as error:  # whatever others raise, the rest is measured
+        results.not_run.append(NotRun(case, name, explain(error)))
+    else:
+        modules[name] = module
+
+
+def _large(results: Results, settings: Settings, case: str, shape: tuple[int, ...]) -> None:
+    load = Load(shape, settings)
+    modules = _make(fixed() | learnable(), settings)
+    torch.compiler.reset()  # all activations share one forward, of which only some variants are kept
+    for name, make in compiled().items():
+        if settings.compiled:
+            _add_guarded(results, case, modules, name, make, load)
+        else:
+            results.not_run.append(NotRun(case, name, "left out by --quick"))
+    _add_times(results, case, modules, load, settings)
+    _add_saved(results, case, modules, load)
+    _add_peak(results, case, modules, load, settings.device)
+
+
+def sequence(results: Results, settings: Settings) -> None:
+    """The fixed, the learnable and the compiled activations on the pre-activations of a transformer."""
+    _large(results, settings, "sequence", settings.sequence)
+
+
+def image(results: Results, settings: Settings) -> None:
+    """The same on those of a ConvNeXt."""
+    _large(results, settings, "image", settings.image)
+
+
+def libraries(results: Results, settings: Settings) -> None:
+    """Other libraries, if they are installed, next to what corresponds to them here."""
+    load = Load(settings.libraries, settings)
+    own = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
+    modules = _make({REFERENCE: fixed()[REFERENCE]} | {name: learnable()[name] for name in own}, settings)
+    for name, make in third_party(settings.device).items():
+        _add_guarded(results, "libraries", modules, name, make, load)
+    _add_times(results, "libraries", modules, load, settings)
+    _add_saved(results, "libraries", modules, load)
+    _add_peak(results, "libraries", modules, load, settings.device)
+
+
+def elements(results: Results, settings: Settings) -> None:
+    """``hermite_8`` at each number of elements, as the rows ``hermite_8 10000`` and so on, next to ``F.gelu 10000``."""
+    makers = {REFERENCE: fixed()[REFERENCE], "hermite_8": learnable()["hermite_8"]}
+    room = float(ROOM)
+    for n in settings.elements:
+        if n * room > _free_memory(settings.device):
+            results.not_run.append(NotRun("elements", f"hermite_8 {n}", "too little free memory"))
+            continue
+        load = Load((n,), settings)
+        modules = {f"{name} {n}": module for name, module in _make(makers, settings).items()}
+        _add_times(results, "elements", modules, load, settings, settings.sample)
+        _add_saved(results, "elements", modules, load)
+        peaks = of_each(peak_bytes, load.steps(modules), settings.device)
+        room = 2 * load.x.element_size() + max(peaks.values(), default=ROOM * n) / n
+
+
+def _free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def degree(results: Results, settings: Settings) -> None:
+    """The Hermite family from degree 1 to 32, and every other at three degrees."""
+    makers = {REFERENCE: fixed()[REFERENCE]}
+    for family, cls in FAMILIES.items():
+        degrees = HERMITE_DEGREES if family == "hermite" else DEGREES
+        makers |= {f"{family}_{n}": functools.partial(cls, n) for n in degrees}
+    load = Load((settings.degree_elements,), settings)
+    modules = _make(makers, settings)
+    _add_times(results, "degree", modules, load, settings, settings.sample)
+    _add_saved(results, "degree", modules, load)
+
+
+def decode(results: Results, settings: Settings) -> None:
+    """One token, without gradient: the cost of calling the module."""
+    load = Load(settings.decode, settings)
+    modules = _make(fixed() | learnable(), settings)
+    del modules["copy"]
+    times = interleave(load.forwards(modules), rounds=settings.rounds, sample=settings.sample, device=settings.device)
+    results.add_times("decode", "call", times)

@@ -1,0 +1,106 @@
+"""The activations that are measured against each other; ``F.gelu`` is the reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..activations import build
+
+REFERENCE = "F.gelu"
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x
+
+
+class Copy(nn.Module):
+    """No arithmetic: reads x and writes y, then reads x and the gradient and writes one; what every activation must."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Copy.apply(x)
+
+
+def _with_tails(name: str) -> nn.Module:
+    module = build(name)
+    module.fit("gelu")
+    return module
+
+
+def _compiled(name: str) -> nn.Module:
+    module = build(name)
+    module.compile(dynamic=True, fullgraph=True)  # an error rather than a silent way back to eager
+    return module
+
+
+def _harmonic() -> nn.Module:
+    """Frequencies 1 to 6, which the paper's initialisation gives, not learnt."""
+    module = build("fourier_6")
+    module.get_parameter("frequencies").requires_grad_(False)
+    return module
+
+
+def _torchortho(name: str) -> nn.Module:
+    import torchortho
+
+    cls, degree = {
+        "hermite_3": (torchortho.HermiteActivation, 3),
+        "fourier_6": (torchortho.FourierActivation, 6),
+        "tropical_6": (torchortho.TropicalActivation, 6),
+        "tropical_rational_6": (torchortho.TropicalRationalActivation, 6),
+    }[name]
+    return cls(degree)
+
+
+def _rational(device: str) -> nn.Module:
+    from rational.torch import Rational
+
+    return Rational(cuda=device == "cuda")
+
+
+def fixed() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        REFERENCE: nn.GELU,
+        "copy": Copy,
+        "gelu_new": functools.partial(ACT2FN.__getitem__, "gelu_new"),
+        "silu": nn.SiLU,
+    }
+
+
+def learnable() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        "hermite_3": functools.partial(build, "hermite_3"),
+        "hermite_8": functools.partial(build, "hermite_8"),
+        "hermite_3 with tails": functools.partial(_with_tails, "hermite_3"),
+        "hermite_8 with tails": functools.partial(_with_tails, "hermite_8"),
+        "fourier_6": functools.partial(build, "fourier_6"),
+        "fourier_6 harmonic": _harmonic,
+        "tropical_6": functools.partial(build, "tropical_6"),
+        "tropical_rational_6": functools.partial(build, "tropical_rational_6"),
+    }
+
+
+def compiled() -> dict[str, Callable[[], nn.Module]]:
+    return {f"{name} compiled": functools.partial(_compiled, name) for name in ("hermite_3", "hermite_8", "fourier_6")}
+
+
+def third_party(device: str) -> dict[str, Callable[[], nn.Module]]:
+    """Libraries that are measured if they are installed."""
+    names = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
+    found: dict[str, Callable[[], nn.Module]] = {
+        f"torchortho {name}": functools.partial(_torchortho, name) for name in names
+    }
+    found["rational-activations"] = functools.partial(_rational, device)
+    return found

@@ -1,0 +1,115 @@
+"""Whole models: a training step of GPT-2 and of ConvNeXt, and generation, before and after a conversion."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from .. import fuse_mlp
+from ..conversion import convert
+from .memory import kept_bytes, of_each, peak_bytes
+from .results import Results
+from .settings import Settings
+from .timing import interleave
+
+PROMPT = 16
+
+
+def _converted(model: PreTrainedModel, activation: str) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    convert(model, activation)
+    return model
+
+
+def _fused(model: PreTrainedModel, activation: str) -> PreTrainedModel:
+    model = _converted(model, activation)
+    fuse_mlp(model)
+    return model
+
+
+def _move(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
+    torch.nn.Module.to(model, settings.device, settings.dtype)
+    return model
+
+
+def _gpt2(settings: Settings) -> PreTrainedModel:
+    """Without dropout, whose masks would add to the time and the memory of both."""
+    torch.manual_seed(settings.seed)
+    others = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**(settings.gpt2 | others)))
+
+
+def _train_step(results: Results, settings: Settings, case: str, models: dict[str, PreTrainedModel], batch) -> None:
+    """Forward and backward pass, gradients freed after each step; no optimiser, which would be the same for all."""
+    for model in models.values():
+        _move(model, settings).train()
+
+    def step(model: PreTrainedModel) -> None:
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    calls = {name: functools.partial(step, model) for name, model in models.items()}
+    times = interleave(calls, rounds=settings.rounds, device=settings.device)
+    results.add_times(case, "step", times)
+    forwards = {name: lambda model=model: model(**batch).loss for name, model in models.items()}
+    results.add_memory(case, "kept", of_each(kept_bytes, forwards, settings.device))
+    results.add_memory(case, "peak", of_each(peak_bytes, calls, settings.device))
+
+
+def gpt2(results: Results, settings: Settings) -> None:
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(settings.gpt2["vocab_size"], settings.gpt2_batch, generator=generator).to(settings.device)
+    original = _gpt2(settings)
+    models = {
+        "gelu_new": original,
+        "hermite_3": _converted(original, "hermite_3"),
+        "hermite_8": _converted(original, "hermite_8"),
+        "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
+    }
+    _train_step(results, settings, "gpt2", models, {"input_ids": ids, "labels": ids})
+
+
+def convnext(results: Results, settings: Settings) -> None:
+    torch.manual_seed(settings.seed)
+    original = ConvNextForImageClassification(ConvNextConfig(**(settings.convnext | {"num_labels": 10})))
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = (settings.convnext_batch, 3, settings.convnext["image_size"], settings.convnext["image_size"])
+    batch = {
+        "pixel_values": torch.randn(size, generator=generator).to(settings.device, settings.dtype),
+        "labels": torch.randint(10, size[:1], generator=generator).to(settings.device),
+    }
+    models = {
+        "gelu": original,
+        "hermite_8": _converted(original, "hermite_8"),
+        "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
+    }
+    _train_step(results, settings, "convnext", models, batch)
+
+
+def generation(results: Results, settings: Settings) -> None:
+    """Greedy, one sequence, with the cache of keys and values."""
+    original = _gpt2(settings)
+    models = {"gelu_new": original, "hermite_8": _converted(original, "hermite_8")}
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompt = torch.randint(settings.gpt2["vocab_size"], (1, PROMPT), generator=generator).to(settings.device)
+    options = {
+        "max_new_tokens": settings.tokens,
+        "min_new_tokens": settings.tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(prompt),
+    }
+    calls = {
+        name: functools.partial(_move(m, settings).eval().generate, prompt, **options) for name, m in models.items()
+    }
+    times = interleave(calls, rounds=settings.rounds, device=settings.device)
+    results.add_times("generation", "generate", times)

@@ -1,0 +1,84 @@
+"""What is measured, and how long."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sizes and durations of a benchmark.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: of the inputs and of the models' weights.
+        rounds: each competitor runs once per round.
+        seconds: a competitor leaves after 3 rounds once it has taken this long.
+        sample: short calls are repeated until one measurement takes this many seconds.
+        sequence, image: shapes of the activations' input.
+        libraries: the shape on which other libraries run, which are slow.
+        elements: sizes of the sweep over elements.
+        degree_elements: size of the sweep over the degree.
+        compiled: measure ``torch.compile`` too.
+        gpt2, gpt2_batch: options of ``GPT2Config``, and (sequences, tokens).
+        convnext, convnext_batch: options of ``ConvNextConfig``, and images.
+        tokens: generated after a prompt of 16.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    rounds: int = 5
+    seconds: float = 2.0
+    sample: float = 0.002
+    sequence: tuple[int, ...] = (8, 1024, 3072)
+    image: tuple[int, ...] = (32, 56, 56, 384)
+    libraries: tuple[int, ...] = (1, 1024, 3072)
+    elements: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8)
+    degree_elements: int = 10**6
+    decode: tuple[int, ...] = (1, 1, 3072)
+    compiled: bool = True
+    gpt2: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"n_layer": 4, "n_embd": 512, "n_head": 8, "n_positions": 256, "vocab_size": 1000}
+    )
+    gpt2_batch: tuple[int, int] = (4, 256)
+    convnext: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"hidden_sizes": [96, 192, 384, 768], "depths": [1, 1, 2, 1], "image_size": 128}
+    )
+    convnext_batch: int = 8
+    tokens: int = 64
+
+    def on(self, device: str) -> Settings:
+        """The same on ``cuda``: in bfloat16, and up to more elements than a 32-bit index counts."""
+        if device == "cpu":
+            return self
+        large = (10**9, 2**31 + 8) if self.elements[-1] == 10**8 else ()
+        return dataclasses.replace(
+            self, device=device, dtype=torch.bfloat16, elements=self.elements + large, degree_elements=10**7
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+
+FULL = Settings()
+QUICK = Settings(
+    rounds=3,
+    seconds=0.2,
+    sample=0.0005,
+    sequence=(2, 64, 256),
+    image=(2, 14, 14, 64),
+    libraries=(1, 64, 256),
+    elements=(10**4, 10**5),
+    degree_elements=10**4,
+    compiled=False,
+    gpt2={"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64, "vocab_size": 100},
+    gpt2_batch=(2, 64),
+    convnext={"hidden_sizes": [16, 32], "num_stages": 2, "depths": [1, 1], "image_size": 32},
+    convnext_batch=2,
+    tokens=8,
+)

@@ -1,0 +1,95 @@
+"""How fast and how small the activations are meant to be: ratios that ``hf-ortho bench --check`` compares with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .results import Figure, Results
+
+TOLERANCE = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The ``ratio`` of the figure (case, row, measure) is to be at most ``limit`` on ``device``."""
+
+    device: str
+    case: str
+    row: str
+    measure: str
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A target and what was measured for it, None if nothing was."""
+
+    target: Target
+    figure: Figure | None
+
+    @property
+    def missed_by(self) -> float:
+        """0.2 for a ratio that is 20 % above the limit; 0 if the target is met or was not run."""
+        return 0.0 if self.figure is None else max(0.0, self.figure.ratio / self.target.limit - 1.0)
+
+    @property
+    def fails(self) -> bool:
+        return self.missed_by > TOLERANCE
+
+    @property
+    def verdict(self) -> str:
+        if self.figure is None:
+            return "not run"
+        return f"missed by {self.missed_by:.0%}" if self.missed_by >= 0.005 else "met"
+
+
+def _activations(device: str, limits: dict[str, tuple[float, float, float]]) -> list[Target]:
+    measures = ("forward", "forward + backward", "saved")
+    return [
+        Target(device, case, row, measure, limit)
+        for case in ("sequence", "image")
+        for row, values in limits.items()
+        for measure, limit in zip(measures, values, strict=True)
+    ]
+
+
+TARGETS: list[Target] = [
+    *_activations(
+        "cpu",
+        {
+            "hermite_3": (1.2, 1.3, 1),
+            "hermite_8": (1.5, 1.6, 1),
+            "hermite_3 with tails": (1.6, 1.6, 1),
+            "hermite_3 compiled": (1.0, 1.0, 1),
+            "hermite_8 compiled": (1.0, 1.0, 1),
+            "fourier_6": (3.0, 3.7, 1),
+            "fourier_6 compiled": (2.1, 3.0, 1),
+            "tropical_6": (1.7, 1.7, 1),
+            "tropical_rational_6": (3.5, 3.5, 1),
+        },
+    ),
+    Target("cpu", "degree", "hermite_32", "saved", 1),
+    Target("cpu", "decode", "hermite_8 with tails", "call", 1.5),
+    *(
+        Target("cpu", "gpt2", row, measure, limit)
+        for row in ("hermite_3", "hermite_8")
+        for measure, limit in (("step", 0.90), ("peak", 0.70))
+    ),
+    Target("cpu", "generation", "hermite_8", "generate", 1.03),
+    *_activations(
+        "cuda",
+        {
+            "hermite_3": (1.1, 1.2, 1),
+            "hermite_8": (1.1, 1.2, 1),
+            "tropical_6": (1.1, 1.2, 1),
+            "fourier_6": (2.2, 3.7, 1),
+            "fourier_6 harmonic": (1.3, 1.6, 1),
+        },
+    ),
+    Target("cuda", "degree", "hermite_32", "saved", 1),
+]
+
+
+def check(results: Results, device: str, targets: list[Target] = TARGETS) -> list[Outcome]:
+    """The targets of ``device``, each with its figure."""
+    return [Outcome(t, results.find(t.case, t.row, t.measure)) for t in targets if t.device == device]

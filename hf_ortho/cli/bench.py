@@ -1,0 +1,112 @@
+"""``hf-ortho bench``: time and memory of the activations against the fixed ones, alone and inside models."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..benchmark import FULL, QUICK, SECTIONS, TARGETS, TOLERANCE, Results, Settings, check, plot_results, report
+from ..errors import ConfigError, OutputError
+from ..plotting.layout import written
+from .console import Parser, console, table
+from .env import environment, show_environment
+
+HELP = __doc__
+
+
+def parser() -> Parser:
+    p = Parser(prog="hf-ortho bench", description=HELP)
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cpu: one thread, float32; cuda: bfloat16")
+    p.add_argument("--json", metavar="FILE", help="write all figures, settings and the environment")
+    p.add_argument("--plot", metavar="FILE.png", help="draw the ratios and the curves over elements and degree")
+    p.add_argument("--check", action="store_true", help=f"exit with 1 if a target is missed by over {TOLERANCE:.0%}%")
+    p.add_argument("--quick", action="store_true", help="small tensors and few rounds: whether it runs, not how fast")
+    return p
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.check and args.quick:
+        raise ConfigError("--check does not go with --quick: the targets hold for the full sizes only")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.plot and Path(args.plot).suffix != ".png":
+        raise ConfigError(f"--plot {args.plot}: must end in .png")
+    if args.json and args.plot and Path(args.json).absolute() == Path(args.plot).absolute():
+        raise ConfigError(f"--json and --plot {args.plot}: name two files")
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        if path:
+            check_file(flag, Path(path))
+    settings = (QUICK if args.quick else FULL).on(args.device)
+    start = time.perf_counter()
+    with one_thread(args.device):
+        found = environment()
+        show_environment(found)
+        console.print(report.explanation(settings))
+        results = measure(settings)
+    if args.json:
+        content = {"environment": found, "settings": settings.to_dict(), **dataclasses.asdict(results)}
+        with written(args.json) as draft:
+            draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        console.print(f"Wrote {args.json}")
+    if args.plot:
+        plot_results(results, settings, [] if args.quick else TARGETS, args.plot)
+        console.print(f"Wrote {args.plot}")
+    outcomes = [] if args.quick else check(results, args.device)
+    if outcomes:
+        table(*report.targets_table(outcomes))
+    console.print(f"Done in {time.perf_counter() - start:.0f} s")
+    if not args.check:
+        return 0
+    missed = [outcome for outcome in outcomes if outcome.fails]
+    for outcome in missed:
+        console.print(f"missed: {report.sentence(outcome)}")
+    console.print(f"{len(missed)} of {len(outcomes)} targets are missed by over {TOLERANCE:.0%}")
+    return 1 if missed else 0
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Before any work is done.
+
+    Raises:
+        OutputError: ``path`` is a folder, or in none that can be written.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise OutputError(f"{flag} {path} is a folder; name a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "cannot be written" if folder.is_dir() else "does not exist"
+        raise OutputError(f"{flag} {path}: the folder {folder} {reason}")
+
+
+@contextlib.contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """One thread of torch on the CPU, as many as before afterwards."""
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(settings: Settings) -> Results:
+    """Run all cases, and print each when it is done."""
+    results = Results()
+    for case, section in SECTIONS.items():
+        with console.status(f"Measuring {case}"):
+            section(results, settings)
+        table(*report.case_table(results, case, settings))
+        for line in report.not_run(results, case):
+            console.print(line)
+        if results.find(case, "copy", "forward"):
+            console.print(f"copy: {report.bandwidth(results, case, settings) / 1e9:.3g} GB/s, read and written")
+    return results

@@ -1,0 +1,97 @@
+"""``hf-ortho env``: the machine and the versions of the libraries that matter."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .console import Parser, table
+
+HELP = __doc__
+PACKAGES = (
+    "hf_ortho",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "evaluate",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "torchortho",
+    "rational-activations",
+)
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, as plain JSON values; None where there is none."""
+    cuda = torch.cuda.is_available()
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _cpu() -> str:
+    """The model's name, which Python's own ``platform`` does not know on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def show_environment(found: dict[str, Any]) -> None:
+    """Print what ``environment`` returned as a table."""
+    machine = {
+        "CPU": f"{found['cpu']} ({found['cpu_capability']})",
+        "cores": f"{found['physical_cores']} physical, {found['logical_cores']} logical",
+        "torch threads": str(found["threads"]),
+        "RAM": f"{found['ram_gib']} GiB",
+        "GPU": ", ".join(found["gpus"]) or "none",
+        "CUDA": found["cuda"] or "not in this torch",
+        "platform": found["platform"],
+        "Python": found["python"],
+    }
+    versions = {name: found["packages"][name] or "not installed" for name in found["packages"]}
+    table("environment", ["", "found"], [[key, value] for key, value in (machine | versions).items()])
+
+
+def parser() -> Parser:
+    p = Parser(prog="hf-ortho env", description=HELP)
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    return p
+
+
+def run(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    found = environment()
+    if args.json:
+        print(json.dumps(found))
+    else:
+        show_environment(found)

@@ -1,0 +1,38 @@
+"""``hf-ortho env``."""
+
+import json
+import os
+import platform
+
+import torch
+import transformers
+
+import hf_ortho
+
+
+def test_json(hf_ortho_command):
+    ran = hf_ortho_command("env", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    found = json.loads(ran.out)
+    assert found["python"] == platform.python_version()
+    assert found["logical_cores"] == os.cpu_count()
+    assert found["threads"] == torch.get_num_threads()
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert abs(found["ram_gib"] - pages / 2**30) < 0.1
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_ortho": hf_ortho.__version__}
+    assert versions.items() <= found["packages"].items()
+
+
+def test_table(hf_ortho_command, monkeypatch):
+    monkeypatch.setattr("hf_ortho.cli.env.PACKAGES", ("torch", "no-such-package"))
+    ran = hf_ortho_command("env")
+    assert ran.figures["torch"] == [torch.__version__] or ran.figures["torch"][-1] == torch.__version__
+    assert "not installed" in next(line for line in ran.out.splitlines() if "no-such-package" in line)
+    found = json.loads(hf_ortho_command("env", "--json").out)
+    assert found["cpu"] in ran.out
+    assert f"{found['ram_gib']} GiB" in ran.out
+
+
+def test_refuses(hf_ortho_command):
+    assert "unrecognized arguments: --yaml" in hf_ortho_command("env", "--yaml").error
