@@ -69,7 +69,7 @@ TARGETS: list[Target] = [
         },
     ),
     Target("cpu", "degree", "hermite_32", "saved", 1),
-    Target("cpu", "decode", "hermite_8 with tails", "call", 1.5),
+    Target("cpu", "decode", "hermite_3", "call", 1.5),
     *(
         Target("cpu", "gpt2", row, measure, limit)
         for row in ("hermite_3", "hermite_8")

@@ -215,7 +215,7 @@ def _(x, parameters, domain, tail_slopes, family):
 
 @activation_backward.register_fake
 def _(g, x, parameters, domain, tail_slopes, family, of_x, of_parameters, of_domain):
-    count = sum(p.numel() for p in parameters) * of_parameters + 2 * of_domain
+    count = sum(p.numel() for p in parameters if of_parameters) + (2 if of_domain else 0)
     return torch.empty_like(x) if of_x else x.new_empty(0), parameters[0].new_empty(count)
 
 
