@@ -97,7 +97,7 @@ def _add_guarded(
 
 def _large(results: Results, settings: Settings, case: str, shape: tuple[int, ...]) -> None:
     load = Load(shape, settings)
-    modules = _make(fixed() | learnable(), settings)
+    modules = _make(fixed() | learnable(settings.device), settings)
     torch.compiler.reset()  # all activations share one forward, of which only some variants are kept
     for name, make in compiled().items():
         if settings.compiled:
@@ -166,7 +166,7 @@ def degree(results: Results, settings: Settings) -> None:
 def decode(results: Results, settings: Settings) -> None:
     """One token, without gradient: the cost of calling the module."""
     load = Load(settings.decode, settings)
-    modules = _make(fixed() | learnable(), settings)
-    del modules["copy"]
+    makers = fixed() | learnable(settings.device)
+    modules = _make({name: make for name, make in makers.items() if name not in ("copy", "torch.cos")}, settings)
     times = interleave(load.forwards(modules), rounds=settings.rounds, sample=settings.sample, device=settings.device)
     results.add_times("decode", "call", times)

@@ -33,6 +33,18 @@ class Copy(nn.Module):
         return _Copy.apply(x)
 
 
+class Cosine(nn.Module):
+    """A Fourier activation computes one cosine per degree, and as many sines backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cos(x)
+
+
+def _from_scratch(name: str) -> nn.Module:
+    """With ``init="unit"``, in which every line of a tropical activation is the maximum somewhere."""
+    return build(name, init="unit")
+
+
 def _with_tails(name: str) -> nn.Module:
     module = build(name)
     module.fit("gelu")
@@ -40,14 +52,14 @@ def _with_tails(name: str) -> nn.Module:
 
 
 def _compiled(name: str) -> nn.Module:
-    module = build(name)
-    module.compile(dynamic=True, fullgraph=True)  # an error rather than a silent way back to eager
+    module = _from_scratch(name)
+    module.compile(fullgraph=True)  # an error rather than a silent way back to eager
     return module
 
 
 def _harmonic() -> nn.Module:
     """Frequencies 1 to 6, which the paper's initialisation gives, not learnt."""
-    module = build("fourier_6")
+    module = _from_scratch("fourier_6")
     module.get_parameter("frequencies").requires_grad_(False)
     return module
 
@@ -76,20 +88,22 @@ def fixed() -> dict[str, Callable[[], nn.Module]]:
         "copy": Copy,
         "gelu_new": functools.partial(ACT2FN.__getitem__, "gelu_new"),
         "silu": nn.SiLU,
+        "torch.cos": Cosine,
     }
 
 
-def learnable() -> dict[str, Callable[[], nn.Module]]:
-    return {
-        "hermite_3": functools.partial(build, "hermite_3"),
-        "hermite_8": functools.partial(build, "hermite_8"),
+def learnable(device: str = "cpu") -> dict[str, Callable[[], nn.Module]]:
+    found: dict[str, Callable[[], nn.Module]] = {
+        "hermite_3": functools.partial(_from_scratch, "hermite_3"),
+        "hermite_8": functools.partial(_from_scratch, "hermite_8"),
         "hermite_3 with tails": functools.partial(_with_tails, "hermite_3"),
         "hermite_8 with tails": functools.partial(_with_tails, "hermite_8"),
-        "fourier_6": functools.partial(build, "fourier_6"),
-        "fourier_6 harmonic": _harmonic,
-        "tropical_6": functools.partial(build, "tropical_6"),
-        "tropical_rational_6": functools.partial(build, "tropical_rational_6"),
+        "fourier_6": functools.partial(_from_scratch, "fourier_6"),
+        "fourier_6 with tails": functools.partial(_with_tails, "fourier_6"),
+        "tropical_6": functools.partial(_from_scratch, "tropical_6"),
+        "tropical_rational_6": functools.partial(_from_scratch, "tropical_rational_6"),
     }
+    return found if device == "cpu" else found | {"fourier_6 harmonic": _harmonic}
 
 
 def compiled() -> dict[str, Callable[[], nn.Module]]:

@@ -32,11 +32,11 @@ class Settings:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     rounds: int = 5
-    seconds: float = 2.0
+    seconds: float = 1.0
     sample: float = 0.002
     sequence: tuple[int, ...] = (8, 1024, 3072)
     image: tuple[int, ...] = (32, 56, 56, 384)
-    libraries: tuple[int, ...] = (1, 1024, 3072)
+    libraries: tuple[int, ...] = (1, 256, 3072)
     elements: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8)
     degree_elements: int = 10**6
     decode: tuple[int, ...] = (1, 1, 3072)

@@ -63,6 +63,7 @@ TARGETS: list[Target] = [
             "hermite_3 compiled": (1.0, 1.0, 1),
             "hermite_8 compiled": (1.0, 1.0, 1),
             "fourier_6": (3.0, 3.7, 1),
+            "fourier_6 with tails": (3.0, 3.7, 1),
             "fourier_6 compiled": (2.1, 3.0, 1),
             "tropical_6": (1.7, 1.7, 1),
             "tropical_rational_6": (3.5, 3.5, 1),

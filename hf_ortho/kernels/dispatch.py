@@ -46,7 +46,7 @@ def _transformed(tensors) -> bool:
     x, domain = tensors[:2]
     return (
         torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or not PLAIN_TENSORS.issuperset(map(type, tensors))
@@ -72,8 +72,8 @@ def _has_triton() -> bool:
 
 
 def _compiles(family) -> bool:
-    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return family.compiled is not None and not in_functorch and not torch.compiler.is_exporting()
+    transformed = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+    return family.compiled is not None and not transformed
 
 
 class _Compiled(torch.autograd.Function):

@@ -101,7 +101,6 @@ def test_reset_parameters_restores_the_initial_values(module):
     assert states_equal(module, build(module.name))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it compiles
 def test_compile_has_no_graph_break(module, x):
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="eager", fullgraph=True)

@@ -45,7 +45,8 @@ def test_tails_follow_gelu_and_pure_series_do_not_end(degree):
 
 
 def test_harmonic_frequencies_are_whole_and_fixed():
-    module = learnable()["fourier_6 harmonic"]()
+    module = learnable("cuda")["fourier_6 harmonic"]()
+    assert "fourier_6 harmonic" not in learnable("cpu")
     assert module.frequencies.tolist() == [1, 2, 3, 4, 5, 6]
     assert not module.frequencies.requires_grad
     assert module.coefficients.requires_grad
@@ -56,7 +57,7 @@ def test_compiled(name, monkeypatch):
     """Traced whole, for any size; the code generator is torch's own affair."""
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
     torch.compiler.reset()
-    module, eager = compiled()[name](), build(name.removesuffix(" compiled"))
+    module, eager = compiled()[name](), build(name.removesuffix(" compiled"), init="unit")
     for size in (241, 17):
         x, same = (X[:size].clone().requires_grad_() for _ in range(2))
         y, expected = module(x), eager(same)

@@ -12,10 +12,7 @@ from hf_ortho.kernels import compiled, dispatch, eager
 
 NAMES = [f"{family}_{degree}" for family in FAMILIES for degree in (3, 9)]
 TAILS = (-1.5, 1.8)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.torch.jit:DeprecationWarning",  # torch's own imports, and its tracer
-    "ignore:.*should not be instantiated:DeprecationWarning",  # torch's own, as it compiles
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own imports, and its tracer
 
 
 @pytest.fixture(params=NAMES)
@@ -176,6 +173,14 @@ def test_compiled_with_any_size(name, x, randomised):
             results.append([y.detach(), data.grad, *(p.grad for p in module.parameters())])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-5)
+
+
+def test_the_compiler_sees_explicit_gradients(module, x):
+    torch._dynamo.reset()
+    graphs = []
+    fn = torch.compile(module, backend=lambda graph, _: (graphs.append(graph), graph)[1], fullgraph=True)
+    torch.testing.assert_close(fn(x.requires_grad_()), module(x))
+    assert any("autograd_function_apply" in str(node.target) for node in graphs[0].graph.nodes)
 
 
 def test_compiled_gradients_in_float64(module, x):
