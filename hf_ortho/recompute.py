@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .activations import LearnableActivation
 from .errors import ConfigError
+from .kernels import dispatch
 
 LINEAR_LAYERS = (nn.Linear, Conv1D)
 
@@ -71,21 +71,21 @@ def fuse_mlp(model: nn.Module, enabled: bool = True) -> list[str]:
 class _Source:
     """What an activation's output was computed from."""
 
-    activation: LearnableActivation
+    family: type[LearnableActivation]
     x: Tensor
     x_version: int
     y_version: int
+    parameters: list[Tensor]
 
     def output(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         if self.x._version != self.x_version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"input {list(self.x.shape)} of {self.activation.name} is at version {self.x._version}; expected "
-                f"version {self.x_version} instead"
+                f"input {list(self.x.shape)} of a {self.family.family} activation is at version {self.x._version}; "
+                f"expected version {self.x_version} instead"
             )
         with torch.no_grad():
-            # The class's own forward: hooks of the module belong to the first forward alone.
-            return type(self.activation).forward(self.activation, self.x).to(dtype).view(shape)
+            return dispatch.activation(self.family, self.x, *self.parameters).to(dtype).view(shape)
 
 
 # Sources by output; an entry lives as long as the output does.
@@ -95,14 +95,10 @@ _sources = WeakTensorKeyDictionary()
 def _remember_input(activation: LearnableActivation, args: tuple[Tensor, ...], y: Tensor) -> None:
     if _is_traced() or not args or y.grad_fn is None:  # without a graph nobody keeps x
         return
-    # An optimizer may step, and FSDP shard, before the backward; a copy shares nothing but the constants.
-    copied = copy.copy(activation)
-    copied.__dict__.update(
-        _parameters={name: p.detach().clone() for name, p in activation._parameters.items() if p is not None},
-        _buffers={name: b.clone() for name, b in activation._buffers.items() if b is not None},
-    )
     x = args[0].detach()  # shares the version counter
-    _sources[y] = _Source(copied, x, x._version, y._version)
+    # An optimizer may step, and FSDP shard, before the backward.
+    parameters = [t.detach().clone() for t in activation._tensors()]
+    _sources[y] = _Source(type(activation), x, x._version, y._version, parameters)
 
 
 def _drop_input(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -158,7 +154,7 @@ def _saved_tensors(node: Node) -> Iterator[tuple]:
 
 def _is_all_of(saved: Tensor, y: Tensor) -> bool:
     """Whether ``saved`` is ``y``, flattened or not, or a cast of it as autocast makes."""
-    if saved.numel() != y.numel() or not saved.is_contiguous() or not y.is_contiguous():
+    if saved.numel() != y.numel() or saved.device != y.device or not saved.is_contiguous() or not y.is_contiguous():
         return False
     root = saved if saved._base is None else saved._base
     if root is (y if y._base is None else y._base):

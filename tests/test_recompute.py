@@ -571,6 +571,18 @@ def test_a_conversion_takes_it_off():
     assert hf_ortho.fuse_mlp(model, enabled=False) == []
 
 
+def test_a_parametrized_activation():
+    class Doubled(nn.Module):
+        def forward(self, coefficients):
+            return 2 * coefficients
+
+    model = mlp()
+    torch.nn.utils.parametrize.register_parametrization(model[1], "coefficients", Doubled())
+    expected = step(model)
+    hf_ortho.fuse_mlp(model)
+    assert step(model) == expected
+
+
 def test_a_model_without_learnable_activations():
     model = gpt2("gelu_new")
     with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no learnable activations .* hf_ortho\.convert"):

@@ -62,6 +62,8 @@ class Results:
             self.figures.append(Figure(case, row, measure, found.median, found.ratio, found.spread))
 
     def add_memory(self, case: str, measure: str, values: Mapping[str, float], unit: float | None = None) -> None:
-        """``unit`` is what a ratio of 1 means; by default the value of the first row."""
-        for row, value in values.items():
-            self.figures.append(Figure(case, row, measure, value, value / (unit or next(iter(values.values())))))
+        """``unit`` is what a ratio of 1 means; by default the value of the first row. Nothing is added if it is not
+        positive, as the resident set's growth may be for small tensors."""
+        unit = unit or next(iter(values.values()), 0.0)
+        if unit > 0:
+            self.figures += [Figure(case, row, measure, value, value / unit) for row, value in values.items()]

@@ -34,7 +34,7 @@ class Outcome:
 
     @property
     def fails(self) -> bool:
-        return self.missed_by > TOLERANCE
+        return self.figure is None or self.missed_by > TOLERANCE
 
     @property
     def verdict(self) -> str:

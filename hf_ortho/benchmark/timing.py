@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 LEAST_ROUNDS = 3
+QUEUE_CYCLES = 20_000_000  # about 10 ms
 
 Call = Callable[[], object]
 
@@ -42,6 +43,7 @@ def measure(call: Call, repeats: int, device: str) -> float:
     """Seconds of one call, the mean of ``repeats``: CPU time of the process, or CUDA events."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(QUEUE_CYCLES)  # meanwhile the calls are queued, so that their launches are not timed
         start.record()
         for _ in range(repeats):
             call()

@@ -9,8 +9,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from transformers.utils import logging
 
 from . import eager, formula
+
+logger = logging.get_logger("hf_ortho")
 
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
@@ -32,7 +35,8 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
     """
     tensors = (x, domain, tail_slopes, *parameters)
     if torch.compiler.is_compiling():
-        return _Compiled.apply(family, *tensors) if _compiles(family) else family.formula(*tensors)
+        explicit = _compiles(family) and not tail_slopes.requires_grad
+        return _Compiled.apply(family, *tensors) if explicit else family.formula(*tensors)
     if family.kernel is None or _transformed(tensors):
         return family.formula(*tensors)
     backend = _backend(family, x)
@@ -58,7 +62,7 @@ def _transformed(tensors) -> bool:
 
 
 def _backend(family, x: Tensor) -> ModuleType:
-    if x.is_cuda and x.dtype != torch.float64 and _has_triton():
+    if x.is_cuda and x.dtype != torch.float64 and _triton_works(x.device):
         from . import triton
 
         if family.family in triton.FAMILIES:
@@ -67,8 +71,19 @@ def _backend(family, x: Tensor) -> ModuleType:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton is there and finds what it needs: a compiler on the host, a GPU that is not too old."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import triton
+
+        ends, line = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        triton.activation(torch.zeros(1, device=device), [line], ends, ends, "hermite")
+    except Exception as error:  # of Triton, of the C compiler, of the driver
+        logger.warning_once(f"Triton does not work on {device}, slower kernels take over: {error}")
+        return False
+    return True
 
 
 def _compiles(family) -> bool:
@@ -100,7 +115,8 @@ class _Compiled(torch.autograd.Function):
             outside = torch.stack(
                 [torch.where(x < domain[0], upstream, 0).sum(), torch.where(x > domain[1], upstream, 0).sum()]
             )
-            rise = family.series_derivative(domain, *parameters) - tail_slopes
+            ends, *exact = (t.double() for t in (domain, *parameters))  # S' and the tail's slope nearly cancel
+            rise = family.series_derivative(ends, *exact) - tail_slopes
             at_domain = torch.where(domain.isfinite(), outside * rise, 0)
         found: list[Tensor | None] = [gx, at_domain, None, *gradients]
         return None, *(v if v is None else v.to(t.dtype) for v, t in zip(found, ctx.saved_tensors, strict=True))
@@ -119,7 +135,7 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, g):
         x, domain, tail_slopes, *parameters = ctx.saved_tensors
         _, _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
-        if torch.is_grad_enabled() or needs_slopes:
+        if torch.is_grad_enabled() or needs_slopes or _transformed((g, domain)):
             return None, None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[2:], g)
         needs = needs_x, any(needs_parameters), needs_domain
         gx, at_parameters, at_domain = ctx.backend.backward(ctx.family, g, x, parameters, domain, tail_slopes, needs)

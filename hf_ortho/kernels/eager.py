@@ -10,12 +10,12 @@ import contextlib
 import functools
 import itertools
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 GRAIN = 32768  # elements; from here on ATen opens an OpenMP region for every operation
@@ -63,10 +63,11 @@ class Activation:
         dtype: torch.dtype,
         device: torch.device,
     ):
+        parameters = tuple(tuple(rounded(vector, dtype)) for vector in parameters)
         self.series = series(parameters, dtype, device)
         self.domain = domain
         self.slopes = slopes
-        ends = np.array(domain, dtype=torch.empty((), dtype=dtype).numpy().dtype)
+        ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
         self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
         self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
         self.rows = self.series.rows + (0 if self.pure else 2)
@@ -117,12 +118,18 @@ class Activation:
     def domain_gradient(self, sums: list[float]) -> list[float]:
         """df/dlo = S'(lo) - s_lo where x < lo, and likewise hi; an infinite end gets 0."""
         # In float64: at a good fit S' and the slope of the tail nearly cancel.
-        ends = torch.tensor(self.domain, dtype=torch.float64).nan_to_num(posinf=0.0, neginf=0.0)
+        ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
         series = type(self.series)(self.parameters, ends.dtype, ends.device)
         series.gradient(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.rows, 2)), False)
         pairs = zip(sums, slopes.tolist(), self.slopes, self.domain, strict=True)
         return [0.0 if abs(end) == torch.inf else total * (s - tail) for total, s, tail, end in pairs]
+
+
+def rounded(values, dtype: torch.dtype) -> list[float]:
+    """Numbers of ``dtype``; too large ones become infinite, where torch refuses a number as a factor."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float64 if dtype == torch.float64 else np.float32).tolist()
 
 
 # Keyed by values, so that no update of a parameter, however it is made, can leave a stale entry.
@@ -143,7 +150,7 @@ def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tai
         y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_rows)
         return y.to(x.dtype) if converts else y
     y = torch.empty_like(x)
-    source, out = _flat(x, like=y), _flat(y, like=y)
+    source, out = _flat(x, y.stride()), _flat(y, y.stride())
 
     def body(rows: list[Tensor], span: slice) -> None:
         if x.dtype == activation.dtype:
@@ -167,16 +174,17 @@ def backward(
     """The gradients of x, of each parameter and of the domain, each where ``needs`` asks for it."""
     needs_x, needs_parameters, needs_domain = needs
     activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
-    gx = torch.empty_like(x)
-    source, upstream, out = _flat(x, like=gx), _flat(g, like=gx), _flat(gx, like=gx)
+    gx = torch.empty_like(x) if needs_x else None
+    stride = dense_stride(x)
+    source, upstream, out = _flat(x, stride), _flat(g, stride), None if gx is None else _flat(gx, stride)
 
     def body(rows: list[Tensor], span: slice) -> list[float]:
         if x.dtype == activation.dtype:
-            target = out[span] if needs_x else None
+            target = None if out is None else out[span]
             return activation.gradient(source[span], upstream[span], target, rows, needs_parameters, needs_domain)
-        inputs, target = (rows[0].copy_(source[span]), rows[1].copy_(upstream[span])), rows[2] if needs_x else None
+        inputs, target = (rows[0].copy_(source[span]), rows[1].copy_(upstream[span])), rows[2]
         sums = activation.gradient(*inputs, target, rows[3:], needs_parameters, needs_domain)
-        if target is not None:
+        if out is not None:
             out[span] = target
         return sums
 
@@ -187,7 +195,7 @@ def backward(
     if needs_parameters:
         vectors = activation.series.gradients(sums[:-2] if needs_domain else sums)
         at_parameters = [_gradient(v, p) for v, p in zip(vectors, parameters, strict=True)]
-    return gx if needs_x else None, at_parameters, at_domain
+    return gx, at_parameters, at_domain
 
 
 def _gradient(values: list[float], parameter: Tensor) -> Tensor:
@@ -201,11 +209,21 @@ def _chunk_size(x: Tensor) -> int:
     return CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
 
 
-def _flat(x: Tensor, like: Tensor) -> Tensor:
-    """The elements of ``x`` in the order that ``like``, which is dense in memory, has them; a view if ``x`` has it."""
-    if x.stride() != like.stride():
-        x = torch.empty_like(like).copy_(x)
-    return x.as_strided((x.numel(),), (1,))
+def dense_stride(x: Tensor) -> tuple[int, ...]:
+    """The strides of ``torch.empty_like(x)``: those of ``x`` where it has no gaps and overlaps in memory."""
+    return torch.empty_like(x, device="meta").stride()
+
+
+def arranged(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``x``, or a copy of it with these strides."""
+    if x.stride() == stride:
+        return x
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _flat(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The elements in the order that dense memory with these strides has them; a view if ``x`` has them."""
+    return arranged(x, stride).as_strided((x.numel(),), (1,))
 
 
 def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) -> list:
@@ -230,22 +248,27 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
     threads = min(torch.get_num_threads(), MAX_THREADS)
     if threads == 1 or n <= GRAIN or x.device.type != "cpu":
         return work(0, chunks)
-    pool = _pool(threads, os.getpid())
     ends = [chunks * t // threads for t in range(threads + 1)]
-    jobs = [pool.submit(work, first, last) for first, last in itertools.pairwise(ends) if first < last]
-    return [result for job in jobs for result in job.result()]
+    jobs = [_submit(threads, work, *span) for span in itertools.pairwise(ends) if span[0] < span[1]]
+    return [result for job in jobs for result in job()]
 
 
-@functools.lru_cache(maxsize=1)
+def _submit(threads: int, work: Callable, *span: int) -> Callable[[], list]:
+    try:
+        return _pool(threads, os.getpid()).submit(work, *span).result
+    except RuntimeError:  # threads that outlive the main one, at the exit of the interpreter
+        return functools.partial(work, *span)
+
+
+@functools.lru_cache(maxsize=4)
 def _pool(threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
     """Threads in which ATen works alone: many short OpenMP regions crawl as soon as a core is taken by somebody else.
 
     Threads do not survive a fork, hence one pool per process.
     """
-    own = torch.get_num_threads()
-    started = threading.Barrier(threads)
-    pool = concurrent.futures.ThreadPoolExecutor(threads, "hf_ortho", torch.set_num_threads, (1,))
-    for job in [pool.submit(started.wait) for _ in range(threads)]:
-        job.result()
-    torch.set_num_threads(own)  # for threads to come; those of the pool keep their number
-    return pool
+    return concurrent.futures.ThreadPoolExecutor(threads, "hf_ortho", _work_alone)
+
+
+def _work_alone() -> None:
+    torch.get_num_threads()  # takes over the process's setting, once per thread
+    threadpool_limits(limits=1, user_api="openmp")  # OpenMP's own setting belongs to the thread

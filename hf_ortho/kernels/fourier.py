@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .eager import rounded
+
 
 class FourierSeries:
     """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!; the sums: g, and per k those of g cos, g sin, g x sin."""
@@ -17,6 +19,7 @@ class FourierSeries:
         (self.offset,), a, self.w, p = parameters
         self.factorials = [math.factorial(k) for k in range(1, len(a) + 1)]
         self.amplitudes = [v / f for v, f in zip(a, self.factorials, strict=True)]
+        self.slopes = rounded([-a * w for a, w in zip(self.amplitudes, self.w, strict=True)], dtype)
         self.phases = torch.tensor([-v for v in p], dtype=dtype, device=device).unbind()
 
     def value(self, x: Tensor, out, rows) -> Tensor:
@@ -29,13 +32,13 @@ class FourierSeries:
         sums = [g.sum().item()] if reduce else []
         if out is not None:
             out.zero_()
-        for w, phase, amplitude in zip(self.w, self.phases, self.amplitudes, strict=True):
+        for w, phase, slope in zip(self.w, self.phases, self.slopes, strict=True):
             angle = torch.add(phase, x, alpha=w, out=rows[0])
             if reduce:
                 sums.append(torch.cos(angle, out=rows[1]).mul_(g).sum().item())
             sine = angle.sin_().mul_(g)
             if out is not None:
-                out.add_(sine, alpha=-amplitude * w)
+                out.add_(sine, alpha=slope)
             if reduce:
                 sums += [sine.sum().item(), sine.mul_(x).sum().item()]
         return sums

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .eager import rounded
+
 HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
 
 
@@ -33,10 +35,12 @@ class _Horner:
 
     def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
         self.table = np.array(MONOMIALS[len(parameters[0]) - 1])
-        m = self.table @ parameters[0]
+        with np.errstate(invalid="ignore", over="ignore"):  # of coefficients that have diverged
+            m = np.array(rounded(self.table @ parameters[0], dtype))
+            of_slope = rounded(m[1:] * np.arange(1, len(m)), dtype)
         *lower, last, _ = torch.tensor(m, dtype=dtype, device=device).unbind()
         self.terms = last, float(m[-1]), lower[::-1]
-        *lower, last = torch.tensor(m[1:] * np.arange(1, len(m)), dtype=dtype, device=device).unbind()
+        *lower, last = torch.tensor(of_slope, dtype=dtype, device=device).unbind()
         self.slope_terms = last, lower[::-1]
 
     def value(self, x: Tensor, out, rows) -> Tensor:
@@ -62,7 +66,8 @@ class _Horner:
         return sums
 
     def gradients(self, sums: list[float]) -> list[list[float]]:
-        return [(self.table.T @ sums).tolist()]
+        with np.errstate(invalid="ignore", over="ignore"):  # of a gradient that has overflowed
+            return [(self.table.T @ sums).tolist()]
 
 
 class _Recurrence:

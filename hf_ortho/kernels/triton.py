@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .eager import arranged, dense_stride
 from .triton_families import ALL_NAN, FAMILIES, IN_HALF_PRECISION, Family
 
 PROGRAMS = 1024
@@ -221,7 +222,8 @@ def _(g, x, parameters, domain, tail_slopes, family, of_x, of_parameters, of_dom
 
 def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
     """f(x), as ``eager.forward``."""
-    return activation(_dense(x), list(parameters), domain, tail_slopes, family.family)
+    vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
+    return activation(arranged(x, dense_stride(x)), *vectors, family.family)
 
 
 def backward(
@@ -235,17 +237,7 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
     """The gradients of x, of each parameter and of the domain, as ``eager.backward``."""
     of_x, of_parameters, of_domain = needs
-    x = _dense(x)
-    gx, sums = activation_backward(g, x, list(parameters), domain, tail_slopes, family.family, *needs)
+    vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
+    gx, sums = activation_backward(g, arranged(x, dense_stride(x)), *vectors, family.family, *needs)
     *of_each, at_domain = sums.split([p.numel() * of_parameters for p in parameters] + [2 * of_domain])
     return gx if of_x else None, of_each if of_parameters else None, at_domain.to(domain.dtype) if of_domain else None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x``, or its elements without gaps and overlaps in memory."""
-    like = torch.empty_like(x, device="meta")
-    return (
-        x
-        if x.stride() == like.stride()
-        else torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
-    )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .eager import above
+from .eager import above, rounded
 
 
 def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:
@@ -36,8 +36,11 @@ class Maximum:
 
     def __init__(self, slopes, intercepts, dtype: torch.dtype, device: torch.device):
         self.count = len(slopes)
-        if all(math.isfinite(v) for v in (*slopes, *intercepts)):
-            self.hull = upper_envelope(slopes, intercepts)
+        lines = [k for k in range(self.count) if intercepts[k] != -math.inf]  # max-plus zeros are never the maximum
+        self.defined = bool(lines) and all(math.isfinite(v) for k in lines for v in (slopes[k], intercepts[k]))
+        if self.defined:
+            hull = upper_envelope([slopes[k] for k in lines], [intercepts[k] for k in lines])
+            self.hull = [(lines[k], start) for k, start in hull]
         else:
             self.hull = [(k, -math.inf) for k in range(self.count)]  # NaN must reach the output
         self.slopes = [slopes[k] for k, _ in self.hull]
@@ -53,10 +56,12 @@ class Maximum:
     def gradient(self, x: Tensor, g: Tensor, out, row, reduce: bool, moments: bool, sign: float = 1.0) -> list[float]:
         """Adds sign g f'(x) to ``out``; returns, per line of the envelope, the sum of g (and, after it, of g x) to the
         right of where it takes over."""
+        if not self.defined and out is not None:
+            out.fill_(math.nan)
         sums = []
         for i, (slope, (_, start)) in enumerate(zip(self.slopes, self.hull, strict=True)):
             right = g if i == 0 else above(g, x, start, grad_input=row)
-            rise = slope - self.slopes[i - 1] if i else slope
+            (rise,) = rounded([slope - self.slopes[i - 1] if i else slope], x.dtype)
             if out is not None and rise:
                 out.add_(right, alpha=sign * rise)
             if reduce:

@@ -77,6 +77,15 @@ def test_functorch(module, x, kernels_used):
     assert not kernels_used
 
 
+def test_batched_gradients(module, x):
+    slope = module.derivative(x).detach()
+    y = module(x.requires_grad_())
+    (rows,) = torch.autograd.grad(y, x, torch.eye(len(x), dtype=x.dtype), is_grads_batched=True)
+    torch.testing.assert_close(rows, torch.diag(slope))
+    jacobian = torch.autograd.functional.jacobian(module, x, vectorize=True)
+    torch.testing.assert_close(jacobian, torch.diag(slope))
+
+
 def test_forward_mode_gives_the_true_tangent(module, x, kernels_used):
     with forward_ad.dual_level():
         y = module(forward_ad.make_dual(x, torch.full_like(x, 2.0)))
@@ -210,6 +219,17 @@ def test_cosine_and_sine_in_turns(reach):
     allowed = 2 * torch.finfo(torch.float32).eps * (1.7 * reach + 4)
     torch.testing.assert_close(cosine.double(), angle.cos(), rtol=0, atol=allowed)
     torch.testing.assert_close(sine.double(), angle.sin(), rtol=0, atol=allowed)
+
+
+def test_slopes_of_the_tails_can_be_learnt_too(module, x):
+    torch._dynamo.reset()
+    results = []
+    for fn in (module, torch.compile(module, backend="eager"), lambda x: type(module).formula(x, *module._tensors())):
+        module.tail_slopes.requires_grad_().grad = None
+        fn(x).sum().backward()
+        results.append(module.tail_slopes.grad)
+    for found in results[:2]:
+        torch.testing.assert_close(found, results[2])
 
 
 def test_a_family_without_kernels_works(x, kernels_used):

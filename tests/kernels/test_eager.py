@@ -1,5 +1,6 @@
 """The CPU kernels against float64 autograd of the formula: values, every gradient, shapes, dtypes, threads."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -157,6 +158,40 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype, randomised, meas
         assert all(torch.equal(gradients[key], value) for key, value in results[0][1].items())
 
 
+def test_threads_work_alone(randomised, measured, threads, monkeypatch):
+    """Above ATen's grain size, where its own threads would split the sums, and slow each other down."""
+    monkeypatch.setattr(eager, "CHUNK", 40_000)
+    x, g = data(100_003)
+    for name in ("hermite_3", "fourier_1"):
+        module = make(randomised, name)
+        threads(1)
+        y, gradients = measured(module, x, g)
+        for count in (2, 3):
+            threads(count)
+            y_again, again = measured(module, x, g)
+            assert torch.equal(y, y_again)
+            assert all(torch.equal(again[key], value) for key, value in gradients.items())
+            pool = eager._pool(count, os.getpid())
+            assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
+
+
+def test_threads_that_outlive_the_main_one(tmp_path):
+    script = """
+import threading, torch
+from hf_ortho.activations import build
+torch.set_num_threads(2)
+module, x = build("hermite_3"), torch.linspace(-2, 2, 300_000)
+expected = module(x)
+def late():
+    threading.main_thread().join()
+    assert torch.equal(module(x), expected)
+    print("served")
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
+
+
 def test_inference_mode_in_threads(name, randomised, small_chunks, threads):
     module = make(randomised, name)
     x, _ = data(1000)
@@ -169,6 +204,32 @@ def test_inference_mode_in_threads(name, randomised, small_chunks, threads):
         made_inside = x + 0
     with torch.no_grad():
         assert torch.equal(module(made_inside), expected)
+
+
+def test_a_default_device_and_dtype_change_nothing(name, randomised, measured, small_chunks):
+    module = make(randomised, name)
+    x, g = data(300)
+    y, gradients = measured(module, x, g)
+    eager._activation.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            y_again, again = measured(module, x, g)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(y, y_again)
+    assert all(torch.equal(again[key], value) for key, value in gradients.items())
+
+
+def test_trains_after_a_first_call_in_inference_mode(name, randomised, measured, small_chunks):
+    module = make(randomised, name)
+    x, g = data(300)
+    expected = measured(module, x, g)[1]
+    eager._activation.cache_clear()
+    with torch.inference_mode():
+        module(x)
+        module(x[:10])
+    assert all(torch.equal(value, expected[key]) for key, value in measured(module, x, g)[1].items())
 
 
 def test_repeated_runs_give_the_same_bits(name, randomised, measured, small_chunks):
@@ -275,6 +336,35 @@ def test_coefficients_that_are_not_finite_give_nan(name):
             if key != "domain":
                 p[-1] = float("nan")
     assert module(torch.linspace(-2, 2, 100)).isnan().all()
+
+
+@pytest.mark.parametrize("family", ["tropical", "tropical_rational"])
+def test_a_line_that_is_switched_off(family, randomised, measured, reference, small_chunks):
+    module = make(randomised, f"{family}_4")
+    x, g = data(200)
+    with torch.no_grad():
+        for key, p in module.named_parameters():
+            if key in ("coefficients", "numerator_intercepts"):
+                p[2] = -torch.inf
+    (y, gradients), (exact, expected) = measured(module, x, g), reference(module, x, g)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients["x"].double(), expected["x"], rtol=1e-5, atol=1e-6)
+    off = next(key for key in gradients if key in ("coefficients", "numerator_intercepts"))
+    assert gradients[off][2] == 0.0
+    torch.testing.assert_close(gradients[off].double(), expected[off], rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_float32_cannot_hold_become_infinite():
+    x = torch.linspace(-2, 2, 100, requires_grad=True)
+    for name in ("fourier_2", "hermite_3", "hermite_12"):
+        module = build(name)
+        with torch.no_grad():
+            for key, p in module.named_parameters():
+                if key != "domain":
+                    p.fill_(3e38)
+        y = module(x)
+        (gx,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf))
+        assert not gx.isfinite().any()
 
 
 def test_chunks_cover_large_tensors(randomised, measured, reference, assert_near):

@@ -183,6 +183,18 @@ def test_nan_without_domain(interpreter, family):
     assert y.isnan().tolist() == [True, False]
 
 
+def test_parameters_of_any_stride(interpreter):
+    module = random_module("hermite_3")
+    x, g = normal(33, scale=2.0), normal(33, seed=2)
+    expected = interpreter(interpreted.evaluate, "hermite", x, g, *arguments(module))
+    spread = [
+        [torch.stack([p, p + 1], 1)[:, 0] for p in group] for group in ([*arguments(module)[0]], arguments(module)[1:])
+    ]
+    y, gradients = interpreter(interpreted.evaluate, "hermite", x, g, spread[0], *spread[1])
+    assert torch.equal(y, expected[0])
+    assert all(torch.equal(gradients[key], value) for key, value in expected[1].items())
+
+
 def test_ties_go_to_the_first_line(interpreter):
     module = build("tropical_3").double()  # all four lines meet at 0
     x, g = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 10.0, 100.0])
