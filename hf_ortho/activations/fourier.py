@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import compiled
-from ..kernels.fourier import FourierSeries
+from ..kernels.chebyshev import fourier_series
 from .base import LearnableActivation
 from .interpolation import Target, balance, variable_projection, width_bounds
 
@@ -36,7 +36,7 @@ class Fourier(LearnableActivation):
 
     family = "fourier"
     default_degree = 6
-    kernel = FourierSeries
+    kernel = staticmethod(fourier_series)
     compiled = compiled.Fourier
     offset: nn.Parameter
     coefficients: nn.Parameter

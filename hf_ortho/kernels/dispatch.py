@@ -135,7 +135,8 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, g):
         x, domain, tail_slopes, *parameters = ctx.saved_tensors
         _, _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
-        if torch.is_grad_enabled() or needs_slopes or _transformed((g, domain)):
+        batched = torch._C._functorch.is_legacy_batchedtensor(g)  # by is_grads_batched
+        if torch.is_grad_enabled() or needs_slopes or batched or _transformed((g, domain)):
             return None, None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[2:], g)
         needs = needs_x, any(needs_parameters), needs_domain
         gx, at_parameters, at_domain = ctx.backend.backward(ctx.family, g, x, parameters, domain, tail_slopes, needs)

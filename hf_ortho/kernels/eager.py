@@ -39,8 +39,6 @@ class Series(Protocol):
 
     rows: int
 
-    def __init__(self, parameters: Vectors, dtype: torch.dtype, device: torch.device): ...
-
     def value(self, x: Tensor, out: Tensor | None, rows: Rows) -> Tensor:
         """S(x)."""
 
@@ -56,7 +54,7 @@ class Activation:
 
     def __init__(
         self,
-        series: Callable[..., Series],
+        series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device], Series],
         parameters: Vectors,
         domain: tuple[float, float],
         slopes: tuple[float, float],
@@ -64,7 +62,8 @@ class Activation:
         device: torch.device,
     ):
         parameters = tuple(tuple(rounded(vector, dtype)) for vector in parameters)
-        self.series = series(parameters, dtype, device)
+        self.build = series
+        self.series = series(parameters, domain, dtype, device)
         self.domain = domain
         self.slopes = slopes
         ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
@@ -120,7 +119,7 @@ class Activation:
         # In float64: at a good fit S' and the slope of the tail nearly cancel.
         ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
-        series = type(self.series)(self.parameters, ends.dtype, ends.device)
+        series = self.build(self.parameters, self.domain, ends.dtype, ends.device)
         series.gradient(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.rows, 2)), False)
         pairs = zip(sums, slopes.tolist(), self.slopes, self.domain, strict=True)
         return [0.0 if abs(end) == torch.inf else total * (s - tail) for total, s, tail, end in pairs]

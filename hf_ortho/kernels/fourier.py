@@ -1,4 +1,4 @@
-"""CPU kernel of the Fourier family."""
+"""CPU kernel of the Fourier family, cosine by cosine."""
 
 from __future__ import annotations
 

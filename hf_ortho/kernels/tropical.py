@@ -83,7 +83,7 @@ class TropicalSeries:
 
     rows = 1
 
-    def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
+    def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device):
         (a,) = parameters
         self.scale = math.sqrt(2) / (len(a) - 1)
         slopes = [self.scale * k for k in range(len(a))]
@@ -106,7 +106,7 @@ class TropicalRationalSeries:
 
     rows = 2
 
-    def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
+    def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device):
         p, a, q, b = parameters
         self.top, self.bottom = Maximum(p, a, dtype, device), Maximum(q, b, dtype, device)
 
