@@ -156,7 +156,7 @@ def degree(results: Results, settings: Settings) -> None:
     makers = {REFERENCE: fixed()[REFERENCE]}
     for family, cls in FAMILIES.items():
         degrees = HERMITE_DEGREES if family == "hermite" else DEGREES
-        makers |= {f"{family}_{n}": functools.partial(cls, n) for n in degrees}
+        makers |= {f"{family}_{n}": functools.partial(cls, n, init="unit") for n in degrees}
     load = Load((settings.degree_elements,), settings)
     modules = _make(makers, settings)
     _add_times(results, "degree", modules, load, settings, settings.sample)
@@ -168,5 +168,6 @@ def decode(results: Results, settings: Settings) -> None:
     load = Load(settings.decode, settings)
     makers = fixed() | learnable(settings.device)
     modules = _make({name: make for name, make in makers.items() if name not in ("copy", "torch.cos")}, settings)
-    times = interleave(load.forwards(modules), rounds=settings.rounds, sample=settings.sample, device=settings.device)
+    calls, sample = load.forwards(modules), 10 * settings.sample
+    times = interleave(calls, rounds=settings.rounds, sample=sample, device=settings.device)
     results.add_times("decode", "call", times)

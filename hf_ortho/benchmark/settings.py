@@ -31,8 +31,8 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     seed: int = 0
-    rounds: int = 5
-    seconds: float = 1.0
+    rounds: int = 4
+    seconds: float = 0.6
     sample: float = 0.002
     sequence: tuple[int, ...] = (8, 1024, 3072)
     image: tuple[int, ...] = (32, 56, 56, 384)
