@@ -27,7 +27,7 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
     transforms, forward-mode differentiation, tensor subclasses, dispatch modes, and double backward.
 
     Args:
-        family: a subclass of ``LearnableActivation``; ``formula``, ``kernel`` and ``family`` are read.
+        family: a subclass of ``LearnableActivation``; its formula and kernels are used.
         x: any shape and strides, a floating dtype.
         domain: [lo, hi].
         tail_slopes: [s_lo, s_hi].
