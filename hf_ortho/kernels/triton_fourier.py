@@ -127,15 +127,21 @@ def fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def fourier_scales(scalars, DEGREE: tl.constexpr):
+def scales_of(scalars, FIRST: tl.constexpr, STEP: tl.constexpr, DEGREE: tl.constexpr):
+    """The amplitude of term k is the scalar FIRST + STEP k."""
     amplitudes = ()
     frequencies = ()
     phases = ()
     for k in tl.static_range(DEGREE):
         amplitudes = amplitudes + (inverse_factorial(k + 1),)
-        frequencies = frequencies + (-scalars[2 + 5 * k],)
-        phases = phases + (scalars[2 + 5 * k],)
+        frequencies = frequencies + (-scalars[FIRST + STEP * k],)
+        phases = phases + (scalars[FIRST + STEP * k],)
     return (1.0,) + amplitudes + frequencies + phases
+
+
+@triton.jit
+def fourier_scales(scalars, DEGREE: tl.constexpr):
+    return scales_of(scalars, 2, 5, DEGREE)
 
 
 # ---- Fourier in half precision -----------------------------------------------------------------------------------
@@ -193,14 +199,7 @@ def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
 
 @triton.jit
 def half_fourier_scales(scalars, DEGREE: tl.constexpr):
-    amplitudes = ()
-    frequencies = ()
-    phases = ()
-    for k in tl.static_range(DEGREE):
-        amplitudes = amplitudes + (inverse_factorial(k + 1),)
-        frequencies = frequencies + (-scalars[1 + 3 * k],)
-        phases = phases + (scalars[1 + 3 * k],)
-    return (1.0,) + amplitudes + frequencies + phases
+    return scales_of(scalars, 1, 3, DEGREE)
 
 
 FOURIER = Family(fourier_scalars, fourier_value, fourier_gradient, fourier_scales, beyond_degree=0)
