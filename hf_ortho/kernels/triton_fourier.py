@@ -99,55 +99,10 @@ def cosine_and_sine(x, high, low, phase):
     return c, s
 
 
-@triton.jit
-def fourier_value(x, scalars, DEGREE: tl.constexpr):
-    x = resolved(x, scalars[1])
-    y = scalars[0]
-    for k in tl.static_range(DEGREE):
-        c, _ = cosine_and_sine(x, scalars[4 + 5 * k], scalars[5 + 5 * k], scalars[6 + 5 * k])
-        y += scalars[2 + 5 * k] * c
-    return y
-
-
-@triton.jit
-def fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
-    x = resolved(x, scalars[1])
-    slope = 0.0
-    gx = g * x
-    amplitudes = ()
-    frequencies = ()
-    phases = ()
-    for k in tl.static_range(DEGREE):
-        c, s = cosine_and_sine(x, scalars[4 + 5 * k], scalars[5 + 5 * k], scalars[6 + 5 * k])
-        slope -= scalars[2 + 5 * k] * scalars[3 + 5 * k] * s
-        amplitudes = amplitudes + (g * c,)
-        frequencies = frequencies + (gx * s,)
-        phases = phases + (g * s,)
-    return slope, (g,) + amplitudes + frequencies + phases
-
-
-@triton.jit
-def scales_of(scalars, FIRST: tl.constexpr, STEP: tl.constexpr, DEGREE: tl.constexpr):
-    """The amplitude of term k is the scalar FIRST + STEP k."""
-    amplitudes = ()
-    frequencies = ()
-    phases = ()
-    for k in tl.static_range(DEGREE):
-        amplitudes = amplitudes + (inverse_factorial(k + 1),)
-        frequencies = frequencies + (-scalars[FIRST + STEP * k],)
-        phases = phases + (scalars[FIRST + STEP * k],)
-    return (1.0,) + amplitudes + frequencies + phases
-
-
-@triton.jit
-def fourier_scales(scalars, DEGREE: tl.constexpr):
-    return scales_of(scalars, 2, 5, DEGREE)
-
-
 # ---- Fourier in half precision -----------------------------------------------------------------------------------
 # The GPU's own cosine, with an error below 2^-20 on [-pi, pi] (PTX ISA, cos.approx), is far better than the output.
 
-INTERPRETED = tl.constexpr(not isinstance(fourier_scales, triton.JITFunction))
+INTERPRETED = tl.constexpr(not isinstance(half_turns, triton.JITFunction))
 
 
 @triton.jit
@@ -172,25 +127,43 @@ def approximate_cosine_and_sine(x, frequency, phase):
     return c, s
 
 
+# ---- What both precisions share ----------------------------------------------------------------------------------
+
+
+@constexpr_function
+def first_of(k, half):
+    """The index of the amplitude of term k among the scalars; the frequency follows."""
+    return 1 + 3 * k if half else 2 + 5 * k
+
+
 @triton.jit
-def half_fourier_value(x, scalars, DEGREE: tl.constexpr):
+def cosine_and_sine_of(x, scalars, K: tl.constexpr, HALF: tl.constexpr):
+    if HALF:
+        c, s = approximate_cosine_and_sine(x, scalars[2 + 3 * K], scalars[3 + 3 * K])
+    else:
+        c, s = cosine_and_sine(x, scalars[4 + 5 * K], scalars[5 + 5 * K], scalars[6 + 5 * K])
+    return c, s
+
+
+@triton.jit
+def value_of(x, scalars, DEGREE: tl.constexpr, HALF: tl.constexpr):
     y = scalars[0]
     for k in tl.static_range(DEGREE):
-        c, _ = approximate_cosine_and_sine(x, scalars[2 + 3 * k], scalars[3 + 3 * k])
-        y += scalars[1 + 3 * k] * c
+        c, _ = cosine_and_sine_of(x, scalars, k, HALF)
+        y += scalars[first_of(k, HALF)] * c
     return y
 
 
 @triton.jit
-def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
+def gradient_of(x, g, scalars, DEGREE: tl.constexpr, HALF: tl.constexpr):
     slope = 0.0
     gx = g * x
     amplitudes = ()
     frequencies = ()
     phases = ()
     for k in tl.static_range(DEGREE):
-        c, s = approximate_cosine_and_sine(x, scalars[2 + 3 * k], scalars[3 + 3 * k])
-        slope -= scalars[1 + 3 * k] * scalars[2 + 3 * k] * s
+        c, s = cosine_and_sine_of(x, scalars, k, HALF)
+        slope -= scalars[first_of(k, HALF)] * scalars[first_of(k, HALF) + 1] * s
         amplitudes = amplitudes + (g * c,)
         frequencies = frequencies + (gx * s,)
         phases = phases + (g * s,)
@@ -198,8 +171,45 @@ def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
 
 
 @triton.jit
+def scales_of(scalars, DEGREE: tl.constexpr, HALF: tl.constexpr):
+    amplitudes = ()
+    frequencies = ()
+    phases = ()
+    for k in tl.static_range(DEGREE):
+        amplitudes = amplitudes + (inverse_factorial(k + 1),)
+        frequencies = frequencies + (-scalars[first_of(k, HALF)],)
+        phases = phases + (scalars[first_of(k, HALF)],)
+    return (1.0,) + amplitudes + frequencies + phases
+
+
+@triton.jit
+def fourier_value(x, scalars, DEGREE: tl.constexpr):
+    return value_of(resolved(x, scalars[1]), scalars, DEGREE, False)
+
+
+@triton.jit
+def fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
+    return gradient_of(resolved(x, scalars[1]), g, scalars, DEGREE, False)
+
+
+@triton.jit
+def fourier_scales(scalars, DEGREE: tl.constexpr):
+    return scales_of(scalars, DEGREE, False)
+
+
+@triton.jit
+def half_fourier_value(x, scalars, DEGREE: tl.constexpr):
+    return value_of(x, scalars, DEGREE, True)
+
+
+@triton.jit
+def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
+    return gradient_of(x, g, scalars, DEGREE, True)
+
+
+@triton.jit
 def half_fourier_scales(scalars, DEGREE: tl.constexpr):
-    return scales_of(scalars, 1, 3, DEGREE)
+    return scales_of(scalars, DEGREE, True)
 
 
 FOURIER = Family(fourier_scalars, fourier_value, fourier_gradient, fourier_scales, beyond_degree=0)
