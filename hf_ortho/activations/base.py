@@ -40,8 +40,8 @@ class LearnableActivation(nn.Module):
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
     A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative``,
-    ``fit_parameters``, and may give ``breaks``. ``kernel`` and ``compiled``,
-    which evaluate the series in its place, are optional; who changes the series of a family sets both to None.
+    ``fit_parameters``, and may give ``breaks``, ``kernel`` and ``compiled``. The last two evaluate the series in its
+    place: who changes the series of a family sets both to None.
 
     Args:
         degree: 1 to 32; the family's default if None.

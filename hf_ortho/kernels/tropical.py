@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -44,6 +45,7 @@ class Maximum:
         else:
             self.hull = [(k, -math.inf) for k in range(self.count)]  # NaN must reach the output
         self.slopes = [slopes[k] for k, _ in self.hull]
+        self.rises = rounded([b - a for a, b in itertools.pairwise([0.0, *self.slopes])], dtype)
         self.intercepts = torch.tensor([intercepts[k] for k, _ in self.hull], dtype=dtype, device=device).unbind()
 
     def value(self, x: Tensor, out, row) -> Tensor:
@@ -59,9 +61,8 @@ class Maximum:
         if not self.defined and out is not None:
             out.fill_(math.nan)
         sums = []
-        for i, (slope, (_, start)) in enumerate(zip(self.slopes, self.hull, strict=True)):
+        for i, (rise, (_, start)) in enumerate(zip(self.rises, self.hull, strict=True)):
             right = g if i == 0 else above(g, x, start, grad_input=row)
-            (rise,) = rounded([slope - self.slopes[i - 1] if i else slope], x.dtype)
             if out is not None and rise:
                 out.add_(right, alpha=sign * rise)
             if reduce:
