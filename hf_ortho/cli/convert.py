@@ -19,7 +19,8 @@ from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..training import data
 from ..training.arguments import DataArguments
-from ..training.finetune import batches, change, class_names, prepare
+from ..training.evaluation import change
+from ..training.samples import batches, class_names, prepare
 from .console import Parser, console, show
 
 HELP = __doc__

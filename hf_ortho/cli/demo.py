@@ -27,7 +27,8 @@ from ..errors import ConfigError
 from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..plotting import Panel, plot_activations
-from ..training.finetune import batches, change, evaluate_model, make_trainer
+from ..training.evaluation import change, evaluate_model, make_trainer
+from ..training.samples import batches
 from .console import Parser, console, show, table, trainer_progress
 from .demo_tasks import TASKS, DemoTask
 

@@ -19,7 +19,7 @@ from transformers import (
 from ..conversion.checkpoint import Checkpoint
 from ..training import data
 from ..training.arguments import DataArguments
-from ..training.finetune import prepare
+from ..training.samples import prepare
 
 BLOCK = 128
 

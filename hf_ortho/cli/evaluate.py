@@ -6,7 +6,8 @@ from ..conversion.checkpoint import load_checkpoint
 from ..errors import ConfigError
 from ..training import data
 from ..training.arguments import DataArguments
-from ..training.finetune import change, evaluate_model, prepare
+from ..training.evaluation import change, evaluate_model
+from ..training.samples import prepare
 from .console import Parser, console, table
 
 HELP = __doc__

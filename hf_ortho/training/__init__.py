@@ -1,7 +1,8 @@
 """Training on the ecosystem's own engines."""
 
-from .arguments import DataArguments, ModelArguments
-from .finetune import Result, evaluate_model, finetune
+from .arguments import DataArguments, ModelArguments, Recipe
+from .evaluation import evaluate_model
+from .finetune import Result, finetune
 from .metrics import Perplexity, TopKAccuracy
 from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
 
@@ -11,6 +12,7 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "Perplexity",
+    "Recipe",
     "Result",
     "TopKAccuracy",
     "activation_parameters",

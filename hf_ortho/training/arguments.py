@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from transformers import TrainingArguments
+
 from .trainer import POLICIES
 
 
@@ -57,3 +59,12 @@ class DataArguments:
     )
     max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
+
+
+@dataclasses.dataclass
+class Recipe:
+    """All that one training needs; the fields of its groups are the keys of a YAML recipe and the flags."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 from hf_ortho.cli import demo_tasks
 from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
 from hf_ortho.training import data
-from hf_ortho.training.finetune import evaluate_model
+from hf_ortho.training.evaluation import evaluate_model
 
 QUICK = ("--steps", "3", "--tune-steps", "2")
 

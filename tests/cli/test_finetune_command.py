@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from hf_ortho import convert, fuse_mlp
-from hf_ortho.cli.finetune import parse_arguments
+from hf_ortho.cli.recipe import parse_recipe
 from hf_ortho.conversion.checkpoint import load_checkpoint
+from hf_ortho.training import Recipe
 from hf_ortho.training.data import text_blocks
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
@@ -94,7 +95,8 @@ def test_values_of_a_config(recipe):
     )
     # YAML reads a float without a point as text.
     path.write_text(path.read_text() + "learning_rate: 5e-4\nadam_epsilon: 1e-07\ntext_column: null\n")
-    model, data, training = parse_arguments(["--config", str(path)])
+    parsed = parse_recipe(Recipe, "finetune", "", ["--config", str(path)])
+    model, data, training = parsed.model, parsed.data, parsed.training
     assert (model.activation, model.train, model.calibration_samples) == ("fourier_6", "activations+head", 0)
     assert model.dtype == "float32"
     assert data.text_column is None
@@ -112,7 +114,8 @@ def test_flags_override_the_config(recipe):
     path = recipe(learning_rate=1e-3, max_steps=9, activation="hermite_8", label_names=["a", "b"], use_cpu=True)
     flags = ["--learning_rate", "2e-4", "--activation=fourier_2", "--label_names", "c", "--seed", "3"]
     for argv in (["--config", str(path), *flags], [*flags, f"--config={path}"]):
-        model, _, training = parse_arguments(argv)
+        parsed = parse_recipe(Recipe, "finetune", "", argv)
+        model, training = parsed.model, parsed.training
         assert (training.learning_rate, training.max_steps, training.seed) == (2e-4, 9, 3)
         assert training.label_names == ["c"]
         assert model.activation == "fourier_2"
@@ -121,7 +124,8 @@ def test_flags_override_the_config(recipe):
 def test_flags_alone(tmp_path):
     places = ["--model", "m", "--dataset=d", "--output_dir", str(tmp_path)]
     schedule = ["--lr_scheduler_type=polynomial", "--lr_scheduler_kwargs", '{"power": 2.0}']
-    model, data, training = parse_arguments([*places, "--use_cpu", *schedule])
+    parsed = parse_recipe(Recipe, "finetune", "", [*places, "--use_cpu", *schedule])
+    model, data, training = parsed.model, parsed.data, parsed.training
     assert (model.model, data.dataset, training.output_dir, training.use_cpu) == ("m", "d", str(tmp_path), True)
     assert training.lr_scheduler_kwargs == {"power": 2.0}
     assert training.report_to == []

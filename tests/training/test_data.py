@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from hf_ortho.conversion.checkpoint import Checkpoint
 from hf_ortho.errors import DataError
 from hf_ortho.training import DataArguments, data
-from hf_ortho.training.finetune import load_splits
+from hf_ortho.training.samples import load_splits
 
 TEXTS = ["first line\nsecond line\n", "naïve — \t ✓", 'a,b,"c"']
 

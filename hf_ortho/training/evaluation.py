@@ -1,0 +1,67 @@
+"""The Trainer for the task of a checkpoint, and its metrics."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments, default_data_collator
+from transformers.trainer_callback import PrinterCallback
+
+from ..conversion.checkpoint import Checkpoint
+from ..errors import DataError
+from . import data
+from .metrics import EVALUATORS
+from .trainer import ActivationTrainer
+
+
+def make_trainer(checkpoint: Checkpoint, arguments: TrainingArguments, train=None, held_back=None) -> ActivationTrainer:
+    """A Trainer with the task's metrics."""
+    evaluator = EVALUATORS[checkpoint.task]
+    # Images are processed on access, from columns that the model does not take.
+    arguments.remove_unused_columns = False
+    trainer = ActivationTrainer(
+        model=checkpoint.model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_back,
+        data_collator=default_data_collator,
+        processing_class=checkpoint.processor,
+        compute_metrics=evaluator.compute_metrics,
+        preprocess_logits_for_metrics=evaluator.preprocess_logits_for_metrics,
+    )
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def metrics_of(trainer: ActivationTrainer) -> dict[str, float]:
+    """Evaluate, with the Trainer's prefix and its throughput figures left out."""
+    # "loss" of our metrics is the mean over all tokens; the Trainer's own is a mean of batch means.
+    found = trainer.evaluate()
+    kept = ("loss", "perplexity", "top1", "top5")
+    return {key: float(found[f"eval_{key}"]) for key in kept if f"eval_{key}" in found}
+
+
+def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
+    """Loss and perplexity, or loss, top-1 and top-5, of a checkpoint on prepared samples."""
+    with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        if checkpoint.task == "image-classification":
+            names, classes = data.class_names(dataset), checkpoint.model.config.num_labels or 0
+            if len(names) > classes:
+                raise DataError(f"the dataset has {len(names)} classes, {checkpoint.model.name_or_path} has {classes}")
+        return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset))
+
+
+def change(before: float, after: float) -> str:
+    """``after`` against ``before`` in per cent."""
+    return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"

@@ -1,0 +1,105 @@
+"""Samples for the task of a checkpoint: blocks of tokens, or processed images, from the data a recipe names."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, default_data_collator
+
+from ..conversion.checkpoint import Checkpoint
+from ..errors import ConfigError, DataError
+from . import data
+from .arguments import DataArguments
+
+
+def prepare(checkpoint: Checkpoint, splits, arguments: DataArguments, name: str) -> Dataset:
+    """One split as samples for the checkpoint's task."""
+    if checkpoint.task == "causal-lm":
+        if checkpoint.tokenizer is None:
+            raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
+        context = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None) or 1024
+        block = arguments.block_size or min(context, 1024)
+        if not 2 <= block <= context:
+            raise ConfigError(f"block_size {block}: must be from 2 to the model's context of {context}")
+        return data.text_blocks(splits, checkpoint.tokenizer, block, arguments.text_column, name)
+    if checkpoint.task == "image-classification":
+        if checkpoint.image_processor is None:
+            raise DataError(f"{checkpoint.model.name_or_path} has no image processor, so images cannot be read for it")
+        columns = (arguments.image_column, arguments.label_column)
+        return data.images(splits, checkpoint.image_processor, *columns, name, class_names(checkpoint.model))
+    raise ConfigError(
+        f"{type(checkpoint.model).__name__}: the tasks are causal language modelling and image classification"
+    )
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """The classes of an image classifier, in the order of its logits."""
+    return [name for _, name in sorted((model.config.id2label or {}).items())]
+
+
+def batches(dataset: Dataset, count: int, size: int = 1) -> list[dict]:
+    """The first ``count`` samples as model inputs, labels included, ``size`` at a time."""
+    rows = [dataset[i] for i in range(min(count, len(dataset)))]
+    return [default_data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def load_splits(checkpoint: Checkpoint, arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation samples as the arguments describe them."""
+    if not arguments.dataset:
+        raise ConfigError("dataset is missing: give --dataset, or dataset in the config")
+    options = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
+    splits = data.load(arguments.dataset, **options)
+    held_back_name = arguments.eval_dataset or arguments.dataset
+    if arguments.eval_dataset:
+        other = data.load(held_back_name)
+        raw = splits[data.pick(splits, arguments.train_split, data.TRAIN, arguments.dataset)]
+        raw_held_back = other[data.pick(other, arguments.eval_split, data.HELD_BACK, held_back_name)]
+    else:
+        raw, raw_held_back = data.split(splits, arguments.train_split, arguments.eval_split, arguments.dataset)
+    train = prepare(checkpoint, raw, arguments, arguments.dataset)
+    _match_classes(checkpoint, train)
+    if raw_held_back is not None:
+        held_back = prepare(checkpoint, raw_held_back, arguments, held_back_name)
+    elif len(train) > 1:
+        train, held_back = _hold_back(train, checkpoint.task)
+    else:
+        held_back = None
+    return _head_of(train, arguments.max_train_samples), _head_of(held_back, arguments.max_eval_samples)
+
+
+def _hold_back(samples: Dataset, task: str) -> tuple[Dataset, Dataset]:
+    """A tenth of the samples: the end of a text, whose neighbours overlap in content; random images."""
+    count = max(1, len(samples) // 10)
+    order = range(len(samples)) if task == "causal-lm" else np.random.default_rng(0).permutation(len(samples)).tolist()
+    return samples.select(order[:-count]), samples.select(order[-count:])
+
+
+def _head_of(dataset, count: int | None):
+    return dataset if dataset is None or count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def _match_classes(checkpoint: Checkpoint, train: Dataset) -> None:
+    """Give an image classifier a new head if the dataset has other classes than the checkpoint."""
+    if checkpoint.task != "image-classification":
+        return
+    names = data.class_names(train)
+    model = checkpoint.model
+    model.config.id2label, old = dict(enumerate(names)), model.config.num_labels
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    if old == len(names):
+        return
+    head = next((m for m in (getattr(model, n, None) for n in ("classifier", "head", "fc")) if m is not None), None)
+    if not isinstance(head, torch.nn.Linear):
+        raise ConfigError(
+            f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
+            f"{type(model).__name__} has no linear head to replace"
+        )
+    torch.manual_seed(0)
+    new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)
+    torch.nn.init.normal_(new.weight, std=getattr(model.config, "initializer_range", 0.02))
+    torch.nn.init.zeros_(new.bias)
+    for name, module in model.named_children():
+        if module is head:
+            setattr(model, name, new)
+    setattr(model, "num_labels", len(names))  # noqa: B010
