@@ -6,20 +6,19 @@ import dataclasses
 from collections.abc import Callable
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
 )
 
 from ..conversion.checkpoint import Checkpoint
 from ..training import data
 from ..training.arguments import DataArguments
 from ..training.samples import prepare
+from ..training.tokenizer import byte_tokenizer
 
 BLOCK = 128
 
@@ -46,16 +45,6 @@ class DemoTask:
         splits = data.load(self.dataset)
         arguments = DataArguments(block_size=BLOCK)
         return tuple(prepare(checkpoint, splits[part], arguments, self.dataset) for part in ("train", "validation"))
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end-of-text token."""
-    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    end = "<|endoftext|>"
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {end: len(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end)
 
 
 def small_gpt2() -> Checkpoint:

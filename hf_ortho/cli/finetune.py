@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import TrainingArguments
-
 from ..hub import Results, write_card
 from ..hub.card import hardware
 from ..training.arguments import Recipe
@@ -14,23 +12,26 @@ from ..training.finetune import Result, finetune
 from .console import console, show, table
 from .recipe import parse_recipe
 
-HELP = __doc__
+HELP = str(__doc__)
 
 
-def results_of(result: Result, arguments: TrainingArguments, dataset: str | None) -> Results | None:
-    """Metrics before and after the training, for the screen and the card."""
-    if result.before is None or result.after is None:
+def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
+    """The metrics for the screen and the card, also those before the training if there was a model before."""
+    if result.after is None:
         return None
+    dataset = recipe.data.eval_dataset or recipe.data.dataset
+    caption = f"Evaluation split of {dataset}, by `hf-ortho {command}`, seed {recipe.training.seed}, on {hardware()}."
+    after = {key: f"{value:.5f}" for key, value in result.after.items()}
+    if result.before is None:
+        return Results(["after training"], [[key, value] for key, value in after.items()], caption)
     rows = [
-        [key, f"{before:.5f}", f"{result.after[key]:.5f}", change(before, result.after[key])]
-        for key, before in result.before.items()
+        [key, f"{before:.5f}", after[key], change(before, result.after[key])] for key, before in result.before.items()
     ]
-    caption = f"Evaluation split of {dataset}, by `hf-ortho finetune`, seed {arguments.seed}, on {hardware()}."
     return Results(["before training", "after", "change"], rows, caption)
 
 
-def run(argv: list[str]) -> None:
-    recipe = parse_recipe(Recipe, "finetune", HELP, argv)
+def run(argv: list[str], command: str = "finetune", description: str = HELP) -> None:
+    recipe = parse_recipe(Recipe, command, description, argv)
     result, arguments = finetune(recipe), recipe.training
     if arguments.process_index != 0:
         return
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> None:
             show(part)
         for line in result.conversion.summary():
             console.print(line)
-    results = results_of(result, arguments, recipe.data.eval_dataset or recipe.data.dataset)
+    results = results_of(result, command, recipe)
     if results is not None:
         table(results.caption, ["", *results.columns], results.rows)
     folder = Path(str(arguments.output_dir))

@@ -14,6 +14,8 @@ COMMANDS = {
     "demo": "the whole story on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
     "convert": "convert a checkpoint to learnable activations",
     "finetune": "fine-tune a checkpoint, from a YAML file and flags",
+    "pretrain": "train a model from scratch, from a YAML file and flags",
+    "compare": "one recipe with several activations and seeds: table, picture, time per step and memory",
     "evaluate": "loss and perplexity, or accuracy, of one checkpoint or two",
     "plot": "draw the activations of a converted checkpoint, of two, or over a training",
     "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",

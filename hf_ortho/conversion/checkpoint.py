@@ -84,8 +84,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
                 f"transformers {transformers.__version__} does not have"
             )
         model = cls.from_pretrained(name, revision=revision, dtype=dtype, **overrides)
-        tokenizer = _processor(AutoTokenizer, TOKENIZER_FILES, name, revision)
-        images = _processor(AutoImageProcessor, IMAGE_FILES, name, revision)
+        tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, revision)
+        images = processor_of(AutoImageProcessor, IMAGE_FILES, name, revision)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -110,7 +110,7 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
-def _processor(auto, files: tuple[str, ...], name: str, revision: str | None):
+def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) -> Any | None:
     """The tokenizer or image processor, None if the checkpoint comes without one."""
     present = (cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False) for f in files)
     if not any(present):

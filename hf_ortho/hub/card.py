@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..activations import FAMILIES, parse
+from ..activations import FAMILIES, LearnableActivation, parse
+from ..activations.base import INITIALISATIONS
 from ..conversion import ConversionReport
 from ..conversion.stored import provenance_of
 
@@ -31,6 +32,10 @@ HYPERPARAMETERS = (
     "warmup_steps",
     "seed",
 )
+REACH = {
+    True: "Beyond its domain an activation is a straight line of fixed slope, so it cannot adapt there.",
+    False: "The activations have no tails: inputs that drive them beyond their domains give useless outputs.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +84,19 @@ def write_card(
     sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
     revision = provenance.get("source_revision")
     origin = f"`{base}`" + (f" at commit `{revision}`" if revision else "") if base else "a model built in memory"
-    if activation:
+    if init := provenance.get("init"):
+        summary = (
+            f"{type(model).__name__} with learnable `{activation}` activations, trained from scratch; they started "
+        )
+        paper = {"paper": "from the paper's initialisation.", "unit": "with E[f(x)^2] = 1 under N(0, 1)."}
+        summary += paper.get(init, f"as the Hermite interpolation of {init}.")
+    elif activation:
         summary = (
             f"{type(model).__name__} with learnable `{activation}` activations, converted from {origin} ({sources})"
         )
         summary += " by Hermite interpolation" + (", then fine-tuned." if arguments else ".")
+    elif not model.name_or_path:
+        summary = f"{type(model).__name__}, trained from scratch; its activations are not learnable."
     else:
         summary = f"{type(model).__name__}, fine-tuned from `{model.name_or_path}`; its activations are not learnable."
     ModelCard.from_template(
@@ -91,14 +104,14 @@ def write_card(
         template_path=str(TEMPLATE),
         title=Path(place).name,
         summary=summary,
-        activation=activation or "its activations",
+        activation=activation,
         auto_class=auto_class,
         place=place,
         picture=picture,
-        conversion=_conversion(activation, provenance, report),
+        conversion=_conversion(model, activation, provenance, report),
         layers=_layers(report),
         weight="the calibration data" if report and report.calibrated else "the density of N(-0.5, 1.5^2)",
-        tails=provenance.get("tails", True),
+        reach=REACH[bool(_tails(provenance))],
         notes=[*report.notes, *report.warnings] if report else [],
         results=results,
         hyperparameters={k: _plain(getattr(arguments, k)) for k in HYPERPARAMETERS} if arguments else {},
@@ -106,19 +119,28 @@ def write_card(
     ).save(folder / "README.md")
 
 
-def _conversion(activation: str | None, provenance: dict, report: ConversionReport | None) -> str:
+def _conversion(
+    model: PreTrainedModel, activation: str | None, provenance: dict, report: ConversionReport | None
+) -> str:
     if not activation:
         return "Not converted."
     formulas = [(FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in _families(activation)]
-    count = len(report.layers) if report else len(provenance.get("layers", []))
+    count = sum(isinstance(module, LearnableActivation) for module in model.modules())
     text = f"{count} activations, {activation}:\n\n    " + "\n\n    ".join(formulas)
-    if provenance.get("tails", True):
+    if provenance.get("init") in INITIALISATIONS:
+        text += "\n\non the whole real line."
+    elif _tails(provenance):
         text += "\n\nwith straight tails outside the domain."
     else:
         text += "\n\non the whole real line, fitted on the domain: far outside it the values explode."
     if report and len(report.layers) > MAX_LAYERS:
         text += f" The table shows {MAX_LAYERS} of {len(report.layers)}; `config.json` holds all under `hf_ortho`."
     return text
+
+
+def _tails(provenance: dict) -> bool:
+    """Whether the activations go on straight outside a domain."""
+    return provenance.get("tails", provenance.get("init") not in INITIALISATIONS)
 
 
 def _families(activation: str) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import yaml
 from transformers import TrainingArguments
 
+from ..errors import ConfigError
 from .trainer import POLICIES
 
 
@@ -13,6 +15,10 @@ from .trainer import POLICIES
 class ModelArguments:
     """The model and its activation."""
 
+    init: str = dataclasses.field(
+        default="pretrained",
+        metadata={"help": "pretrained, or scratch: fresh weights from the seed, only config and processor are read."},
+    )
     model: str | None = dataclasses.field(default=None, metadata={"help": "A folder or a model on the Hub."})
     model_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
     dtype: str = dataclasses.field(
@@ -20,7 +26,31 @@ class ModelArguments:
     )
     activation: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Convert to this first, such as hermite_8, unless the model has it already."},
+        metadata={
+            "help": "Convert to this first, such as hermite_8, unless the model has it already; with init scratch any "
+            "name in ACT2FN, such as gelu, and nothing is converted."
+        },
+    )
+    activation_init: str = dataclasses.field(
+        default="gelu",
+        metadata={
+            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN whose "
+            "interpolation it is."
+        },
+    )
+    model_type: str | None = dataclasses.field(
+        default=None, metadata={"help": "For init scratch without model: gpt2, convnext ..., in its default config."}
+    )
+    config_overrides: dict | str | None = dataclasses.field(
+        default=None, metadata={"help": "For init scratch: other values in the config, such as {n_layer: 4}."}
+    )
+    tokenizer: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "For init scratch: bytes, bpe (learned from the dataset), a folder or a name on the Hub."},
+    )
+    vocab_size: int = dataclasses.field(default=4096, metadata={"help": "Tokens of tokenizer bpe."})
+    image_processor_overrides: dict | str | None = dataclasses.field(
+        default=None, metadata={"help": "For init scratch: other values in the image processor, such as its size."}
     )
     calibration_samples: int = dataclasses.field(
         default=8, metadata={"help": "Training samples that weight the fit of a conversion; 0 for the data-free fit."}
@@ -33,6 +63,18 @@ class ModelArguments:
             "layer: the same weights with less memory, for one more forward of each activation."
         },
     )
+
+    def __post_init__(self):
+        self.config_overrides = _mapping("config_overrides", self.config_overrides)
+        self.image_processor_overrides = _mapping("image_processor_overrides", self.image_processor_overrides)
+
+
+def _mapping(key: str, value: dict | str | None) -> dict:
+    """A mapping of YAML, which the command line gives as text."""
+    found = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{key} {value!r}: must be a mapping, such as {{n_layer: 4}}")
+    return found or {}
 
 
 @dataclasses.dataclass
@@ -59,6 +101,22 @@ class DataArguments:
     )
     max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
+
+
+@dataclasses.dataclass
+class CompareArguments:
+    """The grid of a comparison."""
+
+    activations: list[str] = dataclasses.field(
+        default_factory=lambda: ["gelu", "hermite_3", "fourier_5", "tropical_5", "tropical_rational_5"],
+        metadata={"help": "Names in ACT2FN; the first is what the others are compared with."},
+    )
+    seeds: list[int] = dataclasses.field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Each seeds weights, order of the data and dropout."}
+    )
+    timing_rounds: int = dataclasses.field(
+        default=20, metadata={"help": "Interleaved optimiser steps per activation to time after the runs; 0: none."}
+    )
 
 
 @dataclasses.dataclass

@@ -124,7 +124,7 @@ def text_blocks(
     is dropped.
     """
 
-    column = _text_column(dataset, column, name)
+    column = text_column(dataset, column, name)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def tokens(batch):
@@ -146,7 +146,7 @@ def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -
 
     Column of the result: ``input_ids``, of different lengths.
     """
-    column = _text_column(dataset, None, name)
+    column = text_column(dataset, None, name)
 
     def tokens(batch):
         chunks = tokenizer(batch[column], truncation=True, max_length=size, return_overflowing_tokens=True)
@@ -156,7 +156,7 @@ def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -
     return chunks.with_format("torch")
 
 
-def _text_column(dataset: Dataset, column: str | None, name: str) -> str:
+def text_column(dataset: Dataset, column: str | None, name: str) -> str:
     def is_text(feature):
         return isinstance(feature, Value) and "string" in feature.dtype
 

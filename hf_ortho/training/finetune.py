@@ -1,4 +1,4 @@
-"""Fine-tune a checkpoint as a recipe says; the command is a thin layer over this."""
+"""Train a checkpoint, or a model from scratch, as a recipe says; the commands are thin layers over this."""
 
 from __future__ import annotations
 
@@ -7,57 +7,64 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import TrainingArguments
+from transformers.activations import ACT2FN
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..activations import parse
+from ..activations import LearnableActivation, parse
 from ..conversion import ConversionReport, convert
 from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
+from ..conversion.sites import find_sites
 from ..errors import ConfigError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .evaluation import make_trainer, metrics_of
 from .samples import batches, load_splits
+from .scratch import scratch_checkpoint
 from .trainer import POLICIES, set_trainable
 
 
 @dataclasses.dataclass
 class Result:
-    """What a fine-tuning gave: the checkpoint in memory, metrics before and after, the conversion if there was one."""
+    """What a training gave: the checkpoint in memory, the metrics, and the conversion or fit if there was one.
+
+    ``before`` is None for a model from scratch, both metrics are None without evaluation data;
+    ``history`` is what Trainer logged.
+    """
 
     checkpoint: Checkpoint
     before: dict[str, float] | None
     after: dict[str, float] | None
     conversion: ConversionReport | None
     trainable: int
+    history: list[dict]
 
 
 def finetune(recipe: Recipe) -> Result:
-    """Load, convert if asked, train, evaluate, and save into ``output_dir``.
+    """Load and convert if asked, or start from scratch; train, evaluate, and save into ``output_dir``.
 
     Resumes where ``resume_from_checkpoint`` says so (``"true"`` for the latest in the output folder).
 
     Raises:
         HfOrthoError: an argument does not fit; nothing is written.
     """
-    model_arguments, data_arguments, arguments = recipe.model, recipe.data, recipe.training
-    if not model_arguments.model:
+    model_arguments, arguments = recipe.model, recipe.training
+    if model_arguments.init not in ("pretrained", "scratch"):
+        raise ConfigError(f"init {model_arguments.init!r}: must be pretrained or scratch")
+    scratch = model_arguments.init == "scratch"
+    if not scratch and not model_arguments.model:
         raise ConfigError("model is missing: give --model, or model in the config")
     if model_arguments.train not in POLICIES:
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
-    if model_arguments.activation:
-        parse(model_arguments.activation)
+    if model_arguments.activation and model_arguments.activation not in ACT2FN:
+        parse(model_arguments.activation)  # names the closest one
     for key in ("max_train_samples", "max_eval_samples"):
-        if (value := getattr(data_arguments, key)) is not None and value < 1:
+        if (value := getattr(recipe.data, key)) is not None and value < 1:
             raise ConfigError(f"{key} {value}: must be at least 1")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     resume = _resume_from(arguments)
-    checkpoint = load_checkpoint(
-        model_arguments.model, revision=model_arguments.model_revision, dtype=model_arguments.dtype
-    )
-    train, held_back = load_splits(checkpoint, data_arguments)
-    report = _convert_first(checkpoint, model_arguments, train)
+    checkpoint, train, held_back, report = assemble(recipe)
     trainable = set_trainable(checkpoint.model, model_arguments.train)
     if model_arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
@@ -70,12 +77,23 @@ def finetune(recipe: Recipe) -> Result:
         trainer = make_trainer(checkpoint, arguments, train, held_back)
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
-    before = metrics_of(trainer) if held_back is not None else None
+    before = metrics_of(trainer) if held_back is not None and not scratch else None
     trainer.train(resume_from_checkpoint=resume)
     after = metrics_of(trainer) if held_back is not None else None
     if trainer.is_world_process_zero():
         save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)))
-    return Result(checkpoint, before, after, report, trainable)
+    return Result(checkpoint, before, after, report, trainable, trainer.state.log_history)
+
+
+def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset, Dataset | None, ConversionReport | None]:
+    """The checkpoint, converted or new, the samples for training and evaluation, and the report of the activations."""
+    arguments = recipe.model
+    if arguments.init == "scratch":
+        checkpoint, report = scratch_checkpoint(arguments, recipe.data, recipe.training.seed)
+        return checkpoint, *load_splits(checkpoint, recipe.data), report
+    checkpoint = load_checkpoint(str(arguments.model), revision=arguments.model_revision, dtype=arguments.dtype)
+    train, held_back = load_splits(checkpoint, recipe.data)
+    return checkpoint, train, held_back, _convert_first(checkpoint, arguments, train)
 
 
 def _resume_from(arguments: TrainingArguments) -> str | None:
@@ -104,14 +122,21 @@ def _resume_from(arguments: TrainingArguments) -> str | None:
 
 
 def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset) -> ConversionReport | None:
-    if not arguments.activation:
+    """Convert unless the model has the activation already, learnable or not."""
+    name, model = arguments.activation, checkpoint.model
+    if not name:
         return None
-    done = getattr(checkpoint.model.config, "hf_ortho", None)
-    family, degree = parse(arguments.activation)
-    if done and done.get("activation") == f"{family.family}_{degree}":
+    present = {site.source for site in find_sites(model)[0]}
+    learnable = isinstance(ACT2FN[name], LearnableActivation)
+    if present == {name if not learnable else ACT2FN[name].name}:
         return None
+    if not learnable:
+        raise ConfigError(
+            f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}; only learnable activations, "
+            "such as hermite_8, can be converted to"
+        )
     samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
-    return convert(checkpoint.model, arguments.activation, calibration=samples)
+    return convert(model, name, calibration=samples)
 
 
 def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path) -> None:

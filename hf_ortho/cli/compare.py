@@ -1,0 +1,95 @@
+"""``hf-ortho compare``: one recipe with several activations and seeds: table, picture, time per step and memory."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from ..benchmark.timing import Times
+from ..errors import ConfigError
+from ..hub.card import hardware
+from ..plotting.comparison import plot_comparison
+from ..training.compare import METRICS, Comparison, Run, measure_steps, run_grid, summarise
+from .console import console, table
+from .recipe import parse_recipe
+
+HELP = str(__doc__)
+METRIC_NAMES = {"loss": "evaluation loss (nats)", "top1": "top-1 accuracy"}
+
+
+def run(argv: list[str]) -> None:
+    comparison = parse_recipe(Comparison, "compare", HELP, argv)
+    grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
+    if grid.timing_rounds < 0:
+        raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to leave the times out")
+    total = len(grid.activations) * len(grid.seeds)
+    runs: list[Run] = []
+    for done in run_grid(comparison):
+        runs.append(done)
+        figures = ", ".join(f"{key} {value:.5f}" for key, value in done.metrics.items())
+        console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {figures}")
+        write(folder, comparison, runs, {}, {})
+    times: dict[str, Times] = {}
+    kept: dict[str, float] = {}
+    if grid.timing_rounds:
+        with console.status("Timing steps"):
+            times, kept = measure_steps(comparison, grid.timing_rounds)
+    caption, columns, rows = write(folder, comparison, runs, times, kept)
+    table(caption, columns, rows)
+    console.print(f"Wrote {folder}: results.json, table.md, comparison.png, and a folder per run")
+
+
+def metric_of(runs: list[Run]) -> str:
+    return METRICS["image-classification" if "top1" in runs[0].metrics else "causal-lm"]
+
+
+def write(
+    folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
+) -> tuple[str, list[str], list[list[str]]]:
+    """The files of what is finished so far; returns the table: caption, columns, rows."""
+    metric = metric_of(runs)
+    summaries = summarise(runs, metric)
+    reference = summaries[0].activation
+    columns = ["", "seeds", METRIC_NAMES[metric], f"minus {reference}, same seed"]
+    columns += [f"step, over {reference}", "ms per step"] if times else []
+    columns += ["kept between the passes, MB"] if kept else []
+    rows = []
+    for s in summaries:
+        row = [s.activation, str(s.seeds), f"{s.mean:.4f} ± {s.spread:.4f}"]
+        row.append(f"{s.difference:+.4f} ± {s.difference_spread:.4f}")
+        if times:
+            row += [f"{times[s.activation].ratio:.2f}", f"{1e3 * times[s.activation].median:.0f}"]
+        if kept:
+            row.append(f"{kept[s.activation] / 1e6:.0f}" if s.activation in kept else "-")
+        rows.append(row)
+    seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    steps = max(step for run in runs for step, _ in run.history) if any(run.history for run in runs) else 0
+    caption = (
+        f"{comparison.data.dataset}, {steps} steps, seeds {seeds}, `hf-ortho compare`, {hardware()}; ± is the standard "
+        "deviation over seeds"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
+    (folder / "table.md").write_text("\n".join([*lines, "", caption, ""]))
+    results = {
+        "caption": caption,
+        "metric": metric,
+        "runs": [{"activation": run.activation, "seed": run.seed, **run.metrics} for run in runs],
+        "seconds_per_step": {
+            name: {"median": t.median, "ratio": t.ratio, "spread": t.spread} for name, t in times.items()
+        },
+        "kept_bytes": kept,
+        "hardware": hardware(),
+        "versions": {package: version(package) for package in ("hf_ortho", "torch", "transformers", "accelerate")},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    by_name = {s.activation: [run for run in runs if run.activation == s.activation] for s in summaries}
+    plot_comparison(
+        {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},
+        {name: {run.seed: run.metrics[metric] for run in own} for name, own in by_name.items()},
+        METRIC_NAMES[metric],
+        caption,
+        folder / "comparison.png",
+    )
+    return caption, columns, rows

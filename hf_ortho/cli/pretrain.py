@@ -1,0 +1,11 @@
+"""``hf-ortho pretrain``: train a model from scratch, as ``hf-ortho finetune`` with ``init: scratch``."""
+
+from __future__ import annotations
+
+from . import finetune
+
+HELP = str(__doc__)
+
+
+def run(argv: list[str]) -> None:
+    finetune.run([*argv, "--init", "scratch"], "pretrain", HELP)

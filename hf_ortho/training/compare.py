@@ -1,0 +1,213 @@
+"""The same training with several activations and seeds: a grid of runs that can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import default_data_collator
+from transformers.activations import ACT2FN
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..activations import parse
+from ..benchmark.memory import kept_bytes, of_each
+from ..benchmark.timing import Times, interleave
+from ..errors import ConfigError, OutputError
+from .arguments import CompareArguments, Recipe
+from .finetune import assemble, finetune
+from .trainer import ActivationTrainer
+
+METRICS = {"causal-lm": "loss", "image-classification": "top1"}
+# What one run of the grid may differ in, and what changes no figure.
+FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
+
+
+@dataclasses.dataclass
+class Comparison(Recipe):
+    """A recipe with the activations and seeds to run it with."""
+
+    compare: CompareArguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished training.
+
+    Attributes:
+        metrics: of the evaluation after it: loss (nats) and perplexity, or loss, top1 and top5.
+        history: (step, mean training loss since the step before) pairs.
+    """
+
+    activation: str
+    seed: int
+    metrics: dict[str, float]
+    history: list[tuple[int, float]]
+
+    @classmethod
+    def load(cls, file: Path) -> Run:
+        return cls(**json.loads(file.read_text()))
+
+
+def run_grid(comparison: Comparison) -> Iterator[Run]:
+    """Every activation with every seed, seed by seed; what is finished is read, what was interrupted resumes.
+
+    Raises:
+        HfOrthoError: an argument does not fit, or the folder holds the runs of another recipe.
+    """
+    grid = comparison.compare
+    for name in grid.activations:
+        if name not in ACT2FN:
+            parse(name)  # names the closest one
+    for key in ("activations", "seeds"):
+        values = getattr(grid, key)
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{key} {values}: give at least one, each once")
+    folder = Path(str(comparison.training.output_dir))
+    _claim(comparison, folder)
+    for seed in grid.seeds:
+        for name in grid.activations:
+            yield _run(comparison, name, seed, folder / name / f"seed-{seed}")
+
+
+def _run(comparison: Comparison, activation: str, seed: int, folder: Path) -> Run:
+    file = folder / "run.json"
+    if file.is_file():
+        return Run.load(file)
+    recipe = _member(comparison, activation, seed, folder)
+    if folder.is_dir() and get_last_checkpoint(str(folder)) is None:
+        shutil.rmtree(folder)
+    recipe.training.resume_from_checkpoint = "true" if folder.is_dir() else None
+    result = finetune(recipe)
+    if result.after is None:
+        raise ConfigError("a comparison needs evaluation data: give eval_dataset or eval_split")
+    history = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
+    run = Run(activation, seed, result.after, history)
+    _write(file, json.dumps(dataclasses.asdict(run)))
+    return run
+
+
+def _member(comparison: Comparison, activation: str, seed: int, folder: Path) -> Recipe:
+    groups = {field.name: copy.copy(getattr(comparison, field.name)) for field in dataclasses.fields(Recipe)}
+    recipe = Recipe(**groups)
+    recipe.model.activation = activation
+    recipe.training.seed = seed
+    recipe.training.output_dir = str(folder)
+    return recipe
+
+
+def _claim(comparison: Comparison, folder: Path) -> None:
+    """Note the recipe in the folder, or check that it is the one noted there."""
+    groups = (dataclasses.asdict(getattr(comparison, field.name)) for field in dataclasses.fields(Recipe))
+    recipe = {key: _plain(value) for group in groups for key, value in group.items() if key not in FREE}
+    file = folder / "recipe.json"
+    if file.is_file():
+        noted = json.loads(file.read_text())
+        for key in recipe.keys() | noted.keys():
+            if recipe.get(key) != noted.get(key):
+                raise ConfigError(
+                    f"output_dir {folder} holds runs with {key} {noted.get(key)!r}, now it is {recipe.get(key)!r}: "
+                    "name another folder"
+                )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"output_dir {folder} exists and holds no comparison; name another")
+    _write(file, json.dumps(recipe, indent=1))
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}")
+        draft.write_text(text)
+        draft.replace(file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+# ---- what the runs say ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One activation over the seeds that it and the first activation have finished.
+
+    Attributes:
+        mean, spread: of the metric; the spread is the standard deviation, 0 for one seed.
+        difference, difference_spread: of the metric minus that of the first activation with the same seed.
+    """
+
+    activation: str
+    seeds: int
+    mean: float
+    spread: float
+    difference: float
+    difference_spread: float
+
+
+def summarise(runs: list[Run], metric: str) -> list[Summary]:
+    """One row per activation, in the order of the runs; the first is the reference."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        found.setdefault(run.activation, {})[run.seed] = run.metrics[metric]
+    reference = next(iter(found.values()))
+    rows = []
+    for name, values in found.items():
+        differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
+        rows.append(Summary(name, len(values), *_mean(list(values.values())), *_mean(differences)))
+    return rows
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+# ---- time and memory -----------------------------------------------------------------------------------------------
+
+
+def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times], dict[str, float]]:
+    """Seconds of a whole optimiser step of each activation, and the bytes that the forward pass keeps.
+
+    The steps are interleaved in one process, so that what else runs on the machine slows all alike; the first
+    activation is the reference of the ratios.
+    """
+    arguments, steps, forwards = comparison.training, {}, {}
+    for name in comparison.compare.activations:
+        recipe = _member(comparison, name, comparison.compare.seeds[0], Path(str(arguments.output_dir)))
+        checkpoint, train, _, _ = assemble(recipe)
+        batch = default_data_collator([train[i] for i in range(arguments.per_device_train_batch_size)])
+        steps[name], forwards[name] = _step(recipe, checkpoint.model, batch)
+    device = arguments.device.type
+    return interleave(steps, rounds=rounds, device=device), of_each(kept_bytes, forwards, device)
+
+
+def _step(recipe: Recipe, model, batch) -> tuple[Callable[[], None], Callable[[], object]]:
+    arguments = recipe.training
+    device = arguments.device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    model.to(device).train()
+    optimizer = ActivationTrainer(model=model, args=arguments).create_optimizer()
+    run = torch.compile(model) if arguments.torch_compile else model
+    low = torch.bfloat16 if arguments.bf16 else torch.float16
+
+    def forward():
+        with torch.autocast(device.type, low, enabled=arguments.bf16 or arguments.fp16):
+            return run(**batch).loss
+
+    def step() -> None:
+        forward().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, forward

@@ -1,0 +1,177 @@
+"""A model with fresh weights from a config, with the activation and the processor that a recipe names."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from typing import Any, cast
+
+from transformers import (
+    IMAGE_PROCESSOR_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.activations import ACT2FN
+
+from ..activations import LearnableActivation, build, parse
+from ..activations.base import INITIALISATIONS
+from ..conversion import ConversionReport, convert
+from ..conversion.checkpoint import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, commit_of, processor_of
+from ..conversion.sites import find_sites, set_field
+from ..conversion.stored import provenance_of
+from ..errors import CheckpointError, ConfigError
+from . import data
+from .arguments import DataArguments, ModelArguments
+from .tokenizer import bpe_tokenizer, byte_tokenizer
+
+TASKS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+TOKENIZER_DOCUMENTS = 10_000  # that byte-pair encoding is learned from
+
+
+def scratch_checkpoint(
+    arguments: ModelArguments, data_arguments: DataArguments, seed: int
+) -> tuple[Checkpoint, ConversionReport | None]:
+    """A checkpoint with weights drawn from ``seed``, and the report of the activations' fit if they were fitted.
+
+    The same seed draws the same weights whatever the activation is.
+
+    Raises:
+        HfOrthoError: an argument does not fit.
+    """
+    config, commit = _config(arguments)
+    task = next((task for task, mapping in TASKS.items() if type(config) in mapping), None)
+    if task is None:
+        raise ConfigError(
+            f"model_type {config.model_type!r}: init scratch takes causal language models and image classifiers"
+        )
+    tokenizer = image_processor = None
+    if task == "causal-lm":
+        tokenizer = _tokenizer(arguments, data_arguments, commit)
+        if arguments.tokenizer:
+            _set(config, {"vocab_size": len(tokenizer)})
+            overrides = cast(dict, arguments.config_overrides)
+            ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            _set(config, {key: value for key, value in ends.items() if key not in overrides})
+    else:
+        image_processor = _image_processor(arguments, config, commit)
+    model, report = build_model(config, task, arguments.activation, arguments.activation_init, seed)
+    model.config._commit_hash = commit
+    return Checkpoint(model, tokenizer, image_processor, task, commit), report
+
+
+def build_model(
+    config: PreTrainedConfig, task: str, activation: str | None, init: str, seed: int
+) -> tuple[PreTrainedModel, ConversionReport | None]:
+    """A model of ``config`` with ``activation``, any name in ``ACT2FN``, or the config's own if None.
+
+    A learnable activation starts as ``init`` says: ``paper`` or ``unit``, or as the interpolation of another name in
+    ``ACT2FN``, whose report is the second result.
+    """
+    cls: Any = TASKS[task][type(config)]
+
+    def fresh() -> PreTrainedModel:
+        set_seed(seed)
+        return cls(config)
+
+    if activation is None:
+        return fresh(), None
+    if activation not in ACT2FN:
+        parse(activation)  # names the closest one
+    learnable = isinstance(ACT2FN[activation], LearnableActivation)
+    fitted = learnable and init not in INITIALISATIONS
+    if fitted and init not in ACT2FN:
+        raise ConfigError(
+            f"activation_init {init!r}: must be one of {', '.join(INITIALISATIONS)}, or a function of ACT2FN, such as "
+            "gelu, to be interpolated"
+        )
+    for site in find_sites(fresh())[0]:
+        set_field(config, site.field, site.prefix + (init if fitted else activation))
+    model = fresh()
+    report = convert(model, activation) if fitted else None
+    for module in model.modules() if learnable and not fitted else ():
+        if isinstance(module, LearnableActivation):
+            module.load_state_dict(build(module.name, init).state_dict())
+    if learnable:
+        model.config.hf_ortho = {**provenance_of(model.config), "activation": activation, "init": init}
+    return model, report
+
+
+def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
+    if bool(arguments.model) == bool(arguments.model_type):
+        raise ConfigError(
+            "init scratch: give either model, a folder or a model on the Hub with a config.json, or model_type, such "
+            "as gpt2"
+        )
+    commit = None
+    try:
+        if arguments.model:
+            check_place(arguments.model)
+            commit = commit_of(arguments.model, arguments.model_revision)
+            config = AutoConfig.from_pretrained(arguments.model, revision=commit or arguments.model_revision)
+        else:
+            config = AutoConfig.for_model(str(arguments.model_type))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the config of {arguments.model or arguments.model_type}: {error}") from error
+    _set(config, cast(dict, arguments.config_overrides))
+    return config, commit
+
+
+def _set(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    known = {*config.to_dict(), *config.attribute_map}
+    for key, value in values.items():
+        if key not in known:
+            closest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"config_overrides: {type(config).__name__} has no {key!r}; the closest is {closest!r}")
+        setattr(config, key, value)
+
+
+def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None):
+    name = arguments.tokenizer
+    if name == "bytes":
+        return byte_tokenizer()
+    if name == "bpe":
+        if not arguments.vocab_size >= 257:
+            raise ConfigError(f"vocab_size {arguments.vocab_size}: a byte-level tokenizer needs at least 257")
+        return bpe_tokenizer(_texts(data_arguments), arguments.vocab_size)
+    place = name or arguments.model
+    if not place:
+        raise ConfigError("tokenizer is missing: bytes, bpe (learned from the dataset), a folder, or a name on the Hub")
+    found = processor_of(AutoTokenizer, TOKENIZER_FILES, place, commit if place == arguments.model else None)
+    if found is None:
+        raise CheckpointError(f"{place} has no tokenizer; name one with tokenizer: bytes, bpe, a folder or a Hub name")
+    return found
+
+
+def _texts(arguments: DataArguments):
+    """The first documents of the training split."""
+    splits = data.load(
+        str(arguments.dataset), config_name=arguments.dataset_config, revision=arguments.dataset_revision
+    )
+    split = splits[data.pick(splits, arguments.train_split, data.TRAIN, str(arguments.dataset))]
+    column = data.text_column(split, arguments.text_column, str(arguments.dataset))
+    return (row[column] or "" for row in itertools.islice(split, TOKENIZER_DOCUMENTS))
+
+
+def _image_processor(arguments: ModelArguments, config: PreTrainedConfig, commit: str | None):
+    options = cast(dict, arguments.image_processor_overrides)
+    if arguments.model:
+        found = processor_of(AutoImageProcessor, IMAGE_FILES, arguments.model, commit)
+        if found is None:
+            raise CheckpointError(f"{arguments.model} has no image processor; give model_type instead of model")
+        cls: Any = type(found)
+        options = {**found.to_dict(), **options}
+    else:
+        backends = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
+        if not backends:
+            raise ConfigError(f"model_type {config.model_type!r} has no image processor; name a model to take it from")
+        cls = backends["pil"] if isinstance(backends, dict) else backends[0]
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"image_processor_overrides {arguments.image_processor_overrides}: {error}") from error
