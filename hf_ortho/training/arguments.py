@@ -71,7 +71,10 @@ class ModelArguments:
 
 def _mapping(key: str, value: dict | str | None) -> dict:
     """A mapping of YAML, which the command line gives as text."""
-    found = yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        found = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        found = value
     if not isinstance(found, dict | None):
         raise ConfigError(f"{key} {value!r}: must be a mapping, such as {{n_layer: 4}}")
     return found or {}

@@ -22,7 +22,15 @@ from transformers.activations import ACT2FN
 from ..activations import LearnableActivation, build, parse
 from ..activations.base import INITIALISATIONS
 from ..conversion import ConversionReport, convert
-from ..conversion.checkpoint import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, commit_of, processor_of
+from ..conversion.checkpoint import (
+    IMAGE_FILES,
+    TOKENIZER_FILES,
+    Checkpoint,
+    check_place,
+    commit_of,
+    explain,
+    processor_of,
+)
 from ..conversion.sites import find_sites, set_field
 from ..conversion.stored import provenance_of
 from ..errors import CheckpointError, ConfigError
@@ -54,10 +62,8 @@ def scratch_checkpoint(
     if task == "causal-lm":
         tokenizer = _tokenizer(arguments, data_arguments, commit)
         if arguments.tokenizer:
-            _set(config, {"vocab_size": len(tokenizer)})
-            overrides = cast(dict, arguments.config_overrides)
-            ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-            _set(config, {key: value for key, value in ends.items() if key not in overrides})
+            config.vocab_size = len(tokenizer)
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         image_processor = _image_processor(arguments, config, commit)
     model, report = build_model(config, task, arguments.activation, arguments.activation_init, seed)
@@ -108,27 +114,27 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
             "init scratch: give either model, a folder or a model on the Hub with a config.json, or model_type, such "
             "as gpt2"
         )
-    commit = None
+    commit, overrides = None, cast(dict, arguments.config_overrides)
     try:
         if arguments.model:
             check_place(arguments.model)
             commit = commit_of(arguments.model, arguments.model_revision)
-            config = AutoConfig.from_pretrained(arguments.model, revision=commit or arguments.model_revision)
+            revision = commit or arguments.model_revision
+            config = AutoConfig.from_pretrained(arguments.model, revision=revision)
+            stored = PreTrainedConfig.get_config_dict(arguments.model, revision=revision)[0]
         else:
-            config = AutoConfig.for_model(str(arguments.model_type))
+            config, stored = AutoConfig.for_model(str(arguments.model_type)), {}
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the config of {arguments.model or arguments.model_type}: {error}") from error
-    _set(config, cast(dict, arguments.config_overrides))
-    return config, commit
-
-
-def _set(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+        raise CheckpointError(f"the config of {arguments.model or arguments.model_type}: {explain(error)}") from error
     known = {*config.to_dict(), *config.attribute_map}
-    for key, value in values.items():
+    for key in overrides:
         if key not in known:
             closest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"config_overrides: {type(config).__name__} has no {key!r}; the closest is {closest!r}")
-        setattr(config, key, value)
+    try:
+        return type(config).from_dict({**stored, **overrides}), commit  # some fields follow from others
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config_overrides {overrides}: {explain(error)}") from error
 
 
 def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None):
@@ -142,7 +148,10 @@ def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit:
     place = name or arguments.model
     if not place:
         raise ConfigError("tokenizer is missing: bytes, bpe (learned from the dataset), a folder, or a name on the Hub")
-    found = processor_of(AutoTokenizer, TOKENIZER_FILES, place, commit if place == arguments.model else None)
+    try:
+        found = processor_of(AutoTokenizer, TOKENIZER_FILES, place, commit if place == arguments.model else None)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer of {place}: {explain(error)}") from error
     if found is None:
         raise CheckpointError(f"{place} has no tokenizer; name one with tokenizer: bytes, bpe, a folder or a Hub name")
     return found

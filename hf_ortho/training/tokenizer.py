@@ -17,7 +17,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding with ``vocab_size`` tokens (at least 257), the end of text among them."""
+    """Byte-level byte-pair encoding with at most ``vocab_size`` tokens (257 or more), the end of text among them."""
     tokenizer = _byte_level(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(

@@ -1,0 +1,143 @@
+import json
+import shutil
+import statistics
+
+import pytest
+import yaml
+
+from hf_ortho.training.compare import Run, summarise
+
+SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
+NAMES = ["gelu", "hermite_3", "tropical_2"]
+
+
+@pytest.fixture
+def compare(hf_ortho_command, text_file, tmp_path):
+    """``compare(seeds=[0])`` runs a complete comparison of a tiny GPT-2 with other keys, None to leave one out."""
+
+    def run(**entries):
+        defaults = {
+            "init": "scratch",
+            "model_type": "gpt2",
+            "config_overrides": SIZES,
+            "tokenizer": "bytes",
+            "dataset": str(text_file),
+            "activations": NAMES,
+            "seeds": [0, 1],
+            "timing_rounds": 0,
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 4,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "use_cpu": True,
+        }
+        entries = {k: v for k, v in (defaults | entries).items() if v is not None}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(entries))
+        return hf_ortho_command("compare", "--config", tmp_path / "recipe.yaml")
+
+    return run
+
+
+def losses(folder):
+    runs = json.loads((folder / "results.json").read_text())["runs"]
+    return {(run["activation"], run["seed"]): run["loss"] for run in runs}
+
+
+def test_a_grid_its_files_and_its_resumption(compare, hf_ortho_command, text_file, tmp_path):
+    ran = compare(timing_rounds=2)
+    assert ran.code == 0, ran.err
+    out = tmp_path / "out"
+    found = losses(out)
+    assert found.keys() == {(name, seed) for name in NAMES for seed in (0, 1)}
+    assert len(set(found.values())) == 6
+    results = json.loads((out / "results.json").read_text())
+    assert results["metric"] == "loss"
+    assert results["seconds_per_step"].keys() == set(NAMES)
+    assert results["seconds_per_step"]["gelu"]["ratio"] == 1.0
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = (out / "table.md").read_text().splitlines()
+    for name, row in zip(NAMES, table[2:5], strict=True):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        values, base = ([found[n, seed] for seed in (0, 1)] for n in (name, "gelu"))
+        assert cells[:3] == [name, "2", f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"]
+        gaps = [a - b for a, b in zip(values, base, strict=True)]
+        assert cells[3] == f"{statistics.fmean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}"
+
+    # The same run by itself.
+    flags = ["--config", tmp_path / "alone.yaml", "--activation", "hermite_3", "--seed", 1]
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    alone = {k: v for k, v in recipe.items() if k not in ("activations", "seeds", "timing_rounds")}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
+    ran = hf_ortho_command("pretrain", *flags, "--output_dir", tmp_path / "alone")
+    assert float(ran.figures["loss"][0]) == pytest.approx(found["hermite_3", 1], abs=1e-5)
+
+    # One run is missing, one was interrupted after its first checkpoint, one before; the others stay as they are.
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("*/seed-*/run.json")}
+    for name, seed, checkpoint in (("hermite_3", 1, "checkpoint-2"), ("tropical_2", 0, None)):
+        folder = out / name / f"seed-{seed}"
+        (folder / checkpoint if checkpoint else folder).rename(tmp_path / "left")
+        shutil.rmtree(folder, ignore_errors=True)
+        if checkpoint:
+            shutil.move(tmp_path / "left", folder / checkpoint)
+        else:
+            shutil.rmtree(tmp_path / "left")
+            (folder / "checkpoint-draft").mkdir(parents=True)
+        del kept[folder / "run.json"]
+    assert compare().code == 0
+    assert losses(out) == found
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+    # Another recipe does not mix with it; other activations and seeds join it.
+    assert "holds runs with learning_rate 0.01, now it is 0.02" in compare(learning_rate=0.02).error
+    assert compare(activations=["gelu", "fourier_1"], seeds=[1]).code == 0
+    assert losses(out)["gelu", 1] == found["gelu", 1]
+
+
+def test_conversions_are_compared_with_the_original(compare, gpt2_folder, tmp_path):
+    entries = {"init": None, "model_type": None, "config_overrides": None, "tokenizer": None, "model": str(gpt2_folder)}
+    names = ["gelu_new", "hermite_8"]
+    ran = compare(**entries, activations=names, seeds=[0], learning_rate=0.0, save_strategy="no")
+    assert ran.code == 0, ran.err
+    found = losses(tmp_path / "out")
+    assert found["hermite_8", 0] == pytest.approx(found["gelu_new", 0], abs=1e-4)
+    assert found["hermite_8", 0] != found["gelu_new", 0]
+    ran = compare(**entries, activations=["silu"], seeds=[0], output_dir=str(tmp_path / "other"))
+    assert "activation 'silu'" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"activations": ["gelu", "hermit_3"]}, "unknown activation 'hermit_3'"),
+        ({"activations": ["gelu", "gelu"]}, "activations \\['gelu', 'gelu'\\]: give at least one, each once"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"timing_rounds": -1}, "timing_rounds -1"),
+        ({"seeds": ["one"]}, "seeds"),
+        ({"activation": "hermite_3", "init": "fresh"}, "init 'fresh'"),
+    ],
+)
+def test_mistakes_are_named_before_any_run(compare, tmp_path, entries, message):
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(compare(**entries).error)
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_a_foreign_folder_is_left_alone(compare, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert "holds no comparison" in compare().error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_summary_pairs_seeds():
+    values = {"gelu": [3.0, 2.0, 1.0], "hermite_3": [2.5, 1.9, 0.7]}
+    runs = [Run(name, seed, {"loss": own[seed]}, []) for seed in range(3) for name, own in values.items()]
+    first, second = summarise(runs, "loss")
+    assert (first.difference, first.difference_spread) == (0.0, 0.0)
+    assert (second.mean, second.seeds) == (pytest.approx(1.7), 3)
+    assert second.difference == pytest.approx(-0.3)
+    assert second.difference_spread == pytest.approx(0.2)
+    (alone, fewer) = summarise([*runs[:1], *runs[1::2]], "loss")
+    assert (alone.seeds, fewer.seeds, fewer.difference) == (1, 3, pytest.approx(-0.5))
