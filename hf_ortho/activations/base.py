@@ -40,8 +40,8 @@ class LearnableActivation(nn.Module):
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
     A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative``,
-    ``fit_parameters``, and may give ``breaks``, ``kernel`` and ``compiled``. The last two evaluate the series in its
-    place: who changes the series of a family sets both to None.
+    ``fit_parameters``, and may give ``natural_units``, ``breaks``, ``kernel`` and ``compiled``. The last two evaluate
+    the series in its place: who changes the series of a family sets both to None.
 
     Args:
         degree: 1 to 32; the family's default if None.
@@ -94,6 +94,10 @@ class LearnableActivation(nn.Module):
     def fit_parameters(self, target: Target) -> tuple[dict[str, np.ndarray], str]:
         """Values of the parameters (``domain`` among them) that follow a target, and a note for the report."""
         raise NotImplementedError
+
+    def natural_units(self) -> dict[str, list[float]]:
+        """How far each entry of a parameter goes to move f about as much as the others do; 1 where not named."""
+        return {}
 
     def breaks(self) -> tuple[float, ...]:
         """Points where f' jumps, in ascending order."""

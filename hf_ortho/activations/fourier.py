@@ -72,6 +72,10 @@ class Fourier(LearnableActivation):
             y = torch.addcmul(y, -a * w, torch.sin(w * x - p))
         return y
 
+    def natural_units(self):
+        """k! for a_k, which the series divides by it."""
+        return {"coefficients": [float(math.factorial(k)) for k in range(1, self.degree + 1)]}
+
     def fit_parameters(self, target: Target):
         """Variable projection over frequencies and [lo, hi]; cosine and sine amplitudes are linear."""
         found = balance(self._solve, target, rounds=ROUNDS)

@@ -71,6 +71,10 @@ class Hermite(LearnableActivation):
     def series_derivative(x, coefficients):
         return hermite_sum(x, coefficients[1:])
 
+    def natural_units(self):
+        """sqrt(k!) for c_k, since E[(He_k(x)/k!)^2] = 1/k! for x ~ N(0, 1)."""
+        return {"coefficients": [math.sqrt(math.factorial(k)) for k in range(self.degree + 1)]}
+
     def to_polynomial(self, domain: tuple[float, float] | None = None) -> PolynomialForm:
         """S on [lo, hi] in monomials, He_k and Chebyshev polynomials; the tails are not part of it.
 

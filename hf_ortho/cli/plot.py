@@ -13,10 +13,13 @@ from ..conversion.checkpoint import load_checkpoint
 from ..conversion.stored import StoredActivations, load_activations, provenance_of, source_names
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..plotting import Panel, Snapshot, animate_history, plot_activations, plot_history
+from ..plotting.layout import thin
+from ..training.history import read_step, recorded_steps
 from .console import Parser, console
 from .convert import calibration_batches
 
 HELP = __doc__
+MAX_MOMENTS = 32  # of a recorded history: more curves cannot be told apart
 
 
 def parser() -> Parser:
@@ -26,7 +29,11 @@ def parser() -> Parser:
     p.add_argument("--revision", help="of the model on the Hub")
     p.add_argument("--against", metavar="OTHER", help="a second converted model, drawn over the first")
     p.add_argument("--against-revision", help="of the other model on the Hub")
-    p.add_argument("--history", metavar="RUN_DIR", help="draw the checkpoint-N folders of a training, MODEL at the end")
+    p.add_argument(
+        "--history",
+        metavar="RUN_DIR",
+        help="draw a training: the steps it recorded, else its checkpoints; MODEL at the end",
+    )
     p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="draw the pre-activations over this data")
     p.add_argument("--calibration-samples", type=int, default=8, help="blocks of text, or images times 8")
     p.add_argument("--calibration-split", help="default: train")
@@ -97,15 +104,22 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
 
 
 def _history(args) -> None:
-    folders = checkpoints(args.history)
-    snapshots = [Snapshot(load_activations(str(folder)).modules, step) for step, folder in folders]
+    recorded = recorded_steps(args.history)
+    if recorded:
+        places = [recorded[i] for i in thin(len(recorded), MAX_MOMENTS)]
+        snapshots = [Snapshot(read_step(file)[0], step) for step, file in places]
+    else:
+        places = checkpoints(args.history)
+        snapshots = [Snapshot(load_activations(str(folder)).modules, step) for step, folder in places]
     if args.model:
         snapshots.append(Snapshot(load_activations(args.model, revision=args.revision).modules, name=args.model))
     if len(snapshots) < 2:
         raise ConfigError(
-            f"--history {args.history} has only {folders[0][1].name}: two moments are needed, so name the model at the "
-            "end too, or train with a smaller save_steps"
+            f"--history {args.history} has only {places[0][1].name}: two moments are needed, so name the model at the "
+            "end too, or train with smaller save_steps or log_activations"
         )
+    if len(places) < len(recorded):
+        console.print(f"note: {len(places)} of {len(recorded)} recorded steps are drawn, evenly spaced")
     common = {path: m for path, m in snapshots[0].modules.items() if all(path in s.modules for s in snapshots)}
     if not common:
         raise ConfigError(f"the checkpoints of {args.history} have no activations in common with each other and MODEL")
@@ -127,8 +141,8 @@ def checkpoints(folder: str) -> list[tuple[int, Path]]:
     found = [(int(m[1]), p) for p in path.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     if not found:
         raise CheckpointError(
-            f"--history {folder}: holds no checkpoint-STEP folders; name the output_dir of a training whose "
-            "save_strategy is steps or epoch"
+            f"--history {folder}: holds no checkpoint-STEP folders and no recorded activations; name the output_dir "
+            "of a training whose save_strategy is steps or epoch, or with log_activations"
         )
     return sorted(found)
 

@@ -29,9 +29,9 @@ MAX_PANELS = 64  # more are thinned evenly
 BLACK, SKY, BLUE, VERMILION, GREY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
 
 
-def thin(count: int) -> list[int]:
-    """At most 64 of ``count`` indices, evenly spaced, with the first and the last."""
-    return np.linspace(0, count - 1, min(count, MAX_PANELS)).round().astype(int).tolist()
+def thin(count: int, most: int = MAX_PANELS) -> list[int]:
+    """At most ``most`` of ``count`` indices, evenly spaced, with the first and the last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 class Grid:

@@ -1,6 +1,6 @@
 """Training on the ecosystem's own engines."""
 
-from .arguments import DataArguments, ModelArguments, Recipe
+from .arguments import DataArguments, LoggingArguments, ModelArguments, OptimizerArguments, Recipe
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
 from .metrics import Perplexity, TopKAccuracy
@@ -10,7 +10,9 @@ __all__ = [
     "POLICIES",
     "ActivationTrainer",
     "DataArguments",
+    "LoggingArguments",
     "ModelArguments",
+    "OptimizerArguments",
     "Perplexity",
     "Recipe",
     "Result",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import yaml
 from transformers import TrainingArguments
 
+from ..activations.interpolation import is_interval
 from ..errors import ConfigError
 from .trainer import POLICIES
+
+SCRATCH_FACTOR = 10
 
 
 @dataclasses.dataclass
@@ -123,9 +127,82 @@ class CompareArguments:
 
 
 @dataclasses.dataclass
+class OptimizerArguments:
+    """How the activations are optimised.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    activation_learning_rate: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the activations' parameters; default: learning_rate, 10 times it from scratch."
+        },
+    )
+    activation_gradient_scale: float = dataclasses.field(
+        default=1.0, metadata={"help": "Multiplies their gradients before each step; moves SGD, not Adam."}
+    )
+    activation_natural_steps: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Optimise each coefficient in its natural unit, sqrt(k!) for hermite_n."},
+    )
+    domain_penalty: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "Weight of the mean squared distance of pre-activations from their interval, in the loss."},
+    )
+    domain_penalty_interval: list[float] | None = dataclasses.field(
+        default=None, metadata={"help": "lo hi; default: the domain of each activation."}
+    )
+
+    def __post_init__(self):
+        for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
+            value = getattr(self, key)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ConfigError(f"{key} {value}: must be a finite number, at least 0")
+        if self.domain_penalty_interval is not None and not is_interval(self.domain_penalty_interval):
+            raise ConfigError(f"domain_penalty_interval {self.domain_penalty_interval}: must be two numbers lo < hi")
+
+    @property
+    def apart(self) -> str:
+        """The first of the fields that need parameter groups or steps apart from the others'; empty without one."""
+        own = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return next((key for key in own if getattr(self, key) != defaults[key]), "")
+
+
+@dataclasses.dataclass
+class LoggingArguments:
+    """What is recorded of the activations."""
+
+    log_activations: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Record them every N steps, for the logs and `hf-ortho plot --history`; default: never."},
+    )
+
+    def __post_init__(self):
+        if self.log_activations is not None and self.log_activations < 1:
+            raise ConfigError(f"log_activations {self.log_activations}: must be at least 1")
+
+
+@dataclasses.dataclass
 class Recipe:
     """All that one training needs; the fields of its groups are the keys of a YAML recipe and the flags."""
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
+    optimizer: OptimizerArguments = dataclasses.field(default_factory=OptimizerArguments)
+    logging: LoggingArguments = dataclasses.field(default_factory=LoggingArguments)
+
+    def optimizer_arguments(self) -> OptimizerArguments:
+        """``optimizer`` with the default learning rate of activations for a model from scratch.
+
+        There the activations have far to go; a converted model starts from a fit, and steps as large would leave it.
+        """
+        given = self.optimizer.activation_learning_rate
+        if given is not None or self.model.init != "scratch":
+            return self.optimizer
+        return dataclasses.replace(
+            self.optimizer, activation_learning_rate=SCRATCH_FACTOR * self.training.learning_rate
+        )

@@ -33,7 +33,7 @@ FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activatio
 class Comparison(Recipe):
     """A recipe with the activations and seeds to run it with."""
 
-    compare: CompareArguments
+    compare: CompareArguments = dataclasses.field(default_factory=CompareArguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,8 @@ def _step(recipe: Recipe, model, batch) -> tuple[Callable[[], None], Callable[[]
     device = arguments.device
     batch = {key: value.to(device) for key, value in batch.items()}
     model.to(device).train()
-    optimizer = ActivationTrainer(model=model, args=arguments).create_optimizer()
+    trainer = ActivationTrainer(model=model, args=arguments, optimizer_arguments=recipe.optimizer_arguments())
+    optimizer = trainer.create_optimizer()
     run = torch.compile(model) if arguments.torch_compile else model
     low = torch.bfloat16 if arguments.bf16 else torch.float16
 

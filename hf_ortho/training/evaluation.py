@@ -17,8 +17,10 @@ from .metrics import EVALUATORS
 from .trainer import ActivationTrainer
 
 
-def make_trainer(checkpoint: Checkpoint, arguments: TrainingArguments, train=None, held_back=None) -> ActivationTrainer:
-    """A Trainer with the task's metrics."""
+def make_trainer(
+    checkpoint: Checkpoint, arguments: TrainingArguments, train=None, held_back=None, **options
+) -> ActivationTrainer:
+    """A Trainer with the task's metrics; ``options`` are further arguments of ``ActivationTrainer``."""
     evaluator = EVALUATORS[checkpoint.task]
     # Images are processed on access, from columns that the model does not take.
     arguments.remove_unused_columns = False
@@ -31,6 +33,7 @@ def make_trainer(checkpoint: Checkpoint, arguments: TrainingArguments, train=Non
         processing_class=checkpoint.processor,
         compute_metrics=evaluator.compute_metrics,
         preprocess_logits_for_metrics=evaluator.preprocess_logits_for_metrics,
+        **options,
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -18,6 +19,8 @@ from ..errors import ConfigError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .evaluation import make_trainer, metrics_of
+from .logger import ActivationLogger
+from .penalty import DomainPenalty
 from .samples import batches, load_splits
 from .scratch import scratch_checkpoint
 from .trainer import POLICIES, set_trainable
@@ -73,8 +76,13 @@ def finetune(recipe: Recipe) -> Result:
             raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
         if model_arguments.train != "all":
             checkpoint.model.enable_input_require_grads()
+    options: dict[str, Any] = {"optimizer_arguments": recipe.optimizer_arguments()}
+    if weight := recipe.optimizer.domain_penalty:
+        options["penalty"] = DomainPenalty(checkpoint.model, weight, recipe.optimizer.domain_penalty_interval)
+    if (every := recipe.logging.log_activations) is not None:
+        options["callbacks"] = [ActivationLogger(every)]
     try:
-        trainer = make_trainer(checkpoint, arguments, train, held_back)
+        trainer = make_trainer(checkpoint, arguments, train, held_back, **options)
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     before = metrics_of(trainer) if held_back is not None and not scratch else None

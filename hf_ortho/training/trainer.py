@@ -1,12 +1,20 @@
-"""Freezing policies, and the Trainer with activations exempt from weight decay."""
+"""Freezing policies, and the Trainer whose optimiser treats activations apart."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .optimizer import param_groups, scale_steps
+
+if TYPE_CHECKING:
+    from .arguments import OptimizerArguments
+    from .penalty import DomainPenalty
 
 POLICIES = ("all", "activations", "activations+head")
 
@@ -63,8 +71,52 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 class ActivationTrainer(Trainer):
-    """``Trainer`` that keeps the parameters of activations out of weight decay, which would pull them to f = 0."""
+    """``Trainer`` with the parameter groups of ``param_groups``, for every optimiser that it knows by name.
 
-    def get_decay_parameter_names(self, model):
-        exempt = activation_parameters(model)
-        return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
+    Args:
+        optimizer_arguments: how the activations are optimised; None for the defaults.
+        penalty: is added to losses that the model does not compute itself, as with label smoothing.
+    """
+
+    def __init__(
+        self,
+        *args,
+        optimizer_arguments: OptimizerArguments | None = None,
+        penalty: DomainPenalty | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.optimizer_arguments = optimizer_arguments
+        self.penalty = penalty
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):  # type: ignore[override]  # static in Trainer
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        chosen = self.optimizer_arguments
+        if not is_optimizer_factory(cls) and not kwargs.keys() & {"params", "model", "optimizer_dict"}:
+            activation_lr = None if chosen is None else chosen.activation_learning_rate
+            kwargs["params"] = param_groups(
+                model, lr=args.learning_rate, weight_decay=args.weight_decay, activation_lr=activation_lr
+            )
+        elif chosen is not None and chosen.apart:
+            raise ConfigError(f"optim {args.optim}: groups its parameters itself, so {chosen.apart} cannot be set")
+        return cls, kwargs
+
+    def create_optimizer(self, model=None):
+        chosen = self.optimizer_arguments
+        if self.optimizer is not None or chosen is None:
+            return super().create_optimizer(model)
+        if chosen.activation_natural_steps and self.is_deepspeed_enabled:
+            raise ConfigError("activation_natural_steps: DeepSpeed flattens the parameters; use another engine")
+        target: Any = self.model if model is None else model
+        scale, natural = chosen.activation_gradient_scale, chosen.activation_natural_steps
+        return scale_steps(super().create_optimizer(model), target, gradient_scale=scale, natural_steps=natural)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.get("labels")
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.penalty is None or not self.penalty.pending:
+            return found
+        term = self.penalty.loss(labels, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            term = term * (self.accelerator.num_processes // self.get_tp_size())
+        return (found[0] + term, found[1]) if return_outputs else found + term

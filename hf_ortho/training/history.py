@@ -1,0 +1,63 @@
+"""The activations over a training on disk: one safetensors file per recorded step."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..activations import LearnableActivation, build
+from ..errors import CheckpointError
+
+FOLDER = "activations"
+
+
+def recorded_steps(run: str | Path) -> list[tuple[int, Path]]:
+    """(step, file) of each recorded step in the output folder of a training, by step; empty without any."""
+    files = (Path(run) / FOLDER).glob("step-*.safetensors")
+    return sorted((int(match[1]), path) for path in files if (match := re.fullmatch(r"step-(\d+)", path.stem)))
+
+
+def write_step(
+    run: str | Path,
+    step: int,
+    modules: Mapping[str, LearnableActivation],
+    statistics: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Record the activations, by path, and what else is known of each; the file is whole or not there."""
+    folder = Path(run) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{path}.{key}": value for path, m in modules.items() for key, value in m.state_dict().items()}
+    names = {path: module.name for path, module in modules.items()}
+    draft = folder / f".{os.getpid()}.draft"
+    save_file(tensors, draft, {"activations": json.dumps(names), "statistics": json.dumps(statistics)})
+    os.replace(draft, folder / f"step-{step}.safetensors")
+
+
+def read_step(file: Path) -> tuple[dict[str, LearnableActivation], dict[str, dict[str, float]]]:
+    """The activations and the statistics of one recorded step, each by path.
+
+    Raises:
+        CheckpointError: the file is none of ``write_step``.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            about = stored.metadata() or {}
+            modules = {path: build(name) for path, name in json.loads(about["activations"]).items()}
+            for path, module in modules.items():
+                module.load_state_dict({key: stored.get_tensor(f"{path}.{key}") for key in module.state_dict()})
+            return modules, json.loads(about["statistics"])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read as recorded activations: {error}") from error
+
+
+def drop_after(run: str | Path, step: int) -> None:
+    """Remove what was recorded after ``step``, for a training that goes on from there."""
+    for later, path in recorded_steps(run):
+        if later > step:
+            path.unlink()

@@ -1,0 +1,204 @@
+"""A callback of Trainer that records the activations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
+from transformers.trainer_callback import CallbackHandler
+
+from ..activations import LearnableActivation, build
+from ..conversion.calibrate import several_processes
+from ..errors import ConfigError
+from . import history
+
+
+class ActivationLogger(TrainerCallback):
+    """Records the learnable activations of a model at regular steps.
+
+    Recorded are, per activation: all parameters; ``gain``, ``gain_derivative``: E[f^2] and E[f'^2] under N(0, 1); of
+    the pre-activations in the batch of that step, in their own unit and over all processes, padding included:
+    ``minimum``, ``maximum``, ``mean``, ``std``, and ``outside``, the share outside the domain. Steps in between cost
+    nothing. A recorded step of a compiled model runs uncompiled, as compiled code takes no new hooks.
+
+    Scalars go to whatever ``report_to`` names, under ``activations/``, and neither to the console nor to
+    ``log_history``. A picture of the shapes now and at the start goes to TensorBoard, trackio and wandb. A history goes
+    to ``output_dir/activations``, one file per step, which ``hf-ortho plot --history output_dir`` draws; a resumed
+    training continues it.
+
+    Works under DDP and FSDP2. To be given to ``Trainer(..., callbacks=[hf_ortho.ActivationLogger()])``.
+
+    Args:
+        every: steps from one record to the next; ``logging_steps`` if None.
+        picture_every: steps from one picture to the next, 0 for none; ten records if None.
+
+    Raises:
+        ConfigError: a value is out of range; once the training begins, if the model has no learnable activations.
+    """
+
+    def __init__(self, every: int | None = None, picture_every: int | None = None):
+        for name, value, least in (("every", every, 1), ("picture_every", picture_every, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} {value!r} of ActivationLogger: must be an integer, at least {least}")
+        self.every = every
+        self.picture_every = picture_every
+        self._watched: list[_Moments] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._modules = _activations(model)
+        if not self._modules:
+            raise ConfigError(
+                f"ActivationLogger: {type(model).__name__} has no learnable activations; convert it first"
+            )
+        self._integrations: list[TrainerCallback] = [
+            c for c in _handler().callbacks if isinstance(c, tuple(INTEGRATION_TO_CALLBACK.values()))
+        ]
+        self._every = self.every or max(1, int(args.logging_steps))
+        self._picture_every = 10 * self._every if self.picture_every is None else self.picture_every
+        if state.is_world_process_zero:
+            history.drop_after(args.output_dir, state.global_step)
+        if state.global_step == 0:
+            self._record(args, state, control, model)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (state.global_step + 1) % self._every == 0:
+            self._set_stance("force_eager")
+            self._watched = [_Moments(module) for module in self._modules.values()]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self._watched:
+            self._set_stance("default")
+            self._record(args, state, control, model)
+
+    @staticmethod
+    def _set_stance(stance: str) -> None:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and this would import it
+            torch.compiler.set_stance(stance)
+
+    def _record(self, args, state, control, model) -> None:
+        moments = [watched.close() for watched in self._watched]
+        self._watched = []
+        modules = {path: _whole(module) for path, module in self._modules.items()}
+        if not state.is_world_process_zero:
+            return
+        statistics = {}
+        for i, (path, module) in enumerate(modules.items()):
+            gain, gain_derivative = module.gain()
+            statistics[path] = {"gain": gain, "gain_derivative": gain_derivative} | (moments[i] if moments else {})
+        history.write_step(args.output_dir, state.global_step, modules, statistics)
+        scalars = {f"activations/{p}.{key}": value for p, found in statistics.items() for key, value in found.items()}
+        for path, module in modules.items():
+            for name, values in module.named_parameters():
+                scalars |= {f"activations/{path}.{name}.{i}": v for i, v in enumerate(values.tolist())}
+        finite = {key: value for key, value in scalars.items() if math.isfinite(value)}  # no domain is infinite
+        for integration in self._integrations:
+            integration.on_log(args, state, control, model=model, logs=dict(finite))
+        if self._picture_every and state.global_step % self._picture_every == 0:
+            self._show(args, state)
+
+    def _show(self, args, state) -> None:
+        takers = [c for c in self._integrations if isinstance(c, (TensorBoardCallback, TrackioCallback, WandbCallback))]
+        steps = history.recorded_steps(args.output_dir)
+        if not takers or len(steps) < 2:
+            return
+        from matplotlib.image import imread
+
+        from ..plotting import Snapshot, plot_history
+
+        with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
+            path = str(Path(folder) / "shapes.png")
+            plot_history([Snapshot(history.read_step(file)[0], step) for step, file in (steps[0], steps[-1])], path)
+            for taker in takers:
+                _send_picture(taker, path, imread(path), state.global_step)
+
+
+def _send_picture(taker: TrainerCallback, path: str, pixels, step: int) -> None:
+    tag = "activations/shapes"
+    if isinstance(taker, TensorBoardCallback):
+        taker.tb_writer.add_image(tag, pixels, step, dataformats="HWC")
+    else:
+        if isinstance(taker, WandbCallback):
+            import wandb as tracker
+        else:
+            import trackio as tracker
+        tracker.log({tag: tracker.Image(path), "train/global_step": step})
+
+
+class _Moments:
+    """Moments of the inputs of one activation, from now until ``close``."""
+
+    def __init__(self, module: LearnableActivation):
+        self.sums: Any = 0
+        self.extremes: Tensor | None = None
+        self.device = module.domain.device
+        self._handle = module.register_forward_pre_hook(self._update)
+
+    @torch.no_grad()
+    def _update(self, module: LearnableActivation, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        lo, hi = module.domain
+        outside = ((x < lo) | (x > hi)).sum()
+        count = torch.tensor(float(x.numel()), device=x.device)
+        self.sums = self.sums + torch.stack([count, x.sum(), x.square().sum(), outside.float()]).double()
+        low, high = x.aminmax()
+        extremes = torch.stack([-low, high])
+        self.extremes = extremes if self.extremes is None else torch.maximum(self.extremes, extremes)
+
+    def close(self) -> dict[str, float]:
+        self._handle.remove()
+        sums = self.sums if self.extremes is not None else torch.zeros(4, dtype=torch.float64, device=self.device)
+        extremes = torch.full((2,), -math.inf, device=self.device) if self.extremes is None else self.extremes
+        if several_processes():
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+        count, total, squares, outside = sums.tolist()
+        if not count:
+            return {}
+        mean = total / count
+        return {
+            "minimum": -float(extremes[0]),
+            "maximum": float(extremes[1]),
+            "mean": mean,
+            "std": math.sqrt(max(squares / count - mean**2, 0.0)),
+            "outside": outside / count,
+        }
+
+
+def _activations(model: nn.Module) -> dict[str, LearnableActivation]:
+    """The activations by their paths in the model itself, whatever wraps it."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return {path: m for path, m in inner.named_modules() if isinstance(m, LearnableActivation)}
+
+
+@torch.no_grad()
+def _whole(module: LearnableActivation) -> LearnableActivation:
+    """A copy on the CPU, put together if it is sharded; to be called by all processes."""
+    copy = build(module.name)
+    full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in module.state_dict().items()}
+    copy.load_state_dict(full)
+    return copy
+
+
+def _handler() -> CallbackHandler:
+    """Who called: callbacks are given all of a Trainer but the integrations among its callbacks."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
+            return handler
+        frame = frame.f_back
+    raise ConfigError("ActivationLogger: works as a callback of transformers.Trainer only")

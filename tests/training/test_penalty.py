@@ -1,0 +1,193 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import hf_ortho
+from hf_ortho.activations import FAMILIES, LearnableActivation, build
+from hf_ortho.errors import ConfigError
+from hf_ortho.training import ActivationTrainer
+
+INTERVAL = (-0.05, 0.03)
+
+
+@pytest.fixture(scope="module")
+def converted(make_gpt2):
+    model = make_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)[0]
+    hf_ortho.convert(model, "hermite_3")
+    return model
+
+
+@pytest.fixture
+def model(converted):
+    return copy.deepcopy(converted)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+def formula(model, inputs, interval=None):
+    """The mean over activations of E[d^2] with autograd's own operations, from the pre-activations of a forward."""
+    seen, handles = [], []
+    for module in model.modules():
+        if isinstance(module, LearnableActivation):
+            handles.append(module.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))))
+    outputs = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    terms = []
+    for module, x in seen:
+        lo, hi = module.domain.tolist() if interval is None else interval
+        terms.append((torch.relu(lo - x) ** 2 + torch.relu(x - hi) ** 2).mean())
+    return torch.stack(terms).mean(), outputs
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def close(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name, **tolerance)
+
+
+def expected_of(model, ids, weight, interval=INTERVAL):
+    """Loss and gradients by the formula, of a model without the penalty."""
+    penalty, outputs = formula(model, {"input_ids": ids, "labels": ids}, interval)
+    loss = outputs.loss + weight * penalty
+    loss.backward()
+    return loss.detach(), penalty.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("interval", [INTERVAL, None])
+def test_loss_and_gradients_are_those_of_the_formula(model, ids, interval):
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LearnableActivation):
+                module.domain.copy_(torch.tensor([-0.02, 0.01]))
+    loss, penalty, expected = expected_of(copy.deepcopy(model).train(), ids, 3.0, interval)
+    assert penalty > 1e-4
+    hooked = hf_ortho.DomainPenalty(model.train(), 3.0, interval)
+    found = model(input_ids=ids, labels=ids).loss
+    found.backward()
+    torch.testing.assert_close(found, loss)
+    close(gradients(model), expected)
+    assert not hooked.pending
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loop_with_its_own_loss(family):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), build(f"{family}_3"), nn.Linear(5, 4), build(f"{family}_2"))
+    x = torch.randn(7, 3)
+    first = net[0](x)
+    second = net[2](net[1](first))
+    expected = torch.stack([(v - v.clamp(*INTERVAL)).square().mean() for v in (first, second)]).mean()
+    wanted = torch.autograd.grad(net(x).square().mean() + 0.5 * expected, net[0].weight)[0]
+    penalty = hf_ortho.DomainPenalty(net, 0.5, INTERVAL)
+    loss = net(x).square().mean() + penalty.loss()
+    torch.testing.assert_close(torch.autograd.grad(loss, net[0].weight)[0], wanted)
+    with pytest.raises(ConfigError, match="no forward in training mode ran"):
+        penalty.loss()
+    net(x)
+    with pytest.raises(ConfigError, match="the loss of the last step is without it"):
+        net(x)
+    net.eval()(x)
+    assert not penalty.pending
+    penalty.remove()
+    net.train()(x)
+    assert not penalty.pending
+
+
+def test_evaluation_and_the_state_dict_are_as_before(model, ids):
+    keys = model.state_dict().keys()
+    before = model.eval()(input_ids=ids, labels=ids).loss
+    hf_ortho.DomainPenalty(model, 3.0, INTERVAL)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
+    assert model.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "compiled"])
+def test_checkpointing_and_compilation_change_nothing(model, ids, how):
+    loss, _, expected = expected_of(copy.deepcopy(model).train(), ids, 3.0)
+    hf_ortho.DomainPenalty(model.train(), 3.0, INTERVAL)
+    run = model
+    if how == "checkpointing":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        run = torch.compile(model, backend="eager")
+    for _ in range(2):
+        found = run(input_ids=ids, labels=ids).loss
+        found.backward()
+        torch.testing.assert_close(found, loss)
+        close(gradients(model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused(model, ids):
+    hf_ortho.DomainPenalty(model.train(), 3.0, INTERVAL)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ConfigError, match="set use_reentrant=False"):
+        model(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize(("trainer", "smoothing"), [(Trainer, 0.0), (ActivationTrainer, 0.0), (ActivationTrainer, 0.1)])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(model, ids, tmp_path, trainer, smoothing):
+    """One SGD step on four micro-batches of one row is the step on the four rows."""
+
+    def step(penalised, size):
+        copied = copy.deepcopy(model)
+        options = {}
+        if penalised:
+            penalty = hf_ortho.DomainPenalty(copied, 3.0, INTERVAL)
+            options = {} if trainer is Trainer else {"penalty": penalty}
+        trainer(
+            model=copied,
+            args=TrainingArguments(
+                output_dir=tmp_path,
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+                learning_rate=0.1,
+                lr_scheduler_type="constant",
+                max_grad_norm=0.0,
+                optim="sgd",
+                label_smoothing_factor=smoothing,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            **options,
+        ).train()
+        return {name: p.detach() for name, p in copied.named_parameters()}
+
+    accumulated, whole, plain = step(True, 1), step(True, 4), step(False, 4)
+    close(accumulated, whole, rtol=1e-4, atol=1e-6)
+    penalty, _ = formula(model.train(), {"input_ids": ids}, INTERVAL)
+    penalty.backward()
+    slope = gradients(model)
+    moved = {name: (plain[name] - whole[name]) / (0.1 * 3.0) for name in slope}
+    close(moved, slope, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "interval", "message"),
+    [
+        (-1.0, INTERVAL, "weight -1.0 of DomainPenalty"),
+        (1.0, (1.0, 0.0), "must be two finite numbers lo < hi"),
+        (1.0, None, "the domain of 0 is .*-inf.*; give an interval"),
+    ],
+)
+def test_bad_values_are_refused(weight, interval, message):
+    with pytest.raises(ConfigError, match=message):
+        hf_ortho.DomainPenalty(nn.Sequential(build("hermite_3")), weight, interval)
