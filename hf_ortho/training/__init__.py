@@ -1,6 +1,8 @@
 """Training on the ecosystem's own engines."""
 
-from .arguments import DataArguments, ModelArguments, Recipe
+from .arguments import AugmentationArguments, DataArguments, ModelArguments, Recipe
+from .augment import AugmentedImages, MixingCollator, SoftTargetLoss
+from .ema import ExponentialMovingAverage
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
 from .metrics import Perplexity, TopKAccuracy
@@ -9,11 +11,16 @@ from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_tra
 __all__ = [
     "POLICIES",
     "ActivationTrainer",
+    "AugmentationArguments",
+    "AugmentedImages",
     "DataArguments",
+    "ExponentialMovingAverage",
+    "MixingCollator",
     "ModelArguments",
     "Perplexity",
     "Recipe",
     "Result",
+    "SoftTargetLoss",
     "TopKAccuracy",
     "activation_parameters",
     "evaluate_model",

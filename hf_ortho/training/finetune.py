@@ -15,6 +15,7 @@ from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save
 from ..errors import ConfigError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
+from .augment import augment, check_augmentation
 from .evaluation import make_trainer, metrics_of
 from .samples import batches, load_splits
 from .trainer import POLICIES, set_trainable
@@ -66,10 +67,12 @@ def finetune(recipe: Recipe) -> Result:
             raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
         if model_arguments.train != "all":
             checkpoint.model.enable_input_require_grads()
+    check_augmentation(recipe.augmentation, arguments, checkpoint, train)
     try:
         trainer = make_trainer(checkpoint, arguments, train, held_back)
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
+    augment(trainer, checkpoint, recipe.augmentation, data_arguments.dataset or "dataset")
     before = metrics_of(trainer) if held_back is not None else None
     trainer.train(resume_from_checkpoint=resume)
     after = metrics_of(trainer) if held_back is not None else None

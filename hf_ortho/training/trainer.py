@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .ema import ExponentialMovingAverage
 
 POLICIES = ("all", "activations", "activations+head")
 
@@ -68,3 +71,10 @@ class ActivationTrainer(Trainer):
     def get_decay_parameter_names(self, model):
         exempt = activation_parameters(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
+
+    average: ExponentialMovingAverage | None = None
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate the averaged weights, if there are any."""
+        with self.average.applied(self.optimizer) if self.average else contextlib.nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
