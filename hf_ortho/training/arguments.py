@@ -97,4 +97,4 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
-    augmentation: AugmentationArguments = dataclasses.field(default_factory=AugmentationArguments)
+    augmentation: AugmentationArguments

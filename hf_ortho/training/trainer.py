@@ -11,7 +11,7 @@ from ..activations import LearnableActivation
 from ..errors import ConfigError
 from .ema import ExponentialMovingAverage
 
-POLICIES = ("all", "activations", "activations+head")
+POLICIES = ("all", "activations", "activations+head", "head")
 
 
 def activation_parameters(model: nn.Module) -> set[str]:
@@ -29,7 +29,8 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
 
     ``all``: everything but the domains of activations. ``activations``: their series alone. ``activations+head``:
     these and the output head, which is what lies outside the base model, or the output embeddings (for a tied language
-    model these are the input embeddings too).
+    model these are the input embeddings too). ``head``: the output head alone, to compare an original model with one
+    trained as ``activations+head``.
 
     Raises:
         ConfigError: unknown policy, or the model has no learnable activations or no head to train.
@@ -38,12 +39,12 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
         raise ConfigError(f"train {policy!r}: must be one of {', '.join(POLICIES)}")
     names = activation_parameters(model)
     if policy != "all":
-        if not names:
+        if not names and policy != "head":
             raise ConfigError(
                 f"train {policy!r}: the model has no learnable activations; convert it first, or give --activation"
             )
-        chosen = {id(p) for n, p in model.named_parameters() if n in names}
-        if policy == "activations+head":
+        chosen = {id(p) for n, p in model.named_parameters() if n in names and policy != "head"}
+        if policy in ("activations+head", "head"):
             chosen |= {id(p) for p in _head(model)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
@@ -61,7 +62,7 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
     output = model.get_output_embeddings()
     parameters += list(output.parameters()) if output is not None else []
     if not parameters:
-        raise ConfigError(f"train 'activations+head': {type(model).__name__} has no head; use 'activations'")
+        raise ConfigError(f"train: {type(model).__name__} has no head; use 'activations'")
     return parameters
 
 
