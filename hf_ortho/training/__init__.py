@@ -1,6 +1,15 @@
 """Training on the ecosystem's own engines."""
 
-from .arguments import DataArguments, LoggingArguments, ModelArguments, OptimizerArguments, Recipe
+from .arguments import (
+    AugmentationArguments,
+    DataArguments,
+    LoggingArguments,
+    ModelArguments,
+    OptimizerArguments,
+    Recipe,
+)
+from .augment import AugmentedImages, MixingCollator, SoftTargetLoss
+from .ema import ExponentialMovingAverage
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
 from .metrics import Perplexity, TopKAccuracy
@@ -9,13 +18,18 @@ from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_tra
 __all__ = [
     "POLICIES",
     "ActivationTrainer",
+    "AugmentationArguments",
+    "AugmentedImages",
     "DataArguments",
+    "ExponentialMovingAverage",
     "LoggingArguments",
+    "MixingCollator",
     "ModelArguments",
     "OptimizerArguments",
     "Perplexity",
     "Recipe",
     "Result",
+    "SoftTargetLoss",
     "TopKAccuracy",
     "activation_parameters",
     "evaluate_model",

@@ -186,6 +186,35 @@ class LoggingArguments:
 
 
 @dataclasses.dataclass
+class AugmentationArguments:
+    """Augmentation of training images, and the average of the weights; all off by default."""
+
+    random_crop: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Smallest share of the area that a random resized crop keeps; 0.08 is usual for ImageNet."},
+    )
+    horizontal_flip: bool = dataclasses.field(default=False, metadata={"help": "Mirror half of the images, by chance."})
+    randaugment: list[float] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Mean magnitude of RandAugment, from 0 to 10, and its standard deviation: 9 0.5."},
+    )
+    random_erasing: float = dataclasses.field(
+        default=0.0, metadata={"help": "Probability that a rectangle of an image is replaced by noise."}
+    )
+    mixup: float = dataclasses.field(
+        default=0.0, metadata={"help": "alpha of mixup: the shares of two images are drawn from Beta(alpha, alpha)."}
+    )
+    cutmix: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "alpha of cutmix; with mixup too each batch gets one of them, by chance."},
+    )
+    ema_decay: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Evaluate and save an exponential moving average of the weights, with this decay per step."},
+    )
+
+
+@dataclasses.dataclass
 class Recipe:
     """All that one training needs; the fields of its groups are the keys of a YAML recipe and the flags."""
 
@@ -194,6 +223,7 @@ class Recipe:
     training: TrainingArguments
     optimizer: OptimizerArguments = dataclasses.field(default_factory=OptimizerArguments)
     logging: LoggingArguments = dataclasses.field(default_factory=LoggingArguments)
+    augmentation: AugmentationArguments = dataclasses.field(default_factory=AugmentationArguments)
 
     def optimizer_arguments(self) -> OptimizerArguments:
         """``optimizer`` with the default learning rate of activations for a model from scratch.

@@ -185,17 +185,19 @@ def images(
     dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
     dataset = _with_classes(dataset, label_column, known or [], name)
 
-    def picture(row):
-        try:
-            return Image().decode_example(row).convert("RGB")
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{name} holds an image that cannot be decoded: {error}") from error
-
     def transform(batch):
-        pictures = [picture(row) for row in batch[image_column]]
+        pictures = [picture(row, name) for row in batch[image_column]]
         return {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"], "labels": batch[label_column]}
 
     return dataset.with_transform(transform)
+
+
+def picture(row: dict, name: str):
+    """The RGB picture, of PIL, behind a row of an undecoded image column."""
+    try:
+        return Image().decode_example(row).convert("RGB")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{name} holds an image that cannot be decoded: {error}") from error
 
 
 def _with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> Dataset:

@@ -18,6 +18,7 @@ from ..conversion.sites import find_sites
 from ..errors import ConfigError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
+from .augment import augment, check_augmentation
 from .evaluation import make_trainer, metrics_of
 from .logger import ActivationLogger
 from .penalty import DomainPenalty
@@ -81,10 +82,12 @@ def finetune(recipe: Recipe) -> Result:
         options["penalty"] = DomainPenalty(checkpoint.model, weight, recipe.optimizer.domain_penalty_interval)
     if (every := recipe.logging.log_activations) is not None:
         options["callbacks"] = [ActivationLogger(every)]
+    check_augmentation(recipe.augmentation, arguments, checkpoint, train)
     try:
         trainer = make_trainer(checkpoint, arguments, train, held_back, **options)
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
+    augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
     before = metrics_of(trainer) if held_back is not None and not scratch else None
     trainer.train(resume_from_checkpoint=resume)
     after = metrics_of(trainer) if held_back is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,13 +11,14 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .ema import ExponentialMovingAverage
 from .optimizer import param_groups, scale_steps
 
 if TYPE_CHECKING:
     from .arguments import OptimizerArguments
     from .penalty import DomainPenalty
 
-POLICIES = ("all", "activations", "activations+head")
+POLICIES = ("all", "activations", "activations+head", "head")
 
 
 def activation_parameters(model: nn.Module) -> set[str]:
@@ -34,7 +36,8 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
 
     ``all``: everything but the domains of activations. ``activations``: their series alone. ``activations+head``:
     these and the output head, which is what lies outside the base model, or the output embeddings (for a tied language
-    model these are the input embeddings too).
+    model these are the input embeddings too). ``head``: the output head alone, to compare an original model with one
+    trained as ``activations+head``.
 
     Raises:
         ConfigError: unknown policy, or the model has no learnable activations or no head to train.
@@ -43,12 +46,12 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
         raise ConfigError(f"train {policy!r}: must be one of {', '.join(POLICIES)}")
     names = activation_parameters(model)
     if policy != "all":
-        if not names:
+        if not names and policy != "head":
             raise ConfigError(
                 f"train {policy!r}: the model has no learnable activations; convert it first, or give --activation"
             )
-        chosen = {id(p) for n, p in model.named_parameters() if n in names}
-        if policy == "activations+head":
+        chosen = {id(p) for n, p in model.named_parameters() if n in names and policy != "head"}
+        if policy in ("activations+head", "head"):
             chosen |= {id(p) for p in _head(model)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
@@ -66,7 +69,7 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
     output = model.get_output_embeddings()
     parameters += list(output.parameters()) if output is not None else []
     if not parameters:
-        raise ConfigError(f"train 'activations+head': {type(model).__name__} has no head; use 'activations'")
+        raise ConfigError(f"train: {type(model).__name__} has no head; use 'activations'")
     return parameters
 
 
@@ -77,6 +80,8 @@ class ActivationTrainer(Trainer):
         optimizer_arguments: how the activations are optimised; None for the defaults.
         penalty: is added to losses that the model does not compute itself, as with label smoothing.
     """
+
+    average: ExponentialMovingAverage | None = None
 
     def __init__(
         self,
@@ -120,3 +125,8 @@ class ActivationTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             term = term * (self.accelerator.num_processes // self.get_tp_size())
         return (found[0] + term, found[1]) if return_outputs else found + term
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate the averaged weights, if there are any."""
+        with self.average.applied(self.optimizer) if self.average else contextlib.nullcontext():
+            return super().evaluation_loop(*args, **kwargs)

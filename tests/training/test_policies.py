@@ -64,6 +64,11 @@ def test_policies_of_an_image_classifier(make_convnext, activation):
     check(model, "all", everything - domains(model))
     check(model, "activations", series(model))
     check(model, "activations+head", series(model) | {"classifier.weight", "classifier.bias"})
+    check(model, "head", {"classifier.weight", "classifier.bias"})
+
+
+def test_the_head_of_an_original_model(make_convnext):
+    check(make_convnext()[0], "head", {"classifier.weight", "classifier.bias"})
 
 
 def test_activation_parameters_are_named_with_their_domains(make_gpt2):
@@ -121,7 +126,7 @@ def test_weight_decay_spares_activations(make_gpt2, tmp_path, policy):
             assert name not in decays
             decays[name] = group["weight_decay"]
     assert decays.keys() == trainable(model)
-    assert {decays[name] for name in series(model)} == {0.0}
+    assert {decays[name] for name in series(model) & trainable(model)} == (set() if policy == "head" else {0.0})
     # What plain Trainer decays in a GPT-2: the matrices of the linear layers and the embeddings.
     linear = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".wte.weight", ".wpe.weight")
     matrices = {name for name in trainable(model) if name.endswith(linear)}
