@@ -9,6 +9,7 @@ from .recompute import fuse_mlp
 __version__ = _version("hf_ortho")
 __all__ = [
     "ConversionReport",
+    "FiniteGuard",
     "Histogram",
     "activations",
     "convert",
@@ -20,3 +21,11 @@ __all__ = [
 ]
 
 activations.register()
+
+
+def __getattr__(name: str):
+    if name == "FiniteGuard":  # Trainer takes seconds to import
+        from .training import FiniteGuard
+
+        return FiniteGuard
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from .arguments import DataArguments, ModelArguments, Recipe
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
+from .guard import FiniteGuard
 from .metrics import Perplexity, TopKAccuracy
 from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
 
@@ -10,6 +11,7 @@ __all__ = [
     "POLICIES",
     "ActivationTrainer",
     "DataArguments",
+    "FiniteGuard",
     "ModelArguments",
     "Perplexity",
     "Recipe",

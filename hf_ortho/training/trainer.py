@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .checkpoints import WholeCheckpoints
+from .guard import FiniteLoss
 
 POLICIES = ("all", "activations", "activations+head")
 
@@ -62,8 +64,11 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
     return parameters
 
 
-class ActivationTrainer(Trainer):
-    """``Trainer`` that keeps the parameters of activations out of weight decay, which would pull them to f = 0."""
+class ActivationTrainer(FiniteLoss, WholeCheckpoints):
+    """``Trainer`` that keeps the parameters of activations out of weight decay, which would pull them to f = 0.
+
+    It also stops rather than save what is not finite, and resumes from whole checkpoints only.
+    """
 
     def get_decay_parameter_names(self, model):
         exempt = activation_parameters(model)
