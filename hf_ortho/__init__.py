@@ -9,6 +9,7 @@ from .conversion import ConversionReport, Histogram, convert, expand, polynomial
 from .recompute import fuse_mlp
 
 if TYPE_CHECKING:
+    from .training.guard import FiniteGuard
     from .training.logger import ActivationLogger
     from .training.optimizer import optimizer, param_groups, scale_steps
     from .training.penalty import DomainPenalty
@@ -18,6 +19,7 @@ __all__ = [
     "ActivationLogger",
     "ConversionReport",
     "DomainPenalty",
+    "FiniteGuard",
     "Histogram",
     "activations",
     "convert",
@@ -35,6 +37,7 @@ __all__ = [
 _TRAINING = {
     "ActivationLogger": "logger",
     "DomainPenalty": "penalty",
+    "FiniteGuard": "guard",
     "optimizer": "optimizer",
     "param_groups": "optimizer",
     "scale_steps": "optimizer",

@@ -39,3 +39,7 @@ class CheckpointError(HfOrthoError, OSError):
 
 class OutputError(HfOrthoError, OSError):
     """A folder or file cannot be written; what was there before is untouched."""
+
+
+class NonFiniteError(HfOrthoError, ArithmeticError):
+    """The loss or the parameters of a training became infinite or not a number; nothing of that was saved."""

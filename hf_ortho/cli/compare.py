@@ -27,9 +27,13 @@ def run(argv: list[str]) -> None:
     runs: list[Run] = []
     for done in run_grid(comparison):
         runs.append(done)
+        if comparison.training.process_index != 0:
+            continue
         figures = ", ".join(f"{key} {value:.5f}" for key, value in done.metrics.items())
         console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {figures}")
         write(folder, comparison, runs, {}, {})
+    if comparison.training.process_index != 0:
+        return
     times: dict[str, Times] = {}
     kept: dict[str, float] = {}
     if grid.timing_rounds:

@@ -12,6 +12,7 @@ from .augment import AugmentedImages, MixingCollator, SoftTargetLoss
 from .ema import ExponentialMovingAverage
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
+from .guard import FiniteGuard
 from .metrics import Perplexity, TopKAccuracy
 from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
 
@@ -22,6 +23,7 @@ __all__ = [
     "AugmentedImages",
     "DataArguments",
     "ExponentialMovingAverage",
+    "FiniteGuard",
     "LoggingArguments",
     "MixingCollator",
     "ModelArguments",

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import default_data_collator
 from transformers.activations import ACT2FN
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations import parse
 from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
 from ..errors import ConfigError, OutputError
 from .arguments import CompareArguments, Recipe
+from .checkpoints import last_whole_checkpoint
 from .finetune import assemble, finetune
 from .trainer import ActivationTrainer
 
@@ -70,7 +71,8 @@ def run_grid(comparison: Comparison) -> Iterator[Run]:
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} {values}: give at least one, each once")
     folder = Path(str(comparison.training.output_dir))
-    _claim(comparison, folder)
+    with PartialState().main_process_first():
+        _claim(comparison, folder)
     for seed in grid.seeds:
         for name in grid.activations:
             yield _run(comparison, name, seed, folder / name / f"seed-{seed}")
@@ -81,9 +83,11 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path) -> Ru
     if file.is_file():
         return Run.load(file)
     recipe = _member(comparison, activation, seed, folder)
-    if folder.is_dir() and get_last_checkpoint(str(folder)) is None:
-        shutil.rmtree(folder)
-    recipe.training.resume_from_checkpoint = "true" if folder.is_dir() else None
+    state = PartialState()
+    if state.is_main_process and last_whole_checkpoint(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    state.wait_for_everyone()
+    recipe.training.resume_from_checkpoint = "auto"
     result = finetune(recipe)
     if result.after is None:
         raise ConfigError("a comparison needs evaluation data: give eval_dataset or eval_split")
@@ -126,6 +130,8 @@ def _plain(value: Any) -> Any:
 
 
 def _write(file: Path, text: str) -> None:
+    if not PartialState().is_main_process:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}")

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.activations import ACT2FN
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations import LearnableActivation, parse
 from ..conversion import ConversionReport, convert
@@ -19,6 +18,7 @@ from ..errors import ConfigError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
+from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point
 from .evaluation import make_trainer, metrics_of
 from .logger import ActivationLogger
 from .penalty import DomainPenalty
@@ -46,7 +46,8 @@ class Result:
 def finetune(recipe: Recipe) -> Result:
     """Load and convert if asked, or start from scratch; train, evaluate, and save into ``output_dir``.
 
-    Resumes where ``resume_from_checkpoint`` says so (``"true"`` for the latest in the output folder).
+    Resumes where ``resume_from_checkpoint`` says so: a folder, ``"true"`` for the last whole checkpoint in the output
+    folder, or ``"auto"`` for that one if there is one, else the start.
 
     Raises:
         HfOrthoError: an argument does not fit; nothing is written.
@@ -112,19 +113,22 @@ def _resume_from(arguments: TrainingArguments) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; name a folder")
     asked = arguments.resume_from_checkpoint
-    if asked and str(asked).lower() not in ("true", "false"):
+    if asked and str(asked).lower() not in ("true", "auto", "false"):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint {asked}: no such folder")
         if not (Path(asked) / "trainer_state.json").is_file():
             raise ConfigError(
                 f"resume_from_checkpoint {asked}: no checkpoint of a training, it has no trainer_state.json"
             )
+        if (Path(asked) / MANIFEST).is_file() and not is_whole(Path(asked)):
+            raise ConfigError(
+                f"resume_from_checkpoint {asked}: incomplete, or not what its {MANIFEST} lists; name another, or true "
+                "for the last whole one in output_dir"
+            )
         return str(asked)
-    if asked and str(asked).lower() == "true":
-        latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if latest is None:
-            raise ConfigError(f"resume_from_checkpoint true: {folder} holds no checkpoint-N folder")
-        return latest
+    if asked and str(asked).lower() in ("true", "auto"):
+        latest = resume_point(folder, required=str(asked).lower() == "true")
+        return None if latest is None else str(latest)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"output_dir {folder} exists and is not empty; name another, or resume with --resume_from_checkpoint true"
@@ -151,10 +155,16 @@ def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dat
 
 
 def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path) -> None:
-    """Put the final model into a folder that may hold training checkpoints, each file complete or absent."""
+    """Put the final model into a folder that may hold training checkpoints.
+
+    Each file is complete or absent, and ``config.json``, without which nothing loads, is there only if all files of the
+    model are from the same save.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "final.draft") as draft:
-        save_checkpoint(checkpoint, draft)
-    for file in sorted((folder / "final.draft").iterdir()):
+    draft = folder / FINAL_DRAFT
+    with replacing(draft) as place:
+        save_checkpoint(checkpoint, place)
+    (folder / "config.json").unlink(missing_ok=True)
+    for file in sorted(draft.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
         file.replace(folder / file.name)
-    (folder / "final.draft").rmdir()
+    draft.rmdir()

@@ -6,12 +6,14 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .checkpoints import WholeCheckpoints
 from .ema import ExponentialMovingAverage
+from .guard import FiniteLoss
 from .optimizer import param_groups, scale_steps
 
 if TYPE_CHECKING:
@@ -73,8 +75,10 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
     return parameters
 
 
-class ActivationTrainer(Trainer):
+class ActivationTrainer(FiniteLoss, WholeCheckpoints):
     """``Trainer`` with the parameter groups of ``param_groups``, for every optimiser that it knows by name.
+
+    It also stops rather than save what is not finite, and resumes from whole checkpoints only.
 
     Args:
         optimizer_arguments: how the activations are optimised; None for the defaults.

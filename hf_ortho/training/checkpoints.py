@@ -1,0 +1,143 @@
+"""Training checkpoints that can be told from what a killed process left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import ConfigError
+
+MANIFEST = "manifest.json"
+FINAL_DRAFT = "final.draft"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of ``manifest.json`` is there in its size, and ``trainer_state.json``, written after it, too.
+
+    A save that was killed has an empty manifest or lacks the state; a deletion that was killed lacks a file.
+    """
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """List the files of a checkpoint with their sizes in bytes."""
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
+    sizes = {file.relative_to(checkpoint).as_posix(): file.stat().st_size for file in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=1))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The ``checkpoint-N`` folders, by N."""
+    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and _step(p).isdecimal()]
+    return sorted(found, key=lambda p: int(_step(p)))
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.rpartition("-")[2]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step that is whole for every process, which may each have a disk of its own."""
+    names = gather_object([[p.name for p in checkpoints(folder) if is_whole(p)]])
+    common = set.intersection(*map(set, names))
+    return next((p for p in reversed(checkpoints(folder)) if p.name in common), None)
+
+
+def resume_point(folder: Path, *, required: bool) -> Path | None:
+    """The checkpoint to resume from, None to start anew.
+
+    Args:
+        required: whether starting anew is out of the question. It is so too where that could lose something: if the
+            folder holds a model, or checkpoints without ``manifest.json``.
+
+    Raises:
+        ConfigError: there is no whole checkpoint, and the training cannot start anew.
+    """
+    last = last_whole_checkpoint(folder)
+    if last is not None:
+        return last
+    present = checkpoints(folder)
+    foreign = [p for p in present if not (p / MANIFEST).is_file()]
+    if foreign:
+        raise ConfigError(
+            f"resume_from_checkpoint: {folder} holds no checkpoint that is known to be whole, since {foreign[-1].name} "
+            f"has no {MANIFEST}; if it is, name it: --resume_from_checkpoint {foreign[-1]}"
+        )
+    if required:
+        reason = f"no whole checkpoint, {present[-1].name} is incomplete" if present else "no checkpoint-N folder"
+        raise ConfigError(
+            f"resume_from_checkpoint true: {folder} holds {reason}; "
+            "with --resume_from_checkpoint auto the training starts anew then"
+        )
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"resume_from_checkpoint auto: {folder} holds a model but no training checkpoint; name another output_dir"
+        )
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves and deletions left in the output folder of a training; nothing that others wrote."""
+    for checkpoint in checkpoints(folder):
+        if (checkpoint / MANIFEST).is_file() and not is_whole(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    for draft in (folder / FINAL_DRAFT, *folder.glob(f".{FINAL_DRAFT}.*")):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+class WholeCheckpoints(Trainer):
+    """``Trainer`` whose checkpoints carry a manifest, so that only whole ones are resumed from.
+
+    ``manifest.json`` lists every file with its size, once all processes have written theirs; ``trainer_state.json``
+    comes after it, and the deletions of ``save_total_limit`` after that. ``train`` starts by removing what killed saves
+    left, and ``resume_from_checkpoint=True`` takes the last whole checkpoint. A training that had ended takes no
+    further step.
+
+    With several nodes ``output_dir`` must be on a disk that all of them share, or ``save_on_each_node`` be set.
+    """
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        folder = Path(str(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(resume_point(folder, required=True))
+        if self.args.should_save:
+            remove_leftovers(folder)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            if not self.args.save_only_model:
+                (folder / MANIFEST).write_text("{}")
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)  # the last file that every process writes
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(Path(output_dir))

@@ -1,0 +1,141 @@
+"""Stop a training at the first loss or parameter that is not finite, and say where it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, distributed, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..activations import LearnableActivation
+from ..errors import NonFiniteError
+
+
+class FiniteGuard(TrainerCallback):
+    """Raise ``NonFiniteError`` rather than log, evaluate or save a model whose parameters are not finite.
+
+    For any ``Trainer``: ``Trainer(..., callbacks=[hf_ortho.FiniteGuard()])``. The trainable parameters are looked at
+    whenever Trainer logs, evaluates or saves, and at the end of the training, on all processes together. Gradients are
+    not, so that steps which fp16's ``GradScaler`` skips do no harm.
+    """
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_log or control.should_evaluate or control.should_save:
+            check_parameters(model, args, state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        check_parameters(model, args, state.global_step)
+
+
+class FiniteLoss(Trainer):
+    """``Trainer`` with ``FiniteGuard``, which also stops at a loss that is not finite, before the optimiser's step.
+
+    The batch is run forward once more then, to find the first layer whose output is not finite. The loss is looked at
+    where ``logging_nan_inf_filter``, which is on by default, makes Trainer wait for it anyway; several processes share
+    one flag per batch for that. Under fp16 the loss may overflow as long as the scale of the ``GradScaler`` exceeds 1.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(FiniteGuard())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.logging_nan_inf_filter and _any_process(~torch.isfinite(loss).all()).item():
+            scaler = getattr(self.accelerator, "scaler", None)
+            if scaler is None or scaler.get_scale() <= 1:
+                raise _error(self.args, self.state.global_step + 1, f"the loss is not finite, {self._origin(inputs)}")
+        return loss
+
+    def _origin(self, inputs) -> str:
+        model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        with first_non_finite(model) as found, torch.no_grad(), self.compute_loss_context_manager():
+            self.compute_loss(model, self._prepare_inputs(inputs))
+        found = gather_object(found)
+        return f"and so are {found[0]}, first of all layers" if found else "though the output of every layer is"
+
+
+@contextlib.contextmanager
+def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Within the block, look for the first layer of ``model``, in the order of the forward pass, that is not finite.
+
+    Gives a list that will hold nothing or one phrase: the pre-activations or outputs of a learnable activation, or the
+    parameters or outputs of another module without children.
+    """
+    found: list[str] = []
+
+    def hook(name: str):
+        def look(module, args, output):
+            if found:
+                return
+            outputs = output if isinstance(output, tuple) else (output,)
+            if isinstance(module, LearnableActivation) and not all(map(_is_finite, args)):
+                found.append(f"the pre-activations of {name}")
+            elif not all(map(_is_finite, outputs)):
+                damaged = not all(map(_is_finite, _trained(module).values()))
+                found.append(f"the {'parameters' if damaged else 'outputs'} of {name}")
+
+        return look
+
+    layers = [(n, m) for n, m in model.named_modules() if next(m.children(), None) is None]
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_finite(value) -> bool:
+    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+
+
+@torch.no_grad()
+def check_parameters(model: nn.Module, args: TrainingArguments, step: int) -> None:
+    """Raise ``NonFiniteError`` if a trainable parameter is not finite on any process; the domain may be infinite."""
+    values = _trained(model)
+    if not values:
+        return
+    flags = _any_process(torch.stack([(~torch.isfinite(v)).any().to(args.device) for v in values.values()]))
+    bad = [name for name, flag in zip(values, flags.tolist(), strict=True) if flag]
+    if bad:
+        learnable = {n for n, m in model.named_modules() if isinstance(m, LearnableActivation)}
+        first = next((name for name in bad if name.rpartition(".")[0] in learnable), bad[0])
+        kind = "first activation among them" if first.rpartition(".")[0] in learnable else "first"
+        raise _error(args, step, f"{len(bad)} of {len(values)} trained parameters are not finite, the {kind} {first}")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What this process holds of the trainable parameters, in the order of the modules; infinite domains as 0."""
+    values = {}
+    domains = {id(m.domain) for m in model.modules() if isinstance(m, LearnableActivation)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3 empties the parameter itself
+            value = value.to_local() if hasattr(value, "to_local") else value
+            value = value.detach()
+            values[name] = value.nan_to_num(math.nan, 0.0, 0.0) if id(parameter) in domains else value
+    return values
+
+
+def _any_process(flags: Tensor) -> Tensor:
+    """Whether each flag is set on any process."""
+    if distributed.is_available() and distributed.is_initialized():
+        flags = flags.int()
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+    return flags
+
+
+def _error(args: TrainingArguments, step: int, reason: str) -> NonFiniteError:
+    folder = Path(str(args.output_dir))
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    place = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
+    return NonFiniteError(f"step {step}: {reason}; {place}; a lower learning_rate or max_grad_norm may help")
