@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations import parse
@@ -15,7 +17,9 @@ from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save
 from ..errors import ConfigError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
-from .evaluation import make_trainer, metrics_of
+from .distributed import full_state_dict, main_decides
+from .evaluation import make_trainer, metrics_at_start, metrics_of
+from .lora import add_lora, merge_lora
 from .samples import batches, load_splits
 from .trainer import POLICIES, set_trainable
 
@@ -52,12 +56,15 @@ def finetune(recipe: Recipe) -> Result:
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
-    resume = _resume_from(arguments)
+    resume = main_decides(arguments, lambda: _resume_from(arguments))
     checkpoint = load_checkpoint(
         model_arguments.model, revision=model_arguments.model_revision, dtype=model_arguments.dtype
     )
-    train, held_back = load_splits(checkpoint, data_arguments)
+    with arguments.main_process_first(desc="preparing the data"):  # the others read what it caches
+        train, held_back = load_splits(checkpoint, data_arguments)
     report = _convert_first(checkpoint, model_arguments, train)
+    if model_arguments.train == "lora+activations":
+        checkpoint.model = cast(PreTrainedModel, add_lora(checkpoint.model, recipe.lora, arguments.seed))
     trainable = set_trainable(checkpoint.model, model_arguments.train)
     if model_arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
@@ -66,15 +73,20 @@ def finetune(recipe: Recipe) -> Result:
             raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
         if model_arguments.train != "all":
             checkpoint.model.enable_input_require_grads()
+    # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
+    arguments.eval_on_start = held_back is not None and resume is None
     try:
         trainer = make_trainer(checkpoint, arguments, train, held_back)
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
-    before = metrics_of(trainer) if held_back is not None else None
     trainer.train(resume_from_checkpoint=resume)
+    before = metrics_at_start(trainer) if held_back is not None else None
     after = metrics_of(trainer) if held_back is not None else None
+    state_dict = full_state_dict(trainer)
     if trainer.is_world_process_zero():
-        save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)))
+        if isinstance(checkpoint.model, PeftModel):
+            checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
+        save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)), state_dict)
     return Result(checkpoint, before, after, report, trainable)
 
 
@@ -114,11 +126,14 @@ def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dat
     return convert(checkpoint.model, arguments.activation, calibration=samples)
 
 
-def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path) -> None:
-    """Put the final model into a folder that may hold training checkpoints, each file complete or absent."""
+def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
+    """Put the final model into a folder that may hold training checkpoints, each file complete or absent.
+
+    ``state_dict`` stands for a model whose tensors are sharded over processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "final.draft") as draft:
-        save_checkpoint(checkpoint, draft)
+        save_checkpoint(checkpoint, draft, state_dict)
     for file in sorted((folder / "final.draft").iterdir()):
         file.replace(folder / file.name)
     (folder / "final.draft").rmdir()
