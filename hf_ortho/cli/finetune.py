@@ -12,6 +12,7 @@ from ..training.arguments import Recipe
 from ..training.evaluation import change
 from ..training.finetune import Result, finetune
 from .console import console, show, table
+from .launch import launch
 from .recipe import parse_recipe
 
 HELP = __doc__
@@ -29,11 +30,13 @@ def results_of(result: Result, arguments: TrainingArguments, dataset: str | None
     return Results(["before training", "after", "change"], rows, caption)
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> int | None:
+    if (code := launch("finetune", argv)) is not None:
+        return code
     recipe = parse_recipe(Recipe, "finetune", HELP, argv)
     result, arguments = finetune(recipe), recipe.training
     if arguments.process_index != 0:
-        return
+        return None
     if result.conversion is not None:
         for part in result.conversion.tables():
             show(part)
@@ -55,3 +58,4 @@ def run(argv: list[str]) -> None:
         arguments=arguments,
     )
     console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
+    return None

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from ..errors import HfOrthoError
@@ -35,12 +36,18 @@ def main_decides(arguments: TrainingArguments, question: Callable[[], T]) -> T:
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
-    """The trained tensors, gathered from all processes, under FSDP or DeepSpeed; None where each process has them.
+    """The trained tensors where processes hold shards of them (FSDP, DeepSpeed, tensor parallelism), else None.
 
     Every process must call it; the main process gets all tensors, on the CPU.
     """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    elif trainer.is_distributed_loading_by_transformers:
+        state = model.state_dict()
+        gathered = {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()}
+        model.config.distributed_config = None  # save_pretrained would wait for all processes to call it
+    else:
         return None
-    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys
+    tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in gathered.items() if name not in tied}

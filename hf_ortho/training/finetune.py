@@ -21,6 +21,7 @@ from .distributed import full_state_dict, main_decides
 from .evaluation import make_trainer, metrics_at_start, metrics_of
 from .lora import add_lora, merge_lora
 from .samples import batches, load_splits
+from .tensor_parallel import reduce_activation_gradients, sharding
 from .trainer import POLICIES, set_trainable
 
 
@@ -58,14 +59,19 @@ def finetune(recipe: Recipe) -> Result:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     resume = main_decides(arguments, lambda: _resume_from(arguments))
     checkpoint = load_checkpoint(
-        model_arguments.model, revision=model_arguments.model_revision, dtype=model_arguments.dtype
+        model_arguments.model, revision=model_arguments.model_revision, dtype=model_arguments.dtype, **sharding()
     )
     with arguments.main_process_first(desc="preparing the data"):  # the others read what it caches
         train, held_back = load_splits(checkpoint, data_arguments)
     report = _convert_first(checkpoint, model_arguments, train)
     if model_arguments.train == "lora+activations":
+        if sharding():
+            raise ConfigError(
+                "train 'lora+activations' and tensor parallelism do not go together; take multi_gpu or fsdp2"
+            )
         checkpoint.model = cast(PreTrainedModel, add_lora(checkpoint.model, recipe.lora, arguments.seed))
     trainable = set_trainable(checkpoint.model, model_arguments.train)
+    reduce_activation_gradients(checkpoint.model)
     if model_arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:

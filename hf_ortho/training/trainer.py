@@ -92,3 +92,8 @@ class ActivationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         freeze_domains(self.accelerator.unwrap_model(self.model))  # peft makes all that it loads trainable
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self.get_tp_size() > 1:  # every process has the results for all samples
+            self.gather_function = lambda tensors: tensors
+        return super().evaluation_loop(*args, **kwargs)
