@@ -12,13 +12,16 @@ from ..hub.card import hardware
 from ..plotting.comparison import plot_comparison
 from ..training.compare import METRICS, Comparison, Run, measure_steps, run_grid, summarise
 from .console import console, table
+from .launch import launch
 from .recipe import parse_recipe
 
 HELP = str(__doc__)
 METRIC_NAMES = {"loss": "evaluation loss (nats)", "top1": "top-1 accuracy"}
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> int | None:
+    if (code := launch("compare", argv)) is not None:
+        return code
     comparison = parse_recipe(Comparison, "compare", HELP, argv)
     grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
     if grid.timing_rounds < 0:
@@ -33,7 +36,7 @@ def run(argv: list[str]) -> None:
         console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {figures}")
         write(folder, comparison, runs, {}, {})
     if comparison.training.process_index != 0:
-        return
+        return None
     times: dict[str, Times] = {}
     kept: dict[str, float] = {}
     if grid.timing_rounds:
@@ -42,6 +45,7 @@ def run(argv: list[str]) -> None:
     caption, columns, rows = write(folder, comparison, runs, times, kept)
     table(caption, columns, rows)
     console.print(f"Wrote {folder}: results.json, table.md, comparison.png, and a folder per run")
+    return None
 
 
 def metric_of(runs: list[Run]) -> str:

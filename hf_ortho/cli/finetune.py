@@ -10,6 +10,7 @@ from ..training.arguments import Recipe
 from ..training.evaluation import change
 from ..training.finetune import Result, finetune
 from .console import console, show, table
+from .launch import launch
 from .recipe import parse_recipe
 
 HELP = str(__doc__)
@@ -30,11 +31,13 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     return Results(["before training", "after", "change"], rows, caption)
 
 
-def run(argv: list[str], command: str = "finetune", description: str = HELP) -> None:
+def run(argv: list[str], command: str = "finetune", description: str = HELP) -> int | None:
+    if (code := launch(command, argv)) is not None:
+        return code
     recipe = parse_recipe(Recipe, command, description, argv)
     result, arguments = finetune(recipe), recipe.training
     if arguments.process_index != 0:
-        return
+        return None
     if result.conversion is not None:
         for part in result.conversion.tables():
             show(part)
@@ -56,3 +59,4 @@ def run(argv: list[str], command: str = "finetune", description: str = HELP) -> 
         arguments=arguments,
     )
     console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
+    return None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
+import os
 import signal
 import sys
+import time
 from importlib.metadata import version
+from pathlib import Path
 
 from ..errors import ConfigError, HfOrthoError
 
@@ -22,6 +26,8 @@ COMMANDS = {
     "bench": "time and memory of the activations, and of models with them, against the fixed ones",
     "env": "the machine and the versions of the libraries",
 }
+
+LAUNCHED = "HF_ORTHO_LAUNCHED"  # in the environment of the processes that ``--accelerate_config`` starts
 
 
 def usage() -> str:
@@ -51,11 +57,21 @@ def main(argv: list[str] | None = None) -> int:
         quiet()
         return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
     except HfOrthoError as error:
-        print(f"hf-ortho: error: {error}", file=sys.stderr)
+        _report(f"error: {error}", error)
         return 2
     except KeyboardInterrupt:
-        print("hf-ortho: interrupted; no output was left half-written", file=sys.stderr)
+        _report("interrupted; no output was left half-written")
         return 130
+
+
+def _report(message: str, error: Exception | None = None) -> None:
+    """Print what ended a command, once for all its processes; torch's launcher gets ``error`` from each."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and error is not None:
+        details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
+    if os.environ.get("RANK", "0") == "0" and not (file and LAUNCHED in os.environ):
+        print(f"hf-ortho: {message}", file=sys.stderr)
 
 
 def _interrupt(signum, frame):

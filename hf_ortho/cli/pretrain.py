@@ -7,5 +7,5 @@ from . import finetune
 HELP = str(__doc__)
 
 
-def run(argv: list[str]) -> None:
-    finetune.run([*argv, "--init", "scratch"], "pretrain", HELP)
+def run(argv: list[str]) -> int | None:
+    return finetune.run([*argv, "--init", "scratch"], "pretrain", HELP)

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, get_scheduler
 
 from ..errors import ConfigError
 from ..training.arguments import Recipe
+from .launch import add_arguments
 
 R = TypeVar("R", bound=Recipe)
 
@@ -32,6 +33,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     p = _Parser(tuple(groups.values()), prog=f"hf-ortho {command}", description=description, allow_abbrev=False)
     p.add_argument("--config", help="YAML file with any of these options as keys")
     known = {action.dest for action in p._actions} - {"help", "config"}
+    add_arguments(p)  # for --help: ``launch`` has taken them
     config = p.parse_known_args(argv)[0].config
     from_file = _read(config, known) if config else []
     namespace, rest = p.parse_known_args([*from_file, *argv])
@@ -40,8 +42,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
             raise _unknown(flag.split("=")[0].lstrip("-").replace("-", "_"), "on the command line", known)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}")
-    del namespace.config
-    values = vars(namespace)
+    values = {key: value for key, value in vars(namespace).items() if key in known}
     if values["output_dir"] is None:
         raise ConfigError("output_dir is missing: give --output_dir, or output_dir in the config")
     if values["report_to"] is None:

@@ -47,7 +47,7 @@ def collect(
         for handle in handles:
             handle.remove()
     for histogram in histograms.values() if several_processes() else ():
-        histogram.reduce(model.device)
+        histogram.reduce(collective_device(model))
     for name, histogram in histograms.items():
         histogram.check(name)
     return histograms, loss
@@ -60,6 +60,12 @@ def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def collective_device(model: PreTrainedModel) -> torch.device:
+    """Where the tensors of a collective must lie: NCCL takes none from the CPU."""
+    nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else model.device
 
 
 def has_labels(model: PreTrainedModel, batch) -> bool:
@@ -91,7 +97,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
             if labels:
                 total, weight = total + loss * labels, weight + labels
     if several_processes():
-        sums = torch.tensor([total, weight, count], dtype=torch.float64, device=model.device)
+        sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(model))
         torch.distributed.all_reduce(sums)
         total, weight, count = sums.tolist()
     if not count:

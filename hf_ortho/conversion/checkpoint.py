@@ -177,9 +177,9 @@ def _umask() -> int:
     return mask
 
 
-def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the model, its config and its processors into ``folder``, which exists."""
-    checkpoint.model.save_pretrained(folder)
+def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
+    """Write the model (``state_dict`` for its tensors), its config and its processors into ``folder``, which exists."""
+    checkpoint.model.save_pretrained(folder, state_dict=state_dict)
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):
         if processor is not None:
             processor.save_pretrained(folder)

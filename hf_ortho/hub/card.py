@@ -84,21 +84,18 @@ def write_card(
     sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
     revision = provenance.get("source_revision")
     origin = f"`{base}`" + (f" at commit `{revision}`" if revision else "") if base else "a model built in memory"
+    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 derives a class of its own
     if init := provenance.get("init"):
-        summary = (
-            f"{type(model).__name__} with learnable `{activation}` activations, trained from scratch; they started "
-        )
+        summary = f"{name} with learnable `{activation}` activations, trained from scratch; they started "
         paper = {"paper": "from the paper's initialisation.", "unit": "with E[f(x)^2] = 1 under N(0, 1)."}
         summary += paper.get(init, f"as the Hermite interpolation of {init}.")
     elif activation:
-        summary = (
-            f"{type(model).__name__} with learnable `{activation}` activations, converted from {origin} ({sources})"
-        )
+        summary = f"{name} with learnable `{activation}` activations, converted from {origin} ({sources})"
         summary += " by Hermite interpolation" + (", then fine-tuned." if arguments else ".")
     elif not model.name_or_path:
-        summary = f"{type(model).__name__}, trained from scratch; its activations are not learnable."
+        summary = f"{name}, trained from scratch; its activations are not learnable."
     else:
-        summary = f"{type(model).__name__}, fine-tuned from `{model.name_or_path}`; its activations are not learnable."
+        summary = f"{name}, fine-tuned from `{model.name_or_path}`; its activations are not learnable."
     ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),

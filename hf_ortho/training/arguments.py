@@ -215,12 +215,25 @@ class AugmentationArguments:
 
 
 @dataclasses.dataclass
+class LoraArguments:
+    """For ``train: lora+activations``."""
+
+    lora_r: int = dataclasses.field(default=8, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = dataclasses.field(default=16, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout before the LoRA matrices."})
+    lora_target_modules: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Names of the layers that get LoRA; default: all linear layers but the head."}
+    )
+
+
+@dataclasses.dataclass
 class Recipe:
     """All that one training needs; the fields of its groups are the keys of a YAML recipe and the flags."""
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
+    lora: LoraArguments = dataclasses.field(default_factory=LoraArguments)
     optimizer: OptimizerArguments = dataclasses.field(default_factory=OptimizerArguments)
     logging: LoggingArguments = dataclasses.field(default_factory=LoggingArguments)
     augmentation: AugmentationArguments = dataclasses.field(default_factory=AugmentationArguments)

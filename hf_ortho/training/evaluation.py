@@ -42,8 +42,17 @@ def make_trainer(
 
 def metrics_of(trainer: ActivationTrainer) -> dict[str, float]:
     """Evaluate, with the Trainer's prefix and its throughput figures left out."""
+    return _metrics_in(trainer.evaluate())
+
+
+def metrics_at_start(trainer: ActivationTrainer) -> dict[str, float] | None:
+    """The metrics that ``eval_on_start`` gave, of a resumed training too; None if there are none."""
+    first = (entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry)
+    return next(map(_metrics_in, first), None)
+
+
+def _metrics_in(found: dict) -> dict[str, float]:
     # "loss" of our metrics is the mean over all tokens; the Trainer's own is a mean of batch means.
-    found = trainer.evaluate()
     kept = ("loss", "perplexity", "top1", "top5")
     return {key: float(found[f"eval_{key}"]) for key in kept if f"eval_{key}" in found}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation, parse
@@ -19,11 +20,14 @@ from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
 from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point
-from .evaluation import make_trainer, metrics_of
+from .distributed import full_state_dict, main_decides
+from .evaluation import make_trainer, metrics_at_start, metrics_of
 from .logger import ActivationLogger
+from .lora import add_lora, merge_lora
 from .penalty import DomainPenalty
 from .samples import batches, load_splits
 from .scratch import scratch_checkpoint
+from .tensor_parallel import reduce_activation_gradients, sharding
 from .trainer import POLICIES, set_trainable
 
 
@@ -68,9 +72,16 @@ def finetune(recipe: Recipe) -> Result:
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
-    resume = _resume_from(arguments)
+    resume = main_decides(arguments, lambda: _resume_from(arguments))
     checkpoint, train, held_back, report = assemble(recipe)
+    if model_arguments.train == "lora+activations":
+        if sharding():
+            raise ConfigError(
+                "train 'lora+activations' and tensor parallelism do not go together; take multi_gpu or fsdp2"
+            )
+        checkpoint.model = cast(PreTrainedModel, add_lora(checkpoint.model, recipe.lora, arguments.seed))
     trainable = set_trainable(checkpoint.model, model_arguments.train)
+    reduce_activation_gradients(checkpoint.model)
     if model_arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
@@ -84,16 +95,21 @@ def finetune(recipe: Recipe) -> Result:
     if (every := recipe.logging.log_activations) is not None:
         options["callbacks"] = [ActivationLogger(every)]
     check_augmentation(recipe.augmentation, arguments, checkpoint, train)
+    # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
+    arguments.eval_on_start = held_back is not None and resume is None and not scratch
     try:
         trainer = make_trainer(checkpoint, arguments, train, held_back, **options)
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
-    before = metrics_of(trainer) if held_back is not None and not scratch else None
     trainer.train(resume_from_checkpoint=resume)
+    before = metrics_at_start(trainer) if held_back is not None else None
     after = metrics_of(trainer) if held_back is not None else None
+    state_dict = full_state_dict(trainer)
     if trainer.is_world_process_zero():
-        save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)))
+        if isinstance(checkpoint.model, PeftModel):
+            checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
+        save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)), state_dict)
     return Result(checkpoint, before, after, report, trainable, trainer.state.log_history)
 
 
@@ -102,10 +118,18 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset, Dataset | None, Conve
     arguments = recipe.model
     if arguments.init == "scratch":
         checkpoint, report = scratch_checkpoint(arguments, recipe.data, recipe.training.seed)
-        return checkpoint, *load_splits(checkpoint, recipe.data), report
-    checkpoint = load_checkpoint(str(arguments.model), revision=arguments.model_revision, dtype=arguments.dtype)
-    train, held_back = load_splits(checkpoint, recipe.data)
-    return checkpoint, train, held_back, _convert_first(checkpoint, arguments, train)
+    else:
+        checkpoint, report = (
+            load_checkpoint(
+                str(arguments.model), revision=arguments.model_revision, dtype=arguments.dtype, **sharding()
+            ),
+            None,
+        )
+    with recipe.training.main_process_first(desc="preparing the data"):  # the others read what it caches
+        train, held_back = load_splits(checkpoint, recipe.data)
+    if arguments.init != "scratch":
+        report = _convert_first(checkpoint, arguments, train)
+    return checkpoint, train, held_back, report
 
 
 def _resume_from(arguments: TrainingArguments) -> str | None:
@@ -154,16 +178,16 @@ def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dat
     return convert(model, name, calibration=samples)
 
 
-def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path) -> None:
+def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
     """Put the final model into a folder that may hold training checkpoints.
 
     Each file is complete or absent, and ``config.json``, without which nothing loads, is there only if all files of the
-    model are from the same save.
+    model are from the same save. ``state_dict`` stands for a model whose tensors are sharded over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / FINAL_DRAFT
     with replacing(draft) as place:
-        save_checkpoint(checkpoint, place)
+        save_checkpoint(checkpoint, place, state_dict)
     (folder / "config.json").unlink(missing_ok=True)
     for file in sorted(draft.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
         file.replace(folder / file.name)

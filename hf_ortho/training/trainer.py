@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .arguments import OptimizerArguments
     from .penalty import DomainPenalty
 
-POLICIES = ("all", "activations", "activations+head", "head")
+POLICIES = ("all", "activations", "activations+norms", "activations+head", "lora+activations", "head")
 
 
 def activation_parameters(model: nn.Module) -> set[str]:
@@ -38,11 +38,12 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
 
     ``all``: everything but the domains of activations. ``activations``: their series alone. ``activations+head``:
     these and the output head, which is what lies outside the base model, or the output embeddings (for a tied language
-    model these are the input embeddings too). ``head``: the output head alone, to compare an original model with one
-    trained as ``activations+head``.
+    model these are the input embeddings too). ``activations+norms``: these and the layers whose class is named after a
+    norm (LayerNorm, RMSNorm, BatchNorm2d, ...). ``lora+activations``: these and the adapters of ``add_lora``. ``head``:
+    the output head alone, to compare an original model with one trained as ``activations+head``.
 
     Raises:
-        ConfigError: unknown policy, or the model has no learnable activations or no head to train.
+        ConfigError: unknown policy, or the model has no learnable activations, norms, head or adapters to train.
     """
     if policy not in POLICIES:
         raise ConfigError(f"train {policy!r}: must be one of {', '.join(POLICIES)}")
@@ -52,15 +53,26 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
             raise ConfigError(
                 f"train {policy!r}: the model has no learnable activations; convert it first, or give --activation"
             )
-        chosen = {id(p) for n, p in model.named_parameters() if n in names and policy != "head"}
-        if policy in ("activations+head", "head"):
-            chosen |= {id(p) for p in _head(model)}
+        # Of activations under peft only the copies are in use.
+        used = (p for n, p in model.named_parameters() if n in names and ".original_module." not in n)
+        chosen = set() if policy == "head" else {id(p) for p in used}
+        if policy in OTHERS:
+            find, lacking = OTHERS[policy]
+            others = find(model)
+            if not others:
+                raise ConfigError(f"train {policy!r}: {type(model).__name__} has no {lacking}; use 'activations'")
+            chosen |= {id(p) for p in others}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
+    freeze_domains(model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def freeze_domains(model: nn.Module) -> None:
+    """Keep the domains of all activations from being trained."""
     for module in model.modules():
         if isinstance(module, LearnableActivation):
             module.domain.requires_grad_(False)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _head(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -69,10 +81,24 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
         [p for n, p in model.named_parameters() if not n.startswith(base)] if model.base_model is not model else []
     )
     output = model.get_output_embeddings()
-    parameters += list(output.parameters()) if output is not None else []
-    if not parameters:
-        raise ConfigError(f"train: {type(model).__name__} has no head; use 'activations'")
-    return parameters
+    return parameters + (list(output.parameters()) if output is not None else [])
+
+
+def _norms(model: nn.Module) -> list[nn.Parameter]:
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    return [p for module in norms for p in module.parameters(recurse=False)]
+
+
+def _adapters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if ".lora_" in n]
+
+
+OTHERS = {
+    "activations+norms": (_norms, "norms"),
+    "activations+head": (_head, "head"),
+    "lora+activations": (_adapters, "LoRA adapters"),
+    "head": (_head, "head"),
+}
 
 
 class ActivationTrainer(FiniteLoss, WholeCheckpoints):
@@ -132,5 +158,11 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
 
     def evaluation_loop(self, *args, **kwargs):
         """Evaluate the averaged weights, if there are any."""
+        if self.get_tp_size() > 1:  # every process has the results for all samples
+            self.gather_function = lambda tensors: tensors
         with self.average.applied(self.optimizer) if self.average else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        freeze_domains(self.accelerator.unwrap_model(self.model))  # peft makes all that it loads trainable

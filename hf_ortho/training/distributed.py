@@ -1,0 +1,53 @@
+"""What a training in several processes needs beside its engine: one decision for all, one whole state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+
+from ..errors import HfOrthoError
+
+T = TypeVar("T")
+
+
+def main_decides(arguments: TrainingArguments, question: Callable[[], T]) -> T:
+    """The answer of the main process, in all processes.
+
+    For questions about files that the main process itself is about to write.
+
+    Raises:
+        HfOrthoError: that of the main process, in all processes.
+    """
+    answer: list = [None, None]
+    if arguments.process_index == 0:
+        try:
+            answer[0] = question()
+        except HfOrthoError as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
+    """The trained tensors where processes hold shards of them (FSDP, DeepSpeed, tensor parallelism), else None.
+
+    Every process must call it; the main process gets all tensors, on the CPU.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    elif trainer.is_distributed_loading_by_transformers:
+        state = model.state_dict()
+        gathered = {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()}
+        model.config.distributed_config = None  # save_pretrained would wait for all processes to call it
+    else:
+        return None
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in gathered.items() if name not in tied}

@@ -1,0 +1,47 @@
+"""Tensor parallelism by transformers: load a model in shards, and sum the gradients of its activations."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from ..activations import LearnableActivation
+
+
+def sharding() -> dict[str, Any]:
+    """What ``from_pretrained`` takes to split the layers as Accelerate's ``parallelism_config_tp_size`` says."""
+    size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+    return {"distributed_config": DistributedConfig(tp_size=size)} if size > 1 else {}
+
+
+def reduce_activation_gradients(model: PreTrainedModel) -> int:
+    """Sum the gradients of activations over the processes that each see a part of their input; returns how many.
+
+    An activation between split layers is whole in every process, its gradient is that of a slice of the units.
+    transformers' plan ``replicated_with_grad_allreduce`` sums what has accumulated, so it is right for one backward
+    per step only; this is right for any number. Call it once, after the last change of the modules.
+    """
+    count = 0
+    for path, module in model.named_modules():
+        if isinstance(module, LearnableActivation):
+            siblings = model.get_submodule(path.rpartition(".")[0]).children()
+            weights = [getattr(sibling, "weight", None) for sibling in siblings]
+            meshes = [w.device_mesh for w in weights if isinstance(w, DTensor)]
+            for parameter in module.parameters(recurse=False) if meshes else ():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda gradient, mesh=meshes[0]: _summed(gradient, mesh))
+            count += bool(meshes)
+    return count
+
+
+def _summed(gradient: Tensor, mesh: DeviceMesh) -> Tensor:
+    gradient = gradient.clone()
+    torch.distributed.all_reduce(gradient, group=mesh.get_group())
+    return gradient

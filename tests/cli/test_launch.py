@@ -1,0 +1,216 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from hf_ortho.cli import launch
+from hf_ortho.errors import ConfigError, HfOrthoError
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What the launchers and the plugins of Accelerate write into the environment does not stay there."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that says it has four of them, and DeepSpeed."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: True)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The arguments with which Accelerate's launchers are called, in place of starting processes."""
+    calls = []
+    for name in ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher"):
+        monkeypatch.setattr(accelerate_launch, name, lambda args, name=name: calls.append((name, args)))
+    return calls
+
+
+def test_without_the_flag_the_command_goes_on(started):
+    assert launch.launch("finetune", ["--config", "x.yaml"]) is None
+    assert launch.launch("finetune", ["--accelerate_config", "single", "--help"]) is None
+    assert started == []
+    assert "ACCELERATE_USE_CPU" not in os.environ
+
+
+def test_torchrun_without_a_gpu_runs_on_the_cpu():
+    os.environ["LOCAL_RANK"] = "1"
+    assert launch.launch("finetune", []) is None
+    assert os.environ["ACCELERATE_USE_CPU"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "processes"),
+    [
+        ("single", "simple_launcher", 1),
+        ("multi_gpu", "multi_gpu_launcher", 4),
+        ("fsdp2", "multi_gpu_launcher", 4),
+        ("zero3", "deepspeed_launcher", 4),
+        ("tp", "multi_gpu_launcher", 4),
+    ],
+)
+def test_the_command_is_started_again_on_all_gpus(gpus, started, name, launcher, processes):
+    assert launch.launch("finetune", ["--accelerate_config", name, "--config", "x.yaml", "--seed", "3"]) == 0
+    ((called, args),) = started
+    assert called == launcher
+    assert args.num_processes == processes
+    assert (args.module, args.training_script) == (True, "hf_ortho")
+    assert args.training_script_args == ["finetune", "--config", "x.yaml", "--seed", "3"]
+    assert launch.LAUNCHED not in os.environ
+
+
+def test_a_config_of_the_user_keeps_its_number_of_processes(gpus, started, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nnum_processes: 3\nmain_process_port: 0\n")
+    launch.launch("finetune", ["--accelerate_config", str(file)])
+    launch.launch("finetune", ["--accelerate_config", str(file), "--num_processes", "2"])
+    assert [args.num_processes for _, args in started] == [3, 2]
+
+
+# ---- what Accelerate's own parsers make of the packaged files ------------------------------------------------------
+
+
+def settings(started, name, prepare):
+    launch.launch("finetune", ["--accelerate_config", name, "--num_processes", "2"])
+    os.environ.update(prepare(started[-1][1]))
+
+
+def test_fsdp2_settings(gpus, started):
+    settings(started, "fsdp2", prepare_multi_gpu_env)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert plugin.cpu_ram_efficient_loading is False
+
+
+def test_zero3_settings(gpus, started):
+    settings(started, "zero3", lambda args: prepare_deepspeed_cmd_env(args)[1])
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == 3
+    assert plugin.zero3_init_flag is False
+    assert plugin.deepspeed_config["zero_optimization"]["stage"] == 3
+    assert plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_tensor_parallel_settings(gpus, started):
+    settings(started, "tp", prepare_multi_gpu_env)
+    parallelism = ParallelismConfig()
+    assert (parallelism.tp_size, parallelism.total_size) == (2, 2)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--accelerate_config", "ddp"], "'ddp': must be one of single, multi_gpu, fsdp2, zero3, tp, or a YAML file"),
+        (["--num_processes", "2"], "num_processes 2: give --accelerate_config too"),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "0"], "'0': must be an integer, at least 1"),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "two"], "'two': must be an integer, at least 1"),
+        (["--accelerate_config", "single", "--num_processes", "2"], "single is for one; take multi_gpu"),
+        (["--accelerate_config", "fsdp2"], "fsdp2 needs GPUs, this machine has none; multi_gpu runs on the CPU too"),
+        (["--accelerate_config", "zero3"], "zero3 needs GPUs"),
+        (["--accelerate_config", "tp"], "tp needs GPUs"),
+    ],
+)
+def test_mistakes(monkeypatch, started, flags, message):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=message):
+        launch.launch("finetune", flags)
+    assert started == []
+
+
+def test_more_processes_than_gpus(gpus, started):
+    with pytest.raises(ConfigError, match="num_processes 5: this machine has 4 GPUs"):
+        launch.launch("finetune", ["--accelerate_config", "fsdp2", "--num_processes", "5"])
+
+
+def test_deepspeed_is_missing(monkeypatch, gpus, started):
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
+    with pytest.raises(ConfigError, match="deepspeed is missing: pip install deepspeed"):
+        launch.launch("finetune", ["--accelerate_config", "zero3"])
+
+
+@pytest.mark.parametrize(
+    "text", ["distributed_type: [", "num_machines: 1", "distributed_type: MULTI_GPU\ngpus: 3", "7"]
+)
+def test_a_file_that_is_no_config(tmp_path, started, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml is no config of Accelerate: \S"):
+        launch.launch("finetune", ["--accelerate_config", str(tmp_path / "mine.yaml")])
+
+
+def test_the_flag_in_one_of_several_processes():
+    os.environ["LOCAL_RANK"] = "0"
+    with pytest.raises(ConfigError, match="this process is one of several already"):
+        launch.launch("finetune", ["--accelerate_config", "multi_gpu"])
+
+
+# ---- how the processes end -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "launched", "printed"), [("0", False, True), ("1", False, False), ("0", True, False)])
+def test_a_mistake_is_printed_once_and_left_to_the_launcher(hf_ortho_command, tmp_path, rank, launched, printed):
+    file = tmp_path / "error.json"
+    os.environ.update(
+        {"TORCHELASTIC_ERROR_FILE": str(file), "RANK": rank} | ({launch.LAUNCHED: "1"} if launched else {})
+    )
+    ran = hf_ortho_command("evaluate", "./no_such_model")
+    assert ran.code == 2
+    assert bool(ran.err) == printed
+    failure = ProcessFailure(int(rank), 1, 2, str(file))
+    with pytest.raises(HfOrthoError, match=r"\./no_such_model does not exist"):
+        launch._failed(ChildFailedError("hf_ortho", {int(rank): failure}))
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "code", "message"),
+    [
+        (1, 1, "process 3 ended with exit code 1, for the reason above"),
+        (-signal.SIGKILL, 137, "process 3 was ended by SIGKILL"),
+    ],
+)
+def test_a_crash_is_reported_with_its_process(capsys, exitcode, code, message):
+    assert launch._failed(ChildFailedError("hf_ortho", {3: ProcessFailure(3, 1, exitcode, "")})) == code
+    assert capsys.readouterr().err == f"hf-ortho: error: {message}\n"
+
+
+def hf_ortho(*flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "hf_ortho", "finetune", "--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    return subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, env=environment)
+
+
+def test_two_processes_on_the_cpu(gpt2_folder, text_file, tmp_path):
+    flags = ["--model", gpt2_folder, "--dataset", text_file, "--max_steps", 1, "--per_device_train_batch_size", 2]
+    done = hf_ortho(*flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Wrote") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["global_step"] == 1
+    assert {p.name for p in (tmp_path / "out" / "checkpoint-1").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+
+
+def test_a_mistake_in_two_processes_is_one_sentence(gpt2_folder, tmp_path):
+    done = hf_ortho("--model", gpt2_folder, "--dataset", tmp_path / "none.txt", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"hf-ortho: error: {tmp_path / 'none.txt'} does not exist\n"

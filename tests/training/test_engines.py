@@ -1,0 +1,197 @@
+"""Two processes under DDP, FSDP2 and tensor parallelism, over gloo on the CPU, train as one with the same batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_ortho.cli.demo_tasks import byte_tokenizer
+
+ENGINES = ("ddp", "fsdp2")
+ACTIVATIONS = {
+    "all": "hermite_3",
+    "activations": "fourier_2",
+    "activations+norms": "tropical_2",
+    "activations+head": "tropical_rational_2",
+    "lora+activations": "hermite_4",
+}
+STEPS = dict.fromkeys(ACTIVATIONS, 2) | {"all": 4, "lora+activations": 3}
+RESUMED = ("all", "lora+activations")
+
+# Accelerate takes the CPU for no device of FSDP or tensor parallelism: the worker names it one, all else is as on GPUs.
+WORKER = """
+import json, os, sys
+import torch, torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from hf_ortho.cli import finetune as command, main
+
+torch.set_num_threads(1)
+results = []
+original = command.finetune
+command.finetune = lambda recipe: results.append(original(recipe)) or results[-1]
+for engine, place, flags in json.load(open(sys.argv[1])):
+    if engine == "ddp":
+        flags = [*flags, "--use_cpu", "true"]
+    else:
+        fsdp, tp = engine == "fsdp2", engine == "tp"
+        os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": str(fsdp), "FSDP_VERSION": "2",
+                       "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+                       "ACCELERATE_USE_PARALLELISM_CONFIG": str(tp), "PARALLELISM_CONFIG_TP_SIZE": str(1 + tp)}
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    code = main(["finetune", "--output_dir", place, *flags])
+    if code:
+        sys.exit(code)
+    if "lora" in place or engine == "tp":  # merged, or gathered, by the main process alone
+        continue
+    state = {k: v for k, v in results[-1].checkpoint.model.state_dict().items() if k != "lm_head.weight"}
+    sharded = [k for k, v in state.items() if isinstance(v, DTensor)]
+    whole = {k: (v.full_tensor() if k in sharded else v).contiguous() for k, v in state.items()}
+    shapes = {str(tuple(state[k].to_local().shape)) for k in sharded if k.endswith("act.coefficients")}
+    save_file(whole, f"{place}.{dist.get_rank()}", {"shapes": " ".join(shapes)})
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, make_gpt2, save_parts):
+    """Without dropout, whose masks would depend on how the batch is split."""
+    pdrop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return save_parts(tmp_path_factory.mktemp("gpt2"), *make_gpt2(**pdrop))
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory, save_parts):
+    tokenizer = byte_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    return save_parts(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(LlamaConfig(**shape, **ends)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, model_folder, llama_folder, text_file, hf_ortho_command):
+    """The folder of all runs: ``ENGINE.POLICY``, and with ``.resumed`` those continued from their checkpoint-2."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def flags(**options):
+        common = {"dataset": text_file, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01, "weight_decay": 0.1}
+        common |= {"calibration_samples": 2, "per_device_eval_batch_size": 4}  # of 9 samples
+        return [word for key, value in (common | options).items() for word in (f"--{key}", str(value))]
+
+    def gpt2(policy, processes):
+        batch = {"max_steps": STEPS[policy], "per_device_train_batch_size": 4 // processes}
+        return flags(model=model_folder, train=policy, activation=ACTIVATIONS[policy], **batch)
+
+    # The batch is 4 samples in each process, in two parts; transformers does not resume what it sharded.
+    llama = flags(model=llama_folder, activation="hermite_3", max_steps=2, save_only_model=True)
+    llama += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    queue = []
+    for engine in ENGINES:
+        for policy in ACTIVATIONS:
+            place = str(folder / f"{engine}.{policy}")
+            queue.append((engine, place, gpt2(policy, 2)))
+            if policy in RESUMED:
+                again = ["--resume_from_checkpoint", f"{place}/checkpoint-2"]
+                queue.append((engine, f"{place}.resumed", gpt2(policy, 2) + again))
+    queue.append(("tp", str(folder / "tp.llama"), llama))
+    (folder / "runs.json").write_text(json.dumps(queue))
+    (folder / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(folder / "worker.py"), str(folder / "runs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote") == len(queue)  # by the main process alone
+    for name, options in [(policy, gpt2(policy, 1)) for policy in ACTIVATIONS] + [("llama", llama)]:
+        ran = hf_ortho_command("finetune", "--output_dir", folder / f"single.{name}", *options, "--use_cpu", True)
+        assert ran.code == 0, ran.err
+    return folder
+
+
+def history(folder, key):
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"))
+    return [entry[key] for entry in json.loads(states[-1].read_text())["log_history"] if key in entry]
+
+
+def check_like_one_process(several, one):
+    """The losses and weights; returns the weights."""
+    for key in ("loss", "eval_loss", "eval_perplexity"):
+        assert len(history(one, key)) > 0
+        assert history(several, key) == pytest.approx(history(one, key), rel=1e-5)
+    expected, found = load_file(one / "model.safetensors"), load_file(several / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    return found
+
+
+@pytest.mark.parametrize("policy", ACTIVATIONS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_and_weights_are_those_of_one_process(runs, engine, policy, model_folder):
+    found = check_like_one_process(runs / f"{engine}.{policy}", runs / f"single.{policy}")
+    source = load_file(model_folder / "model.safetensors")
+    moved = {name for name, tensor in source.items() if not torch.equal(found[name], tensor)}
+    layers = {n for n in source if n.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))}
+    norms = {n for n in source if ".ln_" in n}
+    trained = {"activations": set(), "activations+norms": norms, "activations+head": {"transformer.wte.weight"}}
+    trained |= {"lora+activations": layers, "all": set(source)}
+    assert moved == trained[policy]
+
+
+@pytest.mark.parametrize("policy", ACTIVATIONS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_processes_hold_the_weights_that_are_saved(runs, engine, policy):
+    """The consolidated checkpoint loads with plain from_pretrained, bit-equal to the weights in memory."""
+    folder = runs / f"{engine}.{policy}"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded).__name__ == "GPT2LMHeadModel"
+    assert loaded.config.architectures == ["GPT2LMHeadModel"]
+    assert "GPT2LMHeadModel with learnable" in (folder / "README.md").read_text()
+    assert "FSDP" not in (folder / "README.md").read_text()
+    if policy == "lora+activations":  # merged, by the main process alone
+        return
+    saved = loaded.state_dict()
+    first, second = (load_file(f"{folder}.{rank}") for rank in range(2))
+    assert first.keys() == second.keys() == saved.keys() - {"lm_head.weight"}
+    assert [name for name in first if not torch.equal(first[name], saved[name])] == []
+    assert [name for name in first if not torch.equal(second[name], saved[name])] == []
+
+
+@pytest.mark.parametrize("policy", RESUMED)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_training_ends_bit_equal(runs, engine, policy):
+    straight, resumed = runs / f"{engine}.{policy}", runs / f"{engine}.{policy}.resumed"
+    expected, found = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert history(resumed, "loss") == history(straight, "loss")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_checkpoints_on_the_way_load_with_from_pretrained(runs, engine):
+    found = AutoModelForCausalLM.from_pretrained(runs / f"{engine}.all" / "checkpoint-4").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(runs / f"{engine}.all").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_tensor_parallelism_is_one_process(runs, llama_folder):
+    """Also with the gradients of two backward passes, and with a conversion of the model in shards."""
+    found = check_like_one_process(runs / "tp.llama", runs / "single.llama")
+    assert AutoModelForCausalLM.from_pretrained(runs / "tp.llama").config.hidden_act == "hermite_3"
+    start = load_file(llama_folder / "model.safetensors")
+    assert {name for name in start if torch.equal(start[name], found[name])} == set()
+
+
+@pytest.mark.parametrize(("engine", "shapes"), [("ddp", ""), ("fsdp2", "(2,)")])
+def test_four_coefficients_are_two_in_each_process_under_fsdp2(runs, engine, shapes):
+    with safe_open(runs / f"{engine}.all.0", "pt") as file:
+        assert file.metadata()["shapes"] == shapes
