@@ -102,7 +102,7 @@ def test_policy_all_of_an_unconverted_model(make_gpt2):
 
 
 def test_unknown_policy(make_gpt2):
-    refused(converted(make_gpt2()[0]), "heads", "'heads': must be one of all, activations, activations\\+head")
+    refused(converted(make_gpt2()[0]), "heads", "'heads': must be one of all, activations, activations\\+norms")
 
 
 # ---- weight decay --------------------------------------------------------------------------------------------------
