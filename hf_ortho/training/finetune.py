@@ -17,6 +17,7 @@ from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .evaluation import make_trainer, metrics_of
 from .samples import batches, load_splits
+from .streaming import Stream, check_stream
 from .trainer import POLICIES, set_trainable
 
 
@@ -52,11 +53,15 @@ def finetune(recipe: Recipe) -> Result:
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
+    if data_arguments.streaming:
+        check_stream(data_arguments, arguments)
     resume = _resume_from(arguments)
     checkpoint = load_checkpoint(
         model_arguments.model, revision=model_arguments.model_revision, dtype=model_arguments.dtype
     )
-    train, held_back = load_splits(checkpoint, data_arguments)
+    train, held_back = load_splits(
+        checkpoint, data_arguments, arguments.seed if arguments.data_seed is None else arguments.data_seed
+    )
     report = _convert_first(checkpoint, model_arguments, train)
     trainable = set_trainable(checkpoint.model, model_arguments.train)
     if model_arguments.fuse_mlp:
@@ -103,7 +108,9 @@ def _resume_from(arguments: TrainingArguments) -> str | None:
     return None
 
 
-def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset) -> ConversionReport | None:
+def _convert_first(
+    checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream
+) -> ConversionReport | None:
     if not arguments.activation:
         return None
     done = getattr(checkpoint.model.config, "hf_ortho", None)
