@@ -106,6 +106,13 @@ class DataArguments:
     block_size: int | None = dataclasses.field(
         default=None, metadata={"help": "Tokens per training sample; default: the model's context, at most 1024."}
     )
+    streaming: bool = dataclasses.field(
+        default=False, metadata={"help": "Read the data while training instead of before it; needs max_steps."}
+    )
+    shuffle_buffer: int = dataclasses.field(
+        default=10_000,
+        metadata={"help": "With streaming: documents or images in memory, per dataloader worker, to draw from."},
+    )
     max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import default_data_collator
 from transformers.activations import ACT2FN
 
 from ..activations import parse
@@ -23,6 +22,7 @@ from ..errors import ConfigError, OutputError
 from .arguments import CompareArguments, Recipe
 from .checkpoints import last_whole_checkpoint
 from .finetune import assemble, finetune
+from .samples import batches
 from .trainer import ActivationTrainer
 
 METRICS = {"causal-lm": "loss", "image-classification": "top1"}
@@ -191,7 +191,7 @@ def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times]
     for name in comparison.compare.activations:
         recipe = _member(comparison, name, comparison.compare.seeds[0], Path(str(arguments.output_dir)))
         checkpoint, train, _, _ = assemble(recipe)
-        batch = default_data_collator([train[i] for i in range(arguments.per_device_train_batch_size)])
+        (batch,) = batches(train, arguments.per_device_train_batch_size, arguments.per_device_train_batch_size)
         steps[name], forwards[name] = _step(recipe, checkpoint.model, batch)
     device = arguments.device.type
     return interleave(steps, rounds=rounds, device=device), of_each(kept_bytes, forwards, device)

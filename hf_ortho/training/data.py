@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict, List, Value
 
 from ..errors import DataError
+from .packing import DOCUMENTS, Packer
+from .shards import BUILDERS, files_of, load_files, why_unreadable
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN, HELD_BACK = ("train",), ("validation", "valid", "dev", "test")
+BLOCK_FEATURES = Features({key: List(Value("int64")) for key in ("input_ids", "labels")})
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
@@ -51,19 +53,23 @@ def digits() -> DatasetDict:
 BUILT_IN = {"pydoc_topics": pydoc_topics, "digits": digits}
 
 
-def load(name: str, *, config_name: str | None = None, revision: str | None = None) -> DatasetDict:
+def load(
+    name: str, *, config_name: str | None = None, revision: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """All splits of a dataset.
 
     Args:
         name: a ``.txt``, ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, a folder of such files or of images
             (one subfolder per class), the name of a dataset on the Hub, or ``pydoc_topics`` / ``digits``.
         config_name, revision: of a dataset on the Hub.
+        streaming: read when iterated instead of at once.
 
     Raises:
         DataError: it does not exist or cannot be read.
     """
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        splits = BUILT_IN[name]()
+        return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
     path = Path(name)
     try:
         if path.is_file():
@@ -71,32 +77,24 @@ def load(name: str, *, config_name: str | None = None, revision: str | None = No
                 raise DataError(f"{name}: a data file must end in one of {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{name} is empty")
-            return _from_files(path.suffix.lower(), str(path))
+            return load_files([str(path)], streaming)
         if path.is_dir():
             suffixes = {p.suffix.lower() for p in path.rglob("*") if p.is_file()}
             if suffixes & IMAGE_SUFFIXES:
-                return datasets.load_dataset("imagefolder", data_dir=str(path))
-            for suffix in BUILDERS:
-                if suffix in suffixes:
-                    return _from_files(suffix, sorted(str(p) for p in path.rglob("*") if p.suffix.lower() == suffix))
+                return datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+            if files := files_of(path):
+                return load_files(files, streaming)
             raise DataError(f"{name} holds no images and no file ending in one of {', '.join(BUILDERS)}")
         if path.suffix in BUILDERS or name.startswith(("/", ".")):
             raise DataError(f"{name} does not exist")
-        return datasets.load_dataset(name, config_name, revision=revision)
+        return datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
     except DataError:
         raise
     except Exception as error:  # datasets raises many kinds, from pyarrow's to huggingface_hub's
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
             f"dataset {name!r} cannot be read as a file, a folder or a Hub dataset (built in: {', '.join(BUILT_IN)}): "
-            f"{reason}"
+            f"{why_unreadable(name, error)}"
         ) from error
-
-
-def _from_files(suffix: str, files) -> DatasetDict:
-    # A text file is one document: its line breaks are part of the text.
-    options = {"sample_by": "document"} if suffix == ".txt" else {}
-    return datasets.load_dataset(BUILDERS[suffix], data_files=files, **options)
 
 
 def pick(splits: DatasetDict, wanted: str | None, usual: tuple[str, ...], name: str) -> str:
@@ -123,22 +121,19 @@ def text_blocks(
     Columns of the result: ``input_ids`` and ``labels`` (equal; a causal LM shifts them itself). The last partial block
     is dropped.
     """
-
     column = text_column(dataset, column, name)
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    pack = Packer(tokenizer, block_size)
 
-    def tokens(batch):
-        texts = [t for t in batch[column] if t]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return {"stream": [[token for document in encoded for token in (*document, *end)]]}
+    def blocks(batch):
+        packed = pack(batch[column])
+        return {"input_ids": packed, "labels": packed}
 
-    streams = dataset.map(tokens, batched=True, batch_size=256, remove_columns=dataset.column_names)
-    flat = [token for row in streams["stream"] for token in row]
-    count = len(flat) // block_size
-    if not count:
-        raise DataError(f"{name} has {len(flat)} tokens, less than one block of {block_size}")
-    blocks = [flat[i * block_size : (i + 1) * block_size] for i in range(count)]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+    packed = dataset.map(
+        blocks, batched=True, batch_size=DOCUMENTS, remove_columns=dataset.column_names, features=BLOCK_FEATURES
+    )
+    if not len(packed):
+        raise DataError(f"{name} has less than one block of {block_size} tokens")
+    return packed.with_format("torch")
 
 
 def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -> Dataset:
@@ -157,6 +152,8 @@ def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -
 
 
 def text_column(dataset: Dataset, column: str | None, name: str) -> str:
+    """The column ``column``, else ``text``, else the only one of text."""
+
     def is_text(feature):
         return isinstance(feature, Value) and "string" in feature.dtype
 
@@ -179,9 +176,7 @@ def images(
     Labels are numbered as in ``known``, the classes of the model, if it has all of them; integers stay as they are.
     """
     image_column = _column(dataset, image_column, ("image", "img"), lambda f: isinstance(f, Image), "image", name)
-    label_column = _column(
-        dataset, label_column, ("label", "labels"), lambda f: isinstance(f, ClassLabel), "label", name
-    )
+    label_column = class_column(dataset, label_column, name)
     dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
     dataset = _with_classes(dataset, label_column, known or [], name)
 
@@ -198,6 +193,11 @@ def picture(row: dict, name: str):
         return Image().decode_example(row).convert("RGB")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{name} holds an image that cannot be decoded: {error}") from error
+
+
+def class_column(dataset: Dataset, column: str | None, name: str) -> str:
+    """The column ``column``, else ``label`` or ``labels``, else the only one of classes."""
+    return _column(dataset, column, ("label", "labels"), lambda f: isinstance(f, ClassLabel), "label", name)
 
 
 def _with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> Dataset:

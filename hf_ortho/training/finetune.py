@@ -27,6 +27,7 @@ from .lora import add_lora, merge_lora
 from .penalty import DomainPenalty
 from .samples import batches, load_splits
 from .scratch import scratch_checkpoint
+from .streaming import Stream, check_stream
 from .tensor_parallel import reduce_activation_gradients, sharding
 from .trainer import POLICIES, set_trainable
 
@@ -72,6 +73,8 @@ def finetune(recipe: Recipe) -> Result:
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
+    if recipe.data.streaming:
+        check_stream(recipe.data, arguments)
     resume = main_decides(arguments, lambda: _resume_from(arguments))
     checkpoint, train, held_back, report = assemble(recipe)
     if model_arguments.train == "lora+activations":
@@ -113,20 +116,17 @@ def finetune(recipe: Recipe) -> Result:
     return Result(checkpoint, before, after, report, trainable, trainer.state.log_history)
 
 
-def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset, Dataset | None, ConversionReport | None]:
+def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | None, ConversionReport | None]:
     """The checkpoint, converted or new, the samples for training and evaluation, and the report of the activations."""
-    arguments = recipe.model
+    arguments, training = recipe.model, recipe.training
     if arguments.init == "scratch":
-        checkpoint, report = scratch_checkpoint(arguments, recipe.data, recipe.training.seed)
+        checkpoint, report = scratch_checkpoint(arguments, recipe.data, training.seed)
     else:
-        checkpoint, report = (
-            load_checkpoint(
-                str(arguments.model), revision=arguments.model_revision, dtype=arguments.dtype, **sharding()
-            ),
-            None,
-        )
-    with recipe.training.main_process_first(desc="preparing the data"):  # the others read what it caches
-        train, held_back = load_splits(checkpoint, recipe.data)
+        place, report = str(arguments.model), None
+        checkpoint = load_checkpoint(place, revision=arguments.model_revision, dtype=arguments.dtype, **sharding())
+    with training.main_process_first(desc="preparing the data"):  # the others read what it caches
+        seed = training.seed if training.data_seed is None else training.data_seed
+        train, held_back = load_splits(checkpoint, recipe.data, seed)
     if arguments.init != "scratch":
         report = _convert_first(checkpoint, arguments, train)
     return checkpoint, train, held_back, report
@@ -160,7 +160,9 @@ def _resume_from(arguments: TrainingArguments) -> str | None:
     return None
 
 
-def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset) -> ConversionReport | None:
+def _convert_first(
+    checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream
+) -> ConversionReport | None:
     """Convert unless the model has the activation already, learnable or not."""
     name, model = arguments.activation, checkpoint.model
     if not name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -11,17 +13,13 @@ from ..conversion.checkpoint import Checkpoint
 from ..errors import ConfigError, DataError
 from . import data
 from .arguments import DataArguments
+from .streaming import Stream, first_rows, stream_images, stream_text
 
 
 def prepare(checkpoint: Checkpoint, splits, arguments: DataArguments, name: str) -> Dataset:
     """One split as samples for the checkpoint's task."""
     if checkpoint.task == "causal-lm":
-        if checkpoint.tokenizer is None:
-            raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
-        context = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None) or 1024
-        block = arguments.block_size or min(context, 1024)
-        if not 2 <= block <= context:
-            raise ConfigError(f"block_size {block}: must be from 2 to the model's context of {context}")
+        block = _block_size(checkpoint, arguments)
         return data.text_blocks(splits, checkpoint.tokenizer, block, arguments.text_column, name)
     if checkpoint.task == "image-classification":
         if checkpoint.image_processor is None:
@@ -33,30 +31,44 @@ def prepare(checkpoint: Checkpoint, splits, arguments: DataArguments, name: str)
     )
 
 
+def _block_size(checkpoint: Checkpoint, arguments: DataArguments) -> int:
+    if checkpoint.tokenizer is None:
+        raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
+    context = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    block = arguments.block_size or min(context, 1024)
+    if not 2 <= block <= context:
+        raise ConfigError(f"block_size {block}: must be from 2 to the model's context of {context}")
+    return block
+
+
 def class_names(model: PreTrainedModel) -> list[str]:
     """The classes of an image classifier, in the order of its logits."""
     return [name for _, name in sorted((model.config.id2label or {}).items())]
 
 
-def batches(dataset: Dataset, count: int, size: int = 1) -> list[dict]:
+def batches(dataset: Dataset | Stream, count: int, size: int = 1) -> list[dict]:
     """The first ``count`` samples as model inputs, labels included, ``size`` at a time."""
-    rows = [dataset[i] for i in range(min(count, len(dataset)))]
+    rows = dataset.head(count) if isinstance(dataset, Stream) else list(_head_of(dataset, count))
     return [default_data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def load_splits(checkpoint: Checkpoint, arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation samples as the arguments describe them."""
+def load_splits(
+    checkpoint: Checkpoint, arguments: DataArguments, seed: int = 0
+) -> tuple[Dataset | Stream, Dataset | None]:
+    """Training and evaluation samples as the arguments describe them; ``seed`` orders a stream."""
     if not arguments.dataset:
         raise ConfigError("dataset is missing: give --dataset, or dataset in the config")
-    options = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
-    splits = data.load(arguments.dataset, **options)
+    load = partial(data.load, streaming=arguments.streaming)
+    splits = load(arguments.dataset, config_name=arguments.dataset_config, revision=arguments.dataset_revision)
     held_back_name = arguments.eval_dataset or arguments.dataset
     if arguments.eval_dataset:
-        other = data.load(held_back_name)
+        other = load(held_back_name)
         raw = splits[data.pick(splits, arguments.train_split, data.TRAIN, arguments.dataset)]
         raw_held_back = other[data.pick(other, arguments.eval_split, data.HELD_BACK, held_back_name)]
     else:
         raw, raw_held_back = data.split(splits, arguments.train_split, arguments.eval_split, arguments.dataset)
+    if arguments.streaming:
+        return _streamed(checkpoint, raw, raw_held_back, arguments, seed)
     train = prepare(checkpoint, raw, arguments, arguments.dataset)
     _match_classes(checkpoint, train)
     if raw_held_back is not None:
@@ -66,6 +78,20 @@ def load_splits(checkpoint: Checkpoint, arguments: DataArguments) -> tuple[Datas
     else:
         held_back = None
     return _head_of(train, arguments.max_train_samples), _head_of(held_back, arguments.max_eval_samples)
+
+
+def _streamed(checkpoint: Checkpoint, rows, held_back_rows, arguments: DataArguments, seed: int):
+    if checkpoint.task == "causal-lm":
+        block = _block_size(checkpoint, arguments)
+        return stream_text(rows, held_back_rows, checkpoint.tokenizer, block, arguments, seed)
+    name = str(arguments.dataset)
+    if held_back_rows is None:
+        raise ConfigError(f"streaming: {name} has no other split to evaluate on: give --eval_dataset")
+    make = partial(prepare, checkpoint, arguments=arguments)
+    train = stream_images(rows, partial(make, name=name), arguments, seed)
+    _match_classes(checkpoint, train)
+    held_back_name = arguments.eval_dataset or name
+    return train, make(first_rows(held_back_rows, arguments.max_eval_samples, held_back_name), name=held_back_name)
 
 
 def _hold_back(samples: Dataset, task: str) -> tuple[Dataset, Dataset]:

@@ -117,7 +117,7 @@ def test_text_blocks_of_a_tokenizer_without_an_end(tokenizer):
 
 
 def test_text_shorter_than_a_block_is_refused(tokenizer):
-    with pytest.raises(DataError, match="corpus has 4 tokens, less than one block of 5"):
+    with pytest.raises(DataError, match="corpus has less than one block of 5 tokens"):
         data.text_blocks(Dataset.from_dict({"text": ["abc"]}), tokenizer, 5, name="corpus")
 
 
