@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 from typing import Any, cast
 
 from transformers import (
@@ -36,6 +35,7 @@ from ..conversion.stored import provenance_of
 from ..errors import CheckpointError, ConfigError
 from . import data
 from .arguments import DataArguments, ModelArguments
+from .streaming import read, without_rows
 from .tokenizer import bpe_tokenizer, byte_tokenizer
 
 TASKS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
@@ -159,12 +159,12 @@ def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit:
 
 def _texts(arguments: DataArguments):
     """The first documents of the training split."""
-    splits = data.load(
-        str(arguments.dataset), config_name=arguments.dataset_config, revision=arguments.dataset_revision
-    )
-    split = splits[data.pick(splits, arguments.train_split, data.TRAIN, str(arguments.dataset))]
-    column = data.text_column(split, arguments.text_column, str(arguments.dataset))
-    return (row[column] or "" for row in itertools.islice(split, TOKENIZER_DOCUMENTS))
+    name = str(arguments.dataset)
+    options = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
+    splits = data.load(name, streaming=True, **options)
+    split = splits[data.pick(splits, arguments.train_split, data.TRAIN, name)]
+    column = data.text_column(without_rows(split, name), arguments.text_column, name)
+    return (row[column] or "" for row in read(split.take(TOKENIZER_DOCUMENTS), name))
 
 
 def _image_processor(arguments: ModelArguments, config: PreTrainedConfig, commit: str | None):
