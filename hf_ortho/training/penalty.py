@@ -111,6 +111,7 @@ class DomainPenalty:
                 raise ConfigError("DomainPenalty: reentrant checkpointing drops its gradient; set use_reentrant=False")
             self._terms.append(term)
 
+    @torch.compiler.disable  # a break of the graph where it ends
     def _finish(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         running, self._running = self._running, False
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
