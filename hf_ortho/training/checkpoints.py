@@ -101,8 +101,8 @@ class WholeCheckpoints(Trainer):
 
     ``manifest.json`` lists every file with its size, once all processes have written theirs; ``trainer_state.json``
     comes after it, and the deletions of ``save_total_limit`` after that. ``train`` starts by removing what killed saves
-    left, and ``resume_from_checkpoint=True`` takes the last whole checkpoint. A training that had ended takes no
-    further step.
+    left, and ``resume_from_checkpoint=True`` takes the last whole checkpoint. A training that had ended takes no more
+    steps.
 
     With several nodes ``output_dir`` must be on a disk that all of them share, or ``save_on_each_node`` be set.
     """

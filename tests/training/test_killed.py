@@ -1,0 +1,223 @@
+"""A training that is killed and started again ends with the weights of one that was not, bit for bit."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_ortho.training.checkpoints import is_whole, write_manifest
+
+# Six steps, saved after 2, 4 and 6. Where it dies, and the step of the checkpoint that it goes on from.
+WEIGHTS, STEP = "transformers.modeling_utils:safe_save_file", "torch.optim:AdamW.step"
+STATE, DELETE = "transformers:TrainerState.save_to_json", "shutil:rmtree"
+KILLS = {
+    "in step 4": ((STEP, 4, "before"), 2),
+    "in the first weights": ((WEIGHTS, 1, "half"), 0),
+    "in the weights": ((WEIGHTS, 2, "half"), 2),
+    "after the weights": (("torch:save", 5, "before"), 2),
+    "in the optimizer": (("torch:save", 6, "half"), 2),
+    "in the scheduler": (("torch:save", 7, "half"), 2),
+    "before the manifest": (("hf_ortho.training.checkpoints:write_manifest", 2, "before"), 2),
+    "before the state": ((STATE, 2, "before"), 2),
+    "in the state": ((STATE, 2, "half"), 2),
+    "in the deletion of step 2": ((DELETE, 1, "optimizer.pt"), 4),
+    "in the final weights": ((WEIGHTS, 4, "half"), 6),
+    "before the final config": (("pathlib:Path.replace", 2, "before"), 6),
+}
+# With the model of step 2 as the best, the checkpoint of step 6 is deleted at the end.
+BEST = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true"]
+BEST += ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
+
+
+@pytest.fixture(scope="module")
+def flags(gpt2_folder, text_file):
+    """``flags(folder)`` of a run with dropout, shuffling, a schedule, decay and accumulation."""
+    options = {
+        "model": gpt2_folder,
+        "dataset": text_file,
+        "activation": "hermite_3",
+        "calibration_samples": 0,
+        "max_eval_samples": 2,
+        "max_steps": 6,
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": "true",
+    }
+
+    def make(folder):
+        return [f"--{key}={value}" for key, value in (options | {"output_dir": folder}).items()]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, flags):
+    """A folder of killed runs, each by its name, and of the uninterrupted ``straight`` and ``pair`` (two processes)."""
+    root = tmp_path_factory.mktemp("killed")
+    resume = ["--resume_from_checkpoint", "auto"]
+    todo = [{"flags": flags(root / "straight")}, {"flags": flags(root / "pair"), "ranks": 2}]
+    todo += [{"flags": flags(root / name), "kill": kill} for name, (kill, _) in KILLS.items()]
+    todo += [{"flags": flags(root / "best") + BEST, "kill": (DELETE, 2, "manifest.json")}]
+    half_pair = {"flags": flags(root / "half pair") + resume, "ranks": 2}
+    todo += [
+        half_pair | {"kill": ("hf_ortho.training.checkpoints:Trainer._save_rng_state", 2, "before"), "killed_rank": 1}
+    ]
+    todo += [half_pair]
+    todo += [{"flags": flags(root / "nan"), "kill": ("transformers:Trainer.compute_loss", 6, "nan"), "killed_rank": 1}]
+    todo[-1]["ranks"] = 2
+    todo += [{"flags": flags(root / "interrupted"), "kill": ("torch:save", 6, "term")}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    (root / "runs.json").write_text(json.dumps(todo))
+    environment = os.environ | address | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("killable.py")), str(root / "runs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    killed = [[0], [0, 0], *[[-9]] * (len(KILLS) + 1), [-9, -9], [0, 0], [2, 2], [130]]
+    assert json.loads(done.stdout.splitlines()[-1]) == killed, done.stderr
+    (root / "messages.txt").write_text(done.stderr)
+    return root
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The optimiser's steps from now on."""
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: taken.append(step(*args, **kwargs)))
+    return taken
+
+
+def same_model(found, expected):
+    found, expected = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def names(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(runs, flags, hf_ortho_command, steps, name):
+    folder, (_, resumed) = runs / name, KILLS[name]
+    whole = {p.name for p in folder.glob("checkpoint-*") if is_whole(p)}
+    assert whole == ({f"checkpoint-{resumed}"} if resumed else set())
+    assert not (folder / "config.json").exists()
+    ran = hf_ortho_command("finetune", *flags(folder), "--resume_from_checkpoint", "auto" if not resumed else "true")
+    assert ran.code == 0, ran.err
+    assert len(steps) == 6 - resumed
+    assert same_model(folder, runs / "straight")
+    assert names(folder) == names(runs / "straight")
+    assert is_whole(folder / "checkpoint-6")
+
+
+def test_the_best_checkpoint_is_kept_when_the_last_is_half_deleted(runs, flags, hf_ortho_command, steps):
+    folder = runs / "best"
+    assert names(folder) == {"checkpoint-2", "checkpoint-6"}
+    ran = hf_ortho_command("finetune", *flags(folder), *BEST, "--resume_from_checkpoint", "true")
+    assert ran.code == 0, ran.err
+    assert len(steps) == 4
+    assert same_model(folder, folder / "checkpoint-2")
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-2"}
+
+
+def test_two_processes_of_which_one_is_killed_in_a_save(runs):
+    """The other had written its part of the checkpoint of step 4; both go on from step 2."""
+    assert same_model(runs / "half pair", runs / "pair")
+    assert names(runs / "half pair") == names(runs / "pair")
+    listed = json.loads((runs / "half pair" / "checkpoint-6" / "manifest.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= listed.keys()
+
+
+def test_two_processes_stop_together_for_the_loss_of_one(runs):
+    """The second has a loss of nan at step 3; both ended with code 2."""
+    lines = [x for x in (runs / "messages.txt").read_text().splitlines() if x.startswith("hf-ortho: error: step 3: ")]
+    assert len(lines) == 2
+    assert all(str(runs / "nan" / "checkpoint-2") in line for line in lines)
+    assert names(runs / "nan") == {"checkpoint-2"}
+
+
+def test_a_run_that_is_interrupted_in_a_save(runs):
+    assert "interrupted; no output was left half-written" in (runs / "messages.txt").read_text()
+    assert names(runs / "interrupted") == {"checkpoint-2"}
+    assert is_whole(runs / "interrupted" / "checkpoint-2")
+
+
+def test_a_run_that_had_ended_takes_no_more_steps(runs, flags, hf_ortho_command, steps, tmp_path):
+    shutil.copytree(runs / "straight", tmp_path / "out")
+    ran = hf_ortho_command("finetune", *flags(tmp_path / "out"), "--resume_from_checkpoint", "auto")
+    assert ran.code == 0, ran.err
+    assert len(steps) == 0
+    assert same_model(tmp_path / "out", runs / "straight")
+    assert names(tmp_path / "out") == names(runs / "straight")
+
+
+# ---- what is whole -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output(tmp_path):
+    """``output("checkpoint-3")`` makes a whole checkpoint in the output folder."""
+
+    def make(name):
+        folder = tmp_path / "out" / name
+        (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
+        (folder / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"shard")
+        (folder / "optimizer.pt").write_bytes(b"moments")
+        write_manifest(folder)
+        (folder / "trainer_state.json").write_text("{}")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("optimizer.pt", None),
+        ("optimizer.pt", b"momen"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", None),
+        ("pytorch_model_fsdp_0/__0_0.distcp", b""),
+        ("manifest.json", None),
+        ("manifest.json", b"{}"),
+        ("manifest.json", b'{"optimizer.pt": '),
+        ("trainer_state.json", None),
+        ("trainer_state.json", b'{"epoch": '),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_not_resumed_from(output, flags, hf_ortho_command, file, content):
+    folder = output("checkpoint-3")
+    assert is_whole(folder)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    assert not is_whole(folder)
+    ran = hf_ortho_command("finetune", *flags(folder.parent), "--resume_from_checkpoint", "true")
+    assert "checkpoint-3" in ran.error
+    if (folder / "manifest.json").exists():  # a plain Trainer writes none
+        ran = hf_ortho_command("finetune", *flags(folder.parent), "--resume_from_checkpoint", folder)
+        assert f"{folder}: " in ran.error
+    assert folder.is_dir()
+
+
+def test_auto_does_not_start_anew_over_what_may_be_of_worth(output, flags, hf_ortho_command, tmp_path):
+    (output("checkpoint-3") / "manifest.json").unlink()
+    auto = ("finetune", *flags(tmp_path / "out"), "--resume_from_checkpoint", "auto")
+    assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-3'}" in hf_ortho_command(*auto).error
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert "name another output_dir" in hf_ortho_command(*auto).error
+    assert names(tmp_path / "out") == {"config.json"}
