@@ -65,7 +65,7 @@ class ActivationLogger(TrainerCallback):
             raise ConfigError(
                 f"ActivationLogger: {type(model).__name__} has no learnable activations; convert it first"
             )
-        self._integrations: list[TrainerCallback] = [
+        self._integrations: list[Any] = [
             c for c in _handler().callbacks if isinstance(c, tuple(INTEGRATION_TO_CALLBACK.values()))
         ]
         self._every = self.every or max(1, int(args.logging_steps))
