@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..activations import parse
 from ..conversion import ConversionReport, convert
 from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .evaluation import make_trainer, metrics_of
@@ -76,7 +76,10 @@ def finetune(recipe: Recipe) -> Result:
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     before = metrics_of(trainer) if held_back is not None else None
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except DataError as error:  # with its traceback, if it comes from a dataloader worker
+        raise DataError(str(error).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
     after = metrics_of(trainer) if held_back is not None else None
     if trainer.is_world_process_zero():
         save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)))
