@@ -15,7 +15,7 @@ from ..activations import LearnableActivation, parse
 from ..conversion import ConversionReport, convert
 from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
 from ..conversion.sites import find_sites
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
@@ -105,7 +105,10 @@ def finetune(recipe: Recipe) -> Result:
     except ValueError as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except DataError as error:  # with its traceback, if it comes from a dataloader worker
+        raise DataError(str(error).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
     before = metrics_at_start(trainer) if held_back is not None else None
     after = metrics_of(trainer) if held_back is not None else None
     state_dict = full_state_dict(trainer)

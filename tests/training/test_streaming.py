@@ -353,3 +353,12 @@ def test_the_shard_at_fault_is_named(splits, tmp_path, other, kind, rows, messag
     assert f"shards/{bad}.{kind}" in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_a_worker_cannot_read(hf_ortho_command, tmp_path, other, gpt2_folder):
+    corpus = shards(tmp_path / "corpus")
+    (corpus / "9.parquet").write_bytes(b"PAR1 no parquet at all")
+    flags = ["--streaming", "true", "--block_size", BLOCK, "--eval_dataset", other, "--dataloader_num_workers", 1]
+    flags += ["--max_steps", 9, "--output_dir", tmp_path / "out", "--use_cpu", "true", "--report_to", "none"]
+    ran = hf_ortho_command("finetune", "--model", gpt2_folder, "--dataset", corpus, *flags)
+    assert ran.error.startswith(f"dataset '{corpus}' cannot be read: {corpus}/9.parquet: ")
