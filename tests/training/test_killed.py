@@ -23,9 +23,7 @@ KILLS = {
     "in the weights": ((WEIGHTS, 2, "half"), 2),
     "after the weights": (("torch:save", 5, "before"), 2),
     "in the optimizer": (("torch:save", 6, "half"), 2),
-    "in the scheduler": (("torch:save", 7, "half"), 2),
     "before the manifest": (("hf_ortho.training.checkpoints:write_manifest", 2, "before"), 2),
-    "before the state": ((STATE, 2, "before"), 2),
     "in the state": ((STATE, 2, "half"), 2),
     "in the deletion of step 2": ((DELETE, 1, "optimizer.pt"), 4),
     "in the final weights": ((WEIGHTS, 4, "half"), 6),
@@ -71,12 +69,9 @@ def runs(tmp_path_factory, flags):
     todo += [{"flags": flags(root / name), "kill": kill} for name, (kill, _) in KILLS.items()]
     todo += [{"flags": flags(root / "best") + BEST, "kill": (DELETE, 2, "manifest.json")}]
     half_pair = {"flags": flags(root / "half pair") + resume, "ranks": 2}
-    todo += [
-        half_pair | {"kill": ("hf_ortho.training.checkpoints:Trainer._save_rng_state", 2, "before"), "killed_rank": 1}
-    ]
-    todo += [half_pair]
+    todo += [half_pair | {"kill": ("transformers:Trainer._save_rng_state", 2, "before"), "killed_rank": 1}, half_pair]
     todo += [{"flags": flags(root / "nan"), "kill": ("transformers:Trainer.compute_loss", 6, "nan"), "killed_rank": 1}]
-    todo[-1]["ranks"] = 2
+    todo[-1] |= {"ranks": 2}
     todo += [{"flags": flags(root / "interrupted"), "kill": ("torch:save", 6, "term")}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -69,6 +69,7 @@ def test_clipping(train, make_gpt2):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own imports
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
 def test_compiled(train):
     """Inductor fuses, and sums in another order."""
     before, expected = train()
