@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .distributed import keep_float32
 
 POLICIES = ("all", "activations", "activations+norms", "activations+head", "lora+activations")
 
@@ -84,6 +85,11 @@ LACKING = {"activations+norms": "no norms", "activations+head": "no head", "lora
 
 class ActivationTrainer(Trainer):
     """``Trainer`` that keeps the parameters of activations out of weight decay, which would pull them to f = 0."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            keep_float32(self.accelerator.state.fsdp_plugin, self.model)
 
     def get_decay_parameter_names(self, model):
         exempt = activation_parameters(model)
