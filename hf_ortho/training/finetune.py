@@ -9,6 +9,7 @@ from typing import cast
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations import parse
@@ -128,6 +129,11 @@ def _convert_first(checkpoint: Checkpoint, arguments: ModelArguments, train: Dat
     family, degree = parse(arguments.activation)
     if done and done.get("activation") == f"{family.family}_{degree}":
         return None
+    if is_fsdp_enabled():  # and transformers has read the weights in the main process alone
+        raise ConfigError(
+            f"activation {arguments.activation}: the fit needs the weights in all processes; set "
+            "fsdp_cpu_ram_efficient_loading to false, or convert the model before"
+        )
     samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
     return convert(checkpoint.model, arguments.activation, calibration=samples)
 

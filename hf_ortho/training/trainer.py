@@ -89,7 +89,7 @@ class ActivationTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
-            keep_float32(self.accelerator.state.fsdp_plugin, self.model)
+            keep_float32(self.accelerator.state.fsdp_plugin, self.accelerator.unwrap_model(self.model))
 
     def get_decay_parameter_names(self, model):
         exempt = activation_parameters(model)
