@@ -4,6 +4,7 @@ from .arguments import (
     AugmentationArguments,
     DataArguments,
     LoggingArguments,
+    LoraArguments,
     ModelArguments,
     OptimizerArguments,
     Recipe,
@@ -13,7 +14,9 @@ from .ema import ExponentialMovingAverage
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
 from .guard import FiniteGuard
+from .lora import add_lora, merge_lora
 from .metrics import Perplexity, TopKAccuracy
+from .tensor_parallel import reduce_activation_gradients
 from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "ExponentialMovingAverage",
     "FiniteGuard",
     "LoggingArguments",
+    "LoraArguments",
     "MixingCollator",
     "ModelArguments",
     "OptimizerArguments",
@@ -34,7 +38,10 @@ __all__ = [
     "SoftTargetLoss",
     "TopKAccuracy",
     "activation_parameters",
+    "add_lora",
     "evaluate_model",
     "finetune",
+    "merge_lora",
+    "reduce_activation_gradients",
     "set_trainable",
 ]

@@ -1,15 +1,17 @@
-"""What a training in several processes needs beside its engine: one decision for all, one whole state dict."""
+"""What a training in several processes needs beside its engine: one decision, one state dict, float32 activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
+from ..activations import LearnableActivation
 from ..errors import HfOrthoError
 
 T = TypeVar("T")
@@ -51,3 +53,14 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
         return None
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in gathered.items() if name not in tied}
+
+
+def keep_float32(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
+    """Have FSDP2 leave the parameters of activations in float32, in a model of any dtype and under bf16."""
+    activations = sorted({type(m).__name__ for m in model.modules() if isinstance(m, LearnableActivation)})
+    if not activations or plugin.fsdp_version != 2:
+        return
+    plugin.mixed_precision_policy = None  # it rounds all parameters; autocast, which is on too, leaves them as they are
+    if any(p.dtype != torch.float32 for p in model.parameters()):  # FSDP2 shards one dtype at a time
+        layers = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
+        plugin.transformer_cls_names_to_wrap = [*layers, *activations]

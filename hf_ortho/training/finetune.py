@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.activations import ACT2FN
+from transformers.distributed.fsdp import is_fsdp_enabled
 
 from ..activations import LearnableActivation, parse
 from ..conversion import ConversionReport, convert
@@ -178,6 +179,11 @@ def _convert_first(
         raise ConfigError(
             f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}; only learnable activations, "
             "such as hermite_8, can be converted to"
+        )
+    if is_fsdp_enabled():  # and transformers has read the weights in the main process alone
+        raise ConfigError(
+            f"activation {arguments.activation}: the fit needs the weights in all processes; set "
+            "fsdp_cpu_ram_efficient_loading to false, or convert the model before"
         )
     samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
     return convert(model, name, calibration=samples)

@@ -36,7 +36,8 @@ def add_lora(model: PreTrainedModel, arguments: LoraArguments, seed: int) -> Pef
             warnings.simplefilter("ignore")
             return cast(PeftModel, get_peft_model(model, config))
     except ValueError as error:
-        raise ConfigError(f"train 'lora+activations': {str(error).splitlines()[0]}") from error
+        values = f"lora_r {arguments.lora_r}, lora_target_modules {arguments.lora_target_modules or 'all-linear'}"
+        raise ConfigError(f"train 'lora+activations', {values}: {str(error).splitlines()[0]}") from error
 
 
 def merge_lora(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from ..activations import LearnableActivation
 from ..errors import ConfigError
 from .checkpoints import WholeCheckpoints
+from .distributed import keep_float32
 from .ema import ExponentialMovingAverage
 from .guard import FiniteLoss
 from .optimizer import param_groups, scale_steps
@@ -123,6 +124,8 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         super().__init__(*args, **kwargs)
         self.optimizer_arguments = optimizer_arguments
         self.penalty = penalty
+        if self.is_fsdp_enabled:
+            keep_float32(self.accelerator.state.fsdp_plugin, self.accelerator.unwrap_model(self.model))
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):  # type: ignore[override]  # static in Trainer
         cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)

@@ -9,7 +9,7 @@ from hf_ortho.plotting.comparison import plot_comparison
 STEPS = np.arange(10, 410, 10)
 
 
-def curves(shift, seeds=(0, 1), length=len(STEPS)):
+def curves(shift, seeds=(0, 1), length=40):
     """Losses that fall alike for every activation, apart from ``shift`` and an own level for each seed."""
     falling = 5.0 / np.sqrt(STEPS[:length])
     return {seed: list(zip(STEPS[:length].tolist(), falling + seed + shift, strict=True)) for seed in seeds}

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import hf_ortho
 from hf_ortho.cli.demo_tasks import byte_tokenizer
 
 ENGINES = ("ddp", "fsdp2")
@@ -62,10 +63,18 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, make_gpt2, save_parts):
-    """Without dropout, whose masks would depend on how the batch is split."""
-    pdrop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return save_parts(tmp_path_factory.mktemp("gpt2"), *make_gpt2(**pdrop))
+def folders(tmp_path_factory, make_gpt2, save_parts):
+    """A model for each policy, without dropout, whose masks would depend on how the batch is split.
+
+    All are converted but that for ``all``, which the runs convert.
+    """
+    found = {}
+    for policy, activation in ACTIVATIONS.items():
+        model, tokenizer = make_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        if policy != "all":
+            hf_ortho.convert(model, activation)
+        found[policy] = save_parts(tmp_path_factory.mktemp("gpt2"), model, tokenizer)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def llama_folder(tmp_path_factory, save_parts):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, model_folder, llama_folder, text_file, hf_ortho_command):
+def runs(tmp_path_factory, folders, llama_folder, text_file, hf_ortho_command):
     """The folder of all runs: ``ENGINE.POLICY``, and with ``.resumed`` those continued from their checkpoint-2."""
     folder = tmp_path_factory.mktemp("engines")
 
@@ -90,7 +99,7 @@ def runs(tmp_path_factory, model_folder, llama_folder, text_file, hf_ortho_comma
 
     def gpt2(policy, processes):
         batch = {"max_steps": STEPS[policy], "per_device_train_batch_size": 4 // processes}
-        return flags(model=model_folder, train=policy, activation=ACTIVATIONS[policy], **batch)
+        return flags(model=folders[policy], train=policy, activation=ACTIVATIONS[policy], **batch)
 
     # The batch is 4 samples in each process, in two parts; transformers does not resume what it sharded.
     llama = flags(model=llama_folder, activation="hermite_3", max_steps=2, save_only_model=True)
@@ -108,7 +117,8 @@ def runs(tmp_path_factory, model_folder, llama_folder, text_file, hf_ortho_comma
     (folder / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(folder / "worker.py"), str(folder / "runs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote") == len(queue)  # by the main process alone
     for name, options in [(policy, gpt2(policy, 1)) for policy in ACTIVATIONS] + [("llama", llama)]:
@@ -136,15 +146,16 @@ def check_like_one_process(several, one):
 
 @pytest.mark.parametrize("policy", ACTIVATIONS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_losses_and_weights_are_those_of_one_process(runs, engine, policy, model_folder):
+def test_losses_and_weights_are_those_of_one_process(runs, engine, policy, folders):
     found = check_like_one_process(runs / f"{engine}.{policy}", runs / f"single.{policy}")
-    source = load_file(model_folder / "model.safetensors")
-    moved = {name for name, tensor in source.items() if not torch.equal(found[name], tensor)}
-    layers = {n for n in source if n.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))}
-    norms = {n for n in source if ".ln_" in n}
-    trained = {"activations": set(), "activations+norms": norms, "activations+head": {"transformer.wte.weight"}}
-    trained |= {"lora+activations": layers, "all": set(source)}
-    assert moved == trained[policy]
+    start = load_file(folders[policy] / "model.safetensors")
+    layers = {n for n in start if n.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))}
+    series = {n for n in start if ".act." in n and not n.endswith((".domain", ".tail_slopes"))}
+    others = {"activations": set(), "activations+norms": {n for n in start if ".ln_" in n}, "all": set(start)}
+    others |= {"activations+head": {"transformer.wte.weight"}, "lora+activations": layers}
+    moved = {name for name, tensor in start.items() if not torch.equal(found[name], tensor)}
+    assert moved == series | others[policy]
+    assert bool(series) == (policy != "all")
 
 
 @pytest.mark.parametrize("policy", ACTIVATIONS)

@@ -8,6 +8,8 @@ from hf_ortho import convert
 from hf_ortho.activations import LearnableActivation
 from hf_ortho.errors import ConfigError
 from hf_ortho.training import POLICIES, ActivationTrainer, activation_parameters, set_trainable
+from hf_ortho.training.arguments import LoraArguments
+from hf_ortho.training.lora import add_lora, merge_lora
 
 
 @pytest.fixture(params=["hermite_3", "fourier_2", "tropical_2", "tropical_rational_2"])
@@ -91,7 +93,7 @@ def test_head_policy_of_a_model_without_a_head(make_gpt2):
     check(model, "activations", series(model))
 
 
-@pytest.mark.parametrize("policy", ["activations", "activations+head"])
+@pytest.mark.parametrize("policy", POLICIES[1:])
 def test_activation_policy_of_an_unconverted_model(make_gpt2, policy):
     refused(make_gpt2()[0], policy, "no learnable activations")
 
@@ -102,7 +104,74 @@ def test_policy_all_of_an_unconverted_model(make_gpt2):
 
 
 def test_unknown_policy(make_gpt2):
-    refused(converted(make_gpt2()[0]), "heads", "'heads': must be one of all, activations, activations\\+norms")
+    names = "all, activations, activations\\+norms, activations\\+head, lora\\+activations, head"
+    refused(converted(make_gpt2()[0]), "heads", f"'heads': must be one of {names}")
+
+
+def test_norms_of_both_kinds_of_models(make_gpt2, make_convnext):
+    model = converted(make_gpt2()[0])
+    check(model, "activations+norms", series(model) | {n for n, _ in model.named_parameters() if ".ln_" in n})
+    model = converted(make_convnext()[0])
+    # A norm before the second stage has no name of its own.
+    norms = {n for n, _ in model.named_parameters() if "norm" in n or ".stages.1.downsampling_layer.0." in n}
+    assert len(norms) == 2 * 5
+    check(model, "activations+norms", series(model) | norms)
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def test_lora_trains_adapters_and_activations(make_gpt2, activation):
+    model = add_lora(converted(make_gpt2()[0], activation), LoraArguments(lora_r=2), seed=0)
+    count = set_trainable(model, "lora+activations")
+    names = trainable(model)
+    assert count == sum(model.get_parameter(n).numel() for n in names)
+    adapters = {n for n in names if ".lora_" in n}
+    assert len(adapters) == 2 * 4 * 2  # A and B of c_attn, c_fc and both c_proj, in two layers
+    assert {tuple(model.get_parameter(n).shape) for n in adapters if "c_fc.lora_A" in n} == {(2, 16)}
+    rest = {n.rpartition(".")[0] for n in names - adapters}
+    assert rest == {f"base_model.model.transformer.h.{i}.mlp.act.modules_to_save.default" for i in (0, 1)}
+    assert not any(n.endswith(".domain") for n in names)
+
+
+def test_lora_starts_and_merges_without_a_change(make_gpt2):
+    """Before any step B is 0, so that the outputs and all weights are those of the model."""
+    model = converted(make_gpt2()[0]).eval()
+    ids = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    expected, before = model(ids).logits, {n: v.clone() for n, v in model.state_dict().items()}
+    wrapped = add_lora(model, LoraArguments(), seed=0)
+    torch.testing.assert_close(wrapped(ids).logits, expected)
+    merged = merge_lora(wrapped)
+    assert type(merged).__name__ == "GPT2LMHeadModel"
+    assert merged.state_dict().keys() == before.keys()
+    assert [n for n, v in merged.state_dict().items() if not torch.equal(v, before[n])] == []
+
+
+def test_the_seed_sets_the_adapters(make_gpt2):
+    first, again, other = (
+        add_lora(converted(make_gpt2()[0]), LoraArguments(), seed).get_parameter(
+            "base_model.model.transformer.h.0.mlp.c_fc.lora_A.default.weight"
+        )
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_r": 0}, "lora_r 0, .*should be a positive integer"),
+        ({"lora_target_modules": ["q_proj"]}, r"lora_target_modules \['q_proj'\]: No modules were targeted"),
+    ],
+)
+def test_lora_values_that_do_not_fit(make_gpt2, options, message):
+    with pytest.raises(ConfigError, match=rf"train 'lora\+activations', .*{message}"):
+        add_lora(converted(make_gpt2()[0]), LoraArguments(**options), seed=0)
+
+
+def test_lora_without_adapters(make_gpt2):
+    refused(converted(make_gpt2()[0]), "lora+activations", "GPT2LMHeadModel has no LoRA adapters")
 
 
 # ---- weight decay --------------------------------------------------------------------------------------------------
@@ -113,7 +182,7 @@ def arguments(folder, **options):
     return TrainingArguments(output_dir=folder, weight_decay=0.5, learning_rate=0.01, **(defaults | options))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "lora+activations"])
 def test_weight_decay_spares_activations(make_gpt2, tmp_path, policy):
     model = converted(make_gpt2()[0])
     set_trainable(model, policy)
@@ -131,7 +200,7 @@ def test_weight_decay_spares_activations(make_gpt2, tmp_path, policy):
     linear = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".wte.weight", ".wpe.weight")
     matrices = {name for name in trainable(model) if name.endswith(linear)}
     assert {n for n, decay in decays.items() if decay == 0.5} == matrices
-    assert bool(matrices) == (policy != "activations")
+    assert bool(matrices) == (policy in ("all", "activations+head"))
 
 
 def test_a_step_without_gradient_leaves_activations_as_they_are(make_gpt2, tmp_path, activation):
