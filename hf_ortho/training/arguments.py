@@ -12,7 +12,7 @@ from ..activations.interpolation import is_interval
 from ..errors import ConfigError
 from .trainer import POLICIES
 
-SCRATCH_FACTOR = 10
+SCRATCH_RATE = 1e-2
 
 
 @dataclasses.dataclass
@@ -144,7 +144,7 @@ class OptimizerArguments:
     activation_learning_rate: float | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Learning rate of the activations' parameters; default: learning_rate, 10 times it from scratch."
+            "help": "Learning rate of the activations' parameters; default: learning_rate, from scratch at least 0.01."
         },
     )
     activation_gradient_scale: float = dataclasses.field(
@@ -248,11 +248,10 @@ class Recipe:
     def optimizer_arguments(self) -> OptimizerArguments:
         """``optimizer`` with the default learning rate of activations for a model from scratch.
 
-        There the activations have far to go; a converted model starts from a fit, and steps as large would leave it.
+        Their parameters are of order 1, whatever the width, and have far to go there, unlike those of a conversion.
         """
         given = self.optimizer.activation_learning_rate
         if given is not None or self.model.init != "scratch":
             return self.optimizer
-        return dataclasses.replace(
-            self.optimizer, activation_learning_rate=SCRATCH_FACTOR * self.training.learning_rate
-        )
+        rate = max(self.training.learning_rate, SCRATCH_RATE)
+        return dataclasses.replace(self.optimizer, activation_learning_rate=rate)
