@@ -91,6 +91,12 @@ class ActivationTrainer(Trainer):
         if self.is_fsdp_enabled:
             keep_float32(self.accelerator.state.fsdp_plugin, self.accelerator.unwrap_model(self.model))
 
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is None:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
     def get_decay_parameter_names(self, model):
         exempt = activation_parameters(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
