@@ -60,7 +60,7 @@ def keep_float32(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> No
     activations = sorted({type(m).__name__ for m in model.modules() if isinstance(m, LearnableActivation)})
     if not activations or plugin.fsdp_version != 2:
         return
-    plugin.mixed_precision_policy = None  # it rounds all parameters; autocast, which is on too, leaves them as they are
+    plugin.mixed_precision_policy = None  # it rounds all parameters; ActivationTrainer takes autocast instead
     if any(p.dtype != torch.float32 for p in model.parameters()):  # FSDP2 shards one dtype at a time
         layers = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
         plugin.transformer_cls_names_to_wrap = [*layers, *activations]

@@ -166,6 +166,12 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         with self.average.applied(self.optimizer) if self.average else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)
 
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is None:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         freeze_domains(self.accelerator.unwrap_model(self.model))  # peft makes all that it loads trainable

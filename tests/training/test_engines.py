@@ -33,6 +33,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import training_args
 from hf_ortho.cli import finetune as command, main
 
 torch.set_num_threads(1)
@@ -47,6 +48,7 @@ for engine, place, flags in json.load(open(sys.argv[1])):
         os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": str(fsdp), "FSDP_VERSION": "2",
                        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
                        "ACCELERATE_USE_PARALLELISM_CONFIG": str(tp), "PARALLELISM_CONFIG_TP_SIZE": str(1 + tp)}
+        training_args.is_torch_bf16_gpu_available = lambda: True
         PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     code = main(["finetune", "--output_dir", place, *flags])
     if code:
@@ -106,12 +108,14 @@ def runs(tmp_path_factory, folders, llama_folder, text_file, hf_ortho_command):
     llama += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     queue = []
     for engine in ENGINES:
+        queue.append((engine, str(folder / f"{engine}.bf16"), [*gpt2("activations", 2), "--bf16", "true"]))
         for policy in ACTIVATIONS:
             place = str(folder / f"{engine}.{policy}")
             queue.append((engine, place, gpt2(policy, 2)))
             if policy in RESUMED:
                 again = ["--resume_from_checkpoint", f"{place}/checkpoint-2"]
                 queue.append((engine, f"{place}.resumed", gpt2(policy, 2) + again))
+    queue.append(("fsdp2", str(folder / "fsdp2.bfloat16"), [*gpt2("all", 2), "--dtype", "bfloat16"]))
     queue.append(("tp", str(folder / "tp.llama"), llama))
     (folder / "runs.json").write_text(json.dumps(queue))
     (folder / "worker.py").write_text(WORKER)
@@ -192,6 +196,19 @@ def test_checkpoints_on_the_way_load_with_from_pretrained(runs, engine):
     found = AutoModelForCausalLM.from_pretrained(runs / f"{engine}.all" / "checkpoint-4").state_dict()
     expected = AutoModelForCausalLM.from_pretrained(runs / f"{engine}.all").state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_fsdp2_rounds_to_bf16_where_ddp_does(runs):
+    """Accelerate's own mixed precision would round the coefficients too, autocast does not."""
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert history(runs / "fsdp2.bf16", key) == pytest.approx(history(runs / "ddp.bf16", key), rel=1e-6)
+    assert history(runs / "ddp.bf16", "loss") != pytest.approx(history(runs / "ddp.activations", "loss"), rel=1e-6)
+
+
+def test_fsdp2_shards_a_bfloat16_model_with_float32_activations(runs):
+    tensors = load_file(runs / "fsdp2.bfloat16" / "model.safetensors")
+    assert {t.dtype for n, t in tensors.items() if ".act." in n} == {torch.float32}
+    assert {t.dtype for n, t in tensors.items() if ".act." not in n} == {torch.bfloat16}
 
 
 def test_tensor_parallelism_is_one_process(runs, llama_folder):
