@@ -16,8 +16,9 @@ from .finetune import Result, finetune
 from .guard import FiniteGuard
 from .lora import add_lora, merge_lora
 from .metrics import Perplexity, TopKAccuracy
+from .policies import POLICIES, activation_parameters, set_trainable
 from .tensor_parallel import reduce_activation_gradients
-from .trainer import POLICIES, ActivationTrainer, activation_parameters, set_trainable
+from .trainer import ActivationTrainer
 
 __all__ = [
     "POLICIES",

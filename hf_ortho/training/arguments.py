@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from ..activations.interpolation import is_interval
 from ..errors import ConfigError
-from .trainer import POLICIES
+from .policies import POLICIES
 
 SCRATCH_RATE = 1e-2
 

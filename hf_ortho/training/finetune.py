@@ -26,11 +26,11 @@ from .evaluation import make_trainer, metrics_at_start, metrics_of
 from .logger import ActivationLogger
 from .lora import add_lora, merge_lora
 from .penalty import DomainPenalty
+from .policies import POLICIES, set_trainable
 from .samples import batches, load_splits
 from .scratch import scratch_checkpoint
 from .streaming import Stream, check_stream
 from .tensor_parallel import reduce_activation_gradients, sharding
-from .trainer import POLICIES, set_trainable
 
 
 @dataclasses.dataclass
