@@ -52,6 +52,11 @@ def metric_of(runs: list[Run]) -> str:
     return METRICS["image-classification" if "top1" in runs[0].metrics else "causal-lm"]
 
 
+def _name(dataset: str | None) -> str:
+    """A dataset without the folders of this machine."""
+    return Path(str(dataset)).name if Path(str(dataset)).exists() else str(dataset)
+
+
 def write(
     folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
@@ -71,11 +76,12 @@ def write(
         if kept:
             row.append(f"{kept[s.activation] / 1e6:.0f}" if s.activation in kept else "-")
         rows.append(row)
+    data = comparison.data
     seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     steps = max(step for run in runs for step, _ in run.history) if any(run.history for run in runs) else 0
     caption = (
-        f"{comparison.data.dataset}, {steps} steps, seeds {seeds}, `hf-ortho compare`, {hardware()}; ± is the standard "
-        "deviation over seeds"
+        f"Trained on {_name(data.dataset)} for {steps} steps, evaluated on {_name(data.eval_dataset or data.dataset)}, "
+        f"seeds {seeds}, `hf-ortho compare`, {hardware()}; ± is the standard deviation over seeds"
     )
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]

@@ -68,7 +68,7 @@ def plot_comparison(
         final.plot([i] * len(values), list(values.values()), "o", ms=4, color=colours.get(name, GREY), alpha=0.6)
         final.plot([i - 0.25, i + 0.25], [np.mean(list(values.values()))] * 2, lw=2, color=colours.get(name, GREY))
     final.set_xticks(range(len(finals)), list(finals), rotation=30, ha="right", fontsize=8)
-    final.set(title=f"{metric} after training (bar: mean, points: seeds)")
+    final.set(title=f"{metric} after training\n(bar: mean; points: seeds)")
     figure.suptitle(title)
     with written(path) as draft:
         figure.savefig(draft, format="png")
