@@ -113,6 +113,13 @@ class DataArguments:
         default=10_000,
         metadata={"help": "With streaming: documents or images in memory, per dataloader worker, to draw from."},
     )
+    shuffle_blocks: int = dataclasses.field(
+        default=1024,
+        metadata={
+            "help": "With streaming of text: blocks from which the next one is drawn; those of one document follow "
+            "each other in the stream."
+        },
+    )
     max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
 

@@ -35,6 +35,7 @@ class Stream(torch.utils.data.IterableDataset):
         name: of the dataset, for messages.
         seed: of the order.
         buffer_size: rows from which the next one is drawn.
+        mixing: samples from which the next one is drawn: those of one row follow each other otherwise.
         features: of the samples, where they name classes.
     """
 
@@ -46,12 +47,13 @@ class Stream(torch.utils.data.IterableDataset):
         seed: int,
         buffer_size: int,
         features: Features | None = None,
+        mixing: int = 1,
     ) -> None:
         self.rows, self.samples, self.name = rows, samples, name
-        self.seed, self.buffer_size, self.features = seed, buffer_size, features
+        self.seed, self.buffer_size, self.features, self.mixing = seed, buffer_size, features, mixing
 
     def __iter__(self) -> Iterator[dict]:
-        return self.samples(self._shuffled())
+        return mixed(self.samples(self._shuffled()), self.mixing, np.random.default_rng(self.seed))
 
     def _shuffled(self) -> Iterator[dict]:
         for number in count():
@@ -70,12 +72,26 @@ class Stream(torch.utils.data.IterableDataset):
         return list(islice(self.samples(read(self.rows, self.name)), number))
 
 
+def mixed(samples: Iterable[dict], size: int, order: np.random.Generator) -> Iterator[dict]:
+    """Each sample once, drawn from a buffer of ``size`` of them, which is filled first."""
+    buffer: list[dict] = []
+    for sample in samples:
+        if len(buffer) < size:
+            buffer.append(sample)
+            continue
+        place = int(order.integers(size))
+        yield buffer[place]
+        buffer[place] = sample
+    yield from (buffer[i] for i in order.permutation(len(buffer)))
+
+
 def check_stream(arguments: DataArguments, training: TrainingArguments) -> None:
     """Raise ``ConfigError`` for arguments that do not fit a stream."""
     if training.max_steps < 1 and arguments.max_train_samples is None:
         raise ConfigError("streaming: a stream has no end, so max_steps says when the training ends: give --max_steps")
-    if arguments.shuffle_buffer < 1:
-        raise ConfigError(f"shuffle_buffer {arguments.shuffle_buffer}: must be at least 1")
+    for key in ("shuffle_buffer", "shuffle_blocks"):
+        if (value := getattr(arguments, key)) < 1:
+            raise ConfigError(f"{key} {value}: must be at least 1")
 
 
 def read(rows: Iterable[dict], name: str) -> Iterator[dict]:
@@ -143,7 +159,8 @@ def stream_text(
         other_column = data.text_column(empty, arguments.text_column, held_back_name)
         evaluation = blocks(read(held_back_rows, held_back_name), column=other_column)
     train_blocks = partial(blocks, column=column, held_back=frozenset(documents))
-    stream = Stream(rows.select_columns([column]), train_blocks, name, seed, arguments.shuffle_buffer)
+    documents_only = rows.select_columns([column])
+    stream = Stream(documents_only, train_blocks, name, seed, arguments.shuffle_buffer, mixing=arguments.shuffle_blocks)
     train = stream.head(arguments.max_train_samples or 1)
     if not train:
         but = f" but for the {len(documents)} documents held back: give --eval_dataset" if documents else ""

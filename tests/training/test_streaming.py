@@ -20,7 +20,7 @@ from hf_ortho.conversion.checkpoint import Checkpoint
 from hf_ortho.errors import ConfigError, DataError
 from hf_ortho.training import DataArguments
 from hf_ortho.training.samples import batches, load_splits
-from hf_ortho.training.streaming import Stream
+from hf_ortho.training.streaming import Stream, mixed
 
 # Machines with one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -56,8 +56,9 @@ def checkpoint(make_gpt2):
 
 @pytest.fixture
 def splits(checkpoint):
-    def load(dataset, *, seed=0, shuffle_buffer=16, streaming=True, **options):
-        options = {"block_size": BLOCK, "shuffle_buffer": shuffle_buffer, "streaming": streaming} | options
+    def load(dataset, *, seed=0, shuffle_buffer=16, shuffle_blocks=1, streaming=True, **options):
+        options |= {"shuffle_buffer": shuffle_buffer, "shuffle_blocks": shuffle_blocks}
+        options = {"block_size": BLOCK, "streaming": streaming} | options
         return load_splits(checkpoint, DataArguments(dataset=str(dataset), **options), seed)
 
     return load
@@ -105,10 +106,37 @@ def test_every_pass_has_every_document_once_in_another_order(splits, documents_i
     assert len(set(map(tuple, [*passes, DOCUMENTS]))) == 4
 
 
+def test_blocks_are_mixed_and_none_is_lost(splits, corpus, other):
+    """Of 200 blocks that came, all but the 10 in the buffer have gone out, in another order."""
+    plain, mixed = (
+        [tuple(s["input_ids"].tolist()) for s in islice(stream, count)]
+        for count, (stream, _) in (
+            (n, splits(corpus, eval_dataset=str(other), shuffle_blocks=size)) for n, size in ((200, 1), (190, 10))
+        )
+    )
+    assert len(set(plain)) > 100
+    left = list(plain)
+    for block in mixed:
+        left.remove(block)
+    assert len(left) == 10
+    assert mixed != plain[:190]
+    distances = [abs(plain.index(block) - place) for place, block in enumerate(mixed[:50])]
+    assert 1 < np.mean(distances) < 40
+
+
+def test_a_finite_stream_ends_with_its_buffer():
+    rows = [{"n": i} for i in range(25)]
+    for size in (1, 10, 100):
+        found = list(mixed(rows, size, np.random.default_rng(0)))
+        assert sorted(row["n"] for row in found) == list(range(25))
+        assert (found == rows) == (size == 1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_order_is_that_of_the_seed(splits, corpus, other, workers):
+@pytest.mark.parametrize("shuffle_blocks", [1, 8])
+def test_the_order_is_that_of_the_seed(splits, corpus, other, workers, shuffle_blocks):
     def first(seed):
-        stream, _ = splits(corpus, eval_dataset=str(other), seed=seed)
+        stream, _ = splits(corpus, eval_dataset=str(other), seed=seed, shuffle_blocks=shuffle_blocks)
         loader = DataLoader(stream, batch_size=4, num_workers=workers)
         return torch.cat([batch["input_ids"] for batch in islice(loader, 25)])
 
@@ -243,6 +271,7 @@ def test_three_steps_and_three_more_are_six(hf_ortho_command, tmp_path, gpt2_fol
         "dataset": str(shards(tmp_path / "corpus", documents, 2)),
         "streaming": True,
         "shuffle_buffer": 4,
+        "shuffle_blocks": 3,
         "max_eval_samples": 1,
         "activation": "hermite_3",
         "block_size": BLOCK,
@@ -309,6 +338,7 @@ def test_two_processes_share_the_batches_of_one(splits, tmp_path, corpus, other)
     [
         ([], "streaming: a stream has no end, so max_steps says when the training ends: give --max_steps"),
         (["--max_steps", "1", "--shuffle_buffer", "0"], "shuffle_buffer 0: must be at least 1"),
+        (["--max_steps", "1", "--shuffle_blocks", "0"], "shuffle_blocks 0: must be at least 1"),
         (["--max_steps", "1"], "no other split to evaluate on: give --eval_dataset, or --max_eval_samples N"),
         (["--max_steps", "1", "--max_eval_samples", "100"], "but for the 40 documents held back: give --eval_dataset"),
         (
