@@ -47,26 +47,29 @@ def _step(checkpoint: Path) -> str:
     return checkpoint.name.rpartition("-")[2]
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that is whole for every process, which may each have a disk of its own."""
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints, by step, that are whole for every process, which may each have a disk of its own.
+
+    Every process must call it.
+    """
     names = gather_object([[p.name for p in checkpoints(folder) if is_whole(p)]])
     common = set.intersection(*map(set, names))
-    return next((p for p in reversed(checkpoints(folder)) if p.name in common), None)
+    return [p for p in checkpoints(folder) if p.name in common]
 
 
-def resume_point(folder: Path, *, required: bool) -> Path | None:
+def resume_point(folder: Path, whole: list[Path], *, required: bool) -> Path | None:
     """The checkpoint to resume from, None to start anew.
 
     Args:
+        whole: of ``whole_checkpoints``.
         required: whether starting anew is out of the question. It is so too where that could lose something: if the
             folder holds a model, or checkpoints without ``manifest.json``.
 
     Raises:
         ConfigError: there is no whole checkpoint, and the training cannot start anew.
     """
-    last = last_whole_checkpoint(folder)
-    if last is not None:
-        return last
+    if whole:
+        return whole[-1]
     present = checkpoints(folder)
     foreign = [p for p in present if not (p / MANIFEST).is_file()]
     if foreign:
@@ -110,7 +113,7 @@ class WholeCheckpoints(Trainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         folder = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(resume_point(folder, required=True))
+            resume_from_checkpoint = str(resume_point(folder, whole_checkpoints(folder), required=True))
         if self.args.should_save:
             remove_leftovers(folder)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

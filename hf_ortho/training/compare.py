@@ -20,7 +20,7 @@ from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
 from ..errors import ConfigError, OutputError
 from .arguments import CompareArguments, Recipe
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import whole_checkpoints
 from .finetune import assemble, finetune
 from .samples import batches
 from .trainer import ActivationTrainer
@@ -84,7 +84,7 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path) -> Ru
         return Run.load(file)
     recipe = _member(comparison, activation, seed, folder)
     state = PartialState()
-    if state.is_main_process and last_whole_checkpoint(folder) is None:
+    if not whole_checkpoints(folder) and state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
     recipe.training.resume_from_checkpoint = "auto"

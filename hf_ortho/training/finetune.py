@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError
 from ..recompute import fuse_mlp
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
-from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point
+from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
 from .evaluation import make_trainer, metrics_at_start, metrics_of
 from .logger import ActivationLogger
@@ -76,7 +76,8 @@ def finetune(recipe: Recipe) -> Result:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     if recipe.data.streaming:
         check_stream(recipe.data, arguments)
-    resume = main_decides(arguments, lambda: _resume_from(arguments))
+    whole = whole_checkpoints(_output(arguments))
+    resume = main_decides(arguments, lambda: _resume_from(arguments, whole))
     checkpoint, train, held_back, report = assemble(recipe)
     if model_arguments.train == "lora+activations":
         if sharding():
@@ -136,8 +137,12 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
     return checkpoint, train, held_back, report
 
 
-def _resume_from(arguments: TrainingArguments) -> str | None:
-    folder = Path(arguments.output_dir or "trainer_output")
+def _output(arguments: TrainingArguments) -> Path:
+    return Path(arguments.output_dir or "trainer_output")
+
+
+def _resume_from(arguments: TrainingArguments, whole: list[Path]) -> str | None:
+    folder = _output(arguments)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; name a folder")
     asked = arguments.resume_from_checkpoint
@@ -155,7 +160,7 @@ def _resume_from(arguments: TrainingArguments) -> str | None:
             )
         return str(asked)
     if asked and str(asked).lower() in ("true", "auto"):
-        latest = resume_point(folder, required=str(asked).lower() == "true")
+        latest = resume_point(folder, whole, required=str(asked).lower() == "true")
         return None if latest is None else str(latest)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(

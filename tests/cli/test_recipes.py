@@ -11,9 +11,10 @@ import yaml
 from hf_ortho.activations import FAMILIES, parse
 from hf_ortho.cli.recipe import parse_recipe
 from hf_ortho.training import Recipe
+from hf_ortho.training.compare import Comparison
 
 REPOSITORY = Path(__file__).parents[2]
-LAUNCH = re.compile(r"^# .*hf-ortho (finetune|pretrain) --config (\S+)")
+LAUNCH = re.compile(r"^# .*hf-ortho (finetune|pretrain|compare) --config (\S+)")
 FILES = {
     str(file.relative_to(REPOSITORY)): launched
     for file in sorted(REPOSITORY.glob("recipes/**/*.yaml"))
@@ -39,7 +40,8 @@ def test_a_recipe_is_launched_as_it_says(file, monkeypatch):
     assert FILES[file][2] == file
     monkeypatch.chdir(REPOSITORY)
     with mock.patch.dict(os.environ):  # TrainingArguments sets some, such as for torch_compile
-        recipe = parse_recipe(Recipe, FILES[file][1], "", ["--config", file, "--use_cpu", "true"])
+        kind = Comparison if FILES[file][1] == "compare" else Recipe
+        recipe = parse_recipe(kind, FILES[file][1], "", ["--config", file, "--use_cpu", "true"])
     assert recipe.training.output_dir == entries(file)["output_dir"]
     assert recipe.training.report_to in ("none", [], ["none"])
 
