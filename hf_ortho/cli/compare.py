@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..benchmark.timing import Times
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..hub.card import hardware
 from ..plotting.comparison import plot_comparison
 from ..training.compare import METRICS, Comparison, Run, measure_steps, run_grid, summarise
-from .console import console, table
+from .console import console, table, trainer_log
 from .launch import launch
 from .recipe import parse_recipe
 
@@ -28,20 +28,22 @@ def run(argv: list[str]) -> int | None:
         raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to leave the times out")
     total = len(grid.activations) * len(grid.seeds)
     runs: list[Run] = []
-    for done in run_grid(comparison):
+    for done in run_grid(comparison, lambda name, seed: trainer_log(f"{name}, seed {seed}")):
         runs.append(done)
-        if comparison.training.process_index != 0:
+        if comparison.training.process_index != 0 or not any(run.metrics for run in runs):
             continue
         figures = ", ".join(f"{key} {value:.5f}" for key, value in done.metrics.items())
-        console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {figures}")
+        console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {done.diverged or figures}")
         write(folder, comparison, runs, {}, {})
-    if comparison.training.process_index != 0:
-        return None
+    if not any(run.metrics for run in runs):
+        raise NonFiniteError(f"all {total} runs diverged, the first at {runs[0].diverged}")
     times: dict[str, Times] = {}
     kept: dict[str, float] = {}
     if grid.timing_rounds:
         with console.status("Timing steps"):
             times, kept = measure_steps(comparison, grid.timing_rounds)
+    if comparison.training.process_index != 0:
+        return None
     caption, columns, rows = write(folder, comparison, runs, times, kept)
     table(caption, columns, rows)
     console.print(f"Wrote {folder}: results.json, table.md, comparison.png, and a folder per run")
@@ -50,6 +52,10 @@ def run(argv: list[str]) -> int | None:
 
 def metric_of(runs: list[Run]) -> str:
     return METRICS["image-classification" if "top1" in runs[0].metrics else "causal-lm"]
+
+
+def _figure(mean: str, spread: float, seeds: int) -> str:
+    return f"{mean} ± {spread:.4f}" if seeds > 1 else mean
 
 
 def _name(dataset: str | None) -> str:
@@ -61,16 +67,18 @@ def write(
     folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
     """The files of what is finished so far; returns the table: caption, columns, rows."""
+    diverged = [f"{run.activation}, seed {run.seed}" for run in runs if run.diverged]
+    runs = [run for run in runs if not run.diverged]
     metric = metric_of(runs)
     summaries = summarise(runs, metric)
     reference = summaries[0].activation
     columns = ["", "seeds", METRIC_NAMES[metric], f"minus {reference}, same seed"]
-    columns += [f"step, over {reference}", "ms per step"] if times else []
-    columns += ["kept between the passes, MB"] if kept else []
+    columns += [f"time of a micro-batch, over {reference}", "ms"] if times else []
+    columns += ["kept, MB"] if kept else []
     rows = []
     for s in summaries:
-        row = [s.activation, str(s.seeds), f"{s.mean:.4f} ± {s.spread:.4f}"]
-        row.append(f"{s.difference:+.4f} ± {s.difference_spread:.4f}")
+        row = [s.activation, str(s.seeds), _figure(f"{s.mean:.4f}", s.spread, s.seeds)]
+        row.append(_figure(f"{s.difference:+.4f}", s.difference_spread, s.seeds))
         if times:
             row += [f"{times[s.activation].ratio:.2f}", f"{1e3 * times[s.activation].median:.0f}"]
         if kept:
@@ -78,11 +86,13 @@ def write(
         rows.append(row)
     data = comparison.data
     seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-    steps = max(step for run in runs for step, _ in run.history) if any(run.history for run in runs) else 0
+    steps = max((step for run in runs for step, _ in run.history), default=comparison.training.max_steps)
     caption = (
         f"Trained on {_name(data.dataset)} for {steps} steps, evaluated on {_name(data.eval_dataset or data.dataset)}, "
         f"seeds {seeds}, `hf-ortho compare`, {hardware()}; ± is the standard deviation over seeds"
     )
+    if diverged:
+        caption += f"; diverged: {'; '.join(diverged)}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
     (folder / "table.md").write_text("\n".join([*lines, "", caption, ""]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from typing import NoReturn
@@ -95,3 +96,19 @@ def trainer_progress(title: str):
             self.stack.close()
 
     return Bar()
+
+
+def trainer_log(title: str):
+    """A Trainer callback that shows progress: a bar in a terminal, else a line whenever Trainer logs."""
+    from transformers import TrainerCallback
+
+    class Lines(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs and "loss" in logs:
+                rate = f", learning rate {float(logs['learning_rate']):.3g}" if "learning_rate" in logs else ""
+                console.print(
+                    f"{title}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.4f}{rate}"
+                )
+
+    first = os.environ.get("RANK", "0") == "0"
+    return trainer_progress(title) if first and console.is_terminal else Lines()

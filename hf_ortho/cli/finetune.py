@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ..hub import Results, write_card
@@ -9,7 +10,7 @@ from ..hub.card import hardware
 from ..training.arguments import Recipe
 from ..training.evaluation import change
 from ..training.finetune import Result, finetune
-from .console import console, show, table
+from .console import console, show, table, trainer_log
 from .launch import launch
 from .recipe import parse_recipe
 
@@ -31,14 +32,23 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     return Results(["before training", "after", "change"], rows, caption)
 
 
+def _others(recipe: Recipe) -> dict[str, object]:
+    """The hyperparameters of the card beside those of ``TrainingArguments``."""
+    rate = recipe.optimizer_arguments().activation_learning_rate
+    found: dict[str, object] = {"train": recipe.model.train, "dataset": recipe.data.dataset}
+    found["activation_learning_rate"] = recipe.training.learning_rate if rate is None else rate
+    changed = {**dataclasses.asdict(recipe.augmentation), "domain_penalty": recipe.optimizer.domain_penalty}
+    return found | {key: value for key, value in changed.items() if value}
+
+
 def run(argv: list[str], command: str = "finetune", description: str = HELP) -> int | None:
     if (code := launch(command, argv)) is not None:
         return code
     recipe = parse_recipe(Recipe, command, description, argv)
-    result, arguments = finetune(recipe), recipe.training
+    result, arguments = finetune(recipe, [trainer_log("Training")]), recipe.training
     if arguments.process_index != 0:
         return None
-    if result.conversion is not None:
+    if result.conversion is not None and recipe.model.init != "scratch":
         for part in result.conversion.tables():
             show(part)
         for line in result.conversion.summary():
@@ -57,6 +67,7 @@ def run(argv: list[str], command: str = "finetune", description: str = HELP) -> 
         report=result.conversion,
         results=results,
         arguments=arguments,
+        others=_others(recipe),
     )
     console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def write_card(
     report: ConversionReport | None = None,
     results: Results | None = None,
     arguments: TrainingArguments | None = None,
+    others: Mapping[str, object] | None = None,
     picture: str | None = None,
 ) -> None:
-    """Write README.md into ``folder`` from what is known; what was not measured is said to be so."""
+    """Write README.md into ``folder`` from what is known; what was not measured is said to be so.
+
+    ``others`` are hyperparameters beside those of ``arguments``.
+    """
     provenance = provenance_of(model.config)
     activation = provenance.get("activation")
     pipeline, auto_class = TASKS.get(task, (None, "AutoModel"))
@@ -111,7 +116,7 @@ def write_card(
         reach=REACH[bool(_tails(provenance))],
         notes=[*report.notes, *report.warnings] if report else [],
         results=results,
-        hyperparameters={k: _plain(getattr(arguments, k)) for k in HYPERPARAMETERS} if arguments else {},
+        hyperparameters=_hyperparameters(arguments, others or {}),
         versions=", ".join(f"{p} {version(p)}" for p in ("hf_ortho", "torch", "transformers", "datasets")),
     ).save(folder / "README.md")
 
@@ -153,6 +158,14 @@ def _layers(report: ConversionReport | None) -> list[list[str]]:
         step = (len(layers) - 1) / (MAX_LAYERS - 1)
         layers = [layers[round(i * step)] for i in range(MAX_LAYERS)]
     return [[f"`{layer.module}`", *layer.cells()] for layer in layers]
+
+
+def _hyperparameters(arguments: TrainingArguments | None, others: Mapping[str, object]) -> dict[str, object]:
+    if arguments is None:
+        return {}
+    unused = "num_train_epochs" if arguments.max_steps > 0 else "max_steps"
+    known = {key: _plain(getattr(arguments, key)) for key in HYPERPARAMETERS if key != unused}
+    return {**known, "processes": arguments.world_size, **others}
 
 
 def _plain(value):

@@ -54,7 +54,8 @@ def plot_comparison(
         if len(common) > 1:
             gaps.fill_between(steps[:kept], gap.min(0), gap.max(0), color=colours[name], alpha=0.15, lw=0)
     losses.set(title="training loss, mean over seeds", xlabel="optimiser step", ylabel="nats")
-    losses.legend(fontsize=8)
+    if losses.lines:
+        losses.legend(fontsize=8)
     gaps.axhline(0, color=BLACK, lw=1.0)
     gaps.set(
         title=f"training loss minus that of {reference}, same seed\n(running mean; band: all seeds)",
@@ -82,7 +83,7 @@ def _aligned(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
 
 def _smooth(y: np.ndarray) -> np.ndarray:
     """The running mean along the last axis, shorter windows at the ends."""
-    width = max(1, int(SMOOTHING * y.shape[-1]))
+    width = min(max(1, int(SMOOTHING * y.shape[-1])), (y.shape[-1] - 1) // 2)
     kernel = np.ones(2 * width + 1)
     count = np.convolve(np.ones(y.shape[-1]), kernel, "same")
     return np.stack([np.convolve(row, kernel, "same")[: len(count)] / count for row in y])

@@ -5,24 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from accelerate import PartialState
+from torch import nn
+from transformers import TrainerCallback
 from transformers.activations import ACT2FN
 
-from ..activations import parse
+from ..activations import LearnableActivation, parse
 from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
-from ..errors import ConfigError, OutputError
-from .arguments import CompareArguments, Recipe
+from ..errors import ConfigError, HfOrthoError, NonFiniteError, OutputError
+from .arguments import CompareArguments, LoggingArguments, Recipe
+from .assemble import assemble, build_trainer
 from .checkpoints import whole_checkpoints
-from .finetune import assemble, finetune
-from .samples import batches
+from .finetune import finetune
 from .trainer import ActivationTrainer
 
 METRICS = {"causal-lm": "loss", "image-classification": "top1"}
@@ -44,20 +46,24 @@ class Run:
     Attributes:
         metrics: of the evaluation after it: loss (nats) and perplexity, or loss, top1 and top5.
         history: (step, mean training loss since the step before) pairs.
+        diverged: why it was stopped, with neither metrics nor history; empty if it was not.
     """
 
     activation: str
     seed: int
     metrics: dict[str, float]
     history: list[tuple[int, float]]
+    diverged: str = ""
 
     @classmethod
     def load(cls, file: Path) -> Run:
         return cls(**json.loads(file.read_text()))
 
 
-def run_grid(comparison: Comparison) -> Iterator[Run]:
+def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallback] | None = None) -> Iterator[Run]:
     """Every activation with every seed, seed by seed; what is finished is read, what was interrupted resumes.
+
+    ``callback`` gives a callback for the Trainer of an activation and a seed.
 
     Raises:
         HfOrthoError: an argument does not fit, or the folder holds the runs of another recipe.
@@ -75,10 +81,17 @@ def run_grid(comparison: Comparison) -> Iterator[Run]:
         _claim(comparison, folder)
     for seed in grid.seeds:
         for name in grid.activations:
-            yield _run(comparison, name, seed, folder / name / f"seed-{seed}")
+            try:
+                callbacks = [] if callback is None else [callback(name, seed)]
+                run = _run(comparison, name, seed, folder / name / f"seed-{seed}", callbacks)
+            except HfOrthoError:
+                if not any(folder.glob("*/*/*")):  # nothing was run yet: the next recipe may be another
+                    (folder / "recipe.json").unlink(missing_ok=True)
+                raise
+            yield run
 
 
-def _run(comparison: Comparison, activation: str, seed: int, folder: Path) -> Run:
+def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> Run:
     file = folder / "run.json"
     if file.is_file():
         return Run.load(file)
@@ -88,11 +101,15 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path) -> Ru
         shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
     recipe.training.resume_from_checkpoint = "auto"
-    result = finetune(recipe)
-    if result.after is None:
-        raise ConfigError("a comparison needs evaluation data: give eval_dataset or eval_split")
-    history = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
-    run = Run(activation, seed, result.after, history)
+    try:
+        result = finetune(recipe, callbacks)
+    except NonFiniteError as error:
+        run = Run(activation, seed, {}, [], str(error))
+    else:
+        if result.after is None:
+            raise ConfigError("a comparison needs evaluation data: give eval_dataset or eval_split")
+        history = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
+        run = Run(activation, seed, result.after, history)
     _write(file, json.dumps(dataclasses.asdict(run)))
     return run
 
@@ -103,6 +120,9 @@ def _member(comparison: Comparison, activation: str, seed: int, folder: Path) ->
     recipe.model.activation = activation
     recipe.training.seed = seed
     recipe.training.output_dir = str(folder)
+    if not isinstance(ACT2FN[activation], LearnableActivation):  # what is asked of activations is nothing to it
+        recipe.optimizer = dataclasses.replace(recipe.optimizer, domain_penalty=0.0)
+        recipe.logging = LoggingArguments()
     return recipe
 
 
@@ -165,12 +185,13 @@ def summarise(runs: list[Run], metric: str) -> list[Summary]:
     """One row per activation, in the order of the runs; the first is the reference."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:
-        found.setdefault(run.activation, {})[run.seed] = run.metrics[metric]
+        if not run.diverged:
+            found.setdefault(run.activation, {})[run.seed] = run.metrics[metric]
     reference = next(iter(found.values()))
     rows = []
     for name, values in found.items():
         differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
-        rows.append(Summary(name, len(values), *_mean(list(values.values())), *_mean(differences)))
+        rows.append(Summary(name, len(values), *_mean(list(values.values())), *_mean(differences or [math.nan])))
     return rows
 
 
@@ -182,7 +203,7 @@ def _mean(values: list[float]) -> tuple[float, float]:
 
 
 def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times], dict[str, float]]:
-    """Seconds of a whole optimiser step of each activation, and the bytes that the forward pass keeps.
+    """Seconds of the update by one micro-batch with each activation, and the bytes that its forward pass keeps.
 
     The steps are interleaved in one process, so that what else runs on the machine slows all alike; the first
     activation is the reference of the ratios.
@@ -191,30 +212,28 @@ def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times]
     for name in comparison.compare.activations:
         recipe = _member(comparison, name, comparison.compare.seeds[0], Path(str(arguments.output_dir)))
         checkpoint, train, _, _ = assemble(recipe)
-        (batch,) = batches(train, arguments.per_device_train_batch_size, arguments.per_device_train_batch_size)
-        steps[name], forwards[name] = _step(recipe, checkpoint.model, batch)
+        trainer, _ = build_trainer(recipe, checkpoint, train, None)
+        steps[name], forwards[name] = _step(trainer)
     device = arguments.device.type
     return interleave(steps, rounds=rounds, device=device), of_each(kept_bytes, forwards, device)
 
 
-def _step(recipe: Recipe, model, batch) -> tuple[Callable[[], None], Callable[[], object]]:
-    arguments = recipe.training
-    device = arguments.device
-    batch = {key: value.to(device) for key, value in batch.items()}
-    model.to(device).train()
-    trainer = ActivationTrainer(model=model, args=arguments, optimizer_arguments=recipe.optimizer_arguments())
-    optimizer = trainer.create_optimizer()
-    run = torch.compile(model) if arguments.torch_compile else model
-    low = torch.bfloat16 if arguments.bf16 else torch.float16
-
-    def forward():
-        with torch.autocast(device.type, low, enabled=arguments.bf16 or arguments.fp16):
-            return run(**batch).loss
+def _step(trainer: ActivationTrainer) -> tuple[Callable[[], None], Callable[[], object]]:
+    """The update by one micro-batch, and its forward pass."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    model, optimizer = trainer.accelerator.prepare(cast(nn.Module, trainer.model).train(), trainer.create_optimizer())
+    trainer.current_gradient_accumulation_steps = 1
+    limit = trainer.args.max_grad_norm
 
     def step() -> None:
-        forward().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+        trainer.training_step(model, dict(batch))
+        if limit:
+            trainer.accelerator.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
         optimizer.zero_grad()
+
+    def forward() -> object:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
 
     return step, forward

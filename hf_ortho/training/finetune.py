@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
-from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
-from transformers.distributed.fsdp import is_fsdp_enabled
 
-from ..activations import LearnableActivation, parse
-from ..conversion import ConversionReport, convert
-from ..conversion.checkpoint import Checkpoint, load_checkpoint, replacing, save_checkpoint
-from ..conversion.sites import find_sites
+from ..activations import parse
+from ..conversion import ConversionReport
+from ..conversion.checkpoint import Checkpoint, replacing, save_checkpoint
 from ..errors import ConfigError, DataError
-from ..recompute import fuse_mlp
-from .arguments import ModelArguments, Recipe
-from .augment import augment, check_augmentation
+from .arguments import Recipe
+from .assemble import assemble, build_trainer
 from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
-from .evaluation import make_trainer, metrics_at_start, metrics_of
-from .logger import ActivationLogger
-from .lora import add_lora, merge_lora
-from .penalty import DomainPenalty
-from .policies import POLICIES, set_trainable
-from .samples import batches, load_splits
-from .scratch import scratch_checkpoint
-from .streaming import Stream, check_stream
-from .tensor_parallel import reduce_activation_gradients, sharding
+from .evaluation import metrics_at_start, metrics_of
+from .lora import merge_lora
+from .policies import POLICIES
+from .streaming import check_stream
 
 
 @dataclasses.dataclass
@@ -49,11 +41,11 @@ class Result:
     history: list[dict]
 
 
-def finetune(recipe: Recipe) -> Result:
+def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     """Load and convert if asked, or start from scratch; train, evaluate, and save into ``output_dir``.
 
     Resumes where ``resume_from_checkpoint`` says so: a folder, ``"true"`` for the last whole checkpoint in the output
-    folder, or ``"auto"`` for that one if there is one, else the start.
+    folder, or ``"auto"`` for that one if there is one, else the start. ``callbacks`` go to the Trainer.
 
     Raises:
         HfOrthoError: an argument does not fit; nothing is written.
@@ -79,38 +71,21 @@ def finetune(recipe: Recipe) -> Result:
     whole = whole_checkpoints(_output(arguments))
     resume = main_decides(arguments, lambda: _resume_from(arguments, whole))
     checkpoint, train, held_back, report = assemble(recipe)
-    if model_arguments.train == "lora+activations":
-        if sharding():
-            raise ConfigError(
-                "train 'lora+activations' and tensor parallelism do not go together; take multi_gpu or fsdp2"
-            )
-        checkpoint.model = cast(PreTrainedModel, add_lora(checkpoint.model, recipe.lora, arguments.seed))
-    trainable = set_trainable(checkpoint.model, model_arguments.train)
-    reduce_activation_gradients(checkpoint.model)
-    if model_arguments.fuse_mlp:
-        fuse_mlp(checkpoint.model)
-    if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
-        if not checkpoint.model.supports_gradient_checkpointing:
-            raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
-        if model_arguments.train != "all":
-            checkpoint.model.enable_input_require_grads()
-    options: dict[str, Any] = {"optimizer_arguments": recipe.optimizer_arguments()}
-    if weight := recipe.optimizer.domain_penalty:
-        options["penalty"] = DomainPenalty(checkpoint.model, weight, recipe.optimizer.domain_penalty_interval)
-    if (every := recipe.logging.log_activations) is not None:
-        options["callbacks"] = [ActivationLogger(every)]
-    check_augmentation(recipe.augmentation, arguments, checkpoint, train)
     # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
-    try:
-        trainer = make_trainer(checkpoint, arguments, train, held_back, **options)
-    except ValueError as error:
-        raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
-    augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
+    trainer, trainable = build_trainer(recipe, checkpoint, train, held_back)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except DataError as error:  # with its traceback, if it comes from a dataloader worker
         raise DataError(str(error).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
+    except (RuntimeError, ValueError) as error:
+        if resume is None or not re.search("size mismatch|parameter group", str(error)):
+            raise
+        raise ConfigError(
+            f"resume_from_checkpoint {resume}: made with another model, activation or train; name another output_dir"
+        ) from error
     before = metrics_at_start(trainer) if held_back is not None else None
     after = metrics_of(trainer) if held_back is not None else None
     state_dict = full_state_dict(trainer)
@@ -119,22 +94,6 @@ def finetune(recipe: Recipe) -> Result:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
         save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)), state_dict)
     return Result(checkpoint, before, after, report, trainable, trainer.state.log_history)
-
-
-def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | None, ConversionReport | None]:
-    """The checkpoint, converted or new, the samples for training and evaluation, and the report of the activations."""
-    arguments, training = recipe.model, recipe.training
-    if arguments.init == "scratch":
-        checkpoint, report = scratch_checkpoint(arguments, recipe.data, training.seed)
-    else:
-        place, report = str(arguments.model), None
-        checkpoint = load_checkpoint(place, revision=arguments.model_revision, dtype=arguments.dtype, **sharding())
-    with training.main_process_first(desc="preparing the data"):  # the others read what it caches
-        seed = training.seed if training.data_seed is None else training.data_seed
-        train, held_back = load_splits(checkpoint, recipe.data, seed)
-    if arguments.init != "scratch":
-        report = _convert_first(checkpoint, arguments, train)
-    return checkpoint, train, held_back, report
 
 
 def _output(arguments: TrainingArguments) -> Path:
@@ -167,31 +126,6 @@ def _resume_from(arguments: TrainingArguments, whole: list[Path]) -> str | None:
             f"output_dir {folder} exists and is not empty; name another, or resume with --resume_from_checkpoint true"
         )
     return None
-
-
-def _convert_first(
-    checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream
-) -> ConversionReport | None:
-    """Convert unless the model has the activation already, learnable or not."""
-    name, model = arguments.activation, checkpoint.model
-    if not name:
-        return None
-    present = {site.source for site in find_sites(model)[0]}
-    learnable = isinstance(ACT2FN[name], LearnableActivation)
-    if present == {name if not learnable else ACT2FN[name].name}:
-        return None
-    if not learnable:
-        raise ConfigError(
-            f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}; only learnable activations, "
-            "such as hermite_8, can be converted to"
-        )
-    if is_fsdp_enabled():  # and transformers has read the weights in the main process alone
-        raise ConfigError(
-            f"activation {arguments.activation}: the fit needs the weights in all processes; set "
-            "fsdp_cpu_ram_efficient_loading to false, or convert the model before"
-        )
-    samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
-    return convert(model, name, calibration=samples)
 
 
 def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:

@@ -70,7 +70,7 @@ def load_splits(
     if arguments.streaming:
         return _streamed(checkpoint, raw, raw_held_back, arguments, seed)
     train = prepare(checkpoint, raw, arguments, arguments.dataset)
-    _match_classes(checkpoint, train)
+    _match_classes(checkpoint, train, seed)
     if raw_held_back is not None:
         held_back = prepare(checkpoint, raw_held_back, arguments, held_back_name)
     elif len(train) > 1:
@@ -89,7 +89,7 @@ def _streamed(checkpoint: Checkpoint, rows, held_back_rows, arguments: DataArgum
         raise ConfigError(f"streaming: {name} has no other split to evaluate on: give --eval_dataset")
     make = partial(prepare, checkpoint, arguments=arguments)
     train = stream_images(rows, partial(make, name=name), arguments, seed)
-    _match_classes(checkpoint, train)
+    _match_classes(checkpoint, train, seed)
     held_back_name = arguments.eval_dataset or name
     return train, make(first_rows(held_back_rows, arguments.max_eval_samples, held_back_name), name=held_back_name)
 
@@ -105,7 +105,7 @@ def _head_of(dataset, count: int | None):
     return dataset if dataset is None or count is None else dataset.select(range(min(count, len(dataset))))
 
 
-def _match_classes(checkpoint: Checkpoint, train: Dataset) -> None:
+def _match_classes(checkpoint: Checkpoint, train: Dataset, seed: int) -> None:
     """Give an image classifier a new head if the dataset has other classes than the checkpoint."""
     if checkpoint.task != "image-classification":
         return
@@ -121,7 +121,7 @@ def _match_classes(checkpoint: Checkpoint, train: Dataset) -> None:
             f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
             f"{type(model).__name__} has no linear head to replace"
         )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)
     torch.nn.init.normal_(new.weight, std=getattr(model.config, "initializer_range", 0.02))
     torch.nn.init.zeros_(new.bias)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any, cast
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     IMAGE_PROCESSOR_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -36,9 +38,11 @@ from ..errors import CheckpointError, ConfigError
 from . import data
 from .arguments import DataArguments, ModelArguments
 from .streaming import read, without_rows
+from .tensor_parallel import sharding
 from .tokenizer import bpe_tokenizer, byte_tokenizer
 
 TASKS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_DOCUMENTS = 10_000  # that byte-pair encoding is learned from
 
 
@@ -52,6 +56,10 @@ def scratch_checkpoint(
     Raises:
         HfOrthoError: an argument does not fit.
     """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed {seed}: must be from 0 to 2^32 - 1")
+    if sharding():
+        raise ConfigError("init scratch and tensor parallelism do not go together; take multi_gpu or fsdp2")
     config, commit = _config(arguments)
     task = next((task for task, mapping in TASKS.items() if type(config) in mapping), None)
     if task is None:
@@ -62,12 +70,18 @@ def scratch_checkpoint(
     if task == "causal-lm":
         tokenizer = _tokenizer(arguments, data_arguments, commit)
         if arguments.tokenizer:
-            config.vocab_size = len(tokenizer)
+            config.vocab_size = max(len(tokenizer), cast(dict, arguments.config_overrides).get("vocab_size", 0))
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         image_processor = _image_processor(arguments, config, commit)
     model, report = build_model(config, task, arguments.activation, arguments.activation_init, seed)
     model.config._commit_hash = commit
+    size = config.get_text_config().vocab_size if tokenizer is not None else 0
+    if tokenizer is not None and len(tokenizer) > size:
+        raise ConfigError(f"vocab_size {size} of the config: the tokenizer has {len(tokenizer)} tokens")
+    if arguments.dtype not in DTYPES:
+        raise ConfigError(f"dtype {arguments.dtype!r}: must be one of {', '.join(DTYPES)}")
+    torch.nn.Module.to(model, DTYPES[arguments.dtype])
     return Checkpoint(model, tokenizer, image_processor, task, commit), report
 
 
@@ -83,7 +97,10 @@ def build_model(
 
     def fresh() -> PreTrainedModel:
         set_seed(seed)
-        return cls(config)
+        try:
+            return cls(config)
+        except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
+            raise ConfigError(f"{cls.__name__} cannot be built with this config: {explain(error)}") from error
 
     if activation is None:
         return fresh(), None
@@ -122,6 +139,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
             revision = commit or arguments.model_revision
             config = AutoConfig.from_pretrained(arguments.model, revision=revision)
             stored = PreTrainedConfig.get_config_dict(arguments.model, revision=revision)[0]
+            stored.pop("hf_ortho", None)  # the provenance of other weights
         else:
             config, stored = AutoConfig.for_model(str(arguments.model_type)), {}
     except (OSError, ValueError, KeyError) as error:
@@ -133,7 +151,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
             raise ConfigError(f"config_overrides: {type(config).__name__} has no {key!r}; the closest is {closest!r}")
     try:
         return type(config).from_dict({**stored, **overrides}), commit  # some fields follow from others
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"config_overrides {overrides}: {explain(error)}") from error
 
 

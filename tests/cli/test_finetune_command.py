@@ -490,7 +490,7 @@ def test_activation_checkpointing_changes_no_weight(
 
 
 def test_fuse_mlp_changes_no_bit_of_the_weights(recipe, finetune, tmp_path, monkeypatch):
-    module, fused = importlib.import_module("hf_ortho.training.finetune"), []
+    module, fused = importlib.import_module("hf_ortho.training.assemble"), []
     monkeypatch.setattr(module, "fuse_mlp", lambda model: fused.extend(fuse_mlp(model)))
     options = {"activation": "hermite_3", "learning_rate": 0.01, "save_strategy": "no"}
     assert finetune(recipe(**options)).code == 0

@@ -42,6 +42,16 @@ def test_noise_is_smoothed_but_not_the_level(figure_of):
     assert np.mean(gap) == pytest.approx(-0.3, abs=0.01)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_few_points(figure_of, length):
+    found = {"gelu": curves(0.0, length=length), "hermite_3": curves(-0.3, length=length)}
+    np.testing.assert_allclose(drawn(figure_of, found).axes[1].lines[0].get_ydata(), [-0.3] * length)
+
+
+def test_nothing_logged(figure_of):
+    assert drawn(figure_of, {"gelu": {}, "hermite_3": {}}).axes[0].get_legend() is None
+
+
 @pytest.mark.parametrize("names", [["gelu"], ["gelu", "hermite_3"]])
 def test_runs_of_different_or_no_length(figure_of, names):
     found = {name: curves(0.0, length=length) for name, length in zip(names, (40, 7), strict=False)}

@@ -139,7 +139,7 @@ def test_two_processes_of_which_one_is_killed_in_a_save(runs):
 def test_two_processes_stop_together_for_the_loss_of_one(runs):
     """The second has a loss of nan at step 3; both ended with code 2."""
     lines = [x for x in (runs / "messages.txt").read_text().splitlines() if x.startswith("hf-ortho: error: step 3: ")]
-    assert len(lines) == 2
+    assert len(lines) == 1  # of both processes the first speaks
     assert all(str(runs / "nan" / "checkpoint-2") in line for line in lines)
     assert names(runs / "nan") == {"checkpoint-2"}
 

@@ -1,0 +1,117 @@
+"""What a recipe describes, put together: checkpoint, samples, and the Trainer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.distributed.fsdp import is_fsdp_enabled
+
+from ..activations import LearnableActivation
+from ..conversion import ConversionReport, convert
+from ..conversion.checkpoint import Checkpoint, explain, load_checkpoint
+from ..conversion.sites import find_sites
+from ..errors import ConfigError, HfOrthoError
+from ..recompute import fuse_mlp
+from .arguments import ModelArguments, Recipe
+from .augment import augment, check_augmentation
+from .evaluation import make_trainer
+from .logger import ActivationLogger
+from .lora import add_lora
+from .penalty import DomainPenalty
+from .policies import set_trainable
+from .samples import batches, load_splits
+from .scratch import scratch_checkpoint
+from .streaming import Stream
+from .tensor_parallel import reduce_activation_gradients, sharding
+from .trainer import ActivationTrainer
+
+
+def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | None, ConversionReport | None]:
+    """The checkpoint, converted or new, the samples for training and evaluation, and the report of the activations."""
+    arguments, training = recipe.model, recipe.training
+    if arguments.init == "scratch":
+        checkpoint, report = scratch_checkpoint(arguments, recipe.data, training.seed)
+    else:
+        place, report = str(arguments.model), None
+        checkpoint = load_checkpoint(place, revision=arguments.model_revision, dtype=arguments.dtype, **sharding())
+    with training.main_process_first(desc="preparing the data"):  # the others read what it caches
+        seed = training.seed if training.data_seed is None else training.data_seed
+        train, held_back = load_splits(checkpoint, recipe.data, seed)
+    if arguments.init != "scratch":
+        report = _convert_first(checkpoint, arguments, train)
+    return checkpoint, train, held_back, report
+
+
+def _convert_first(
+    checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream
+) -> ConversionReport | None:
+    """Convert unless the model has the activation already, learnable or not."""
+    name, model = arguments.activation, checkpoint.model
+    if not name:
+        return None
+    present = {site.source for site in find_sites(model)[0]}
+    learnable = isinstance(ACT2FN[name], LearnableActivation)
+    if present == {name if not learnable else ACT2FN[name].name}:
+        return None
+    if not learnable:
+        raise ConfigError(
+            f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}; only learnable activations, "
+            "such as hermite_8, can be converted to"
+        )
+    if is_fsdp_enabled():  # and transformers has read the weights in the main process alone
+        raise ConfigError(
+            f"activation {arguments.activation}: the fit needs the weights in all processes; set "
+            "fsdp_cpu_ram_efficient_loading to false, or convert the model before"
+        )
+    samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
+    return convert(model, name, calibration=samples)
+
+
+def build_trainer(
+    recipe: Recipe, checkpoint: Checkpoint, train: Dataset | Stream, held_back: Dataset | None
+) -> tuple[ActivationTrainer, int]:
+    """The Trainer of a recipe, its model frozen where the recipe says so, and the number of trained parameters.
+
+    Raises:
+        ConfigError: an argument does not fit the model or the data.
+    """
+    arguments, training = recipe.model, recipe.training
+    if arguments.train == "lora+activations":
+        if sharding():
+            raise ConfigError(
+                "train 'lora+activations' and tensor parallelism do not go together; take multi_gpu or fsdp2"
+            )
+        checkpoint.model = cast(PreTrainedModel, add_lora(checkpoint.model, recipe.lora, training.seed))
+    trainable = set_trainable(checkpoint.model, arguments.train)
+    reduce_activation_gradients(checkpoint.model)
+    if arguments.fuse_mlp:
+        fuse_mlp(checkpoint.model)
+    if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
+        if not checkpoint.model.supports_gradient_checkpointing:
+            raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
+        if arguments.train != "all":
+            checkpoint.model.enable_input_require_grads()
+    options: dict[str, Any] = {"optimizer_arguments": recipe.optimizer_arguments()}
+    weight, every = recipe.optimizer.domain_penalty, recipe.logging.log_activations
+    if not any(isinstance(module, LearnableActivation) for module in checkpoint.model.modules()):
+        for key, value in (("domain_penalty", weight), ("log_activations", every)):
+            if value:
+                raise ConfigError(
+                    f"{key} {value}: {type(checkpoint.model).__name__} has no learnable activations; give --activation"
+                )
+    if weight:
+        options["penalty"] = DomainPenalty(checkpoint.model, weight, recipe.optimizer.domain_penalty_interval)
+    if every is not None:
+        options["callbacks"] = [ActivationLogger(every)]
+    check_augmentation(recipe.augmentation, training, checkpoint, train)
+    try:
+        trainer = make_trainer(checkpoint, training, train, held_back, **options)
+    except HfOrthoError:
+        raise
+    except Exception as error:  # a logger that is not installed, a Hub that cannot be reached, values that do not fit
+        raise ConfigError(f"training arguments: {explain(error)}") from error
+    augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
+    return trainer, trainable
