@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from transformers.activations import ACT2FN
@@ -14,6 +13,7 @@ from ..conversion.stored import StoredActivations, load_activations, provenance_
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..plotting import Panel, Snapshot, animate_history, plot_activations, plot_history
 from ..plotting.layout import thin
+from ..training.checkpoints import checkpoints, step_of
 from ..training.history import read_step, recorded_steps
 from .console import Parser, console
 from .convert import calibration_batches
@@ -109,7 +109,7 @@ def _history(args) -> None:
         places = [recorded[i] for i in thin(len(recorded), MAX_MOMENTS)]
         snapshots = [Snapshot(read_step(file)[0], step) for step, file in places]
     else:
-        places = checkpoints(args.history)
+        places = [(step_of(folder), folder) for folder in _checkpoints(args.history)]
         snapshots = [Snapshot(load_activations(str(folder)).modules, step) for step, folder in places]
     if args.model:
         snapshots.append(Snapshot(load_activations(args.model, revision=args.revision).modules, name=args.model))
@@ -129,22 +129,17 @@ def _history(args) -> None:
     draw(snapshots, args.output, f"{args.history}: {', '.join(_activations(common))}")
 
 
-def checkpoints(folder: str) -> list[tuple[int, Path]]:
-    """(step, folder) of each ``checkpoint-STEP`` that Trainer left in ``folder``, by step.
-
-    Raises:
-        CheckpointError: ``folder`` is none, or holds no checkpoints.
-    """
+def _checkpoints(folder: str) -> list[Path]:
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"--history {folder}: no such folder; name the output_dir of a training")
-    found = [(int(m[1]), p) for p in path.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    found = checkpoints(path)
     if not found:
         raise CheckpointError(
             f"--history {folder}: holds no checkpoint-STEP folders and no recorded activations; name the output_dir "
             "of a training whose save_strategy is steps or epoch, or with log_activations"
         )
-    return sorted(found)
+    return found
 
 
 def _activations(modules: dict[str, LearnableActivation]) -> list[str]:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..errors import ConfigError
 
 MANIFEST = "manifest.json"
+PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 FINAL_DRAFT = "final.draft"
 
 
@@ -39,12 +40,13 @@ def write_manifest(checkpoint: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The ``checkpoint-N`` folders, by N."""
-    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and _step(p).isdecimal()]
-    return sorted(found, key=lambda p: int(_step(p)))
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name[len(PREFIX) :].isdecimal()]
+    return sorted(found, key=step_of)
 
 
-def _step(checkpoint: Path) -> str:
-    return checkpoint.name.rpartition("-")[2]
+def step_of(checkpoint: Path) -> int:
+    """N of ``checkpoint-N``."""
+    return int(checkpoint.name[len(PREFIX) :])
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -90,10 +92,19 @@ def resume_point(folder: Path, whole: list[Path], *, required: bool) -> Path | N
     return None
 
 
+def _was_saved(checkpoint: Path) -> bool:
+    """Whether the save of a checkpoint with a manifest came to its end, whatever was taken out of it later."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / MANIFEST).read_text() != "{}"
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves and deletions left in the output folder of a training; nothing that others wrote."""
+    """Remove what killed saves left in the output folder of a training; nothing that others wrote or made smaller."""
     for checkpoint in checkpoints(folder):
-        if (checkpoint / MANIFEST).is_file() and not is_whole(checkpoint):
+        if (checkpoint / MANIFEST).is_file() and not _was_saved(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
     for draft in (folder / FINAL_DRAFT, *folder.glob(f".{FINAL_DRAFT}.*")):
         shutil.rmtree(draft, ignore_errors=True)

@@ -24,7 +24,23 @@ class ExponentialMovingAverage(TrainerCallback):
     def __init__(self, decay: float):
         self.update = get_ema_multi_avg_fn(decay)
 
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the first step of ``optimizer`` begin the averages, before any checkpoint is loaded.
+
+        FSDP2 takes such a step with zero gradients, and loads sharded only what the state then has.
+        """
+
+        def begin(optimizer, args, kwargs) -> None:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                kept = optimizer.state[parameter]
+                if KEY not in kept:
+                    kept[KEY] = parameter.detach().clone()
+
+        optimizer.register_step_post_hook(begin)
+
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if getattr(optimizer, "step_was_skipped", False):  # by fp16's GradScaler
+            return
         averages, weights = [], []
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             kept = optimizer.state[parameter]

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -26,6 +25,7 @@ from ..activations import LearnableActivation, build
 from ..conversion.calibrate import several_processes
 from ..errors import ConfigError
 from . import history
+from .optimizer import activations_by_path
 
 
 class ActivationLogger(TrainerCallback):
@@ -60,7 +60,7 @@ class ActivationLogger(TrainerCallback):
         self._watched: list[_Moments] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._modules = _activations(model)
+        self._modules = activations_by_path(model)
         if not self._modules:
             raise ConfigError(
                 f"ActivationLogger: {type(model).__name__} has no learnable activations; convert it first"
@@ -177,12 +177,6 @@ class _Moments:
             "std": math.sqrt(max(squares / count - mean**2, 0.0)),
             "outside": outside / count,
         }
-
-
-def _activations(model: nn.Module) -> dict[str, LearnableActivation]:
-    """The activations by their paths in the model itself, whatever wraps it."""
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    return {path: m for path, m in inner.named_modules() if isinstance(m, LearnableActivation)}
 
 
 @torch.no_grad()

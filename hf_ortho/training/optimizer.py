@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections import defaultdict
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -46,7 +48,7 @@ def param_groups(
         ConfigError: a value is negative or not finite, or nothing is trainable.
     """
     _check(lr=lr, weight_decay=weight_decay, activation_lr=activation_lr)
-    learned = {id(p) for module in _activations(model) for p in module.parameters(recurse=False)}
+    learned = {id(p) for module in activations_by_path(model).values() for p in module.parameters(recurse=False)}
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it reads no self
     rates = (lr, weight_decay), (lr, 0.0), (lr if activation_lr is None else activation_lr, 0.0)
     groups = defaultdict(list)
@@ -126,7 +128,7 @@ def scale_steps(
     if gradient_scale == 1.0 and not natural_steps:
         return optimizer
     units: dict[int, Tensor | None] = {}
-    for module in _activations(model):
+    for module in activations_by_path(model).values():
         natural = module.natural_units() if natural_steps else {}
         for name, parameter in module.named_parameters(recurse=False):
             units[id(parameter)] = torch.tensor(natural[name]) if name in natural else None
@@ -176,8 +178,19 @@ def _placed(unit: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(unit.to(mesh.device_type), mesh, sharded.placements, src_data_rank=None)
 
 
-def _activations(model: nn.Module) -> list[LearnableActivation]:
-    return [module for module in model.modules() if isinstance(module, LearnableActivation)]
+def activations_by_path(model: nn.Module) -> dict[str, LearnableActivation]:
+    """The activations in use by their paths in the plain model, whatever wraps it: an engine, a compiler or peft.
+
+    Of those that peft trains (``modules_to_save``) it is the trained copy, not the original that lies beside it.
+    """
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return {
+        re.sub(r"\.modules_to_save\.default\b|\b_orig_mod\.|\._orig_mod$", "", path): module
+        for path, module in inner.named_modules()
+        if isinstance(module, LearnableActivation) and "original_module" not in path.split(".")
+    }
 
 
 def _check(**values: float | None) -> None:

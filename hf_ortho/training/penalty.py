@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..activations import LearnableActivation
 from ..activations.interpolation import is_interval
 from ..errors import ConfigError
+from .optimizer import activations_by_path
 
 
 class DomainPenalty:
@@ -42,7 +43,7 @@ class DomainPenalty:
     """
 
     def __init__(self, model: nn.Module, weight: float, interval: Sequence[float] | None = None):
-        modules = {path: m for path, m in model.named_modules() if isinstance(m, LearnableActivation)}
+        modules = activations_by_path(model)
         if not modules:
             raise ConfigError(f"DomainPenalty: {type(model).__name__} has no learnable activations; convert it first")
         if not 0.0 <= weight < math.inf:

@@ -115,6 +115,7 @@ def packed(
     pack, rows = Packer(tokenizer, block_size), iter(rows)
     while texts := [row[column] for row in islice(rows, DOCUMENTS)]:
         for block in torch.from_numpy(pack(text for text in texts if text not in held_back)):
+            block = block.clone()  # a view would keep all blocks of these documents in memory
             yield {"input_ids": block, "labels": block}
 
 

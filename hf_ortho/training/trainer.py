@@ -56,13 +56,20 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         return cls, kwargs
 
     def create_optimizer(self, model=None):
+        optimizer = self._create_optimizer(model)
+        if self.average:
+            self.average.prepare(optimizer)
+        return optimizer
+
+    def _create_optimizer(self, model):
         chosen = self.optimizer_arguments
         if self.optimizer is not None or chosen is None:
             return super().create_optimizer(model)
-        if chosen.activation_natural_steps and self.is_deepspeed_enabled:
-            raise ConfigError("activation_natural_steps: DeepSpeed flattens the parameters; use another engine")
-        target: Any = self.model if model is None else model
         scale, natural = chosen.activation_gradient_scale, chosen.activation_natural_steps
+        if (scale != 1.0 or natural) and self.is_deepspeed_enabled:
+            key = "activation_natural_steps" if natural else f"activation_gradient_scale {scale}"
+            raise ConfigError(f"{key}: DeepSpeed flattens the parameters; use another engine")
+        target: Any = self.model if model is None else model
         return scale_steps(super().create_optimizer(model), target, gradient_scale=scale, natural_steps=natural)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -3,6 +3,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from hf_ortho.activations import FAMILIES, build
@@ -78,6 +80,24 @@ def test_without_a_step_nothing_changes():
     for either in (None, optimizer):
         with average.applied(either):
             assert torch.equal(flat(model), before)
+
+
+def test_steps_that_the_scaler_skips_are_not_averaged():
+    model, average, decay = network("hermite"), ExponentialMovingAverage(0.7), 0.7
+    Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), scaler=scaler)
+    history = []
+    for factor in (torch.inf, 1.0, 1.0, torch.inf, 1.0):
+        scaler.scale(factor * model(torch.ones(4, 3)).square().mean()).backward()
+        optimizer.step()
+        average.on_optimizer_step(None, None, None, optimizer=optimizer)
+        optimizer.zero_grad()
+        history.append(flat(model))
+    assert torch.equal(history[2], history[3])
+    expected = decay**2 * history[1] + decay * (1 - decay) * history[2] + (1 - decay) * history[4]
+    with average.applied(optimizer):
+        assert (flat(model) - expected).abs().max() < 1e-6
 
 
 def test_the_state_of_the_optimizer_carries_the_average():

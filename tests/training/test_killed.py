@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_ortho.training.checkpoints import is_whole, write_manifest
+from hf_ortho.training.checkpoints import is_whole, remove_leftovers, write_manifest
 
 # Six steps, saved after 2, 4 and 6. Where it dies, and the step of the checkpoint that it goes on from.
 WEIGHTS, STEP = "transformers.modeling_utils:safe_save_file", "torch.optim:AdamW.step"
@@ -206,6 +206,17 @@ def test_a_checkpoint_that_lacks_something_is_not_resumed_from(output, flags, hf
         ran = hf_ortho_command("finetune", *flags(folder.parent), "--resume_from_checkpoint", folder)
         assert f"{folder}: " in ran.error
     assert folder.is_dir()
+
+
+def test_only_what_a_killed_save_left_is_removed(output, tmp_path):
+    output("checkpoint-1")
+    (output("checkpoint-2") / "optimizer.pt").unlink()  # to save space
+    (output("checkpoint-3") / "manifest.json").unlink()
+    (output("checkpoint-4") / "manifest.json").write_text("{}")
+    (output("checkpoint-5") / "trainer_state.json").unlink()
+    (output("checkpoint-6") / "trainer_state.json").write_text('{"epoch": ')
+    remove_leftovers(tmp_path / "out")
+    assert names(tmp_path / "out") == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
 
 
 def test_auto_does_not_start_anew_over_what_may_be_of_worth(output, flags, hf_ortho_command, tmp_path):

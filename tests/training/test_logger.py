@@ -11,7 +11,7 @@ import hf_ortho
 import hf_ortho.cli.plot
 from hf_ortho.activations import LearnableActivation
 from hf_ortho.errors import CheckpointError, ConfigError
-from hf_ortho.training import history, logger
+from hf_ortho.training import LoraArguments, add_lora, history, logger
 
 LAYERS = [f"transformer.h.{i}.mlp.act" for i in range(2)]
 
@@ -132,6 +132,18 @@ def test_a_resumed_training_continues_the_history(converted, rows, tmp_path):
     assert contents(tmp_path) == whole
     train(converted, rows, tmp_path, hf_ortho.ActivationLogger(1), checkpoint, max_steps=5)
     assert [step for step, _ in history.recorded_steps(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_under_lora_the_trained_copies_are_recorded_by_their_plain_paths(converted, rows, tmp_path):
+    model = add_lora(copy.deepcopy(converted), LoraArguments(), seed=0)
+    trainer = train(model, rows, tmp_path, hf_ortho.ActivationLogger(1), max_steps=2)
+    modules, statistics = history.read_step(history.recorded_steps(tmp_path)[-1][1])
+    assert list(modules) == list(statistics) == LAYERS
+    for path, module in modules.items():
+        trained = trainer.model.get_submodule(f"base_model.model.{path}.modules_to_save.default")
+        assert torch.equal(module.coefficients, trained.coefficients)
+        assert not torch.equal(module.coefficients, converted.get_submodule(path).coefficients)
+        assert statistics[path]["minimum"] < statistics[path]["maximum"]
 
 
 def test_pictures_go_to_tensorboard(converted, rows, tmp_path, monkeypatch):

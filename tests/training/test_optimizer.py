@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hf_ortho
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.errors import ConfigError
-from hf_ortho.training import ActivationTrainer, OptimizerArguments, activation_parameters
+from hf_ortho.training import ActivationTrainer, LoraArguments, OptimizerArguments, activation_parameters, add_lora
+from hf_ortho.training.optimizer import activations_by_path
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +196,30 @@ def test_hermite_units_are_one_over_the_norms_of_the_basis():
         one = torch.zeros(13, dtype=torch.float64)
         one[k] = unit
         assert float((w * module.series(x, one).square()).sum() / w.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "compiled", "blocks compiled", "lora", "lora compiled"])
+def test_paths_of_activations_are_those_in_the_plain_model(model, wrapper):
+    if wrapper.startswith("lora"):
+        model = add_lora(model, LoraArguments(), seed=0)
+    if wrapper == "blocks compiled":
+        model.transformer.h[0] = torch.compile(model.transformer.h[0], backend="eager")
+        model.transformer.h[1].mlp.act = torch.compile(model.transformer.h[1].mlp.act, backend="eager")
+    elif wrapper.endswith("compiled"):
+        model = torch.compile(model, backend="eager")
+    found = activations_by_path(model)
+    assert list(found) == [f"transformer.h.{i}.mlp.act" for i in range(2)]
+    assert all(module.coefficients.requires_grad for module in found.values())
+
+
+@pytest.mark.parametrize(("scale", "natural"), [(0.5, False), (1.0, True)])
+def test_deepspeed_takes_no_other_units(model, tmp_path, scale, natural):
+    chosen = OptimizerArguments(activation_gradient_scale=scale, activation_natural_steps=natural)
+    trainer = ActivationTrainer(model=model, args=arguments(tmp_path), optimizer_arguments=chosen)
+    trainer.is_deepspeed_enabled = True
+    key = "activation_natural_steps" if natural else "activation_gradient_scale 0.5"
+    with pytest.raises(ConfigError, match=f"{key}: DeepSpeed flattens the parameters; use another engine"):
+        trainer.create_optimizer()
 
 
 def test_gradient_scale_moves_sgd_and_spares_the_rest():

@@ -1,4 +1,4 @@
-"""Two processes, under DDP and FSDP2, train and record as one does with the whole batch."""
+"""Two processes, under DDP and FSDP2, train, average and record as one does with the whole batch."""
 
 import os
 import subprocess
@@ -16,6 +16,7 @@ import torch
 import hf_ortho
 from torch import nn
 from hf_ortho.activations import FAMILIES, build
+from hf_ortho.training import ExponentialMovingAverage
 from hf_ortho.training.logger import ActivationLogger
 
 class Net(nn.Module):
@@ -33,37 +34,59 @@ class Net(nn.Module):
 
 x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 
-def train(model, wrapped, x, folder, rank=0):
+def whole(model):
+    found = {k: p.detach().clone() for k, p in model.named_parameters()}
+    return {k: (p.full_tensor() if hasattr(p, "full_tensor") else p).contiguous() for k, p in found.items()}
+
+def train(model, wrapped, x, folder, rank=0, resume=lambda *_: None):
     from types import SimpleNamespace
     groups = hf_ortho.param_groups(wrapped, lr=0.01, activation_lr=0.02, weight_decay=0.1)
     optimizer = torch.optim.AdamW(groups)
     hf_ortho.scale_steps(optimizer, wrapped, gradient_scale=0.5, natural_steps=True)
+    average = ExponentialMovingAverage(0.6)
+    average.prepare(optimizer)
     logger = ActivationLogger(1)
     logger._modules = {p: m for p, m in model.named_modules() if hasattr(m, "tail_slopes")}
     logger._every, logger._picture_every, logger._integrations = 1, 0, []
     args = SimpleNamespace(output_dir=folder)
     state = SimpleNamespace(global_step=0, is_world_process_zero=rank == 0)
-    for _ in range(3):
+    for step in range(3):
+        if step == 2:
+            resume(wrapped, optimizer)
         logger.on_step_begin(args, state, None)
         wrapped(x)["loss"].backward()
         optimizer.step()
+        average.on_optimizer_step(None, None, None, optimizer=optimizer)
         optimizer.zero_grad()
         state.global_step += 1
         logger.on_step_end(args, state, None)
+    resume(wrapped, optimizer)
+    with average.applied(optimizer):
+        averages = whole(model)
+    return averages
 """
 
 WORKER = """
 import sys
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from model import Net, hf_ortho, torch, train, x
+from model import Net, hf_ortho, torch, train, whole, x
 
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 rank, folder = dist.get_rank(), sys.argv[1]
 found = {}
+
+def resume(model, optimizer):
+    # as Accelerate saves and loads the optimizer
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    optimizer.state.clear()
+    dcp.set_optimizer_state_dict(model, optimizer, state if rank == 0 else {}, options=options)
+
 for engine in ("ddp", "fsdp2"):
     model = Net()
     hf_ortho.DomainPenalty(model, 0.3, (-0.5, 0.5))
@@ -74,10 +97,10 @@ for engine in ("ddp", "fsdp2"):
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-    train(model, wrapped, x[8 * rank : 8 * rank + 8], f"{folder}/{engine}", rank)
-    for key, p in model.named_parameters():
-        p = p.detach()
-        found[f"{engine}.{key}"] = (p.full_tensor() if hasattr(p, "full_tensor") else p).contiguous()
+    again = {"resume": resume} if engine == "fsdp2" else {}
+    averages = train(model, wrapped, x[8 * rank : 8 * rank + 8], f"{folder}/{engine}", rank, **again)
+    found |= {f"{engine}.{key}": p for key, p in whole(model).items()}
+    found |= {f"{engine}.average.{key}": p for key, p in averages.items()}
 save_file(found, f"{folder}/{rank}.safetensors")
 dist.destroy_process_group()
 """
@@ -102,8 +125,8 @@ def alone(tmp_path_factory):
     model = names["Net"]()
     names["hf_ortho"].DomainPenalty(model, 0.3, (-0.5, 0.5))
     place = tmp_path_factory.mktemp("alone")
-    names["train"](model, model, names["x"], str(place))
-    return model, place
+    averages = names["train"](model, model, names["x"], str(place))
+    return model, place, averages
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -112,6 +135,15 @@ def test_parameters_are_those_of_one_process(folder, alone, engine):
     for key, parameter in alone[0].named_parameters():
         assert torch.equal(first[f"{engine}.{key}"], second[f"{engine}.{key}"])
         torch.testing.assert_close(first[f"{engine}.{key}"], parameter.detach(), rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_averages_are_those_of_one_process(folder, alone, engine):
+    """Under FSDP2 also after the state of the optimizer was loaded again."""
+    found = load_file(folder / "0.safetensors")
+    for key, expected in alone[2].items():
+        torch.testing.assert_close(found[f"{engine}.average.{key}"], expected, rtol=1e-4, atol=1e-5, msg=key)
+    assert any(not torch.equal(alone[2][key], p) for key, p in alone[0].named_parameters())
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 import hf_ortho
 from hf_ortho.activations import FAMILIES, LearnableActivation, build
 from hf_ortho.errors import ConfigError
-from hf_ortho.training import ActivationTrainer
+from hf_ortho.training import ActivationTrainer, LoraArguments, add_lora
 
 INTERVAL = (-0.05, 0.03)
 
@@ -64,6 +64,14 @@ def expected_of(model, ids, weight, interval=INTERVAL):
     loss = outputs.loss + weight * penalty
     loss.backward()
     return loss.detach(), penalty.detach(), gradients(model)
+
+
+def test_under_lora_each_activation_counts_once(model, ids):
+    loss, penalty, _ = expected_of(copy.deepcopy(model).train(), ids, 3.0)
+    assert penalty > 1e-4
+    wrapped = add_lora(model, LoraArguments(lora_dropout=0.0), seed=0).train()  # no change before the first step
+    hf_ortho.DomainPenalty(wrapped, 3.0, INTERVAL)
+    torch.testing.assert_close(wrapped(input_ids=ids, labels=ids).loss.detach(), loss)
 
 
 @pytest.mark.parametrize("interval", [INTERVAL, None])

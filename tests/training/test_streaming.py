@@ -124,6 +124,12 @@ def test_blocks_are_mixed_and_none_is_lost(splits, corpus, other):
     assert 1 < np.mean(distances) < 40
 
 
+def test_a_block_in_the_buffer_keeps_no_other_in_memory(splits, corpus, other):
+    stream, _ = splits(corpus, eval_dataset=str(other))
+    for sample in islice(stream, 3):
+        assert sample["input_ids"].untyped_storage().nbytes() == sample["input_ids"].nbytes
+
+
 def test_a_finite_stream_ends_with_its_buffer():
     rows = [{"n": i} for i in range(25)]
     for size in (1, 10, 100):
