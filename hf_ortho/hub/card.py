@@ -113,7 +113,7 @@ def write_card(
         conversion=_conversion(model, activation, provenance, report),
         layers=_layers(report),
         weight="the calibration data" if report and report.calibrated else "the density of N(-0.5, 1.5^2)",
-        reach=REACH[bool(_tails(provenance))],
+        reach="" if provenance.get("init") in INITIALISATIONS else REACH[_tails(provenance)],
         notes=[*report.notes, *report.warnings] if report else [],
         results=results,
         hyperparameters=_hyperparameters(arguments, others or {}),
