@@ -39,7 +39,7 @@ from hf_ortho.cli import finetune as command, main
 torch.set_num_threads(1)
 results = []
 original = command.finetune
-command.finetune = lambda recipe: results.append(original(recipe)) or results[-1]
+command.finetune = lambda *args: results.append(original(*args)) or results[-1]
 for engine, place, flags in json.load(open(sys.argv[1])):
     if engine == "ddp":
         flags = [*flags, "--use_cpu", "true"]

@@ -263,7 +263,7 @@ def test_recipe_refuses_bad_values(hf_ortho_command, gpt2_folder, text_file, tmp
         (["--domain_penalty", -1], "domain_penalty -1.0"),
         (["--domain_penalty_interval", 2, 1], "domain_penalty_interval [2.0, 1.0]: must be two numbers lo < hi"),
         (["--log_activations", 0], "log_activations 0: must be at least 1"),
-        (["--domain_penalty", 1], "DomainPenalty: GPT2LMHeadModel has no learnable activations"),
+        (["--domain_penalty", 1], "domain_penalty 1.0: GPT2LMHeadModel has no learnable activations"),
     ):
         assert message in hf_ortho_command(*base, *flags).error
     assert not (tmp_path / "out").exists()

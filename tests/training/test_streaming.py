@@ -310,6 +310,7 @@ def test_three_steps_and_three_more_are_six(hf_ortho_command, tmp_path, gpt2_fol
 def process(rank, port, stream, folder):
     """One of two processes: 10 of its batches of 2 blocks, as accelerate (and so Trainer) hands them out."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
