@@ -7,6 +7,8 @@ import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -76,6 +78,29 @@ def hf_ortho_command():
         finally:
             signal.signal(signal.SIGTERM, handler)
         return Ran(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """``torchrun(script, "argument")`` runs a script in two processes, which must end well; returns what it printed."""
+
+    def run(script, *argv, **environment) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            script,
+            *argv,
+        ]
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return run
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..activations import parse
-from ..plotting.layout import BLACK, BLUE, SKY, VERMILION, written
+from ..conversion.checkpoint import written
+from ..plotting.layout import BLACK, BLUE, SKY, VERMILION
 from .competitors import REFERENCE
 from .results import Figure, Results
 from .settings import Settings

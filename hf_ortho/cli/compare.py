@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..benchmark.timing import Times
+from ..conversion.checkpoint import written
 from ..errors import ConfigError, NonFiniteError
 from ..hub.card import hardware
 from ..plotting.comparison import plot_comparison
-from ..training.compare import METRICS, Comparison, Run, measure_steps, run_grid, summarise
+from ..training.compare import Comparison, Run, measure_steps, run_grid, summarise
 from .console import console, table, trainer_log
 from .launch import launch
 from .recipe import parse_recipe
@@ -51,7 +52,8 @@ def run(argv: list[str]) -> int | None:
 
 
 def metric_of(runs: list[Run]) -> str:
-    return METRICS["image-classification" if "top1" in runs[0].metrics else "causal-lm"]
+    """The metric of the table: accuracy of a classifier, else the loss."""
+    return "top1" if "top1" in runs[0].metrics else "loss"
 
 
 def _figure(mean: str, spread: float, seeds: int) -> str:
@@ -93,9 +95,9 @@ def write(
     )
     if diverged:
         caption += f"; diverged: {'; '.join(diverged)}"
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
-    (folder / "table.md").write_text("\n".join([*lines, "", caption, ""]))
+    with written(folder / "table.md") as draft:
+        draft.write_text("\n".join([*lines, "", caption, ""]))
     results = {
         "caption": caption,
         "metric": metric,
@@ -107,7 +109,8 @@ def write(
         "hardware": hardware(),
         "versions": {package: version(package) for package in ("hf_ortho", "torch", "transformers", "accelerate")},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    with written(folder / "results.json") as draft:
+        draft.write_text(json.dumps(results, indent=1))
     by_name = {s.activation: [run for run in runs if run.activation == s.activation] for s in summaries}
     plot_comparison(
         {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},

@@ -171,6 +171,25 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """A draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
+
+    Raises:
+        OutputError: the file cannot be written; what was at ``path`` is as before.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield draft
+        os.replace(draft, target)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -14,7 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 
 from ..activations import LearnableActivation
-from .layout import BLACK, VERMILION, Grid, interval, mark_domain, thin, values, written
+from ..conversion.checkpoint import written
+from .layout import BLACK, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 401
 FRAMES_PER_SECOND = 3

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,7 +18,6 @@ from torch import nn
 
 from ..activations import LearnableActivation
 from ..conversion.paths import split_shared
-from ..errors import OutputError
 
 FULL_PANELS = 12  # more share their axes in a compact grid
 MAX_PANELS = 64  # more are thinned evenly
@@ -162,22 +158,3 @@ def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [l
     axes.axvspan(max(ends[0], left), min(ends[1], right), color=GREY, alpha=0.12, lw=0, label=label)
     for end in finite:
         axes.axvline(end, color=GREY, lw=0.9, ls=":")
-
-
-@contextlib.contextmanager
-def written(path: str | Path) -> Iterator[Path]:
-    """A draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
-
-    Raises:
-        OutputError: the picture cannot be written; what was at ``path`` is as before.
-    """
-    target = Path(path)
-    draft = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        yield draft
-        os.replace(draft, target)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..activations import LearnableActivation
 from ..conversion import Histogram
-from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values, written
+from ..conversion.checkpoint import written
+from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 801
 STYLES: list[dict[str, Any]] = [

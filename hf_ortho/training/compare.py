@@ -20,14 +20,14 @@ from transformers.activations import ACT2FN
 from ..activations import LearnableActivation, parse
 from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
-from ..errors import ConfigError, HfOrthoError, NonFiniteError, OutputError
+from ..conversion.checkpoint import written
+from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from .arguments import CompareArguments, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import whole_checkpoints
 from .finetune import finetune
 from .trainer import ActivationTrainer
 
-METRICS = {"causal-lm": "loss", "image-classification": "top1"}
 # What one run of the grid may differ in, and what changes no figure.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
 
@@ -150,15 +150,10 @@ def _plain(value: Any) -> Any:
 
 
 def _write(file: Path, text: str) -> None:
-    if not PartialState().is_main_process:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}")
-        draft.write_text(text)
-        draft.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
+    if PartialState().is_main_process:
+        with written(file) as draft:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(text)
 
 
 # ---- what the runs say ---------------------------------------------------------------------------------------------

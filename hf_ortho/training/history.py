@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..activations import LearnableActivation, build
+from ..conversion.checkpoint import written
 from ..errors import CheckpointError
 
 FOLDER = "activations"
@@ -34,9 +34,8 @@ def write_step(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{path}.{key}": value for path, m in modules.items() for key, value in m.state_dict().items()}
     names = {path: module.name for path, module in modules.items()}
-    draft = folder / f".{os.getpid()}.draft"
-    save_file(tensors, draft, {"activations": json.dumps(names), "statistics": json.dumps(statistics)})
-    os.replace(draft, folder / f"step-{step}.safetensors")
+    with written(folder / f"step-{step}.safetensors") as draft:
+        save_file(tensors, draft, {"activations": json.dumps(names), "statistics": json.dumps(statistics)})
 
 
 def read_step(file: Path) -> tuple[dict[str, LearnableActivation], dict[str, dict[str, float]]]:

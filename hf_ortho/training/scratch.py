@@ -95,10 +95,11 @@ def build_model(
     """
     cls: Any = TASKS[task][type(config)]
 
-    def fresh() -> PreTrainedModel:
+    def fresh(device: str = "cpu") -> PreTrainedModel:
         set_seed(seed)
         try:
-            return cls(config)
+            with torch.device(device):
+                return cls(config)
         except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"{cls.__name__} cannot be built with this config: {explain(error)}") from error
 
@@ -113,7 +114,7 @@ def build_model(
             f"activation_init {init!r}: must be one of {', '.join(INITIALISATIONS)}, or a function of ACT2FN, such as "
             "gelu, to be interpolated"
         )
-    for site in find_sites(fresh())[0]:
+    for site in find_sites(fresh("meta"))[0]:
         set_field(config, site.field, site.prefix + (init if fitted else activation))
     model = fresh()
     report = convert(model, activation) if fitted else None

@@ -1,8 +1,6 @@
 """Two processes with different batches get the same activations, those of all batches together."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -36,15 +34,12 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, torchrun):
     """What both processes saved, by the steps of distillation."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(script), os.path.dirname(__file__), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    torchrun(script, os.path.dirname(__file__), folder)
     return {steps: [load_file(folder / f"{rank}.{steps}.safetensors") for rank in range(2)] for steps in (0, 3)}
 
 

@@ -1,9 +1,5 @@
 """Under DDP and FSDP2 the kernels give the gradients of a single process with the whole batch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,14 +54,11 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, torchrun):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "model.py").write_text(MODEL)
     (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(folder / "worker.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    torchrun(folder / "worker.py", folder)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 

@@ -1,9 +1,6 @@
 """Two processes under DDP, FSDP2 and tensor parallelism, over gloo on the CPU, train as one with the same batch."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -90,7 +87,7 @@ def llama_folder(tmp_path_factory, save_parts):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, folders, llama_folder, text_file, hf_ortho_command):
+def runs(tmp_path_factory, torchrun, folders, llama_folder, text_file, hf_ortho_command):
     """The folder of all runs: ``ENGINE.POLICY``, and with ``.resumed`` those continued from their checkpoint-2."""
     folder = tmp_path_factory.mktemp("engines")
 
@@ -119,12 +116,8 @@ def runs(tmp_path_factory, folders, llama_folder, text_file, hf_ortho_command):
     queue.append(("tp", str(folder / "tp.llama"), llama))
     (folder / "runs.json").write_text(json.dumps(queue))
     (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(folder / "worker.py"), str(folder / "runs.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Wrote") == len(queue)  # by the main process alone
+    printed = torchrun(folder / "worker.py", folder / "runs.json", CUDA_VISIBLE_DEVICES="")
+    assert printed.count("Wrote") == len(queue)  # by the main process alone
     for name, options in [(policy, gpt2(policy, 1)) for policy in ACTIVATIONS] + [("llama", llama)]:
         ran = hf_ortho_command("finetune", "--output_dir", folder / f"single.{name}", *options, "--use_cpu", True)
         assert ran.code == 0, ran.err

@@ -1,9 +1,5 @@
 """Two processes, under DDP and FSDP2, train, average and record as one does with the whole batch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -107,14 +103,11 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, torchrun):
     folder = tmp_path_factory.mktemp("processes")
     (folder / "model.py").write_text(MODEL)
     (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(folder / "worker.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    torchrun(folder / "worker.py", folder)
     return folder
 
 
