@@ -36,6 +36,7 @@ class Checkpoint:
     Attributes:
         task: ``causal-lm``, ``image-classification``, or empty.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
+        new_head: name of a head that was made anew, for the classes of a dataset; empty if there is none.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Checkpoint:
     image_processor: Any | None
     task: str
     commit: str | None
+    new_head: str = ""
 
     @property
     def processor(self):

@@ -1,5 +1,6 @@
 """Training on the ecosystem's own engines."""
 
+from .adapters import add_adapter, add_lora, merge_lora
 from .arguments import (
     AugmentationArguments,
     DataArguments,
@@ -14,7 +15,6 @@ from .ema import ExponentialMovingAverage
 from .evaluation import evaluate_model
 from .finetune import Result, finetune
 from .guard import FiniteGuard
-from .lora import add_lora, merge_lora
 from .metrics import Perplexity, TopKAccuracy
 from .policies import POLICIES, activation_parameters, set_trainable
 from .tensor_parallel import reduce_activation_gradients
@@ -39,6 +39,7 @@ __all__ = [
     "SoftTargetLoss",
     "TopKAccuracy",
     "activation_parameters",
+    "add_adapter",
     "add_lora",
     "evaluate_model",
     "finetune",

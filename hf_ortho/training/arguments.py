@@ -60,6 +60,12 @@ class ModelArguments:
         default=8, metadata={"help": "Training samples that weight the fit of a conversion; 0 for the data-free fit."}
     )
     train: str = dataclasses.field(default="all", metadata={"help": f"What to train: {', '.join(POLICIES)}."})
+    adapter: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Save a PEFT adapter instead of a whole model; with train activations the model is not converted."
+        },
+    )
     fuse_mlp: bool = dataclasses.field(
         default=False,
         metadata={
@@ -230,7 +236,7 @@ class AugmentationArguments:
 
 @dataclasses.dataclass
 class LoraArguments:
-    """For ``train: lora+activations``."""
+    """For ``train: lora`` and ``lora+activations``."""
 
     lora_r: int = dataclasses.field(default=8, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = dataclasses.field(default=16, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})

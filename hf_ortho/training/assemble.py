@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.distributed.fsdp import is_fsdp_enabled
@@ -15,13 +16,13 @@ from ..conversion.checkpoint import Checkpoint, explain, load_checkpoint
 from ..conversion.sites import find_sites
 from ..errors import ConfigError, HfOrthoError
 from ..recompute import fuse_mlp
+from .adapters import add_adapter, add_lora
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
 from .evaluation import make_trainer
 from .logger import ActivationLogger
-from .lora import add_lora
 from .penalty import DomainPenalty
-from .policies import set_trainable
+from .policies import freeze_domains, set_trainable
 from .samples import batches, load_splits
 from .scratch import scratch_checkpoint
 from .streaming import Stream
@@ -40,7 +41,7 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
     with training.main_process_first(desc="preparing the data"):  # the others read what it caches
         seed = training.seed if training.data_seed is None else training.data_seed
         train, held_back = load_splits(checkpoint, recipe.data, seed)
-    if arguments.init != "scratch":
+    if arguments.init != "scratch" and not (arguments.adapter and arguments.train == "activations"):
         report = _convert_first(checkpoint, arguments, train)
     return checkpoint, train, held_back, report
 
@@ -56,6 +57,11 @@ def _convert_first(
     learnable = isinstance(ACT2FN[name], LearnableActivation)
     if present == {name if not learnable else ACT2FN[name].name}:
         return None
+    if arguments.adapter:
+        raise ConfigError(
+            f"adapter: train {arguments.train!r} needs a base model that is saved as {name}, {model.name_or_path} has "
+            f"{', '.join(sorted(present))}; make one with hf-ortho convert, and give that as model"
+        )
     if not learnable:
         raise ConfigError(
             f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}; only learnable activations, "
@@ -79,13 +85,15 @@ def build_trainer(
         ConfigError: an argument does not fit the model or the data.
     """
     arguments, training = recipe.model, recipe.training
-    if arguments.train == "lora+activations":
+    if arguments.adapter or arguments.train.startswith("lora"):
         if sharding():
-            raise ConfigError(
-                "train 'lora+activations' and tensor parallelism do not go together; take multi_gpu or fsdp2"
-            )
-        checkpoint.model = cast(PreTrainedModel, add_lora(checkpoint.model, recipe.lora, training.seed))
-    trainable = set_trainable(checkpoint.model, arguments.train)
+            what = f"train {arguments.train!r}" + (" with adapter" if arguments.adapter else "")
+            raise ConfigError(f"{what} and tensor parallelism do not go together; take multi_gpu or fsdp2")
+        checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train))
+        freeze_domains(checkpoint.model)
+        trainable = sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad)
+    else:
+        trainable = set_trainable(checkpoint.model, arguments.train, checkpoint.new_head)
     reduce_activation_gradients(checkpoint.model)
     if arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
@@ -115,3 +123,12 @@ def build_trainer(
         raise ConfigError(f"training arguments: {explain(error)}") from error
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
     return trainer, trainable
+
+
+def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream) -> PeftModel:
+    arguments, seed = recipe.model, recipe.training.seed
+    if arguments.adapter:
+        samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
+        return add_adapter(checkpoint, arguments, recipe.lora, seed, samples)
+    head = [checkpoint.new_head] if checkpoint.new_head else []
+    return add_lora(checkpoint.model, recipe.lora, seed, arguments.train, modules_to_save=head)

@@ -15,12 +15,12 @@ from ..activations import parse
 from ..conversion import ConversionReport
 from ..conversion.checkpoint import Checkpoint, replacing, save_checkpoint
 from ..errors import ConfigError, DataError
+from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
 from .evaluation import metrics_at_start, metrics_of
-from .lora import merge_lora
 from .policies import POLICIES
 from .streaming import check_stream
 
@@ -58,6 +58,8 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
         raise ConfigError("model is missing: give --model, or model in the config")
     if model_arguments.train not in POLICIES:
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
+    if model_arguments.adapter:
+        check_adapter(model_arguments)
     if model_arguments.activation and model_arguments.activation not in ACT2FN:
         parse(model_arguments.activation)  # names the closest one
     for key in ("max_train_samples", "max_eval_samples"):
@@ -74,6 +76,8 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
     # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
     trainer, trainable = build_trainer(recipe, checkpoint, train, held_back)
+    if isinstance(checkpoint.model, PeftModel):
+        report = report or getattr(checkpoint.model.peft_config["default"], "report", None)
     for callback in callbacks:
         trainer.add_callback(callback)
     try:
@@ -90,7 +94,7 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
     after = metrics_of(trainer) if held_back is not None else None
     state_dict = full_state_dict(trainer)
     if trainer.is_world_process_zero():
-        if isinstance(checkpoint.model, PeftModel):
+        if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
         save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)), state_dict)
     return Result(checkpoint, before, after, report, trainable, trainer.state.log_history)
@@ -131,14 +135,16 @@ def _resume_from(arguments: TrainingArguments, whole: list[Path]) -> str | None:
 def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
     """Put the final model into a folder that may hold training checkpoints.
 
-    Each file is complete or absent, and ``config.json``, without which nothing loads, is there only if all files of the
-    model are from the same save. ``state_dict`` stands for a model whose tensors are sharded over processes.
+    Each file is complete or absent, and ``config.json`` (of an adapter ``adapter_config.json``), without which nothing
+    loads, is there only if all files of the model are from the same save. ``state_dict`` stands for a model whose
+    tensors are sharded over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / FINAL_DRAFT
     with replacing(draft) as place:
         save_checkpoint(checkpoint, place, state_dict)
-    (folder / "config.json").unlink(missing_ok=True)
-    for file in sorted(draft.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
+    last = "adapter_config.json" if isinstance(checkpoint.model, PeftModel) else "config.json"
+    (folder / last).unlink(missing_ok=True)
+    for file in sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name)):
         file.replace(folder / file.name)
     draft.rmdir()

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from ..activations import LearnableActivation
 from ..errors import ConfigError
 
-POLICIES = ("all", "activations", "activations+norms", "activations+head", "lora+activations", "head")
+POLICIES = ("all", "activations", "activations+norms", "activations+head", "norms", "head", "lora", "lora+activations")
+LEARNABLE = tuple(policy for policy in POLICIES if "activations" in policy)
 
 
 def activation_parameters(model: nn.Module) -> set[str]:
@@ -21,14 +22,15 @@ def activation_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def set_trainable(model: PreTrainedModel, policy: str) -> int:
+def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> int:
     """Freeze all but what ``policy`` names and return the number of trainable parameters.
 
     ``all``: everything but the domains of activations. ``activations``: their series alone. ``activations+head``:
     these and the output head, which is what lies outside the base model, or the output embeddings (for a tied language
     model these are the input embeddings too). ``activations+norms``: these and the layers whose class is named after a
-    norm (LayerNorm, RMSNorm, BatchNorm2d, ...). ``lora+activations``: these and the adapters of ``add_lora``. ``head``:
-    the output head alone, to compare an original model with one trained as ``activations+head``.
+    norm (LayerNorm, RMSNorm, BatchNorm2d, ...). ``lora+activations``: these and the adapters of ``add_lora``.
+    ``norms``, ``head`` and ``lora`` leave the activations out, to compare an original model with one whose activations
+    learn. The module ``new_head``, a head without training, is trained in any case.
 
     Raises:
         ConfigError: unknown policy, or the model has no learnable activations, norms, head or adapters to train.
@@ -37,19 +39,21 @@ def set_trainable(model: PreTrainedModel, policy: str) -> int:
         raise ConfigError(f"train {policy!r}: must be one of {', '.join(POLICIES)}")
     names = activation_parameters(model)
     if policy != "all":
-        if not names and policy != "head":
+        if not names and policy in LEARNABLE:
             raise ConfigError(
                 f"train {policy!r}: the model has no learnable activations; convert it first, or give --activation"
             )
         # Of activations under peft only the copies are in use.
         used = (p for n, p in model.named_parameters() if n in names and ".original_module." not in n)
-        chosen = set() if policy == "head" else {id(p) for p in used}
+        chosen = {id(p) for p in used} if policy in LEARNABLE else set()
         if policy in OTHERS:
             find, lacking = OTHERS[policy]
             others = find(model)
             if not others:
                 raise ConfigError(f"train {policy!r}: {type(model).__name__} has no {lacking}; use 'activations'")
             chosen |= {id(p) for p in others}
+        if new_head:
+            chosen |= {id(p) for p in model.get_submodule(new_head).parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
     freeze_domains(model)
@@ -72,9 +76,13 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
     return parameters + (list(output.parameters()) if output is not None else [])
 
 
+def norm_layers(model: nn.Module) -> list[str]:
+    """Paths of the layers whose class is named after a norm."""
+    return [path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+
+
 def _norms(model: nn.Module) -> list[nn.Parameter]:
-    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-    return [p for module in norms for p in module.parameters(recurse=False)]
+    return [p for path in norm_layers(model) for p in model.get_submodule(path).parameters(recurse=False)]
 
 
 def _adapters(model: nn.Module) -> list[nn.Parameter]:
@@ -84,6 +92,8 @@ def _adapters(model: nn.Module) -> list[nn.Parameter]:
 OTHERS = {
     "activations+norms": (_norms, "norms"),
     "activations+head": (_head, "head"),
-    "lora+activations": (_adapters, "LoRA adapters"),
+    "norms": (_norms, "norms"),
     "head": (_head, "head"),
+    "lora": (_adapters, "LoRA adapters"),
+    "lora+activations": (_adapters, "LoRA adapters"),
 }

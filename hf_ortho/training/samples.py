@@ -128,4 +128,5 @@ def _match_classes(checkpoint: Checkpoint, train: Dataset, seed: int) -> None:
     for name, module in model.named_children():
         if module is head:
             setattr(model, name, new)
+            checkpoint.new_head = name
     setattr(model, "num_labels", len(names))  # noqa: B010

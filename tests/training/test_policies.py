@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hf_ortho import convert
 from hf_ortho.activations import LearnableActivation
 from hf_ortho.errors import ConfigError
 from hf_ortho.training import POLICIES, ActivationTrainer, activation_parameters, set_trainable
+from hf_ortho.training.adapters import add_lora, merge_lora
 from hf_ortho.training.arguments import LoraArguments
-from hf_ortho.training.lora import add_lora, merge_lora
+from hf_ortho.training.policies import LEARNABLE
 
 
 @pytest.fixture(params=["hermite_3", "fourier_2", "tropical_2", "tropical_rational_2"])
@@ -67,6 +69,10 @@ def test_policies_of_an_image_classifier(make_convnext, activation):
     check(model, "activations", series(model))
     check(model, "activations+head", series(model) | {"classifier.weight", "classifier.bias"})
     check(model, "head", {"classifier.weight", "classifier.bias"})
+    found = set_trainable(model, "norms", new_head="classifier")
+    norms = {n for n in everything if "norm" in n or ".stages.1.downsampling_layer.0." in n}
+    assert trainable(model) == norms | {"classifier.weight", "classifier.bias"}
+    assert found == sum(model.get_parameter(n).numel() for n in trainable(model))
 
 
 def test_the_head_of_an_original_model(make_convnext):
@@ -104,8 +110,7 @@ def test_policy_all_of_an_unconverted_model(make_gpt2):
 
 
 def test_unknown_policy(make_gpt2):
-    names = "all, activations, activations\\+norms, activations\\+head, lora\\+activations, head"
-    refused(converted(make_gpt2()[0]), "heads", f"'heads': must be one of {names}")
+    refused(converted(make_gpt2()[0]), "heads", f"'heads': must be one of {re.escape(', '.join(POLICIES))}")
 
 
 def test_norms_of_both_kinds_of_models(make_gpt2, make_convnext):
@@ -182,7 +187,7 @@ def arguments(folder, **options):
     return TrainingArguments(output_dir=folder, weight_decay=0.5, learning_rate=0.01, **(defaults | options))
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "lora+activations"])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if not p.startswith("lora")])
 def test_weight_decay_spares_activations(make_gpt2, tmp_path, policy):
     model = converted(make_gpt2()[0])
     set_trainable(model, policy)
@@ -195,7 +200,8 @@ def test_weight_decay_spares_activations(make_gpt2, tmp_path, policy):
             assert name not in decays
             decays[name] = group["weight_decay"]
     assert decays.keys() == trainable(model)
-    assert {decays[name] for name in series(model) & trainable(model)} == (set() if policy == "head" else {0.0})
+    learn = policy in (*LEARNABLE, "all")
+    assert {decays[name] for name in series(model) & trainable(model)} == ({0.0} if learn else set())
     # What plain Trainer decays in a GPT-2: the matrices of the linear layers and the embeddings.
     linear = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".wte.weight", ".wpe.weight")
     matrices = {name for name in trainable(model) if name.endswith(linear)}

@@ -1,0 +1,114 @@
+"""PEFT in a training: LoRA next to trained activations, merged at the end, or an adapter that is saved alone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from ..activations import LearnableActivation
+from ..conversion.checkpoint import Checkpoint
+from ..conversion.sites import rebuild
+from ..errors import ConfigError
+from ..peft import OrthoConfig, calibrate
+from .arguments import LoraArguments, ModelArguments
+from .policies import norm_layers
+
+ADAPTERS = ("activations", "norms", "lora", "lora+activations")
+TASK_TYPES = {"causal-lm": TaskType.CAUSAL_LM}
+
+
+def add_lora(
+    model: PreTrainedModel, arguments: LoraArguments, seed: int, policy: str = "lora+activations", **options
+) -> PeftModel:
+    """Wrap ``model`` with LoRA on its linear layers; activations are trained as they are (``modules_to_save``).
+
+    ``policy`` is ``lora`` or ``lora+activations``; ``options`` go to ``LoraConfig``.
+
+    Raises:
+        ConfigError: a value does not fit, or no layer has such a name.
+    """
+    saved = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
+    saved = [*(saved if policy == "lora+activations" else []), *options.pop("modules_to_save", [])]
+    set_seed(seed)  # of the adapters' initial values, the same in all processes
+    try:
+        config = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=arguments.lora_target_modules or "all-linear",
+            modules_to_save=saved or None,
+            **options,
+        )
+        return _wrap(model, config)
+    except ValueError as error:
+        values = f"lora_r {arguments.lora_r}, lora_target_modules {arguments.lora_target_modules or 'all-linear'}"
+        raise ConfigError(f"train {policy!r}, {values}: {str(error).splitlines()[0]}") from error
+
+
+def add_adapter(
+    checkpoint: Checkpoint,
+    arguments: ModelArguments,
+    lora: LoraArguments,
+    seed: int,
+    calibration: list[dict] | None = None,
+) -> PeftModel:
+    """Wrap the model with what ``train`` names, to be saved as an adapter: the base model stays as it is.
+
+    A head that was made for the classes of the dataset is trained and saved too. ``calibration`` weights the fit of
+    activations.
+
+    Raises:
+        HfOrthoError: a value does not fit the model.
+    """
+    head = [checkpoint.new_head] if checkpoint.new_head else []
+    options: dict[str, Any] = {
+        "task_type": TASK_TYPES.get(checkpoint.task),
+        "modules_to_save": head,
+        "revision": checkpoint.commit,
+    }
+    model, policy = checkpoint.model, arguments.train
+    if policy.startswith("lora"):
+        return add_lora(model, lora, seed, policy, **options)
+    options["modules_to_save"] = head or None
+    if policy == "norms":
+        return _wrap(model, LNTuningConfig(target_modules=norm_layers(model), **options))
+    wrapped = _wrap(model, OrthoConfig(activation=str(arguments.activation), **options))
+    if calibration is not None:
+        calibrate(wrapped, calibration)
+    return wrapped
+
+
+def check_adapter(arguments: ModelArguments) -> None:
+    """Raise ConfigError if an adapter cannot hold what ``train`` names."""
+    if arguments.train not in ADAPTERS:
+        raise ConfigError(
+            f"adapter: train {arguments.train!r} has none; take {', '.join(ADAPTERS)} (a head that the dataset's "
+            "classes ask for is added by itself), or leave adapter out"
+        )
+    if arguments.init == "scratch":
+        raise ConfigError("adapter: needs a pretrained model, not init scratch")
+    if arguments.train == "activations" and not arguments.activation:
+        raise ConfigError("adapter: train 'activations' needs --activation, such as hermite_8")
+
+
+def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    with warnings.catch_warnings():  # peft warns of what it then sets right: the orientation of GPT-2's layers
+        warnings.simplefilter("ignore")
+        return cast(PeftModel, get_peft_model(model, config))
+
+
+def merge_lora(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:
+    """The base model with the adapters added to its weights; ``state_dict`` stands for a model that is sharded."""
+    whole = model
+    if state_dict is not None:
+        base = rebuild(cast(PreTrainedModel, model.get_base_model()), model.config)
+        with torch.device("meta"):
+            whole = _wrap(base, model.peft_config["default"])
+        whole.load_state_dict(state_dict, strict=False, assign=True)
+        whole.tie_weights()
+    return cast(PreTrainedModel, whole.merge_and_unload())

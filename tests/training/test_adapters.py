@@ -1,0 +1,116 @@
+"""``adapter: true``: what a fine-tuning saves is an adapter for the untouched base model."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, ConvNextForImageClassification, TrainingArguments
+
+from hf_ortho import convert
+from hf_ortho.activations import FAMILIES
+from hf_ortho.errors import ConfigError
+from hf_ortho.training import DataArguments, LoraArguments, ModelArguments, Recipe, finetune
+
+
+@pytest.fixture
+def train(tmp_path, text_file):
+    def train(model, dataset=text_file, lora_r=2, **options):
+        folder = tmp_path / "out"
+        training = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=2,
+            learning_rate=0.01,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        arguments = ModelArguments(model=str(model), adapter=True, **options)
+        recipe = Recipe(arguments, DataArguments(dataset=str(dataset)), training, LoraArguments(lora_r=lora_r))
+        return finetune(recipe), folder
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def converted_folder(tmp_path_factory, make_gpt2, save_parts):
+    model, tokenizer = make_gpt2()
+    convert(model, "hermite_3")
+    return save_parts(tmp_path_factory.mktemp("converted"), model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, *inputs):
+    with torch.no_grad():
+        return model.eval()(*inputs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations(train, gpt2_folder, ids, family):
+    result, folder = train(gpt2_folder, train="activations", activation=f"{family}_3", calibration_samples=2)
+    assert not (folder / "config.json").exists()
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(gpt2_folder)
+    assert result.conversion.calibrated
+    assert result.trainable == sum(p.numel() for p in result.checkpoint.model.parameters() if p.requires_grad)
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    before = logits(base, ids)
+    loaded = PeftModel.from_pretrained(base, folder)
+    assert torch.equal(logits(loaded, ids), logits(result.checkpoint.model, ids))
+    assert not torch.equal(logits(loaded, ids), before)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded, ids), before)
+
+
+@pytest.mark.parametrize(("policy", "part"), [("norms", "ln_tuning"), ("lora", "lora_A"), ("lora+activations", "act")])
+def test_of_a_converted_base(train, converted_folder, ids, policy, part):
+    result, folder = train(converted_folder, train=policy)
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert any(f".{part}" in name or ".ln_" in name for name in saved)
+    assert any(".act." in name for name in saved) == (policy == "lora+activations")
+    base = AutoModelForCausalLM.from_pretrained(converted_folder)
+    loaded = PeftModel.from_pretrained(base, folder)
+    assert torch.equal(logits(loaded, ids), logits(result.checkpoint.model, ids))
+
+
+@pytest.mark.parametrize("policy", ["activations", "lora"])
+def test_a_head_for_new_classes_is_trained_and_saved(train, convnext_folder, tmp_path, policy):
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    digits = load_digits()
+    rows = [i for i, target in enumerate(digits.target) if target < 3][:40]
+    images = [(digits.images[i] * 15).astype("uint8") for i in rows]
+    features = Features({"image": Image(), "label": ClassLabel(names=["0", "1", "2"])})
+    data = Dataset.from_dict({"image": images, "label": [int(digits.target[i]) for i in rows]}, features=features)
+    data.to_parquet(tmp_path / "digits.parquet")
+    activation = {"activation": "hermite_3"} if policy == "activations" else {}
+    result, folder = train(convnext_folder, tmp_path / "digits.parquet", train=policy, **activation)
+    base = ConvNextForImageClassification.from_pretrained(
+        convnext_folder, num_labels=3, ignore_mismatched_sizes=True
+    )
+    loaded = PeftModel.from_pretrained(base, folder)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert logits(loaded, pixels).shape == (2, 3)
+    assert torch.equal(logits(loaded, pixels), logits(result.checkpoint.model, pixels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": "all"}, "adapter: train 'all' has none; take activations, norms, lora"),
+        ({"train": "activations"}, "'activations' needs --activation, such as hermite_8"),
+        ({"train": "norms", "init": "scratch"}, "adapter: needs a pretrained model"),
+        ({"train": "lora+activations", "activation": "hermite_3"}, "has gelu_new; make one with hf-ortho convert"),
+    ],
+)
+def test_what_does_not_fit_is_refused(train, gpt2_folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        train(gpt2_folder, **options)
