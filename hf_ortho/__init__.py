@@ -1,10 +1,10 @@
-"""Learnable activations for transformers; importing registers their names in ``ACT2FN``."""
+"""Learnable activations for transformers; importing registers their names in ``ACT2FN``, and the adapter in peft."""
 
 import importlib
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-from . import activations, errors
+from . import activations, errors, peft
 from .conversion import ConversionReport, Histogram, convert, expand, polynomials, revert
 from .recompute import fuse_mlp
 
@@ -28,6 +28,7 @@ __all__ = [
     "fuse_mlp",
     "optimizer",
     "param_groups",
+    "peft",
     "polynomials",
     "revert",
     "scale_steps",

@@ -21,6 +21,10 @@ class SiteError(HfOrthoError, ValueError):
     """The config of a model does not drive its activation, so a conversion would not reload."""
 
 
+class AdapterError(HfOrthoError, ValueError):
+    """An adapter does not belong to the model, or adapters cannot be combined or merged as asked."""
+
+
 class CalibrationError(HfOrthoError, ValueError):
     """Calibration batches are empty, of the wrong kind, or give non-finite pre-activations."""
 

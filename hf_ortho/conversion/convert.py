@@ -21,7 +21,7 @@ from .calibrate import check_batches, collect, has_labels, main_output, mean_los
 from .distill import distill as distill_activations
 from .fitting import Fitted, fit_site, fit_smallest
 from .histogram import Histogram
-from .report import ConversionReport
+from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites, rebuild, set_field
 from .stored import provenance_of
 
@@ -150,7 +150,14 @@ def convert(
         seconds=time.perf_counter() - start,
         modules={path: (module, sources[path], histograms.get(path)) for path, (module, _) in fitted.items()},
     )
-    model.config.hf_ortho = _provenance(model, sites, report, tails)
+    model.config.hf_ortho = provenance(
+        model,
+        report.activation,
+        driving_values(sites),
+        [describe_layer(layer) for layer in report.layers],
+        report.calibrated,
+        tails,
+    )
     return report
 
 
@@ -230,30 +237,44 @@ def _relative(found: Tensor, expected: Tensor) -> float | None:
     return float(ratio) if torch.isfinite(ratio) else None
 
 
-def _provenance(model: PreTrainedModel, sites: list[Site], report: ConversionReport, tails: bool) -> dict:
-    earlier = provenance_of(model.config)
-    sources = {site.field: site.prefix + site.source for site in sites}
-    sources |= earlier.get("source_activations", {})  # a second conversion keeps what the first one found
+def driving_values(sites: list[Site]) -> dict[str, str]:
+    """The value of each driving field in the config."""
+    return {site.field: site.prefix + site.source for site in sites}
+
+
+def describe_layer(layer: LayerReport) -> dict:
+    """What is kept of one activation, beside its parameters."""
     return {
-        "activation": report.activation,
+        "module": layer.module,
+        "field": layer.field,
+        "domain": layer.fit.to_dict()["domain"],
+        "fitted_to": layer.fit.source,
+        "sup_error": layer.fit.sup_error,
+        "rms_error": layer.fit.rms_error,
+        "mass_outside": layer.fit.mass_outside,
+    }
+
+
+def provenance(
+    model: PreTrainedModel, activation: str, sources: dict[str, str], layers: list[dict], calibrated: bool, tails: bool
+) -> dict:
+    """The dictionary ``hf_ortho`` of a config; ``sources`` are the values of the driving fields, prefix included."""
+    earlier = provenance_of(model.config)
+    sources = sources | earlier.get("source_activations", {})  # a second conversion keeps what the first one found
+    modules = {layer["module"] for layer in layers}
+    return {
+        "activation": activation,
         "source_model": earlier.get("source_model", model.config._name_or_path or None),
         "source_revision": earlier.get("source_revision", getattr(model.config, "_commit_hash", None)),
         "source_activations": sources,
-        "calibrated": report.calibrated,
+        "calibrated": calibrated,
         "tails": tails,
         "layers": [
-            {
-                "module": layer.module,
-                "field": layer.field,
-                "source": sources[layer.field].rpartition("-")[2],
-                "domain": layer.fit.to_dict()["domain"],
-                "fitted_to": layer.fit.source,
-                "sup_error": layer.fit.sup_error,
-                "rms_error": layer.fit.rms_error,
-                "mass_outside": layer.fit.mass_outside,
-            }
-            for layer in report.layers
+            {key: layer[key] for key in ("module", "field")}
+            | {"source": sources[layer["field"]].rpartition("-")[2]}
+            | layer
+            for layer in layers
         ]
-        + [layer for layer in earlier.get("layers", []) if layer["module"] not in report.modules],
+        + [layer for layer in earlier.get("layers", []) if layer["module"] not in modules],
         "versions": {package: version(package) for package in ("hf_ortho", "torch", "transformers")},
     }

@@ -60,7 +60,7 @@ def fit_site(
         if tolerance is not None and not fit.rms_error <= tolerance:
             raise TooFar(path, fit.rms_error)
         _agree(new)
-        found[path] = new.to(_device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
+        found[path] = new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
     return {path: found[path] for path in site.modules}
 
 
@@ -97,7 +97,7 @@ def _agree(module: LearnableActivation) -> None:
         module.load_state_dict(state[0])
 
 
-def _device_of(model: PreTrainedModel, path: str) -> torch.device:
+def device_of(model: PreTrainedModel, path: str) -> torch.device:
     """The device of the parameters nearest to a module that may have none itself."""
     while True:
         tensor = next(model.get_submodule(path).parameters(), None)

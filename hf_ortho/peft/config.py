@@ -1,0 +1,84 @@
+"""The configuration of an adapter, which ``adapter_config.json`` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .. import activations
+from ..conversion import ConversionReport
+
+NAME = "HF_ORTHO"
+
+
+def _peft_type() -> PeftType:
+    """The member ``HF_ORTHO`` of ``PeftType``: peft takes no method that its enum does not name."""
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = member._value_ = NAME
+        type.__setattr__(PeftType, NAME, member)
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+    return PeftType(NAME)
+
+
+HF_ORTHO = _peft_type()
+
+
+@dataclass
+class OrthoConfig(PeftConfig):
+    """An adapter that puts a learnable activation in the place of each activation that the model's config drives.
+
+    Each starts as the Hermite interpolation of the activation that it replaces. Only the parameters of its series are
+    trained; its domain and tail slopes are fixed and stand in ``layers``, not among the adapter's weights.
+
+    Args:
+        activation: ``FAMILY_DEGREE``, for example ``hermite_8``, or a family with its default degree.
+        target_modules: names, suffixes of names, or a regular expression of the activations to replace; all by default.
+        exclude_modules: the same, of activations to leave as they are.
+        fields: the config fields whose activations are replaced, for example ``["text_config.hidden_act"]``; all by
+            default.
+        modules_to_save: other modules to train and save, for example ``["score"]``.
+
+    Attributes (filled in when the adapter is fitted; leave them out of a new one):
+        layers: path, field, source, domain, tail slopes and errors of the fit of each activation. An adapter whose
+            config has them is not fitted: its parameters are NaN until its weights are loaded.
+        source_activations: the value of each driving field in the config of the base model.
+        calibrated: whether the fits were weighted by data.
+        base_commit: the resolved commit of the base model on the Hub, None for a folder.
+        hf_ortho_version: the version that made the fits.
+        report: the ``ConversionReport`` of the fits, None for an adapter that was loaded; it is not saved.
+
+    Raises:
+        ActivationNameError: no such family or degree.
+    """
+
+    activation: str = field(default="hermite_8", metadata={"help": "FAMILY_DEGREE of the learnable activations."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, suffixes or a regex of the activations to replace; all by default."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, suffixes or a regex of activations to leave as they are."}
+    )
+    fields: list[str] | None = field(
+        default=None, metadata={"help": "The config fields whose activations are replaced; all by default."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules beside the activations to train and save, for example a new head."}
+    )
+    layers: list[dict] | None = field(default=None, metadata={"help": "What is known of each activation."})
+    source_activations: dict[str, str] | None = field(
+        default=None, metadata={"help": "The driving fields in the config of the base model."}
+    )
+    calibrated: bool = field(default=False, metadata={"help": "Whether the fits were weighted by data."})
+    base_commit: str | None = field(default=None, metadata={"help": "The commit of the base model on the Hub."})
+    hf_ortho_version: str | None = field(default=None, metadata={"help": "The version that made the fits."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = HF_ORTHO
+        family, degree = activations.parse(self.activation)
+        self.activation = activations.named(family.family, degree)
+        self.report: ConversionReport | None = None

@@ -1,0 +1,86 @@
+"""One activation of the base model, with the learnable ones that adapters put in its place."""
+
+from __future__ import annotations
+
+import warnings
+from typing import cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..activations import LearnableActivation, build
+from ..conversion.stored import SHARED
+from ..errors import AdapterError
+
+
+class OrthoLayer(nn.Module, BaseTunerLayer):
+    """The active adapter's activation, or the one of the base model where no adapter is active.
+
+    Args:
+        base_layer: the activation of the base model.
+    """
+
+    adapter_layer_names = ("hf_ortho_act",)
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.hf_ortho_act = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, activation: LearnableActivation, fixed: dict[str, Tensor]) -> None:
+        """Add an adapter; ``fixed`` is its domain and tail slopes, which are not saved: the config holds them."""
+        for name in SHARED:
+            delattr(activation, name)
+            activation.register_buffer(name, fixed[name], persistent=False)
+        self.hf_ortho_act[adapter_name] = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self.merged_adapters or ([] if self.disable_adapters else self.active_adapters)
+        active = [name for name in names if name in self.hf_ortho_act]
+        if len(active) > 1:
+            raise AdapterError(f"adapters {', '.join(active)} are active at once: an activation can follow one only")
+        return (self.hf_ortho_act[active[0]] if active else self.base_layer)(x)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let one adapter stand for the base activation until ``unmerge``.
+
+        Raises:
+            AdapterError: there are several to merge, or, with ``safe_merge``, a parameter is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hf_ortho_act]
+        together = [*self.merged_adapters, *names]
+        if len(together) > 1:
+            raise AdapterError(f"adapters {', '.join(together)} cannot be merged together: merge one of them")
+        if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.hf_ortho_act[n].parameters()):
+            raise AdapterError(f"adapter {names[0]} has parameters that are not finite: it was not merged")
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Undo ``merge``."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """What takes the place of this layer in a model without adapters."""
+        if merge and not self.merged:
+            self.merge(safe_merge, adapter_names)
+        if not merge or not self.merged:
+            return self.base_layer
+        learned = cast(LearnableActivation, self.hf_ortho_act[self.merged_adapters[0]])
+        plain = build(learned.name).to(learned.domain.device).train(self.training)
+        plain.load_state_dict({**learned.state_dict(), **{name: getattr(learned, name) for name in SHARED}})
+        return plain
+
+    def _get_base_layer_device_and_dtype(self, base_layer):
+        # An activation of the base model has no weight that could tell.
+        return next(self.hf_ortho_act.buffers()).device, None
+
+    def __repr__(self) -> str:
+        return f"hf_ortho.{super().__repr__()}"
