@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -21,7 +22,6 @@ from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
 from ..conversion.convert import describe_layer, driving_values, provenance
 from ..conversion.fitting import Fitted, device_of, fit_site
 from ..conversion.sites import set_field
-from ..conversion.stored import SHARED
 from ..errors import AdapterError, SiteError
 from .config import OrthoConfig
 from .layer import OrthoLayer
@@ -74,8 +74,13 @@ class OrthoModel(BaseTuner):
             layer = OrthoLayer(target).train(target.training)
             self._replace_module(parent, target_name, layer, target)
         known = next(entry for entry in peft_config.layers if entry["module"] == current_key)
+        lo, hi = known["domain"]
+        ends = [-math.inf if lo is None else lo, math.inf if hi is None else hi]  # JSON has no infinity
         device = device_of(self.model, current_key)
-        fixed = {name: torch.tensor(known[name], device=device) for name in SHARED}
+        fixed = {
+            "domain": torch.tensor(ends, device=device),
+            "tail_slopes": torch.tensor(known["tail_slopes"], device=device),
+        }
         layer.update_layer(adapter_name, self._new[current_key], fixed)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -140,8 +145,7 @@ def targeted_sites(model: PreTrainedModel, config: OrthoConfig) -> list[Site]:
         )
     if not chosen:
         raise SiteError(
-            f"target_modules {config.target_modules!r} without exclude_modules {config.exclude_modules!r} and "
-            f"modules_to_save {config.modules_to_save!r} selects nothing; the config of {type(model).__name__} drives "
+            f"target_modules {config.target_modules!r} selects nothing; the config of {type(model).__name__} drives "
             f"{_some(driven)}"
         )
     narrowed = (dataclasses.replace(s, modules=tuple(p for p in s.modules if p in chosen)) for s in sites)
