@@ -9,13 +9,17 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..activations import LearnableActivation, build, parse
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
@@ -113,6 +117,7 @@ class OrthoModel(BaseTuner):
         model.config.hf_ortho = provenance(
             model, config.activation, driving_values(sites), layers, config.calibrated, tails=True
         )
+        model.config.hf_ortho["source_revision"] = model.config.hf_ortho["source_revision"] or config.base_commit
         for site in sites:
             set_field(model.config, site.field, site.prefix + config.activation)
         return model
@@ -188,9 +193,20 @@ def _fit(
     config.layers = [describe_layer(v) | {"tail_slopes": list(v.fit.tail_slopes)} for v in config.report.layers]
     config.source_activations = driving_values(sites)
     config.calibrated = bool(histograms)
-    config.base_commit = getattr(model.config, "_commit_hash", None)
+    config.base_commit = _commit(model, config)
     config.hf_ortho_version = version("hf_ortho")
     return modules
+
+
+def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
+    """The commit of the base model: as noted on loading, else that of its config in the cache of the Hub."""
+    name = model.name_or_path or ""
+    if (known := getattr(model.config, "_commit_hash", None)) or Path(name).exists():
+        return known
+    with contextlib.suppress(HFValidationError):  # a name that cannot be on the Hub
+        file = try_to_load_from_cache(name, CONFIG_NAME, revision=config.revision)
+        return Path(file).parent.name if isinstance(file, str) else None
+    return None
 
 
 def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> dict[str, LearnableActivation]:

@@ -1,10 +1,12 @@
 """An adapter of activations on stock peft: what is trained, saved, loaded, switched and merged."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -13,6 +15,7 @@ import hf_ortho
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.errors import ActivationNameError, AdapterError, CalibrationError, SiteError
 from hf_ortho.peft import OrthoConfig, OrthoLayer, calibrate
+from hf_ortho.training.optimizer import activations_by_path
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # read by peft
@@ -95,6 +98,31 @@ def test_the_file_holds_one_tensor_per_parameter_and_the_config_the_rest(saved, 
     assert config["layers"][0]["domain"] == alone.domain.tolist()
     assert config["layers"][0]["tail_slopes"] == [0.0, 1.0]
     assert config["layers"][0]["sup_error"] == fit.sup_error
+
+
+def test_the_commit_of_a_base_model_from_the_hub_is_kept(base):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = Path(HF_HUB_CACHE, "models--tiny--kept")
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    base.name_or_path = base.config._name_or_path = "tiny/kept"
+    model = get_peft_model(base, OrthoConfig(activation="hermite_3"))
+    assert model.peft_config["default"].base_commit == commit
+    merged = model.merge_and_unload()
+    assert merged.config.hf_ortho["source_model"] == "tiny/kept"
+    assert merged.config.hf_ortho["source_revision"] == commit
+
+
+def test_the_trainers_of_this_package_know_the_activations_of_an_adapter(base):
+    hf_ortho.convert(base, "hermite_3")  # so that there are activations beside those of the adapter
+    model = get_peft_model(base, OrthoConfig(activation="hermite_4"))
+    learned = [base.get_submodule(path).hf_ortho_act["default"] for path in PATHS]
+    assert activations_by_path(model) == dict(zip(PATHS, learned, strict=True))
+    groups = hf_ortho.param_groups(model, lr=1e-3, weight_decay=0.1, activation_lr=1e-2)
+    assert [group["weight_decay"] for group in groups if group["params"]] == [0.0]
+    assert [id(p) for group in groups for p in group["params"]] == [id(module.coefficients) for module in learned]
 
 
 def test_an_adapter_of_twelve_layers_of_degree_8_takes_less_than_2_kb(make_gpt2, tmp_path):
