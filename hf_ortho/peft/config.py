@@ -37,7 +37,6 @@ class OrthoConfig(PeftConfig):
     Args:
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, or a family with its default degree.
         target_modules: names, suffixes of names, or a regular expression of the activations to replace; all by default.
-        exclude_modules: the same, of activations to leave as they are.
         fields: the config fields whose activations are replaced, for example ``["text_config.hidden_act"]``; all by
             default.
         modules_to_save: other modules to train and save, for example ``["score"]``.
@@ -58,9 +57,6 @@ class OrthoConfig(PeftConfig):
     activation: str = field(default="hermite_8", metadata={"help": "FAMILY_DEGREE of the learnable activations."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, suffixes or a regex of the activations to replace; all by default."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, suffixes or a regex of activations to leave as they are."}
     )
     fields: list[str] | None = field(
         default=None, metadata={"help": "The config fields whose activations are replaced; all by default."}

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..activations import LearnableActivation, build, parse
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
 from ..conversion.convert import describe_layer, driving_values, provenance
 from ..conversion.fitting import Fitted, device_of, fit_site
 from ..conversion.sites import set_field
-from ..conversion.stored import SHARED
 from ..errors import AdapterError, SiteError
 from .config import OrthoConfig
 from .layer import OrthoLayer
@@ -74,8 +78,13 @@ class OrthoModel(BaseTuner):
             layer = OrthoLayer(target).train(target.training)
             self._replace_module(parent, target_name, layer, target)
         known = next(entry for entry in peft_config.layers if entry["module"] == current_key)
+        lo, hi = known["domain"]
+        ends = [-math.inf if lo is None else lo, math.inf if hi is None else hi]  # JSON has no infinity
         device = device_of(self.model, current_key)
-        fixed = {name: torch.tensor(known[name], device=device) for name in SHARED}
+        fixed = {
+            "domain": torch.tensor(ends, device=device),
+            "tail_slopes": torch.tensor(known["tail_slopes"], device=device),
+        }
         layer.update_layer(adapter_name, self._new[current_key], fixed)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -108,6 +117,7 @@ class OrthoModel(BaseTuner):
         model.config.hf_ortho = provenance(
             model, config.activation, driving_values(sites), layers, config.calibrated, tails=True
         )
+        model.config.hf_ortho["source_revision"] = model.config.hf_ortho["source_revision"] or config.base_commit
         for site in sites:
             set_field(model.config, site.field, site.prefix + config.activation)
         return model
@@ -140,8 +150,7 @@ def targeted_sites(model: PreTrainedModel, config: OrthoConfig) -> list[Site]:
         )
     if not chosen:
         raise SiteError(
-            f"target_modules {config.target_modules!r} without exclude_modules {config.exclude_modules!r} and "
-            f"modules_to_save {config.modules_to_save!r} selects nothing; the config of {type(model).__name__} drives "
+            f"target_modules {config.target_modules!r} selects nothing; the config of {type(model).__name__} drives "
             f"{_some(driven)}"
         )
     narrowed = (dataclasses.replace(s, modules=tuple(p for p in s.modules if p in chosen)) for s in sites)
@@ -184,9 +193,20 @@ def _fit(
     config.layers = [describe_layer(v) | {"tail_slopes": list(v.fit.tail_slopes)} for v in config.report.layers]
     config.source_activations = driving_values(sites)
     config.calibrated = bool(histograms)
-    config.base_commit = getattr(model.config, "_commit_hash", None)
+    config.base_commit = _commit(model, config)
     config.hf_ortho_version = version("hf_ortho")
     return modules
+
+
+def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
+    """The commit of the base model: as noted on loading, else that of its config in the cache of the Hub."""
+    name = model.name_or_path or ""
+    if (known := getattr(model.config, "_commit_hash", None)) or Path(name).exists():
+        return known
+    with contextlib.suppress(HFValidationError):  # a name that cannot be on the Hub
+        file = try_to_load_from_cache(name, CONFIG_NAME, revision=config.revision)
+        return Path(file).parent.name if isinstance(file, str) else None
+    return None
 
 
 def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> dict[str, LearnableActivation]:

@@ -181,15 +181,15 @@ def _placed(unit: Tensor, parameter: Tensor) -> Tensor:
 def activations_by_path(model: nn.Module) -> dict[str, LearnableActivation]:
     """The activations in use by their paths in the plain model, whatever wraps it: an engine, a compiler or peft.
 
-    Of those that peft trains (``modules_to_save``) it is the trained copy, not the original that lies beside it.
+    Of those that peft trains (``modules_to_save``, ``OrthoConfig``) it is the trained one, not the original beside it.
     """
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return {
-        re.sub(r"\.modules_to_save\.default\b|\b_orig_mod\.|\._orig_mod$", "", path): module
+        re.sub(r"\.(modules_to_save|hf_ortho_act)\.default\b|\b_orig_mod\.|\._orig_mod$", "", path): module
         for path, module in inner.named_modules()
-        if isinstance(module, LearnableActivation) and "original_module" not in path.split(".")
+        if isinstance(module, LearnableActivation) and not {"original_module", "base_layer"} & set(path.split("."))
     }
 
 
