@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import CheckpointError, OutputError
+from .adapter import ADAPTER_CONFIG, adapter_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,6 +68,8 @@ def task_of(architecture: str) -> str:
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", **overrides) -> Checkpoint:
     """Load a folder or a Hub model in the class that its config names, so that heads are kept.
 
+    An adapter of peft is merged into its base model.
+
     Args:
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         overrides: passed to the config, for example ``num_labels``.
@@ -75,6 +79,9 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     """
     check_place(name)
     try:
+        adapter = adapter_config(name, revision)
+        if adapter is not None:
+            return _merged(name, adapter, revision, dtype, overrides)
         commit = commit_of(name, revision)
         revision = commit or revision  # a branch may move between two downloads
         config = AutoConfig.from_pretrained(name, revision=revision)
@@ -97,18 +104,32 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     return Checkpoint(model, tokenizer, images, task_of(architecture), commit)
 
 
+def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{name} is an adapter that does not name its base model (base_model_name_or_path)")
+    try:
+        found = load_checkpoint(base, revision=adapter.get("revision"), dtype=dtype, **overrides)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
+    commit = commit_of(name, revision, ADAPTER_CONFIG)
+    model: Any = PeftModel.from_pretrained(found.model, name, revision=commit or revision).merge_and_unload()
+    return dataclasses.replace(found, model=model.eval(), commit=commit)
+
+
 def check_place(name: str) -> None:
-    """Raise CheckpointError for a folder without config.json, or a path that is neither there nor a Hub name."""
+    """Raise CheckpointError for a folder without a config, or a path that is neither there nor a Hub name."""
     path = Path(name)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+    configs = (path / "config.json", path / ADAPTER_CONFIG)
+    if path.is_file() or (path.is_dir() and not any(file.is_file() for file in configs)):
         raise CheckpointError(f"{name} is no checkpoint: a folder with config.json and safetensors weights is expected")
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist")
 
 
-def commit_of(name: str, revision: str | None) -> str | None:
+def commit_of(name: str, revision: str | None, config: str = "config.json") -> str | None:
     """The commit of a Hub model, from the place of its config in the cache."""
-    file = Path(str(cached_file(name, "config.json", revision=revision)))
+    file = Path(str(cached_file(name, config, revision=revision)))
     return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 

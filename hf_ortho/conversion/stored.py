@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE
 from ..errors import ActivationNameError, CheckpointError, ConfigError
+from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors
 from .checkpoint import check_place, commit_of, explain
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
@@ -38,7 +39,9 @@ class StoredActivations:
 
 
 def load_activations(name: str, *, revision: str | None = None) -> StoredActivations:
-    """Read config.json and the activations' tensors of a folder or a Hub model; no other weights are loaded.
+    """Read the config and the activations' tensors of a folder or a Hub model; no other weights are loaded.
+
+    Of an adapter of peft those that it holds, whatever its base model has.
 
     Raises:
         CheckpointError: there is no checkpoint with safetensors weights, or its activations are of no known family.
@@ -46,10 +49,14 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
     """
     check_place(name)
     try:
-        commit = commit_of(name, revision)
+        adapter = adapter_config(name, revision)
+        commit = commit_of(name, revision) if adapter is None else commit_of(name, revision, ADAPTER_CONFIG)
         revision = commit or revision
-        config = json.loads(Path(_file(name, "config.json", revision)).read_text(encoding="utf-8"))
-        tensors = _read(name, revision)
+        if adapter is None:
+            config = json.loads(Path(_file(name, "config.json", revision)).read_text(encoding="utf-8"))
+            tensors = _read(name, revision)
+        else:
+            config, tensors = _of_adapter(name, adapter, revision)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -66,6 +73,19 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
         modules[path] = _build(named, shapes, f"{path} of {name}")
         modules[path].load_state_dict(tensors[path])
     return StoredActivations(modules, provenance, commit)
+
+
+def _of_adapter(name: str, adapter: dict, revision: str | None) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """The config that tells of the activations of an adapter, and their tensors."""
+    tensors = adapter_tensors(name, adapter, revision)
+    tensors = {path: found for path, found in tensors.items() if all(key in found for key in SHARED)}
+    base = adapter.get("base_model_name_or_path")
+    if "activation" not in adapter:  # the base model is the converted one
+        file = _file(base, "config.json", adapter.get("revision")) if base and tensors else ""
+        return (json.loads(Path(file).read_text(encoding="utf-8")) if file else {}), tensors
+    provenance = {key: adapter[key] for key in ("activation", "source_activations", "calibrated", "layers")}
+    provenance |= {"source_model": base, "source_revision": adapter["base_commit"], "tails": True}
+    return {"activation": adapter["activation"], "hf_ortho": provenance}, tensors
 
 
 def _file(name: str, file: str, revision: str | None) -> str:
