@@ -7,7 +7,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,9 +80,11 @@ def push(
     contents = contents_of(folder)
     if remote_code and contents.adapter:
         raise ConfigError(f"remote code: {folder} holds an adapter; only a whole model can carry it")
+    code = add_remote_code(Path(folder)) if remote_code else {}
     info = find_or_create(repo_id, private=private, token=token)
     repo_id, branch = info.id, None if revision == "main" else revision
-    additions = _additions(Path(folder), contents, repo_id, remote_code)
+    card = card_of(Path(folder), repo_id=repo_id, remote_code=remote_code).encode()
+    additions = _additions(Path(folder), contents, code | {CARD: card})
     api = HfApi(token=token)
     with _one_sentence(repo_id, branch):
         if branch:
@@ -96,6 +98,8 @@ def push(
             revision=branch,
             create_pr=create_pr,
         )
+    if done.oid == info.sha:
+        logger.warning(f"note: {repo_id} has all of it already, at {info.sha}")
     return str(done.pr_url or done.commit_url)
 
 
@@ -115,12 +119,9 @@ def find_or_create(repo_id: str, *, private: bool | None = None, token: str | No
     return info
 
 
-def _additions(folder: Path, contents: Contents, repo_id: str, remote_code: bool) -> list[CommitOperationAdd]:
-    """The files of the folder, with the card, and the remote code, in the place of those of the same names."""
-    files: dict[str, bytes | Path] = {path: folder / path for path in contents.files}
-    if remote_code:
-        files |= add_remote_code(folder)
-    files[CARD] = card_of(folder, repo_id=repo_id, remote_code=remote_code).encode()
+def _additions(folder: Path, contents: Contents, written: Mapping[str, bytes]) -> list[CommitOperationAdd]:
+    """The files of the folder, and what is written for the Hub, in the place of those of the same names."""
+    files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | dict(written)
     if contents.adapter:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if base and (Path(base).exists() or Path(base).is_absolute()):

@@ -129,9 +129,11 @@ def test_what_a_training_leaves_is_left_out(served, tmp_path, converted, hf_orth
     assert files_of(folder) == before
 
 
-def test_a_second_push_sends_what_changed(served, tmp_path, converted):
+def test_a_second_push_sends_what_changed(served, tmp_path, converted, caplog):
     first = push(converted, "me/x")
+    assert not caplog.messages
     assert push(converted, "me/x") == first
+    assert caplog.messages == [f"note: me/x has all of it already, at {first.rpartition('/')[2]}"]
     assert len(served.get("models", "me/x").commits) == 2
     model = AutoModelForCausalLM.from_pretrained(converted)
     with torch.no_grad():
@@ -255,12 +257,12 @@ def test_a_pull_request_needs_no_rights(served, connect, converted, shards):
     assert repository.refs["main"] == main
 
 
-def test_private(served, connect, converted, hf_ortho_command, caplog):
+def test_private(served, converted, shards, hf_ortho_command, caplog):
     assert hf_ortho_command("push", converted, "hidden", "--private").code == 0  # of the token's own user
     assert served.get("models", "me/hidden", "hf_me").private
     assert not caplog.messages
     push(converted, "me/open")
-    assert hf_ortho_command("push", converted, "me/open", "--private").code == 0
+    assert hf_ortho_command("push", shards, "me/open", "--private").code == 0
     assert not served.get("models", "me/open").private
     assert [message.split(";")[0] for message in caplog.messages] == ["note: me/open exists and is public"]
 
@@ -273,7 +275,7 @@ def test_remote_code(served, monkeypatch, converted, adapter):
     pushed = served.get("models", "me/x").files("main")
     assert {name: pushed[name] for name in files} == files
     assert files_of(converted) == before
-    with pytest.raises(ConfigError, match=r"adapter holds an adapter; only a whole model"):
+    with pytest.raises(ConfigError, match="adapter holds an adapter; only a whole model"):
         push(adapter[0], "me/y", remote_code=True)
 
 
