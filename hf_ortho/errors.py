@@ -45,5 +45,9 @@ class OutputError(HfOrthoError, OSError):
     """A folder or file cannot be written; what was there before is untouched."""
 
 
+class HubError(HfOrthoError, OSError):
+    """A model cannot be pushed to the Hub; nothing was committed there."""
+
+
 class NonFiniteError(HfOrthoError, ArithmeticError):
     """The loss or the parameters of a training became infinite or not a number; nothing of that was saved."""

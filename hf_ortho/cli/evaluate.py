@@ -43,7 +43,7 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
     if args.max_samples is not None:
         samples = samples.select(range(min(args.max_samples, len(samples))))
     what = f"{place}, {split}, {len(samples)} samples"
-    console.print(f"Evaluating {name} on {what}")
+    console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {what}")
     return what, evaluate_model(checkpoint, samples, args.batch_size)
 
 

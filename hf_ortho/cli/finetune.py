@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from ..hub import Results, write_card
 from ..hub.card import hardware
+from ..hub.push import find_or_create, push
 from ..training.arguments import Recipe
 from ..training.evaluation import change
 from ..training.finetune import Result, finetune
@@ -41,11 +44,19 @@ def _others(recipe: Recipe) -> dict[str, object]:
     return found | {key: value for key, value in changed.items() if value}
 
 
+def _repository(arguments: TrainingArguments) -> str:
+    """Where ``push_to_hub`` pushes to, as in Trainer."""
+    return arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name
+
+
 def run(argv: list[str], command: str = "finetune", description: str = HELP) -> int | None:
     if (code := launch(command, argv)) is not None:
         return code
     recipe = parse_recipe(Recipe, command, description, argv)
-    result, arguments = finetune(recipe, [trainer_log("Training")]), recipe.training
+    arguments = recipe.training
+    if arguments.push_to_hub and arguments.process_index == 0:  # rather than find out after the training
+        find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)
+    result = finetune(recipe, [trainer_log("Training")])
     if arguments.process_index != 0:
         return None
     if result.conversion is not None and recipe.model.init != "scratch":
@@ -70,4 +81,7 @@ def run(argv: list[str], command: str = "finetune", description: str = HELP) -> 
         others=_others(recipe),
     )
     console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
+    if arguments.push_to_hub:
+        url = push(folder, _repository(arguments), revision=arguments.hub_revision, token=arguments.hub_token)
+        console.print(f"Pushed {folder} to {url}")
     return None

@@ -32,6 +32,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     groups = get_type_hints(kind)
     p = _Parser(tuple(groups.values()), prog=f"hf-ortho {command}", description=description, allow_abbrev=False)
     p.add_argument("--config", help="YAML file with any of these options as keys")
+    p.set_defaults(hub_strategy="end")  # what Trainer pushes at each save contains a pickle
     known = {action.dest for action in p._actions} - {"help", "config"}
     add_arguments(p)  # for --help: ``launch`` has taken them
     config = p.parse_known_args(argv)[0].config

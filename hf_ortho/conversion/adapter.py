@@ -17,7 +17,8 @@ PREFIX, SUFFIX = "base_model.model.", ".hf_ortho_act"  # around the path of a mo
 
 def adapter_config(name: str, revision: str | None) -> dict | None:
     """``adapter_config.json`` of a folder or a Hub repository; None if it is not an adapter."""
-    file = cached_file(name, ADAPTER_CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False)
+    lenient = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    file = cached_file(name, ADAPTER_CONFIG, revision=revision, **lenient)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 

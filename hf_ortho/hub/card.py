@@ -121,6 +121,13 @@ def write_card(
     ).save(folder / "README.md")
 
 
+def card_of(folder: Path, *, repo_id: str, remote_code: bool = False) -> str:
+    """The card of a saved model or adapter as it reads at its place on the Hub."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id}\n\n`{folder}`\n"
+    return text.replace(f'"{folder}"', f'"{repo_id}"')
+
+
 def _conversion(
     model: PreTrainedModel, activation: str | None, provenance: dict, report: ConversionReport | None
 ) -> str:

@@ -1,22 +1,70 @@
-"""A local stand-in for the download half of the Hub's HTTP API: one repository per folder, one commit each."""
+"""A local stand-in for the Hub's HTTP API: repositories, downloads and uploads, regular and LFS, and faults."""
 
 import contextlib
-import hashlib
 import http.server
 import json
+import re
+import socket
 import threading
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REVISIONS = ("main", "v1", COMMIT)
+from repositories import COMMIT, Refused, Repositories, is_lfs, oid, sha256
+
+__all__ = ["COMMIT", "Repositories", "hub"]
+
+API = "/api/(models|datasets)/([^/]+/[^/]+)"
+ROUTES = {
+    "whoami": "GET /api/whoami-v2",
+    "info": f"GET {API}(?:/revision/([^/]+))?",
+    "tree": f"GET {API}/tree/([^/]+)/?(.*)",
+    "resolve": "GET /(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)",
+    "object": "GET /objects/([0-9a-f]+)",
+    "put": "PUT /objects/([0-9a-f]+)",
+    "verify": "POST /verify",
+    "validate": "POST /api/validate-yaml",
+    "create": "POST /api/repos/create",
+    "batch": r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch",
+    "preupload": f"POST {API}/preupload/([^/]+)",
+    "commit": f"POST {API}/commit/([^/]+)",
+    "branch": f"POST {API}/branch/([^/]+)",
+    "paths_info": f"POST {API}/paths-info/([^/]+)",
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    root: Path
+    hub: Repositories
 
     def log_message(self, *args):
         pass
+
+    def do_GET(self):
+        url = urlparse(self.path)
+        method = "GET" if self.command == "HEAD" else self.command
+        found = ((name, re.fullmatch(route, f"{method} {url.path}")) for name, route in ROUTES.items())
+        name, match = next(((name, match) for name, match in found if match), ("unknown", None))
+        length = int(self.headers.get("Content-Length") or 0)
+        fault = self.hub.faults[name].pop(0) if self.hub.faults.get(name) else None
+        self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.query = parse_qs(url.query)
+        groups = [unquote(group or "") for group in match.groups()] if match else []
+        self.hub.requests.append(name)
+        if fault == "cut":
+            self.rfile.read(length // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.body = self.rfile.read(length)
+        try:
+            if match is None:
+                raise Refused(404, "EntryNotFound")
+            if fault:
+                raise Refused(fault, "")
+            getattr(self, name)(*groups)
+        except Refused as error:
+            commit = {"X_Repo_Commit": error.commit} if hasattr(error, "commit") else {}
+            self._reply(error.status, b"", X_Error_Code=error.code, X_Error_Message=str(error), **commit)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _reply(self, status, body=b"", **headers):
         self.send_response(status)
@@ -26,68 +74,116 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _missing(self, code):
-        self._reply(404, code.encode(), X_Error_Code=code, X_Error_Message=code)
-
     def _json(self, value):
         self._reply(200, json.dumps(value).encode(), Content_Type="application/json")
 
-    def do_GET(self):
-        parts = unquote(urlparse(self.path).path).strip("/").split("/")
-        api = parts[0] == "api"
-        parts = parts[1:] if api else parts
-        kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
-        folder = self.root / kind / "/".join(parts[:2])
-        if not folder.is_dir():
-            return self._missing("RepoNotFound")
-        action, revision, *path = (*parts[2:4], *parts[4:]) if len(parts) > 3 else ("revision", "main")
-        if revision not in REVISIONS:
-            return self._missing("RevisionNotFound")
-        if api:
-            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-            names = [{"rfilename": str(p.relative_to(folder))} for p in files]
-            if action == "tree":
-                if path:
-                    return self._missing("EntryNotFound")
-                return self._json([self._entry(p, folder) for p in files])
-            return self._json(
-                {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": names, "tags": [], "private": False}
-            )
-        file = folder.joinpath(*path)
-        if action != "resolve" or not file.is_file():
-            return self._missing("EntryNotFound")
-        body = file.read_bytes()
-        self._reply(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+    @property
+    def _endpoint(self):
+        return f"http://{self.headers['Host']}"
 
-    do_HEAD = do_GET
+    def whoami(self):
+        self._json({"type": "user", "name": self.hub.user(self.token)})
 
-    def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        wanted = self.rfile.read(length)
-        parts = unquote(urlparse(self.path).path).strip("/").split("/")
-        folder = self.root / parts[1] / "/".join(parts[2:4])
-        if not folder.is_dir() or "paths-info" not in parts:
-            return self._missing("RepoNotFound")
-        files = [
-            p for p in folder.rglob("*") if p.is_file() and str(p.relative_to(folder)).encode() in unquote_all(wanted)
-        ]
-        self._json([self._entry(p, folder) for p in files])
+    def info(self, kind, name, revision):
+        repository = self.hub.get(kind, name, self.token)
+        files = [{"rfilename": path} for path in repository.files(revision or "main")]
+        commit = repository.commit_at(revision or "main")
+        self._json({"id": name, "sha": commit, "siblings": files, "tags": [], "private": repository.private})
 
-    def _entry(self, path, folder):
-        digest = hashlib.sha1(path.read_bytes()).hexdigest()
-        return {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": digest}
+    def tree(self, kind, name, revision, path):
+        files = self.hub.get(kind, name, self.token).files(revision)
+        if path:
+            raise Refused(404, "EntryNotFound")
+        self._json([_entry(path, body) for path, body in files.items()])
+
+    def paths_info(self, kind, name, revision):
+        files = self.hub.get(kind, name, self.token).files(revision)
+        wanted = unquote(self.body.decode())
+        self._json([_entry(path, body) for path, body in files.items() if path in wanted])
+
+    def resolve(self, kind, name, revision, path):
+        repository = self.hub.get(kind or "models", name, self.token)
+        commit, body = repository.commit_at(revision), repository.files(revision).get(path)
+        if body is None:
+            error = Refused(404, "EntryNotFound")
+            error.commit = commit
+            raise error
+        tag = f'"{oid(path, body)}"'
+        if is_lfs(path):
+            linked = {"X_Linked_ETag": tag, "X_Linked_Size": str(len(body)), "X_Repo_Commit": commit}
+            storage = self._endpoint.replace("127.0.0.1", "localhost")  # on the Hub, too, it is another host
+            return self._reply(302, Location=f"{storage}/objects/{sha256(body)}", **linked)
+        self._reply(200, body, ETag=tag, X_Repo_Commit=commit)
+
+    def object(self, digest):
+        self._reply(200, self.hub.objects[digest], ETag=f'"{digest}"')
+
+    def put(self, digest):
+        assert sha256(self.body) == digest
+        self.hub.objects[digest] = self.body
+        self.hub.stored.append(digest)
+        self._reply(200)
+
+    def verify(self):
+        wanted = json.loads(self.body)
+        known = len(self.hub.objects.get(wanted["oid"], b"")) == wanted["size"]
+        self._reply(200 if known else 404)
+
+    def validate(self):
+        self._json({"errors": [], "warnings": []})
+
+    def create(self):
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or self.hub.user(self.token)}/{wanted['name']}"
+        url = {"url": f"{self._endpoint}/{name}", "name": name}
+        try:
+            self.hub.create(self.token, name, wanted.get("visibility") == "private" or wanted.get("private", False))
+        except Refused as error:
+            if error.status != 409:
+                raise
+            return self._reply(409, json.dumps(url).encode(), Content_Type="application/json")
+        self._json(url)
+
+    def preupload(self, kind, name, revision):
+        files = self.hub.get(kind, name, self.token).files(revision)
+        found = []
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            entry = {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False}
+            found.append(entry | ({"oid": oid(path, files[path])} if path in files else {}))
+        self._json({"files": found})
+
+    def batch(self, name):
+        self.hub.user(self.token)
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            upload = {"href": f"{self._endpoint}/objects/{wanted['oid']}"}
+            actions = {"upload": upload, "verify": {"href": f"{self._endpoint}/verify"}}
+            objects.append(wanted | ({} if wanted["oid"] in self.hub.objects else {"actions": actions}))
+        self._json({"transfer": "basic", "objects": objects})
+
+    def commit(self, kind, name, revision):
+        pull_request = "create_pr" in self.query
+        commit, ref = self.hub.commit(self.token, name, revision, self.body, pull_request)
+        discussion = f"{self._endpoint}/{name}/discussions/{ref.rpartition('/')[2]}" if pull_request else None
+        url = f"{self._endpoint}/{name}/commit/{commit}"
+        self._json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": discussion})
+
+    def branch(self, kind, name, branch):
+        self.hub.branch(self.token, name, branch)
+        self._json({})
 
 
-def unquote_all(body: bytes) -> bytes:
-    return unquote(body.decode()).encode()
+def _entry(path, body):
+    entry = {"type": "file", "path": path, "size": len(body), "oid": oid(path, body)}
+    return entry | ({"lfs": {"oid": sha256(body), "size": len(body), "pointerSize": 1}} if is_lfs(path) else {})
 
 
 @contextlib.contextmanager
-def hub(root: Path):
-    """Serve ``root/models/OWNER/NAME`` and ``root/datasets/OWNER/NAME``; yields the endpoint."""
-    handler = type("Bound", (Handler,), {"root": root})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+def hub(repositories: Path | Repositories):
+    """Serve repositories, or a folder with ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``; yields the endpoint."""
+    known = repositories if isinstance(repositories, Repositories) else Repositories(repositories)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": known}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

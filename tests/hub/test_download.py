@@ -1,5 +1,5 @@
-"""Convert a model of the Hub, through the real client, against a local stand-in (in a subprocess: the client reads
-HF_ENDPOINT when it is imported)."""
+"""Models of the Hub, through the real client, against a local stand-in; once in a process of its own, with
+HF_ENDPOINT."""
 
 import json
 import os
@@ -26,22 +26,14 @@ def root(tmp_path, tiny_gpt2_model):
     return tmp_path / "hub"
 
 
-def command(endpoint, tmp_path, *args, offline=False):
-    environment = os.environ | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1" if offline else "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    environment.pop("HF_DATASETS_CACHE", None)
-    run = [sys.executable, "-m", "hf_ortho", *map(str, args)]
-    return subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
-
-
 def test_model_and_data_from_the_hub(root, tmp_path, tiny_gpt2_model):
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_DATASETS_CACHE")
+    flags = ["--degree", "12", "--revision", "v1", "--calibration-data", "me/text", "--block-size", "16"]
+    run = [sys.executable, "-m", "hf_ortho", "convert", "me/tiny", "-o", "out", *flags]
     with hub(root) as endpoint:
-        flags = ["--revision", "v1", "--calibration-data", "me/text", "--block-size", 16]
-        done = command(endpoint, tmp_path, "convert", "me/tiny", "-o", "out", "--degree", 12, *flags)
+        environment["HF_ENDPOINT"] = endpoint
+        done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     provenance = json.loads((tmp_path / "out" / "config.json").read_text())["hf_ortho"]
     assert provenance["source_model"] == "me/tiny"
@@ -62,34 +54,57 @@ def test_model_and_data_from_the_hub(root, tmp_path, tiny_gpt2_model):
     [("me/none", "main", "me/none"), ("me/tiny", "v9", "v9")],
     ids=["repository", "revision"],
 )
-def test_what_the_hub_lacks_is_one_sentence(root, tmp_path, name, revision, hint):
+def test_what_the_hub_lacks_is_one_sentence(root, tmp_path, connect, hf_ortho_command, name, revision, hint):
     with hub(root) as endpoint:
-        done = command(endpoint, tmp_path, "convert", name, "-o", "out", "--revision", revision)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("hf-ortho: error: ")
-    assert hint in done.stderr
+        connect(endpoint)
+        done = hf_ortho_command("convert", name, "-o", tmp_path / "out", "--revision", revision)
+    assert hint in done.error
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_a_model_of_the_hub(root, tmp_path, tiny_gpt2_model):
+def test_inspect_a_model_of_the_hub(root, tmp_path, connect, hf_ortho_command, tiny_gpt2_model):
     hf_ortho.convert(tiny_gpt2_model, "fourier_3")
     folder = root / "models" / "me" / "converted"
     tiny_gpt2_model.save_pretrained(folder, max_shard_size="20KB")
     with hub(root) as endpoint:
-        done = command(endpoint, tmp_path, "inspect", "me/converted", "--revision", "v1", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+        connect(endpoint)
+        done = hf_ortho_command("inspect", "me/converted", "--revision", "v1", "--json")
+    found = json.loads(done.out)
     assert found["revision"] == COMMIT
     module = tiny_gpt2_model.transformer.h[1].mlp.act
     assert found["layers"][1]["parameters"]["frequencies"] == module.frequencies.tolist()
-    shards = {path.name for path in (tmp_path / "home").rglob("model-*.safetensors")}
+    shards = {path.name for path in (tmp_path / "cache").rglob("model-*.safetensors")}
     assert 0 < len(shards) < len(list(folder.glob("model-*.safetensors")))
 
 
-def test_no_network_is_one_sentence(tmp_path):
-    done = command("http://127.0.0.1:9", tmp_path, "convert", "me/tiny", "-o", "out", offline=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "me/tiny" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_without_network_the_cache_is_used_and_said(
+    root, tmp_path, connect, hf_ortho_command, tiny_gpt2_model, text_file, caplog
+):
+    hf_ortho.convert(tiny_gpt2_model, "hermite_3")
+    tiny_gpt2_model.save_pretrained(root / "models" / "me" / "converted")
+    commands = [
+        ("inspect", "me/converted"),
+        ("evaluate", "me/tiny", "--dataset", text_file, "--max-samples", 2),
+        ("convert", "me/tiny", "-o", tmp_path / "again", "--degree", 4),
+    ]
+    with hub(root) as endpoint:
+        connect(endpoint)
+        online = [hf_ortho_command(*command) for command in commands[:2]]
+    assert not caplog.messages
+    for command in commands:
+        caplog.clear()
+        done = hf_ortho_command(*command)
+        assert done.code == 0, done.err
+        assert done.out == (online.pop(0).out if online else done.out)
+        assert COMMIT in (done.out if command[0] != "convert" else (tmp_path / "again" / "config.json").read_text())
+        assert caplog.messages == [f"note: no answer from {endpoint}: using the cached commit {COMMIT} of {command[1]}"]
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "plot"])
+def test_without_network_and_cache_there_is_one_sentence(tmp_path, connect, hf_ortho_command, command):
+    connect("http://127.0.0.1:9")
+    out = ["-o", tmp_path / "out.png"] if command in ("convert", "plot") else []
+    done = hf_ortho_command(command, "me/tiny", *out)
+    assert "me/tiny" in done.error
+    assert "http://127.0.0.1:9" in done.error
+    assert not (tmp_path / "out.png").exists()

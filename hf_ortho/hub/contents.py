@@ -1,0 +1,140 @@
+"""What of a folder goes to the Hub: a whole model or adapter, without what a training needs to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..conversion.checkpoint import explain
+from ..conversion.stored import load_activations, provenance_of
+from ..errors import CheckpointError, ConfigError
+from ..training.checkpoints import FINAL_DRAFT, MANIFEST, PREFIX
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+STATES = (TRAINER_STATE_NAME, MANIFEST)
+FOLDERS = (FINAL_DRAFT, "last-checkpoint", "__pycache__")
+UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """A folder that can be pushed.
+
+    Attributes:
+        adapter: whether it holds an adapter and no model.
+        files: what is uploaded, as paths in the repository.
+        left_out: what is not: hidden files, pickles, checkpoints and states of a training; folders end in ``/``.
+    """
+
+    adapter: bool
+    files: list[str]
+    left_out: list[str]
+
+
+def contents_of(folder: str | os.PathLike) -> Contents:
+    """Check that a folder holds a whole model or adapter, and sort its files.
+
+    A model has a config that transformers reads and all its weights as safetensors; an adapter of peft has
+    ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
+
+    Raises:
+        CheckpointError: there is neither, or a file is missing, cut short or does not hold what it should.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name one that holds a model or an adapter")
+    adapter = (place / ADAPTER_CONFIG).is_file()
+    model = (place / CONFIG_NAME).is_file()
+    if not adapter and not model:
+        raise CheckpointError(
+            f"{folder} holds no model and no adapter: {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or {ADAPTER_CONFIG} with "
+            f"{ADAPTER_WEIGHTS}, is expected"
+        )
+    if adapter:
+        _check_adapter(place)
+    if model:
+        _check_model(place)
+    return Contents(adapter and not model, *_sort(place))
+
+
+def _check_model(folder: Path) -> None:
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {explain(error)}") from error
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if not single.is_file() and not index.is_file():
+        raise CheckpointError(f"{folder} is not whole: it has a config, but neither {single.name} nor {index.name}")
+    if single.is_file():
+        _tensors(single)
+    if index.is_file():
+        places = _json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{index} lists no weights")
+        for shard in sorted(set(places.values())):
+            if not (folder / shard).is_file():
+                raise CheckpointError(f"{folder} is not whole: {shard}, which {index.name} lists, is missing")
+            lacking = {key for key, file in places.items() if file == shard} - _tensors(folder / shard)
+            if lacking:
+                raise CheckpointError(f"{folder} is not whole: {shard} lacks {min(lacking)}, which {index.name} lists")
+    if provenance_of(_json(folder / CONFIG_NAME)).get("layers"):
+        try:
+            load_activations(str(folder))
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{folder} is not whole: its config names learnable activations, its weights hold none"
+            ) from error
+
+
+def _check_adapter(folder: Path) -> None:
+    if "peft_type" not in _json(folder / ADAPTER_CONFIG):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no peft_type")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} is not whole: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
+    _tensors(folder / ADAPTER_WEIGHTS)
+
+
+def _json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return found
+
+
+def _tensors(file: Path) -> set[str]:
+    """The names in a safetensors file, whose size is checked against its header."""
+    try:
+        with safe_open(file, "pt") as weights:
+            return set(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged or cut short: {explain(error)}") from error
+
+
+def _sort(folder: Path) -> tuple[list[str], list[str]]:
+    """The paths to upload and those to leave out."""
+    files: list[str] = []
+    left_out: list[str] = []
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        for name in [name for name in folders if name.startswith((".", PREFIX)) or name in FOLDERS]:
+            folders.remove(name)
+            left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
+        for name in names:
+            path = (here / name).relative_to(folder).as_posix()
+            unwanted = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
+            (left_out if unwanted else files).append(path)
+            if not unwanted and not (here / name).is_file():
+                raise CheckpointError(f"{folder} is not whole: {path} is a link to a file that is not there")
+    return sorted(files), sorted(left_out)

@@ -1,0 +1,177 @@
+"""Push a folder with a model or an adapter to the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from ..conversion.checkpoint import explain
+from ..errors import ConfigError, HubError
+from .card import card_of
+from .contents import ADAPTER_CONFIG, Contents, contents_of
+from .remote_code import add_remote_code
+
+logger = logging.get_logger("hf_ortho")
+
+CARD = "README.md"
+WEIGHTS = "model*.safetensors*"
+AGAIN = "nothing was committed, and the same command resumes the upload"
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    remote_code: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a whole model or adapter, with its card, as one commit; ``folder`` is not changed.
+
+    The upload is ``HfApi.create_commit``: unlike ``upload_folder``, which may split a folder into several commits, the
+    repository goes from one whole model to the next, with files that are not in the folder (the card as it reads on the
+    Hub, the remote code) and without weights of an earlier push that ``from_pretrained`` would prefer. huggingface_hub
+    retries the requests that carry the data (5 times, for 408, 429, 5xx and lost connections). After an interruption
+    the same call resumes: data that the Hub has is not sent again, and files that did not change are no part of the
+    commit.
+
+    Args:
+        folder: checked by ``contents_of``, which also says what is left out.
+        repo_id: ``owner/name``, or ``name`` for a repository of the token's own user; created if there is none.
+        private: whether a new repository is private; one that exists stays as it is, and that is logged.
+        revision: the branch, created from main if there is none, or ``refs/pr/N``; default: main.
+        create_pr: open a pull request against main, which needs no rights to the repository.
+        remote_code: add the file with which the model loads without hf_ortho, by ``trust_remote_code=True``.
+        token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+
+    Returns:
+        The URL of the pull request or commit; of the last commit if nothing has changed.
+
+    Raises:
+        CheckpointError: the folder holds no whole model or adapter.
+        ConfigError: the arguments do not fit each other, or ``repo_id`` is malformed.
+        HubError: no token, no rights, no network, or the Hub refuses. Nothing is committed; a repository that was
+            created for it stays, empty.
+    """
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        raise ConfigError(f"revision {revision}: is a commit, which nothing can be pushed to; name a branch")
+    if create_pr and revision not in (None, "main"):
+        raise ConfigError(f"revision {revision}: a pull request is opened against main; leave one of the two out")
+    contents = contents_of(folder)
+    if remote_code and contents.adapter:
+        raise ConfigError(f"remote code: {folder} holds an adapter; only a whole model can carry it")
+    code = add_remote_code(Path(folder)) if remote_code else {}
+    info = find_or_create(repo_id, private=private, token=token)
+    repo_id, branch = info.id, None if revision == "main" else revision
+    card = card_of(Path(folder), repo_id=repo_id, remote_code=remote_code).encode()
+    additions = _additions(Path(folder), contents, code | {CARD: card})
+    api = HfApi(token=token)
+    with _one_sentence(repo_id, branch):
+        if branch:
+            if not branch.startswith("refs/"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            info = api.model_info(repo_id, revision=branch)
+        done = api.create_commit(
+            repo_id,
+            [*additions, *_deletions(info, additions)],
+            commit_message=commit_message or f"Upload with hf_ortho {version('hf_ortho')}",
+            revision=branch,
+            create_pr=create_pr,
+        )
+    if done.oid == info.sha:
+        logger.warning(f"note: {repo_id} has all of it already, at {info.sha}")
+    return str(done.pr_url or done.commit_url)
+
+
+def find_or_create(repo_id: str, *, private: bool | None = None, token: str | None = None) -> ModelInfo:
+    """The repository on the Hub, with its full name, created if there is none; the arguments are those of ``push``."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"repository {repo_id!r}: must be owner/name, such as me/gpt2-hermite; {error}") from error
+    if token is None and get_token() is None:
+        raise HubError(f"{repo_id}: no token for the Hub; run `hf auth login`, or set HF_TOKEN to one that may write")
+    api = HfApi(token=token)
+    with _one_sentence(repo_id):
+        info = api.model_info(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    if private and not info.private:
+        logger.warning(f"note: {info.id} exists and is public; it stays so until its settings on the Hub say otherwise")
+    return info
+
+
+def _additions(folder: Path, contents: Contents, written: Mapping[str, bytes]) -> list[CommitOperationAdd]:
+    """The files of the folder, and what is written for the Hub, in the place of those of the same names."""
+    files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | dict(written)
+    if contents.adapter:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and (Path(base).exists() or Path(base).is_absolute()):
+            logger.warning(
+                f"note: {ADAPTER_CONFIG} names the base model {base}, a folder of this machine; set "
+                "base_model_name_or_path to its name on the Hub, so that others can load the adapter"
+            )
+    return [CommitOperationAdd(path, source) for path, source in sorted(files.items())]
+
+
+def _deletions(info: ModelInfo, additions: list[CommitOperationAdd]) -> list[CommitOperationDelete]:
+    """The weights of an earlier push that are no longer part of the model, if the new one has weights of that kind."""
+    added = {operation.path_in_repo for operation in additions}
+    if not any(fnmatch.fnmatch(path, WEIGHTS) for path in added):
+        return []
+    present = [file.rfilename for file in info.siblings or []]
+    stale = [path for path in present if "/" not in path and path not in added and fnmatch.fnmatch(path, WEIGHTS)]
+    return [CommitOperationDelete(path) for path in stale]
+
+
+@contextlib.contextmanager
+def _one_sentence(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever ends a request for good into a HubError."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise HubError(f"{repo_id}: {_reason(error, revision)}") from error
+
+
+def _reason(error: BaseException, revision: str | None) -> str:
+    """What happened, and what would work."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return f"{explain(error).rstrip('.')}: {_reason(error.__cause__, revision)}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision}; name a branch, which is created, or an open pull request, refs/pr/N"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it to push"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"{constants.ENDPOINT} cannot be reached ({explain(error)}); {AGAIN}"
+    if not isinstance(error, HfHubHTTPError):
+        return f"{explain(error)}; {AGAIN}"
+    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
+    said = f"{status} {' '.join(said.split()).rstrip('.')}"
+    if status == 401:
+        return f"the Hub does not accept the token ({said}); run `hf auth login` with a valid one"
+    if status == 403:
+        return (
+            f"the token has no right to write there ({said}); `hf auth login` with one that has, name a repository of "
+            "your own, or open a pull request with --create-pr"
+        )
+    if status == 429 or status >= 500:
+        return f"the Hub could not take it ({said}); {AGAIN}"
+    return f"the Hub refuses ({said})"
