@@ -64,6 +64,7 @@ class Making:
         base_model, base_revision: what was trained, where the config does not name it; adapters name it themselves.
         hardware: the machine that made it.
         metadata: further fields of the YAML head.
+        notes: what a reader must know of the conversion.
     """
 
     arguments: TrainingArguments | None = None
@@ -72,6 +73,7 @@ class Making:
     base_revision: str | None = None
     hardware: str | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def write_card(
@@ -170,7 +172,6 @@ def card_text(
     base: Base = parts["base"]
     title, task = Path(place).name, parts["task"]
     evaluations = [entry for results in record.results[-1:] for entry in results.evaluations(task)] if task else []
-    metrics = {METRICS[m] for r in record.results for v in r.values.values() for m in v if m in METRICS}
     extra = {**base.inherited(), **making.metadata}
     tags = extra.pop("tags", [])
     card_data = ModelCardData(
@@ -179,12 +180,12 @@ def card_text(
         pipeline_tag=task,
         tags=[*parts["tags"], *([tags] if isinstance(tags, str) else tags)],
         datasets=list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
-        metrics=sorted(metrics) if evaluations else None,
+        metrics=sorted({e.metric_type for e in evaluations} & set(METRICS.values())) or None,
         model_name=title if evaluations else None,
         eval_results=evaluations or None,
         **({"base_model_relation": parts["relation"]} if base.on_hub else {}) | extra,
     )
-    made = [f"Base model: {base}"] if base.name else []
+    made = [f"Base model: {base}" + (", commit not recorded" if base.on_hub and not base.revision else "")] if base.name else []
     made += [f"Data: {source}" for source in record.data]
     made += [f"Hardware: {making.hardware}"] if making.hardware else []
     made.append("Versions: " + ", ".join(f"{package} {version(package)}" for package in PACKAGES))
@@ -202,7 +203,7 @@ def card_text(
         conversion=parts["conversion"],
         layers=parts["layers"],
         weight=parts["weight"],
-        notes=parts["notes"],
+        notes=[*making.notes, *parts["notes"]],
         quality=[{"table": table(["", *r.columns], r.rows), "caption": r.caption} for r in record.results],
         hyperparameters=_hyperparameters(making),
         commands=record.commands,
@@ -220,7 +221,7 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
     base = Base(
         provenance.get("source_model") or making.base_model, provenance.get("source_revision") or making.base_revision
     )
-    tuned = making.arguments is not None or any("fine-tuned" in stage for r in record.results for stage in r.values)
+    tuned = making.arguments is not None or any("fine-tuned" in stage for r in record.results for stage in r.measured)
     sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
     if init:
         base = Base(None, None)

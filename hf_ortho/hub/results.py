@@ -76,7 +76,7 @@ class Results:
             that the card is about.
         data: what they were measured on.
         command: the command, or whatever else measured them.
-        hardware: the machine.
+        hardware: the machine; empty if nothing was run.
         seed: of the run, if it has one.
         note: what else a reader must know of the data, for example that it is a part.
     """
@@ -105,6 +105,11 @@ class Results:
         return plain
 
     @property
+    def measured(self) -> list[str]:
+        """The stages with a figure."""
+        return [stage for stage, found in self.values.items() if any(value is not None for value in found.values())]
+
+    @property
     def columns(self) -> list[str]:
         """The stages, and the change if there are two."""
         return [*self.values, *(["change"] if len(self.values) == 2 else [])]
@@ -129,6 +134,8 @@ class Results:
         """On which data, by which command, on which machine."""
         seed = "" if self.seed is None else f", seed {self.seed}"
         note = f" ({self.note})" if self.note else ""
+        if not self.hardware:
+            return f"Not run; on {self.data}{note}, by `{self.command}`."
         return f"On {self.data}{note}; by `{self.command}`{seed}; on {self.hardware}."
 
     def evaluations(self, task: str) -> list[EvalResult]:
