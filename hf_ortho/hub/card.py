@@ -21,7 +21,7 @@ from ..conversion.stored import provenance_of
 from ..errors import CheckpointError
 from .base_card import Base
 from .card_adapter import adapter_parts
-from .card_layers import layer_table, stored_table, table
+from .card_layers import layer_table, stored_table, table, weight_of
 from .card_loading import BEGIN, adapter_loading, model_loading, task_of_class, with_loading
 from .record import Record
 from .results import METRICS, DataSource, Results, hardware
@@ -248,14 +248,10 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
         "summary": summary,
         "conversion": _conversion(activation, provenance),
         "layers": layer_table(report) if report else stored_table(layers) if layers else "",
-        "weight": _weight(report.calibrated if report else provenance.get("calibrated")) if layers else "",
+        "weight": weight_of(report.calibrated if report else provenance.get("calibrated")) if layers else "",
         "notes": notes,
         "limits": (REACH[_tails(provenance)] + " ") if activation and init not in INITIALISATIONS else "",
     }
-
-
-def _weight(calibrated: bool | None) -> str:
-    return "the calibration data" if calibrated else "the density of N(-0.5, 1.5^2), without data"
 
 
 def _conversion(activation: str | None, provenance: dict) -> str:

@@ -12,7 +12,7 @@ from ..activations import FAMILIES
 from ..conversion.convert import families_in, tags_of
 from ..errors import CheckpointError
 from .base_card import Base
-from .card_layers import folded, paths_list
+from .card_layers import folded, paths_list, stored_table, weight_of
 from .card_loading import ADAPTED
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,6 +44,8 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
     for path, count in modules.items():
         sizes.setdefault(count, []).append(path)
     rows = [[place, f"{count:,}"] for count, paths in sizes.items() for place in paths_list(paths)]
+    tables = [stored_table(config["layers"])] if activation and config.get("layers") else []
+    tables += [folded(["module", "parameters each"], rows, "modules")] if rows else []
     return {
         "base": base,
         "relation": "adapter",
@@ -52,8 +54,8 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
         "tags": [*tags_of(activation), "peft", "adapter" if activation else kind.lower()],
         "summary": summary,
         "conversion": conversion,
-        "layers": folded(["module", "parameters each"], rows, "modules") if rows else "",
-        "weight": "",
+        "layers": "\n\n".join(tables),
+        "weight": weight_of(config.get("calibrated")) if len(tables) == 2 else "",
         "notes": [],
         "limits": "It works with the base model that it was made for, and no other. ",
     }

@@ -19,7 +19,7 @@ HEADER = [
     "outside",
     "pre-activations seen",
 ]
-VISIBLE = 16
+VISIBLE = 16  # rows
 
 
 def layer_table(report: ConversionReport) -> str:
@@ -35,6 +35,11 @@ def stored_table(layers: Sequence[dict]) -> str:
         errors = [f"{layer[key]:.1e}" for key in ("sup_error", "rms_error")]
         rows.append((layer["module"], [layer["source"], "..".join(domain), *errors, f"{layer['mass_outside']:.2%}"]))
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
+
+
+def weight_of(calibrated: bool | None) -> str:
+    """What the errors of a fit are weighted by."""
+    return "the calibration data" if calibrated else "the density of N(-0.5, 1.5^2), without data"
 
 
 def paths_list(paths: Sequence[str]) -> list[str]:
