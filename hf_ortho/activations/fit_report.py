@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -100,3 +101,12 @@ class FitReport:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         return {k: plain(v) for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> FitReport:
+        """What ``to_dict`` gave; further keys are left out."""
+        known = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
+        lo, hi = known["domain"]
+        known["domain"] = (-math.inf if lo is None else lo, math.inf if hi is None else hi)
+        known["tail_slopes"] = tuple(known["tail_slopes"])
+        return cls(**known)

@@ -15,11 +15,9 @@ from ..conversion.checkpoint import (
 )
 from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError, DataError
-from ..hub import Results, write_card
-from ..hub.card import hardware
+from ..hub import DataSource, Results, command_line, hardware, write_card
 from ..training import data
 from ..training.arguments import DataArguments
-from ..training.evaluation import change
 from ..training.samples import batches, class_names, prepare
 from .console import Parser, console, show
 
@@ -48,13 +46,22 @@ def parser() -> Parser:
     return p
 
 
-def calibration_batches(checkpoint: Checkpoint, args: argparse.Namespace) -> list[dict] | None:
+def calibration_batches(
+    checkpoint: Checkpoint, args: argparse.Namespace
+) -> tuple[list[dict] | None, DataSource | None]:
+    """The batches, and where they come from; both None without calibration data."""
     if not args.calibration_data:
-        return None
+        return None, None
     if args.calibration_samples < 1:
         raise DataError(f"--calibration-samples {args.calibration_samples}: must be at least 1")
-    splits = data.load(args.calibration_data)
-    dataset = splits[data.pick(splits, args.calibration_split, data.TRAIN, args.calibration_data)]
+    revision = data.commit_of(args.calibration_data)
+    splits = data.load(args.calibration_data, revision=revision)
+    split = data.pick(splits, args.calibration_split, data.TRAIN, args.calibration_data)
+    source = DataSource.of(None, args.calibration_data, split=split, revision=revision)
+    return _batches(checkpoint, splits[split], args), source
+
+
+def _batches(checkpoint: Checkpoint, dataset, args: argparse.Namespace) -> list[dict]:
     if not checkpoint.task:
         return _of_another_task(checkpoint, dataset, args)
     samples = prepare(checkpoint, dataset, DataArguments(block_size=args.block_size), args.calibration_data)
@@ -106,7 +113,7 @@ def run(argv: list[str]) -> None:
     output = check_output(args.output, args.overwrite)
     console.print(f"Loading {args.model}")
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
-    calibration = calibration_batches(checkpoint, args)
+    calibration, source = calibration_batches(checkpoint, args)
     report = convert(
         checkpoint.model,
         args.family,
@@ -123,36 +130,25 @@ def run(argv: list[str]) -> None:
         show(part)
     for line in report.summary():
         console.print(line)
-    results = None
-    if report.loss_before is not None and report.loss_after is not None:
-        rows = [
-            [
-                "loss",
-                f"{report.loss_before:.5f}",
-                f"{report.loss_after:.5f}",
-                change(report.loss_before, report.loss_after),
-            ]
-        ]
-        caption = (
-            f"Labelled part of the calibration data ({args.calibration_data}), measured by `hf-ortho convert` "
-            f"on {hardware()}."
-        )
-        results = Results(["source", "converted", "change"], rows, caption)
+    command = command_line("convert", argv)
+    results = []
+    if source is not None and report.loss_before is not None and report.loss_after is not None:
+        values = {"source": {"loss": report.loss_before}, "converted": {"loss": report.loss_after}}
+        note = "the labelled part of the calibration data"
+        results = [Results(values, source, command, hardware(), note=note)]
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
     with replacing(output) as draft:
         save_checkpoint(checkpoint, draft)
-        report.save(draft)
         report.plot(draft / "activations.png")
         report.modules.clear()  # the sources need no memory while the copy is checked
         write_card(
             draft,
-            checkpoint.model,
-            checkpoint.task,
             place=args.output,
             report=report,
             results=results,
-            picture="activations.png",
+            data=[source] if source else [],
+            command=command,
         )
         cls = type(checkpoint.model)
         del checkpoint  # the reloaded model takes its place in memory

@@ -24,8 +24,7 @@ from ..conversion.checkpoint import (
 )
 from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError
-from ..hub import Results, write_card
-from ..hub.card import hardware
+from ..hub import DataSource, Results, command_line, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..training.evaluation import change, evaluate_model, make_trainer
 from ..training.samples import batches
@@ -121,10 +120,10 @@ def run(argv: list[str]) -> None:
         return
     name = named(args.family, args.degree)
     output = check_output(args.output or f"demo-{args.task}", args.overwrite)
-    tell_story(task, name, output, steps, tune_steps, args.seed)
+    tell_story(task, name, output, steps, tune_steps, args.seed, command_line("demo", argv))
 
 
-def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: int, seed: int) -> None:
+def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: int, seed: int, command: str) -> None:
     start = time.perf_counter()
     console.rule("1. A pretrained checkpoint", align="left")
     original, dataset, held_back = pretrain(task, steps, seed)
@@ -167,23 +166,18 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
     expected = outputs(converted.model, inputs)
     with replacing(output) as draft:
         save_checkpoint(converted, draft)
-        report.save(draft)
         draw(converted, report, dataset, task, draft / "activations.png", source)
-        results = Results(
-            [f"{source}", f"{source}, fine-tuned", f"{name}, converted", f"{name}, fine-tuned"],
-            [[key, *(f"{r[key]:.5f}" for r in (at_first, tuned[source], at_once, tuned[name]))] for key in at_first],
-            f"Held-back part of {task.dataset} ({len(held_back)} samples), measured by `hf-ortho demo --task "
-            f"{'text' if task is TASKS['text'] else 'vision'}`, seed {seed}, on {hardware()}.",
-        )
+        stages = (source, at_first), (f"{source}, fine-tuned", tuned[source]), (f"{name}, converted", at_once)
+        values = dict([*stages, (f"{name}, fine-tuned", tuned[name])])
+        samples = DataSource(task.dataset, split="validation", samples=len(held_back))
         write_card(
             draft,
-            converted.model,
-            converted.task,
             place=str(output),
             report=report,
-            results=results,
+            results=[Results(values, samples, command, hardware(), seed)],
+            data=[DataSource(task.dataset, split="train", samples=len(dataset))],
+            command=command,
             arguments=arguments,
-            picture="activations.png",
         )
     auto = AutoModelForCausalLM if converted.task == "causal-lm" else AutoModelForImageClassification
     equal = verify_reload(auto, output, fingerprint(converted.model), inputs, expected)

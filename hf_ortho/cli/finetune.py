@@ -7,11 +7,12 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from ..hub import Results, write_card
-from ..hub.card import hardware
+from ..conversion.stored import provenance_of
+from ..hub import DataSource, Results, command_line, hardware, write_card
 from ..hub.push import find_or_create, push
+from ..hub.record import carry_over
 from ..training.arguments import Recipe
-from ..training.evaluation import change
+from ..training.data import commit_of, resolved
 from ..training.finetune import Result, finetune
 from .console import console, show, table, trainer_log
 from .launch import launch
@@ -24,21 +25,29 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     """The metrics for the screen and the card, also those before the training if there was a model before."""
     if result.after is None:
         return None
-    dataset = recipe.data.eval_dataset or recipe.data.dataset
-    caption = f"Evaluation split of {dataset}, by `hf-ortho {command}`, seed {recipe.training.seed}, on {hardware()}."
-    after = {key: f"{value:.5f}" for key, value in result.after.items()}
-    if result.before is None:
-        return Results(["after training"], [[key, value] for key, value in after.items()], caption)
-    rows = [
-        [key, f"{before:.5f}", after[key], change(before, result.after[key])] for key, before in result.before.items()
-    ]
-    return Results(["before training", "after", "change"], rows, caption)
+    after = {"fine-tuned" if result.before else "after training": result.after}
+    before = "converted" if provenance_of(result.checkpoint.model.config) else "before training"
+    values = {before: result.before, **after} if result.before else after
+    data, same = recipe.data, recipe.data.eval_dataset is None
+    name = str(data.dataset if same else data.eval_dataset)
+    revision = resolved(data.dataset_revision) if same else commit_of(name)
+    config = data.dataset_config if same else None
+    source = DataSource.of(result.held_back, name, config=config, revision=revision)
+    note = "held back from the training" if same and source.split == _train(result, recipe).split else ""
+    return Results(values, source, command, hardware(), recipe.training.seed, note)
+
+
+def _train(result: Result, recipe: Recipe) -> DataSource:
+    """What the model was trained on."""
+    data = recipe.data
+    options = {"config": data.dataset_config, "revision": resolved(data.dataset_revision)}
+    return DataSource.of(result.train, str(data.dataset), **options, split=data.train_split)
 
 
 def _others(recipe: Recipe) -> dict[str, object]:
     """The hyperparameters of the card beside those of ``TrainingArguments``."""
     rate = recipe.optimizer_arguments().activation_learning_rate
-    found: dict[str, object] = {"train": recipe.model.train, "dataset": recipe.data.dataset}
+    found: dict[str, object] = {"train": recipe.model.train}
     found["activation_learning_rate"] = recipe.training.learning_rate if rate is None else rate
     changed = {**dataclasses.asdict(recipe.augmentation), "domain_penalty": recipe.optimizer.domain_penalty}
     return found | {key: value for key, value in changed.items() if value}
@@ -64,21 +73,24 @@ def run(argv: list[str], command: str = "finetune", description: str = HELP) -> 
             show(part)
         for line in result.conversion.summary():
             console.print(line)
-    results = results_of(result, command, recipe)
+    line = command_line(command, argv)
+    results = results_of(result, line, recipe)
     if results is not None:
         table(results.caption, ["", *results.columns], results.rows)
     folder = Path(str(arguments.output_dir))
-    if result.conversion is not None:
-        result.conversion.save(folder)
+    scratch = recipe.model.init == "scratch"
+    if result.conversion is None and not scratch:
+        carry_over(str(recipe.model.model), result.checkpoint.commit, folder)
     write_card(
         folder,
-        result.checkpoint.model,
-        result.checkpoint.task,
-        place=str(folder),
         report=result.conversion,
-        results=results,
+        results=[results] if results else [],
+        data=[_train(result, recipe)],
+        command=line,
         arguments=arguments,
-        others=_others(recipe),
+        hyperparameters=_others(recipe),
+        base_model=None if scratch else recipe.model.model,
+        base_revision=None if scratch else result.checkpoint.commit,
     )
     console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
     if arguments.push_to_hub:

@@ -158,6 +158,7 @@ def convert(
         report.calibrated,
         tails,
     )
+    model.add_model_tags(tags_of(report.activation))  # for model.push_to_hub
     return report
 
 
@@ -168,7 +169,8 @@ def revert(model: PreTrainedModel) -> list[str]:
         SiteError: the config does not name them, or they had parameters of their own, which a conversion drops; the
             model is as before.
     """
-    known = provenance_of(model.config).get("source_activations")
+    provenance = provenance_of(model.config)
+    known = provenance.get("source_activations")
     if not known:
         raise SiteError(
             f"the config of {type(model).__name__} names no source activations (hf_ortho.source_activations): "
@@ -185,6 +187,7 @@ def revert(model: PreTrainedModel) -> list[str]:
                 raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not kept")
     _replace(model, sites, new, names)
     del model.config.hf_ortho
+    model.model_tags = [tag for tag in model.model_tags or [] if tag not in tags_of(provenance["activation"])]
     return list(new)
 
 
@@ -235,6 +238,16 @@ def _relative(found: Tensor, expected: Tensor) -> float | None:
     """|found - expected| / |expected|, in the Euclidean norm over all elements; None if that is no finite number."""
     ratio = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
     return float(ratio) if torch.isfinite(ratio) else None
+
+
+def families_in(activation: str) -> list[str]:
+    """The families in a text such as ``hermite_8, hermite_9``, each once."""
+    return list(dict.fromkeys(activations.parse(name)[0].family for name in activation.split(", ")))
+
+
+def tags_of(activation: str | None) -> list[str]:
+    """The tags on the Hub of a model with these activations."""
+    return ["hf_ortho", "learnable-activations", *(families_in(activation) if activation else [])]
 
 
 def driving_values(sites: list[Site]) -> dict[str, str]:

@@ -7,7 +7,9 @@ import io
 import json
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -85,6 +87,17 @@ class ConversionReport:
         plain["left_alone"] = [list(pair) for pair in self.left_alone]
         plain["distillation"] = self.distillation and dataclasses.asdict(self.distillation)
         return plain | {"warnings": self.warnings}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> ConversionReport:
+        """What ``to_dict`` gave, without the modules; further keys are left out."""
+        known = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name != "modules"}
+        known["layers"] = [
+            LayerReport(v["module"], v["field"], FitReport.from_dict(v)) for v in cast(list[dict], plain["layers"])
+        ]
+        known["left_alone"] = [(field, why) for field, why in plain["left_alone"]]
+        known["distillation"] = plain["distillation"] and Distillation(**plain["distillation"])
+        return cls(**known, modules={})
 
     def to_json(self) -> str:
         """``to_dict`` as JSON text."""

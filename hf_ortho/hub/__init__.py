@@ -1,5 +1,6 @@
 """The model card."""
 
-from .card import Results, write_card
+from .card import card_of, write_card
+from .results import DataSource, Results, command_line, hardware
 
-__all__ = ["Results", "write_card"]
+__all__ = ["DataSource", "Results", "card_of", "command_line", "hardware", "write_card"]

@@ -1,36 +1,51 @@
-"""The model card (README.md) of a converted or fine-tuned model."""
+"""The model card (README.md) of a converted or trained model, or of an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
-from ..activations import FAMILIES, LearnableActivation, parse
+from ..activations import FAMILIES
 from ..activations.base import INITIALISATIONS
 from ..conversion import ConversionReport
+from ..conversion.checkpoint import written
+from ..conversion.convert import families_in, tags_of
 from ..conversion.stored import provenance_of
+from ..errors import CheckpointError
+from .base_card import Base
+from .card_adapter import adapter_parts
+from .card_layers import layer_table, stored_table, table, weight_of
+from .card_loading import BEGIN, adapter_loading, model_loading, task_of_class, with_loading
+from .record import Record
+from .results import METRICS, DataSource, Results, hardware
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-MAX_LAYERS = 16
-TASKS = {
-    "causal-lm": ("text-generation", "AutoModelForCausalLM"),
-    "image-classification": ("image-classification", "AutoModelForImageClassification"),
-}
+PICTURE = "activations.png"
+ADAPTER = "adapter_config.json"
+PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
+# What a card holds that Trainer or peft wrote and nobody has filled in.
+TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
+BLANK = "[More Information Needed]"
 HYPERPARAMETERS = (
     "learning_rate",
     "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "optim",
     "weight_decay",
     "lr_scheduler_type",
     "warmup_steps",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
     "seed",
 )
 REACH = {
@@ -39,112 +54,219 @@ REACH = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """A table of measured figures; ``caption`` says on which data, by which command, on which hardware."""
+@dataclasses.dataclass
+class Making:
+    """How a model was made, beyond what its folder says.
 
-    columns: list[str]
-    rows: list[list[str]]
-    caption: str
+    Attributes:
+        arguments: of the training, None if there was none.
+        hyperparameters: others beside those.
+        base_model, base_revision: what was trained, where the config does not name it; adapters name it themselves.
+        hardware: the machine that made it.
+        metadata: further fields of the YAML head.
+        notes: what a reader must know of the conversion.
+    """
 
-
-def hardware() -> str:
-    """The machine that a figure was measured on."""
-    import os
-
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    arguments: TrainingArguments | None = None
+    hyperparameters: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    base_model: str | None = None
+    base_revision: str | None = None
+    hardware: str | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def write_card(
-    folder: Path,
-    model: PreTrainedModel,
-    task: str,
+    folder: str | Path,
     *,
-    place: str,
+    place: str | None = None,
     report: ConversionReport | None = None,
-    results: Results | None = None,
+    results: Sequence[Results] = (),
+    data: Sequence[DataSource] = (),
+    command: str | None = None,
     arguments: TrainingArguments | None = None,
-    others: Mapping[str, object] | None = None,
-    picture: str | None = None,
+    hyperparameters: Mapping[str, object] | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write README.md into ``folder`` from what is known; what was not measured is said to be so.
+    """Write README.md for a model or an adapter that is saved in ``folder``; what was not measured is said to be so.
 
-    ``others`` are hyperparameters beside those of ``arguments``.
+    The rest comes from ``config.json`` or ``adapter_config.json``, and from ``conversion.json``, to which ``report``,
+    ``results``, ``data`` and ``command`` are added, so that the figures of each stage are kept. ``activations.png`` is
+    shown if it is there.
+
+    Args:
+        place: what the examples load; ``folder`` by default, and a push puts the repository's name there.
+        report: of ``hf_ortho.convert``, if the model has just been converted.
+        results: figures that were measured.
+        data: what it was calibrated or trained on.
+        command: what made it.
+        arguments, hyperparameters: of a training.
+        base_model, base_revision: what was trained, if it was not converted by hf_ortho.
+        metadata: further fields of the YAML head, which win; ``tags`` come on top.
+
+    Raises:
+        CheckpointError: the folder holds neither a model nor an adapter.
+        OutputError: it cannot be written to.
     """
-    provenance = provenance_of(model.config)
-    activation = provenance.get("activation")
-    pipeline, auto_class = TASKS.get(task, (None, "AutoModel"))
-    base = provenance.get("source_model")
-    on_hub = base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
+    folder = Path(folder)
+    record = Record.load(folder) if report is None else Record(report)
+    record.add(results, [command] if command else [], data)
+    making = Making(arguments, hyperparameters or {}, base_model, base_revision, hardware(), metadata or {})
+    text = card_text(_config(folder), record, place or str(folder), making, folder)
+    record.save(folder)
+    with written(folder / "README.md") as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
+    """The text of README.md for a folder that is pushed to ``repo_id``.
+
+    The folder's own card with the repository in the examples, or a new one if it has none, or only the unfilled form
+    that Trainer or peft writes. A card of someone else's is left as it is.
+
+    Raises:
+        CheckpointError: the folder holds neither a model nor an adapter.
+    """
+    path, config = folder / "README.md", _config(folder)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not text or _is_form(text):
+        return card_text(config, Record.load(folder), repo_id, Making(), folder, remote_code)
+    if BEGIN not in text:
+        return text
+    text = text.replace(f"\n# {folder.absolute().name}\n", f"\n# {repo_id.rpartition('/')[2]}\n", 1)
+    return with_loading(text, _loading(config, repo_id, remote_code))
+
+
+def _is_form(text: str) -> bool:
+    blanks = ModelCard.from_template(ModelCardData()).text.count(BLANK)
+    return TRAINER_CARD in text or text.count(BLANK) >= blanks
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config of the adapter or model in a folder."""
+    for name in (ADAPTER, "config.json"):
+        if (folder / name).is_file():
+            try:
+                return json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{folder / name} is no JSON: {error}") from error
+    raise CheckpointError(f"{folder} holds neither config.json nor {ADAPTER}: save a model or an adapter there first")
+
+
+def _loading(config: dict, place: str, remote_code: bool) -> str:
+    return adapter_loading(config, place) if "peft_type" in config else model_loading(config, place, remote_code)
+
+
+def card_text(
+    config: dict[str, Any],
+    record: Record,
+    place: str,
+    making: Making,
+    folder: Path | None = None,
+    remote_code: bool = False,
+) -> str:
+    """The card of a model with this ``config.json`` (or adapter with this ``adapter_config.json``)."""
+    parts = adapter_parts(config, folder) if "peft_type" in config else _model_parts(config, record, making)
+    base: Base = parts["base"]
+    title, task = Path(place).name, parts["task"]
+    evaluations = [entry for results in record.results[-1:] for entry in results.evaluations(task)] if task else []
+    extra = {**base.inherited(), **making.metadata}
+    tags = extra.pop("tags", [])
     card_data = ModelCardData(
-        base_model=base if on_hub else None,
-        library_name="transformers",
-        pipeline_tag=pipeline,
-        tags=["hf_ortho", "learnable-activations", *(_families(activation) if activation else [])],
+        base_model=base.name if base.on_hub else None,
+        library_name=parts["library"],
+        pipeline_tag=task,
+        tags=[*parts["tags"], *([tags] if isinstance(tags, str) else tags)],
+        datasets=list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
+        metrics=sorted({e.metric_type for e in evaluations} & set(METRICS.values())) or None,
+        model_name=title if evaluations else None,
+        eval_results=evaluations or None,
+        **({"base_model_relation": parts["relation"]} if base.on_hub else {}) | extra,
     )
+    unknown = ", commit not recorded" if base.on_hub and not base.revision else ""
+    made = [f"Base model: {base}{unknown}"] if base.name else []
+    made += [f"Data: {source}" for source in record.data]
+    made += [f"Hardware: {making.hardware}"] if making.hardware else []
+    made.append("Versions: " + ", ".join(f"{package} {version(package)}" for package in PACKAGES))
+    limits = parts["limits"]
+    if base.name:
+        limits += "Limits of the base model apply" + ("." if extra.get("license") else ", and so does its licence.")
+    picture = PICTURE if folder is not None and (folder / PICTURE).is_file() else None
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        title=title,
+        summary=parts["summary"],
+        loading=_loading(config, place, remote_code),
+        picture=picture,
+        conversion=parts["conversion"],
+        layers=parts["layers"],
+        weight=parts["weight"],
+        notes=[*making.notes, *parts["notes"]],
+        quality=[{"table": table(["", *r.columns], r.rows), "caption": r.caption} for r in record.results],
+        hyperparameters=_hyperparameters(making),
+        commands=record.commands,
+        made=made,
+        limits=limits.strip() or "None known.",
+    )
+    return _tidy(str(card))
+
+
+def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict[str, Any]:
+    """What a card says of a whole model."""
+    provenance, report = provenance_of(config), record.report
+    activation, init = provenance.get("activation"), provenance.get("init")
+    name = (config.get("architectures") or ["A model"])[0].removeprefix("FSDP")  # FSDP2 derives a class of its own
+    base = Base(
+        provenance.get("source_model") or making.base_model, provenance.get("source_revision") or making.base_revision
+    )
+    tuned = making.arguments is not None or any("fine-tuned" in stage for r in record.results for stage in r.measured)
     sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
-    revision = provenance.get("source_revision")
-    origin = f"`{base}`" + (f" at commit `{revision}`" if revision else "") if base else "a model built in memory"
-    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 derives a class of its own
-    if init := provenance.get("init"):
+    if init:
+        base = Base(None, None)
         summary = f"{name} with learnable `{activation}` activations, trained from scratch; they started "
         paper = {"paper": "from the paper's initialisation.", "unit": "with E[f(x)^2] = 1 under N(0, 1)."}
         summary += paper.get(init, f"as the Hermite interpolation of {init}.")
     elif activation:
-        summary = f"{name} with learnable `{activation}` activations, converted from {origin} ({sources})"
-        summary += " by Hermite interpolation" + (", then fine-tuned." if arguments else ".")
-    elif not model.name_or_path:
+        summary = f"{name} with learnable `{activation}` activations, converted from {base} ({sources})"
+        summary += " by Hermite interpolation" + (", then fine-tuned." if tuned else ".")
+    elif not base.name:
         summary = f"{name}, trained from scratch; its activations are not learnable."
     else:
-        summary = f"{name}, fine-tuned from `{model.name_or_path}`; its activations are not learnable."
-    ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        title=Path(place).name,
-        summary=summary,
-        activation=activation,
-        auto_class=auto_class,
-        place=place,
-        picture=picture,
-        conversion=_conversion(model, activation, provenance, report),
-        layers=_layers(report),
-        weight="the calibration data" if report and report.calibrated else "the density of N(-0.5, 1.5^2)",
-        reach="" if provenance.get("init") in INITIALISATIONS else REACH[_tails(provenance)],
-        notes=[*report.notes, *report.warnings] if report else [],
-        results=results,
-        hyperparameters=_hyperparameters(arguments, others or {}),
-        versions=", ".join(f"{p} {version(p)}" for p in ("hf_ortho", "torch", "transformers", "datasets")),
-    ).save(folder / "README.md")
+        summary = f"{name}, fine-tuned from {base}; its activations are not learnable."
+    layers = provenance.get("layers", [])
+    notes = report.summary()[1:] if report else []
+    if report and tuned:
+        notes.insert(0, "The table is of the conversion; the training moved the activations since.")
+    return {
+        "base": base,
+        "relation": "finetune",
+        "library": "transformers",
+        "task": task_of_class(name)[0],
+        "tags": tags_of(activation),
+        "summary": summary,
+        "conversion": _conversion(activation, provenance),
+        "layers": layer_table(report) if report else stored_table(layers) if layers else "",
+        "weight": weight_of(report.calibrated if report else provenance.get("calibrated")) if layers else "",
+        "notes": notes,
+        "limits": (REACH[_tails(provenance)] + " ") if activation and init not in INITIALISATIONS else "",
+    }
 
 
-def card_of(folder: Path, *, repo_id: str, remote_code: bool = False) -> str:
-    """The card of a saved model or adapter as it reads at its place on the Hub."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id}\n\n`{folder}`\n"
-    return text.replace(f'"{folder}"', f'"{repo_id}"')
-
-
-def _conversion(
-    model: PreTrainedModel, activation: str | None, provenance: dict, report: ConversionReport | None
-) -> str:
+def _conversion(activation: str | None, provenance: dict) -> str:
     if not activation:
-        return "Not converted."
-    formulas = [(FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in _families(activation)]
-    count = sum(isinstance(module, LearnableActivation) for module in model.modules())
-    text = f"{count} activations, {activation}:\n\n    " + "\n\n    ".join(formulas)
+        return "Nothing."
+    formulas = [(FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in families_in(activation)]
+    layers = provenance.get("layers", [])
+    text = f"{len(layers)} activations, " if layers else "All activations, "
+    text += f"{activation}:\n\n    " + "\n\n    ".join(formulas)
     if provenance.get("init") in INITIALISATIONS:
-        text += "\n\non the whole real line."
-    elif _tails(provenance):
-        text += "\n\nwith straight tails outside the domain."
-    else:
-        text += "\n\non the whole real line, fitted on the domain: far outside it the values explode."
-    if report and len(report.layers) > MAX_LAYERS:
-        text += f" The table shows {MAX_LAYERS} of {len(report.layers)}; `config.json` holds all under `hf_ortho`."
-    return text
+        return text + "\n\non the whole real line."
+    if _tails(provenance):
+        return text + "\n\nwith straight tails outside the domain."
+    return text + "\n\non the whole real line, fitted on the domain: far outside it the values explode."
 
 
 def _tails(provenance: dict) -> bool:
@@ -152,28 +274,21 @@ def _tails(provenance: dict) -> bool:
     return provenance.get("tails", provenance.get("init") not in INITIALISATIONS)
 
 
-def _families(activation: str) -> list[str]:
-    """The families in a text such as ``hermite_8, hermite_9``, each once."""
-    return list(dict.fromkeys(parse(name)[0].family for name in activation.split(", ")))
-
-
-def _layers(report: ConversionReport | None) -> list[list[str]]:
-    if report is None:
-        return []
-    layers = report.layers
-    if len(layers) > MAX_LAYERS:
-        step = (len(layers) - 1) / (MAX_LAYERS - 1)
-        layers = [layers[round(i * step)] for i in range(MAX_LAYERS)]
-    return [[f"`{layer.module}`", *layer.cells()] for layer in layers]
-
-
-def _hyperparameters(arguments: TrainingArguments | None, others: Mapping[str, object]) -> dict[str, object]:
+def _hyperparameters(making: Making) -> dict[str, object]:
+    arguments = making.arguments
     if arguments is None:
-        return {}
+        return dict(making.hyperparameters)
     unused = "num_train_epochs" if arguments.max_steps > 0 else "max_steps"
     known = {key: _plain(getattr(arguments, key)) for key in HYPERPARAMETERS if key != unused}
-    return {**known, "processes": arguments.world_size, **others}
+    return {**known, "processes": arguments.world_size, **making.hyperparameters}
 
 
 def _plain(value):
     return getattr(value, "value", value)
+
+
+def _tidy(text: str) -> str:
+    """At most one empty line in a row."""
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.rstrip() + "\n"

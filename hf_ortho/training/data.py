@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
@@ -95,6 +96,22 @@ def load(
             f"dataset {name!r} cannot be read as a file, a folder or a Hub dataset (built in: {', '.join(BUILT_IN)}): "
             f"{why_unreadable(name, error)}"
         ) from error
+
+
+def commit_of(name: str, *, config_name: str | None = None, revision: str | None = None) -> str | None:
+    """The resolved 40-hex commit of a dataset on the Hub; None for what is local, or cannot be read."""
+    if name in BUILT_IN or Path(name).exists() or Path(name).suffix in BUILDERS or name.startswith(("/", ".")):
+        return None
+    try:
+        commit = datasets.load_dataset_builder(name, config_name, revision=revision).hash or ""
+    except Exception:  # ``load`` says why
+        return None
+    return resolved(commit)
+
+
+def resolved(revision: str | None) -> str | None:
+    """A revision that is a 40-hex commit, else None."""
+    return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
 
 
 def pick(splits: DatasetDict, wanted: str | None, usual: tuple[str, ...], name: str) -> str:

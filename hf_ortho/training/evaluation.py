@@ -51,6 +51,12 @@ def metrics_at_start(trainer: ActivationTrainer) -> dict[str, float] | None:
     return next(map(_metrics_in, first), None)
 
 
+def metrics_logged(trainer: ActivationTrainer) -> dict[str, float] | None:
+    """The metrics of the last evaluation after a step of the training; None if there was none."""
+    later = (e for e in reversed(trainer.state.log_history) if e.get("step", 0) > 0 and "eval_loss" in e)
+    return next(map(_metrics_in, later), None)
+
+
 def _metrics_in(found: dict) -> dict[str, float]:
     # "loss" of our metrics is the mean over all tokens; the Trainer's own is a mean of batch means.
     kept = ("loss", "perplexity", "top1", "top5")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
@@ -22,14 +23,14 @@ from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point, whole_ch
 from .distributed import full_state_dict, main_decides
 from .evaluation import metrics_at_start, metrics_of
 from .policies import POLICIES
-from .streaming import check_stream
+from .streaming import Stream, check_stream
 
 
 @dataclasses.dataclass
 class Result:
     """What a training gave: the checkpoint in memory, the metrics, and the conversion or fit if there was one.
 
-    ``before`` is None for a model from scratch, both metrics are None without evaluation data;
+    ``before`` is None for a model from scratch, both metrics are None without evaluation data, ``held_back``;
     ``history`` is what Trainer logged.
     """
 
@@ -39,6 +40,8 @@ class Result:
     conversion: ConversionReport | None
     trainable: int
     history: list[dict]
+    train: Dataset | Stream
+    held_back: Dataset | None
 
 
 def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -97,7 +100,7 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
         if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
         save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)), state_dict)
-    return Result(checkpoint, before, after, report, trainable, trainer.state.log_history)
+    return Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)
 
 
 def _output(arguments: TrainingArguments) -> Path:

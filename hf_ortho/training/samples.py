@@ -59,10 +59,13 @@ def load_splits(
     if not arguments.dataset:
         raise ConfigError("dataset is missing: give --dataset, or dataset in the config")
     load = partial(data.load, streaming=arguments.streaming)
-    splits = load(arguments.dataset, config_name=arguments.dataset_config, revision=arguments.dataset_revision)
+    config, revision = arguments.dataset_config, arguments.dataset_revision
+    revision = data.commit_of(arguments.dataset, config_name=config, revision=revision) or revision
+    arguments.dataset_revision = revision  # a branch may move
+    splits = load(arguments.dataset, config_name=config, revision=revision)
     held_back_name = arguments.eval_dataset or arguments.dataset
     if arguments.eval_dataset:
-        other = load(held_back_name)
+        other = load(held_back_name, revision=data.commit_of(held_back_name))
         raw = splits[data.pick(splits, arguments.train_split, data.TRAIN, arguments.dataset)]
         raw_held_back = other[data.pick(other, arguments.eval_split, data.HELD_BACK, held_back_name)]
     else:

@@ -95,6 +95,18 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the card of ``hf_ortho.hub`` into ``output_dir``; ``push_to_hub`` calls this once the model is there.
+
+        Args:
+            language, license, tags: go into the metadata, as with ``Trainer``.
+            dataset: what the evaluation samples are called; the other arguments of ``Trainer`` change nothing.
+        """
+        if self.is_world_process_zero():
+            from .trainer_card import write_trainer_card  # which needs all of hf_ortho.hub
+
+            write_trainer_card(self, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         freeze_domains(self.accelerator.unwrap_model(self.model))  # peft makes all that it loads trainable

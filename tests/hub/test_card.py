@@ -1,16 +1,26 @@
 """The model card as huggingface_hub and a markdown reader see it."""
 
+import dataclasses
+import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from transformers import TrainingArguments
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+from transformers.utils import PushToHubMixin
 
 import hf_ortho
 from hf_ortho.activations import FAMILIES
-from hf_ortho.hub import Results, write_card
+from hf_ortho.conversion.report import LayerReport
+from hf_ortho.errors import CheckpointError
+from hf_ortho.hub import DataSource, Results, card_of, command_line, write_card
+from hf_ortho.hub.record import Record, carry_over
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+VALUES = {"source": {"loss": 5.1, "perplexity": 164.0}, "converted": {"loss": 5.11, "perplexity": 166.05}}
+TEXT = DataSource("me/text", "default", "validation", COMMIT, 7)
 
 
 def tables(text):
@@ -27,11 +37,21 @@ def tables(text):
     return found
 
 
+def section(text, name):
+    return text.split(f"## {name}\n")[1].split("\n## ")[0]
+
+
 @pytest.fixture
-def card(tmp_path):
-    def card(model, task="causal-lm", **options):
-        write_card(tmp_path, model, task, place="me/small-hermite", **options)
-        return ModelCard.load(tmp_path / "README.md")
+def folder(tmp_path):
+    return tmp_path / "small-hermite"
+
+
+@pytest.fixture
+def card(folder):
+    def card(model, **options):
+        model.save_pretrained(folder)
+        write_card(folder, place="me/small-hermite", **options)
+        return ModelCard.load(folder / "README.md")
 
     return card
 
@@ -41,8 +61,7 @@ def ids():
     return torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "calibrated"), [*((family, False) for family in FAMILIES), ("hermite", True)])
 def test_converted_language_model(card, make_gpt2, ids, family, calibrated):
     model, _ = make_gpt2()
     report = hf_ortho.convert(model, f"{family}_5", calibration=[ids] if calibrated else None)
@@ -52,14 +71,15 @@ def test_converted_language_model(card, make_gpt2, ids, family, calibrated):
     assert found.data.base_model is None
     assert f"`{family}_5`" in found.text
     assert "gelu_new" in found.text
-    assert "import hf_ortho" in found.text
     assert 'AutoModelForCausalLM.from_pretrained("me/small-hermite")' in found.text
     assert found.text.strip().startswith("# small-hermite")
     (table,) = tables(found.text)
-    assert len(table) == 3
-    for row, layer in zip(table[1:], report.layers, strict=True):
+    # Without data both layers have the same fit, and one row.
+    places = [f"`{layer.module}`" for layer in report.layers] if calibrated else ["`transformer.h.*.mlp.act` (2)"]
+    assert [row[0] for row in table[1:]] == places
+    for row, layer in zip(table[1:], report.layers, strict=False):
         cells = dict(zip(table[0], row, strict=True))
-        assert (cells["activation"], cells["source"]) == (f"`{layer.module}`", "gelu_new")
+        assert cells["source"] == "gelu_new"
         assert cells["sup f"] == f"{layer.fit.sup_error:.1e}"
         assert cells["rms f"] == f"{layer.fit.rms_error:.1e}"
         assert cells["sup f'"] == f"{layer.fit.sup_derivative_error:.1e}"
@@ -67,49 +87,81 @@ def test_converted_language_model(card, make_gpt2, ids, family, calibrated):
         assert (cells["pre-activations seen"] == "-") == (not calibrated)
     assert ("weighted by the calibration data" in found.text) == calibrated
     assert all(note in found.text for note in report.notes)
-
-
-def test_converted_image_model(card, make_convnext):
-    model, _ = make_convnext()
-    report = hf_ortho.convert(model, "fourier_6")
-    found = card(model, "image-classification", report=report)
-    assert found.data.pipeline_tag == "image-classification"
-    assert "AutoModelForImageClassification" in found.text
-    assert [row[0] for row in tables(found.text)[0][1:]] == [f"`{layer.module}`" for layer in report.layers]
-
-
-def test_another_task(card, make_gpt2):
-    model, _ = make_gpt2()
-    hf_ortho.convert(model, "hermite_3")
-    found = card(model, "")
-    assert found.data.pipeline_tag is None
-    assert 'AutoModel.from_pretrained("me/small-hermite")' in found.text
-    assert tables(found.text) == []
-
-
-def test_nothing_measured_is_said(card, make_gpt2):
-    model, _ = make_gpt2()
-    found = card(model, report=hf_ortho.convert(model, "hermite_3"))
-    assert "Not evaluated" in found.text.split("## Results")[1].split("##")[0]
+    assert "Not evaluated" in section(found.text, "Quality")
     assert "## Training" not in found.text
     assert "![" not in found.text
 
 
-def test_results_picture_and_hyperparameters(card, make_gpt2, tmp_path):
+@pytest.mark.parametrize("recorded", [True, False], ids=["conversion.json", "config alone"])
+def test_the_folder_gives_the_same_card_again(card, make_gpt2, folder, recorded):
     model, _ = make_gpt2()
-    rows = [["loss", "5.10", "5.11"], ["perplexity", "164", "165"]]
-    results = Results(["source", "converted"], rows, "On words.txt.")
-    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=3e-4, max_steps=7, report_to="none")
     report = hf_ortho.convert(model, "hermite_3")
-    found = card(model, report=report, results=results, arguments=arguments, picture="activations.png")
-    section = found.text.split("## Results")[1].split("##")[0]
-    assert tables(section) == [[["", "source", "converted"], *rows]]
-    assert "On words.txt." in section
-    assert "Not evaluated" not in section
-    training = found.text.split("## Training")[1].split("##")[0]
-    assert {"- learning_rate: 0.0003", "- max_steps: 7", "- lr_scheduler_type: linear"} <= set(training.splitlines())
-    assert "](activations.png)" in found.text
-    assert "fine-tuned" in found.text
+    before = card(model, report=report)
+    (folder / "README.md").unlink()
+    if recorded:
+        lines = str(before).splitlines()
+        again = card_of(folder, repo_id="me/small-hermite", remote_code=False)
+        assert again.splitlines() == [line for line in lines if not line.startswith("- Hardware")]
+        return
+    (folder / "conversion.json").unlink()
+    (table,) = tables(card_of(folder, repo_id="me/small-hermite", remote_code=False))
+    (full,) = tables(before.text)
+    columns = [full[0].index(name) for name in table[0]]
+    assert table == [[row[i] for i in columns] for row in full]
+    assert {"activation", "domain", "sup f", "rms f", "outside"} <= set(table[0])
+
+
+def test_results_are_a_table_and_a_model_index(card, make_gpt2, folder):
+    model, _ = make_gpt2()
+    report = hf_ortho.convert(model, "hermite_3")
+    results = Results(VALUES, TEXT, "hf-ortho convert x", "2 CPU cores", seed=3, note="a part")
+    found = card(model, report=report, results=[results], data=[TEXT], command=results.command)
+    quality = section(found.text, "Quality")
+    header = ["", "source", "converted", "change"]
+    rows = [["loss", "5.10000", "5.11000", "+0.196%"], ["perplexity", "164.00000", "166.05000", "+1.250%"]]
+    assert tables(quality) == [[header, *rows]]
+    for part in ("me/text", "validation", "7 samples", COMMIT, "hf-ortho convert x", "seed 3", "2 CPU cores", "a part"):
+        assert part in quality
+    assert found.data.datasets == ["me/text"]
+    assert found.data.metrics == ["perplexity"]
+    head = metadata_load(folder / "README.md")
+    name, evaluations = model_index_to_eval_results(head["model-index"])
+    assert name == "small-hermite"
+    assert {(e.task_type, e.dataset_type, e.dataset_config) for e in evaluations} == {
+        ("text-generation", "me/text", "default")
+    }
+    assert {(e.dataset_split, e.dataset_revision) for e in evaluations} == {("validation", COMMIT)}
+    assert {e.metric_type: e.metric_value for e in evaluations} == VALUES["converted"]
+    assert ModelCardData(**head).to_dict() == found.data.to_dict()
+    assert "hf-ortho convert x" in section(found.text, "How it was made")
+
+
+def test_what_was_not_run_is_no_figure(card, make_gpt2):
+    model, _ = make_gpt2()
+    report = hf_ortho.convert(model, "hermite_3")
+    values = {"source": {"loss": 5.0}, "converted": {"loss": None}}
+    found = card(model, report=report, results=[Results(values, TEXT, "command", "")])
+    assert tables(section(found.text, "Quality"))[0][1] == ["loss", "5.00000", "not run", "-"]
+    assert found.data.eval_results is None
+    assert found.data.metrics is None
+
+
+def test_a_local_file_is_no_dataset_of_the_hub(card, make_gpt2, tmp_path):
+    model, _ = make_gpt2()
+    source = DataSource.of(range(4), str(tmp_path / "words.txt"))
+    found = card(model, results=[Results(VALUES, source, "command", "here")], data=[source])
+    assert found.data.datasets is None
+    assert {e.dataset_name for e in found.data.eval_results} == {"words.txt"}
+    assert str(tmp_path) not in str(found)
+
+
+def test_infinite_figures_survive_the_record(card, make_gpt2, folder):
+    model, _ = make_gpt2()
+    values = {"source": {"perplexity": 2.0}, "converted": {"perplexity": float("inf")}}
+    found = card(model, report=hf_ortho.convert(model, "hermite_3"), results=[Results(values, TEXT, "c", "h")])
+    assert found.data.eval_results is None
+    json.loads((folder / "conversion.json").read_text(), parse_constant=pytest.fail)
+    assert Record.load(folder).results[0].values == values
 
 
 @pytest.mark.parametrize(
@@ -128,31 +180,126 @@ def test_base_model_is_a_hub_id(card, make_gpt2, tmp_path, monkeypatch, source, 
     monkeypatch.chdir(tmp_path)
     model, _ = make_gpt2()
     model.config._name_or_path = source
-    model.config._commit_hash = "0" * 39 + "a" if base else None
+    model.config._commit_hash = COMMIT if base else None
     hf_ortho.convert(model, "hermite_3")
     found = card(model)
     assert found.data.base_model == base
-    assert (f"at commit `{'0' * 39}a`" in found.text) == bool(base)
+    assert found.data.get("base_model_relation") == ("finetune" if base else None)
+    assert (f"at commit `{COMMIT}`" in found.text) == bool(base)
     assert (f"`{source}`" if source else "built in memory") in found.text
 
 
-def test_many_layers_are_thinned(card, make_gpt2):
-    model, _ = make_gpt2(n_layer=20, n_embd=4)
+@pytest.mark.parametrize(
+    ("head", "inherited"),
+    [
+        ("license: mit\nlanguage: en\ntags: [x]\n", {"license": "mit", "language": "en"}),
+        (
+            "license: other\nlicense_name: own\nlicense_link: LICENSE\n",
+            {"license": "other", "license_name": "own", "license_link": "LICENSE"},
+        ),
+        ("language: [en, fr]\n", {"language": ["en", "fr"]}),
+        ("license: [\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_licence_is_that_of_the_base(card, make_gpt2, tmp_path, head, inherited):
+    base = tmp_path / "base"
+    base.mkdir()
+    if head is not None:
+        (base / "README.md").write_text(f"---\n{head}---\n# Base\n")
+    model, _ = make_gpt2()
+    model.config._name_or_path = str(base)
+    hf_ortho.convert(model, "hermite_3")
+    found = card(model)
+    keys = ("license", "license_name", "license_link", "language")
+    assert {key: found.data.get(key) for key in keys if found.data.get(key)} == inherited
+    assert ("so does its licence" in found.text) == ("license" not in inherited)
+
+
+def test_further_metadata_wins(card, make_gpt2):
+    model, _ = make_gpt2()
+    hf_ortho.convert(model, "hermite_3")
+    found = card(model, metadata={"license": "mit", "tags": "mine"})
+    assert found.data.license == "mit"
+    assert found.data.tags == ["hf_ortho", "learnable-activations", "hermite", "mine"]
+
+
+def test_many_layers_are_folded(card, make_gpt2):
+    model, _ = make_gpt2()
     report = hf_ortho.convert(model, "hermite_3")
+    fit = report.layers[0].fit
+    report.layers = [
+        LayerReport(f"transformer.h.{i}.mlp.act", "activation_function", dataclasses.replace(fit, rms_error=0.01 * i))
+        for i in range(20)
+    ]
     found = card(model, report=report)
-    rows = [row[0] for row in tables(found.text)[0][1:]]
-    assert len(rows) == 16
-    assert (rows[0], rows[-1]) == ("`transformer.h.0.mlp.act`", "`transformer.h.19.mlp.act`")
-    assert len(set(rows)) == 16
-    assert "16 of 20" in found.text
+    ends, everything = tables(found.text)
+    paths = [f"`transformer.h.{i}.mlp.act`" for i in range(20)]
+    assert [row[0] for row in everything[1:]] == paths
+    assert [row[0] for row in ends[1:]] == [paths[0], paths[-1]]
+    folded = found.text.split("<details>\n")[1].split("</details>")[0]
+    assert all(path in folded for path in paths)
+    # Markdown inside HTML is only rendered between empty lines.
+    assert "</summary>\n\n|" in folded
+    assert folded.endswith("|\n\n")
+
+
+def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, folder, tmp_path):
+    model, _ = make_gpt2()
+    first = Results(VALUES, TEXT, "hf-ortho convert x", "here")
+    card(model, report=hf_ortho.convert(model, "hermite_3"), results=[first], command="hf-ortho convert x")
+    tuned = tmp_path / "tuned"
+    model.save_pretrained(tuned)
+    carry_over(str(folder), None, tuned)
+    arguments = TrainingArguments(
+        output_dir=str(tuned), learning_rate=3e-4, max_steps=7, report_to="none", use_cpu=True
+    )
+    values = {"converted": {"loss": 5.11}, "fine-tuned": {"loss": 4.0}}
+    for _ in range(2):  # the second time replaces the figures
+        write_card(
+            tuned,
+            results=[Results(values, TEXT, "hf-ortho finetune y", "here")],
+            command="hf-ortho finetune y",
+            arguments=arguments,
+            hyperparameters={"train": "all"},
+        )
+    text = (tuned / "README.md").read_text()
+    shown = tables(section(text, "Quality"))
+    assert [table[0][1:3] for table in shown] == [["source", "converted"], ["converted", "fine-tuned"]]
+    assert "then fine-tuned" in text
+    assert "hf-ortho convert x\nhf-ortho finetune y\n" in section(text, "How it was made")
+    training = section(text, "Training").splitlines()
+    assert {"- learning_rate: 0.0003", "- max_steps: 7", "- lr_scheduler_type: linear", "- train: all"} <= set(training)
+    (evaluation,) = ModelCard(text).data.eval_results
+    assert evaluation.metric_value == 4.0
+
+
+def test_the_picture_is_shown_if_it_is_there(card, make_gpt2, folder):
+    model, _ = make_gpt2()
+    folder.mkdir()
+    (folder / "activations.png").write_bytes(b"png")
+    assert "](activations.png)" in card(model, report=hf_ortho.convert(model, "hermite_3")).text
+
+
+def test_other_heads_keep_their_class(card):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForMaskedLM(BertConfig(vocab_size=16, **sizes))
+    hf_ortho.convert(model, "hermite_3")
+    found = card(model)
+    assert found.data.pipeline_tag == "fill-mask"
+    assert "AutoModelForMaskedLM.from_pretrained" in found.text
+    model = model.bert
+    found = card(model)
+    assert found.data.pipeline_tag is None
+    assert 'AutoModel.from_pretrained("me/small-hermite")' in found.text
 
 
 def test_the_example_in_the_card_runs(make_gpt2, save_parts, tmp_path):
     model, _ = make_gpt2()
     hf_ortho.convert(model, "hermite_3")
-    folder = save_parts(tmp_path / "it's here", model)
-    write_card(folder, model, "causal-lm", place=str(folder))
-    code = re.search(r"```python\n(.*?)```", Path(folder / "README.md").read_text(), re.DOTALL)[1]
+    folder = save_parts(tmp_path / 'it\'s "here"', model)
+    write_card(folder)
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     names = {}
     exec(code, names)
     loaded, saved = (m.transformer.h[1].mlp.act for m in (names["model"], model))
@@ -161,8 +308,34 @@ def test_the_example_in_the_card_runs(make_gpt2, save_parts, tmp_path):
 
 def test_not_converted(card, make_gpt2):
     model, _ = make_gpt2()
-    model.name_or_path = "someone/gpt2"
-    found = card(model)
+    found = card(model, base_model="someone/gpt2", base_revision=COMMIT)
     assert found.data.tags == ["hf_ortho", "learnable-activations"]
-    assert "Not converted." in found.text
-    assert "`someone/gpt2`" in found.text
+    assert (found.data.base_model, found.data.get("base_model_relation")) == ("someone/gpt2", "finetune")
+    assert "not learnable" in found.text
+    assert "import hf_ortho" not in found.text
+
+
+def test_the_tags_go_with_a_native_push(make_gpt2, monkeypatch):
+    model, _ = make_gpt2()
+    sent = {}
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", lambda self, repo, **options: sent.update(options))
+    hf_ortho.convert(model, "tropical_rational_2")
+    model.push_to_hub("me/x")
+    assert sent["tags"] == ["hf_ortho", "learnable-activations", "tropical_rational"]
+    hf_ortho.revert(model)
+    assert model.model_tags == []
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"activation": "hermite_3"}'])
+def test_a_folder_without_a_model_or_with_a_broken_record(make_gpt2, save_parts, tmp_path, content):
+    if content is not None:
+        save_parts(tmp_path, make_gpt2()[0])
+        (tmp_path / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        write_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_command_is_quoted_and_keeps_no_token():
+    argv = ["me/gpt2", "-o", "my folder", "--hub_token", "hf_secret", "--token=hf_other", "--seed", "1"]
+    assert command_line("convert", argv) == "hf-ortho convert me/gpt2 -o 'my folder' --seed 1"

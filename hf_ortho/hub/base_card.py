@@ -1,0 +1,54 @@
+"""The model that another one was made of, and what the card inherits from its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
+from yaml import YAMLError
+
+INHERITED = ("license", "license_name", "license_link", "language")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model.
+
+    Attributes:
+        name: a folder or a name on the Hub, None for a model built in memory.
+        revision: the resolved commit on the Hub.
+    """
+
+    name: str | None
+    revision: str | None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the name looks like one of the Hub, and is no folder here."""
+        name = self.name
+        return name is not None and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+
+    @property
+    def _seen(self) -> bool:
+        """Whether it was found on the Hub before, so that asking there is not in vain."""
+        return self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
+
+    def inherited(self) -> dict[str, Any]:
+        """Licence and language of the base's card; empty if there is none or it cannot be reached."""
+        if self.name is None:
+            return {}
+        path = Path(self.name, "README.md")
+        try:
+            if self.on_hub and self._seen:
+                path = Path(hf_hub_download(self.name, "README.md", revision=self.revision))
+            data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        except (OSError, ValueError, YAMLError):  # no such file, no network, not a card
+            return {}
+        return {key: data.get(key) for key in INHERITED if data.get(key)}
+
+    def __str__(self) -> str:
+        if self.name is None:
+            return "a model built in memory"
+        return f"`{self.name}`" + (f" at commit `{self.revision}`" if self.revision else "")

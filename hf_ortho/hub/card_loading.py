@@ -1,0 +1,84 @@
+"""The part of a card that says how to load the model, between two comments so that a push can rewrite it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
+END = "<!-- end of how to load -->"
+# (pipeline tag, auto class) by the end of the name of a model class
+TASKS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+}
+# The same by peft's task_type, with peft's own auto class where it has one.
+ADAPTED = {
+    "CAUSAL_LM": ("text-generation", "AutoPeftModelForCausalLM"),
+    "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoPeftModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoPeftModelForQuestionAnswering"),
+    "SEQ_2_SEQ_LM": (None, "AutoPeftModelForSeq2SeqLM"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoPeftModelForFeatureExtraction"),
+}
+
+
+def task_of_class(architecture: str) -> tuple[str | None, str]:
+    """The pipeline tag, None if unknown, and the auto class that loads a model class."""
+    return next((task for end, task in TASKS.items() if architecture.endswith(end)), (None, "AutoModel"))
+
+
+def model_loading(config: dict, place: str, remote_code: bool) -> str:
+    """How to load a model with and without hf_ortho."""
+    _, auto = task_of_class((config.get("architectures") or [""])[0])
+    activation = (config.get("hf_ortho") or {}).get("activation")
+    imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
+    load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
+    parts = [_code(f"{imports}{load})")]
+    if remote_code:
+        parts += ["Without hf_ortho, by the code in this repository:", _code(f"{load}, trust_remote_code=True)")]
+    elif activation:
+        parts.append(
+            f"It needs hf_ortho: without the import transformers does not know `{activation}` and refuses to load."
+        )
+    return _marked("\n\n".join(parts))
+
+
+def adapter_loading(config: dict, place: str) -> str:
+    """How to load a PEFT adapter; ``config`` is ``adapter_config.json``."""
+    base, task = config.get("base_model_name_or_path") or "BASE_MODEL", config.get("task_type")
+    module = "hf_ortho.peft" if config.get("activation") else "hf_ortho"
+    why = "registers the adapter type in peft" if config.get("activation") else "registers the activations"
+    imports = f"import {module}  # pip install hf-ortho: {why}\n"
+    parts = []
+    if task in ADAPTED:
+        auto = ADAPTED[task][1]
+        parts.append(_code(f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"))
+    revision = config.get("base_commit") or config.get("revision")
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    known = [auto for tag, auto in TASKS.values() if task in ADAPTED and tag == ADAPTED[task][0] and tag]
+    cls = known[0] if known else (config.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
+    lines = (
+        f"{imports}from peft import PeftModel\nfrom transformers import {cls}\n\n"
+        f"base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
+    )
+    return _marked("\n\n".join([*parts, _code(lines)]))
+
+
+def with_loading(text: str, loading: str) -> str:
+    """A card with another such part in the place of its own; unchanged if it has none."""
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: loading, text, count=1, flags=re.DOTALL)
+
+
+def _code(lines: str) -> str:
+    return f"```python\n{lines}\n```"
+
+
+def _marked(text: str) -> str:
+    return f"{BEGIN}\n\n{text}\n\n{END}"

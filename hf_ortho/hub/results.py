@@ -1,0 +1,175 @@
+"""Measured figures, and the data, command and machine behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult
+
+NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+METRICS = {"perplexity": "perplexity", "top1": "accuracy", "top5": "accuracy"}  # as `evaluate` calls them
+SECRETS = ("--hub_token", "--push_to_hub_token", "--token")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """Where samples come from.
+
+    Attributes:
+        name: a dataset on the Hub, or the bare name of a local file or folder.
+        config, split: as in ``load_dataset``.
+        revision: the resolved 40-hex commit of a dataset on the Hub.
+        samples: how many were used.
+    """
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    samples: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Any,
+        name: str,
+        *,
+        config: str | None = None,
+        revision: str | None = None,
+        split: str | None = None,
+    ) -> DataSource:
+        """The source of a ``datasets.Dataset`` that was read from ``name``; a local path is cut to its last part."""
+        if split is None and getattr(dataset, "split", None) is not None:
+            split = str(dataset.split)
+        samples = len(dataset) if hasattr(dataset, "__len__") else None
+        return cls(name if revision else Path(name).name or name, config, split, revision, samples)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the name is a dataset id of the Hub."""
+        return self.revision is not None
+
+    def __str__(self) -> str:
+        parts = [f"`{self.name}`"]
+        parts += [f"config `{self.config}`"] if self.config else []
+        parts += [f"split `{self.split}`"] if self.split else []
+        parts += [f"{self.samples} samples"] if self.samples is not None else []
+        parts += [f"commit `{self.revision}`"] if self.revision else []
+        return ", ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Figures of the same metrics at several stages, on the same data.
+
+    Attributes:
+        values: stage (``source``, ``converted``, ``fine-tuned`` ...) to metric (``loss``, ``perplexity``, ``top1``,
+            ``top5`` or another name) to value, in this order; None where it was not run. The last stage is the model
+            that the card is about.
+        data: what they were measured on.
+        command: the command, or whatever else measured them.
+        hardware: the machine; empty if nothing was run.
+        seed: of the run, if it has one.
+        note: what else a reader must know of the data, for example that it is a part.
+    """
+
+    values: Mapping[str, Mapping[str, float | None]]
+    data: DataSource
+    command: str
+    hardware: str
+    seed: int | None = None
+    note: str = ""
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Results:
+        """What ``to_dict`` gave."""
+        values = {
+            stage: {metric: None if value is None else float(value) for metric, value in found.items()}
+            for stage, found in plain["values"].items()
+        }
+        return cls(**{**plain, "values": values, "data": DataSource(**plain["data"])})
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; what is not finite becomes text."""
+        plain = dataclasses.asdict(self)
+        for found in plain["values"].values():
+            found |= {k: str(v) for k, v in found.items() if v is not None and not math.isfinite(v)}
+        return plain
+
+    @property
+    def measured(self) -> list[str]:
+        """The stages with a figure."""
+        return [stage for stage, found in self.values.items() if any(value is not None for value in found.values())]
+
+    @property
+    def columns(self) -> list[str]:
+        """The stages, and the change if there are two."""
+        return [*self.values, *(["change"] if len(self.values) == 2 else [])]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """One row of texts per metric."""
+        from ..training.evaluation import change  # which needs all of the training
+
+        rows = []
+        for metric in next(iter(self.values.values())):
+            found = [values.get(metric) for values in self.values.values()]
+            cells = ["not run" if value is None else f"{value:.5f}" for value in found]
+            if len(found) == 2:
+                before, after = found
+                cells.append("-" if before is None or after is None else change(before, after))
+            rows.append([metric, *cells])
+        return rows
+
+    @property
+    def caption(self) -> str:
+        """On which data, by which command, on which machine."""
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        note = f" ({self.note})" if self.note else ""
+        if not self.hardware:
+            return f"Not run; on {self.data}{note}, by `{self.command}`."
+        return f"On {self.data}{note}; by `{self.command}`{seed}; on {self.hardware}."
+
+    def evaluations(self, task: str) -> list[EvalResult]:
+        """The figures of the last stage, as huggingface_hub's ``model-index`` takes them."""
+        stage = list(self.values)[-1]
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type=self.data.name,
+                dataset_name=self.data.name,
+                dataset_config=self.data.config,
+                dataset_split=self.data.split,
+                dataset_revision=self.data.revision,
+                metric_type=METRICS.get(metric, metric),
+                metric_name=NAMES.get(metric, metric),
+                metric_value=round(value, 5),
+            )
+            for metric, value in self.values[stage].items()
+            if value is not None and math.isfinite(value)
+        ]
+
+
+def hardware() -> str:
+    """The machine that a figure was measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def command_line(command: str, argv: Sequence[str]) -> str:
+    """``hf-ortho COMMAND ...`` as it was typed, tokens of the Hub left out."""
+    kept: list[str] = []
+    for i, word in enumerate(argv):
+        if word.startswith(SECRETS) or (i and argv[i - 1] in SECRETS):
+            continue
+        kept.append(word)
+    return shlex.join(["hf-ortho", command, *kept])
