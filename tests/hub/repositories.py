@@ -50,7 +50,8 @@ class Repositories:
     """``root/models/OWNER/NAME`` and ``root/datasets/OWNER/NAME`` at one commit each, and what is pushed.
 
     ``faults[request]`` is a list of what happens to the next requests of that kind: a status, or ``"cut"``.
-    ``requests`` lists the kinds of all requests, ``stored`` the SHA-256 of each file that was received for LFS.
+    ``requests`` lists the kinds of all requests, ``stored`` the SHA-256 of each file that was received for LFS,
+    ``summaries`` the first lines of the commits.
     """
 
     def __init__(self, root: Path | None = None):
@@ -60,6 +61,7 @@ class Repositories:
         self.faults: dict[str, list] = {}
         self.requests: list[str] = []
         self.stored: list[str] = []
+        self.summaries: list[str] = []
 
     def get(self, kind: str, name: str, token: str | None = None) -> Repository:
         folder = self.root / kind / name if self.root else None
@@ -108,7 +110,9 @@ class Repositories:
         files = dict(repository.commits[parent])
         for line in map(json.loads, lines.splitlines()):
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                self.summaries.append(value["summary"])
+            elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.objects[value["oid"]]

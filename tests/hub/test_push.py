@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_what_a_training_leaves_is_left_out(served, tmp_path, converted, hf_orth
     assert files_of(folder) == before
 
 
-def test_a_second_push_sends_what_changed(served, tmp_path, converted, caplog):
+def test_a_second_push_sends_what_changed(served, tmp_path, converted, hf_ortho_command, caplog):
     first = push(converted, "me/x")
     assert not caplog.messages
     assert push(converted, "me/x") == first
@@ -139,7 +140,9 @@ def test_a_second_push_sends_what_changed(served, tmp_path, converted, caplog):
     with torch.no_grad():
         model.transformer.h[0].mlp.act.coefficients += 1
     model.save_pretrained(tmp_path / "changed")
-    assert push(tmp_path / "changed", "me/x", commit_message="Tune") != first
+    done = hf_ortho_command("push", tmp_path / "changed", "me/x", "--commit-message", "Tune the first layer")
+    assert done.code == 0, done.err
+    assert served.summaries == [f"Upload with hf_ortho {version('hf_ortho')}", "Tune the first layer"]
     assert len(served.stored) == 2
     pushed = served.get("models", "me/x").files("main")
     assert pushed["model.safetensors"] == (tmp_path / "changed" / "model.safetensors").read_bytes()
