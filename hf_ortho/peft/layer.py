@@ -45,19 +45,23 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
             raise AdapterError(f"adapters {', '.join(active)} are active at once: an activation can follow one only")
         return (self.hf_ortho_act[active[0]] if active else self.base_layer)(x)
 
+    def check_merge(self, adapter_names: list[str], safe_merge: bool) -> list[str]:
+        """Those of the adapters that are here; raises as ``merge``."""
+        names = [name for name in adapter_names if name in self.hf_ortho_act]
+        together = list(dict.fromkeys([*self.merged_adapters, *names]))
+        if len(together) > 1:
+            raise AdapterError(f"adapters {', '.join(together)} cannot be merged together: merge one of them")
+        if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.hf_ortho_act[n].parameters()):
+            raise AdapterError(f"adapter {names[0]} has parameters that are not finite: it was not merged")
+        return names
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let one adapter stand for the base activation until ``unmerge``.
 
         Raises:
             AdapterError: there are several to merge, or, with ``safe_merge``, a parameter is not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hf_ortho_act]
-        together = [*self.merged_adapters, *names]
-        if len(together) > 1:
-            raise AdapterError(f"adapters {', '.join(together)} cannot be merged together: merge one of them")
-        if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.hf_ortho_act[n].parameters()):
-            raise AdapterError(f"adapter {names[0]} has parameters that are not finite: it was not merged")
-        self.merged_adapters = together
+        self.merged_adapters += self.check_merge(check_adapters_to_merge(self, adapter_names), safe_merge)
 
     def unmerge(self) -> None:
         """Undo ``merge``."""
@@ -69,7 +73,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """What takes the place of this layer in a model without adapters."""
-        if merge and not self.merged:
+        if merge:
             self.merge(safe_merge, adapter_names)
         if not merge or not self.merged:
             return self.base_layer

@@ -50,9 +50,8 @@ class OrthoModel(BaseTuner):
     tuner_layer_cls = OrthoLayer
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
-        config = cast(
-            OrthoConfig, copy.deepcopy(self.peft_config[adapter_name])
-        )  # the caller's may serve another model
+        # A copy: the caller's config may serve another model.
+        config = cast(OrthoConfig, copy.deepcopy(self.peft_config[adapter_name]))
         with unwrapped(model):
             sites = targeted_sites(model, config)
             if config.layers is None:
@@ -60,8 +59,10 @@ class OrthoModel(BaseTuner):
             else:
                 self._new = _empty(model, sites, config)
         self.peft_config[adapter_name] = config
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._new
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self._new
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -113,6 +114,9 @@ class OrthoModel(BaseTuner):
                 f"adapter {names[0]} leaves {left[0]} as it is, but the config drives it together with the others, so "
                 "a merged model would not reload: use the adapter unmerged"
             )
+        for module in model.modules():
+            if isinstance(module, OrthoLayer):
+                module.check_merge(names, safe_merge)  # all of them, before the first is gone
         model = super()._unload_and_optionally_merge(True, progressbar, safe_merge, names)
         model.config.hf_ortho = provenance(
             model, config.activation, driving_values(sites), layers, config.calibrated, tails=True

@@ -44,8 +44,8 @@ def write(folder, model):
     save_file({"logits": logits}, folder / "expected.safetensors")
 
 
-def main(place):
-    for family in FAMILIES:
+def main(place, families=tuple(FAMILIES)):
+    for family in families:
         config = hf_ortho.peft.OrthoConfig(activation=f"{family}_4", task_type="CAUSAL_LM")
         write(place / f"{family}_4", get_peft_model(base(), config))
     lora = LoraConfig(r=1, target_modules=["attn.c_proj"], fan_in_fan_out=True, modules_to_save=["act"])

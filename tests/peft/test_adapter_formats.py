@@ -25,8 +25,9 @@ def test_an_adapter_on_file_gives_the_logits_of_its_day(folder):
 
 
 def test_what_is_written_today_has_the_tensors_on_file(tmp_path):
-    adapter_formats.main(tmp_path)
+    adapter_formats.main(tmp_path, ["hermite"])
     latest = adapter_formats.FIXTURES / "1"
-    for folder in latest.iterdir():
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["hermite_4", "lora_and_hermite_4"]
+    for folder in tmp_path.iterdir():
         kept, written = (load_file(f / folder.name / "adapter_model.safetensors") for f in (latest, tmp_path))
         assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in kept.items()}
