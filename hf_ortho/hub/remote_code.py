@@ -119,6 +119,10 @@ class FromPretrained:
     """Loads the model; with hf_ortho installed in the class of transformers itself, which saves no code."""
 
     @classmethod
+    def is_custom_code(cls):
+        return False  # the model is transformers' own, and so are the names that its tensors have in files
+
+    @classmethod
     def from_pretrained(cls, *args, config=None, **kwargs):
         if activations is None:
             return super().from_pretrained(*args, config=config, **kwargs)
@@ -204,10 +208,8 @@ def _remote_code(config: PreTrainedConfig, architecture: str, where: str) -> tup
             f"{where} is a {architecture}, which no AutoModel class of transformers {transformers.__version__} loads, "
             "so it cannot carry remote code; push it without"
         )
-    classes = dict(sorted(classes.items(), key=lambda item: item[1].__name__ != architecture))  # its own ones first
-    return _source(names, list(dict.fromkeys(classes.values()))), {
-        auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()
-    }
+    auto_map = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
+    return _source(names, list(dict.fromkeys(classes.values()))), auto_map
 
 
 def _is_learnable(name: str) -> bool:
