@@ -34,7 +34,6 @@ IMPORTS = (
     ("transformers", ""),
     ("transformers.activations", "ACT2CLS"),
     ("transformers.activations", "ACT2FN"),
-    ("transformers.generation", "GenerationMixin"),
 )
 
 HEADER = '''\
@@ -160,11 +159,10 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
         CheckpointError: there is no config.json, or no ``AutoModel...`` class loads the model.
         ConfigError: the model has no learnable activations.
     """
-    check_place(str(folder))
-    path = Path(folder) / "config.json"
+    check_place(str(Path(folder).absolute()))  # never a name on the Hub
     try:
         config = AutoConfig.from_pretrained(folder)
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {explain(error)}") from error
     architecture = (config.architectures or ["none"])[0]
@@ -205,8 +203,8 @@ def _remote_code(config: PreTrainedConfig, architecture: str, where: str) -> tup
     classes = _auto_classes(config)
     if architecture not in (cls.__name__ for cls in classes.values()):
         raise CheckpointError(
-            f"{where} is a {architecture}, which no AutoModel class of transformers {transformers.__version__} loads, "
-            "so it cannot carry remote code; push it without"
+            f"no AutoModel class of transformers {transformers.__version__} loads the class {architecture!r} of "
+            f"{where}, so it cannot carry remote code; push it without"
         )
     auto_map = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
     return _source(names, list(dict.fromkeys(classes.values()))), auto_map
@@ -236,6 +234,8 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
     parts = Standalone()
     for place, name in IMPORTS:
         parts.need(place, name)
+    if any(issubclass(cls, GenerationMixin) for cls in classes):
+        parts.need("transformers.generation", "GenerationMixin")
     parts.add(
         base,
         "LearnableActivation",

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.activations.base import LearnableActivation
+from hf_ortho.conversion.checkpoint import load_checkpoint
 from hf_ortho.errors import CheckpointError, ConfigError
 from hf_ortho.hub import add_remote_code, enable_remote_code
 
@@ -272,6 +273,7 @@ def test_hf_ortho_hands_out_the_native_class(name, root, models, tmp_path):
     model.save_pretrained(tmp_path)  # by transformers alone, and so without code
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     assert not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in vars(load_checkpoint(str(root / name)).model.config)
 
 
 def test_the_code_holds_what_is_in_use_and_nothing_else(root):
@@ -300,6 +302,8 @@ def test_every_auto_class_of_the_config(root):
 def test_what_cannot_carry_remote_code(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         add_remote_code(tmp_path)
+    with pytest.raises(CheckpointError, match="none does not exist"):
+        add_remote_code("none")
     gpt2("gelu_new").save_pretrained(tmp_path / "plain")
     before = sorted(path.name for path in (tmp_path / "plain").iterdir())
     with pytest.raises(ConfigError, match=r"plain has no learnable activations.*hf-ortho convert"):
@@ -308,10 +312,10 @@ def test_what_cannot_carry_remote_code(tmp_path):
     with pytest.raises(ConfigError, match="GPT2LMHeadModel has no learnable activations"):
         enable_remote_code(gpt2("gelu_new"))
     two_heads = transformers.GPT2DoubleHeadsModel(gpt2("hermite_3").config)
-    with pytest.raises(CheckpointError, match="GPT2DoubleHeadsModel, which no AutoModel class"):
+    with pytest.raises(CheckpointError, match=r"no AutoModel class .* the class 'GPT2DoubleHeadsModel'"):
         enable_remote_code(two_heads)
     two_heads.save_pretrained(tmp_path / "heads")
-    with pytest.raises(CheckpointError, match="GPT2DoubleHeadsModel, which no AutoModel class"):
+    with pytest.raises(CheckpointError, match=r"no AutoModel class .* the class 'GPT2DoubleHeadsModel'"):
         add_remote_code(tmp_path / "heads")
     (tmp_path / "heads" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
