@@ -106,6 +106,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
         raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep it, nor write it
+    vars(model.config).pop("auto_map", None)  # it refers to a file that is not loaded, and so not saved again
     return Checkpoint(model, tokenizer, images, task_of(architecture), commit)
 
 

@@ -71,11 +71,11 @@ def rebuild(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
         return type(model)(config)
 
 
-def _activation_fields(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+def activation_fields(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
     """(field, prefix, source) of each string field whose value, or its part after a dash, is in ACT2FN."""
     for key, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            yield from _activation_fields(value, (*path, key))
+            yield from activation_fields(value, (*path, key))
         elif isinstance(value, str) and not key.startswith("_"):
             prefix, dash, source = value.rpartition("-")
             if source in ACT2FN:
@@ -103,7 +103,7 @@ def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple
         raise SiteError(f"fields {fields!r}: must be a list of config fields, such as [{fields!r}]")
     sites: list[Site] = []
     left: list[tuple[str, str]] = []
-    seen = list(_activation_fields(model.config))
+    seen = list(activation_fields(model.config))
     if fields is not None and (unknown := set(fields) - {field for field, _, _ in seen}):
         known = ", ".join(field for field, _, _ in seen) or "none"
         raise SiteError(f"{', '.join(sorted(unknown))}: no such activation field in the config; it has: {known}")
