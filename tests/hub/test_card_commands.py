@@ -16,7 +16,14 @@ def folders(tmp_path_factory, hf_ortho_command, gpt2_folder, text_file):
     converted, tuned = place / "converted", place / "tuned"
     flags = ["--calibration-data", text_file, "--degree", 3]
     assert hf_ortho_command("convert", gpt2_folder, "-o", converted, *flags).code == 0
-    options = {"model": converted, "dataset": text_file, "output_dir": tuned, "max_steps": 1, "use_cpu": True, "seed": 7}
+    options = {
+        "model": converted,
+        "dataset": text_file,
+        "output_dir": tuned,
+        "max_steps": 1,
+        "use_cpu": True,
+        "seed": 7,
+    }
     flags = [part for key, value in options.items() for part in (f"--{key}", value)]
     ran = hf_ortho_command("finetune", *flags, "--save_strategy", "no")
     assert ran.code == 0, ran.err
@@ -24,9 +31,7 @@ def folders(tmp_path_factory, hf_ortho_command, gpt2_folder, text_file):
 
 
 def losses(text):
-    return [
-        tuple(float(v) for v in row) for row in re.findall(r"^\| loss \| (\S+) \| (\S+) \|", text, re.MULTILINE)
-    ]
+    return [tuple(float(v) for v in row) for row in re.findall(r"^\| loss \| (\S+) \| (\S+) \|", text, re.MULTILINE)]
 
 
 def test_the_figures_of_the_conversion_survive_the_training(folders, text_file):
