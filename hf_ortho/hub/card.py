@@ -185,11 +185,8 @@ def card_text(
         eval_results=evaluations or None,
         **({"base_model_relation": parts["relation"]} if base.on_hub else {}) | extra,
     )
-    made = (
-        [f"Base model: {base}" + (", commit not recorded" if base.on_hub and not base.revision else "")]
-        if base.name
-        else []
-    )
+    unknown = ", commit not recorded" if base.on_hub and not base.revision else ""
+    made = [f"Base model: {base}{unknown}"] if base.name else []
     made += [f"Data: {source}" for source in record.data]
     made += [f"Hardware: {making.hardware}"] if making.hardware else []
     versions = {p: version(p) for p in PACKAGES} if making.hardware else parts["versions"]
