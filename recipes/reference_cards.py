@@ -63,8 +63,8 @@ def reference_card(name: str, report: hf_ortho.ConversionReport, config: dict, f
     measure = f"{tune} --output_dir outputs/{folder.name}"
     results = Results({stage: dict.fromkeys(metrics) for stage in stages}, data, measure, "")
     note = (
-        f"The fits are data-free: they depend on {report.layers[0].fit.source} and the family alone. They were computed "
-        f"in a network with the layers of {base} and random weights; the pretrained weights were not loaded."
+        f"The fits are data-free: they depend on {report.layers[0].fit.source} and the family alone. They were "
+        f"computed in a network with the layers of {base} and random weights; the pretrained weights were not loaded."
     )
     return card_text(config, Record(report, [results], [command]), folder.name, Making(notes=[note]), folder)
 

@@ -62,7 +62,7 @@ class Making:
         arguments: of the training, None if there was none.
         hyperparameters: others beside those.
         base_model, base_revision: what was trained, where the config does not name it; adapters name it themselves.
-        hardware: the machine that made it.
+        hardware: the machine that made it, if that is this one; the versions are those installed then.
         metadata: further fields of the YAML head.
         notes: what a reader must know of the conversion.
     """
@@ -189,7 +189,8 @@ def card_text(
     made = [f"Base model: {base}{unknown}"] if base.name else []
     made += [f"Data: {source}" for source in record.data]
     made += [f"Hardware: {making.hardware}"] if making.hardware else []
-    made.append("Versions: " + ", ".join(f"{package} {version(package)}" for package in PACKAGES))
+    versions = {p: version(p) for p in PACKAGES} if making.hardware else parts["versions"]
+    made += ["Versions: " + ", ".join(f"{p} {v}" for p, v in versions.items())] if versions else []
     limits = parts["limits"]
     if base.name:
         limits += "Limits of the base model apply" + ("." if extra.get("license") else ", and so does its licence.")
@@ -251,6 +252,7 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
         "layers": layer_table(report) if report else stored_table(layers) if layers else "",
         "weight": weight_of(report.calibrated if report else provenance.get("calibrated")) if layers else "",
         "notes": notes,
+        "versions": provenance.get("versions"),
         "limits": (REACH[_tails(provenance)] + " ") if activation and init not in INITIALISATIONS else "",
     }
 

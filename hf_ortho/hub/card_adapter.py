@@ -57,6 +57,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
         "layers": "\n\n".join(tables),
         "weight": weight_of(config.get("calibrated")) if len(tables) == 2 else "",
         "notes": [],
+        "versions": {name: config[f"{name}_version"] for name in ("hf_ortho", "peft") if config.get(f"{name}_version")},
         "limits": "It works with the base model that it was made for, and no other. ",
     }
 

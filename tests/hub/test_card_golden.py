@@ -76,7 +76,7 @@ def test_a_converted_and_fine_tuned_model(base_card, make_gpt2, save_parts, tmp_
         hyperparameters={"train": "activations"},
     )
     text = card_of(second, repo_id="me/gpt2-tuned", remote_code=True)
-    assert_like(text, "fine_tuned.md")
+    assert_like(text, "fine_tuned.txt")
     assert str(ModelCard(text)) == text
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_of_activations(base_card, tmp_path):
     text = (tmp_path / "README.md").read_text()
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert f"108 parameters, {size:,} bytes" in text  # 12 x 9
-    assert_like(text.replace(f"{size:,}", f"{size}"), "adapter.md")
+    assert_like(text.replace(f"{size:,}", f"{size}"), "adapter.txt")
     assert str(ModelCard(text)) == text
 
 
@@ -127,6 +127,7 @@ def test_lora_and_activations_of_a_converted_model(tmp_path):
         "target_modules": ["c_proj", "c_attn"],
         "modules_to_save": ["act"],
         "auto_mapping": {"base_model_class": "GPT2LMHeadModel"},
+        "peft_version": "0.20.0",
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     text = card_of(tmp_path, repo_id="me/lora", remote_code=False)
@@ -135,5 +136,6 @@ def test_lora_and_activations_of_a_converted_model(tmp_path):
     assert {"hf_ortho", "peft", "lora"} <= set(head.tags)
     assert "LORA on `c_attn`, `c_proj`. Trained and saved whole: `act`." in text
     assert "import hf_ortho  #" in text
+    assert "- Versions: peft 0.20.0\n" in text
     assert 'base = GPT2LMHeadModel.from_pretrained("me/converted")' in text
     assert 'PeftModel.from_pretrained(base, "me/lora")' in text

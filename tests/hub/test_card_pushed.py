@@ -54,8 +54,8 @@ def test_a_card_of_someone_else_is_left_alone(folder):
     "form",
     [
         str(ModelCard.from_template(ModelCardData())) + "### Framework versions\n\n- PEFT 0.21.2",
-        "---\nlibrary_name: transformers\n---\n\n<!-- This model card has been generated automatically according to the "
-        "information the Trainer had access to. You\nshould probably proofread and complete it -->\n\n# local\n",
+        "---\nlibrary_name: transformers\n---\n\n<!-- This model card has been generated automatically according to "
+        "the information the Trainer had access to. You\nshould probably proofread and complete it -->\n\n# local\n",
     ],
     ids=["peft", "trainer"],
 )
