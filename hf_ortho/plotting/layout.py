@@ -35,19 +35,27 @@ class Grid:
 
     Up to 12 panels have axes of their own; up to 64 share them, and only the outer ones carry numbers.
 
-    What the paths of the activations share stands in the figure's title, the rest over each panel.
+    What the paths of the activations share stands in the figure's title, the rest over each panel. ``panel`` is the
+    size of one in inches, without the difference.
 
     Attributes:
         upper: the axes of the shapes, one per activation, in reading order.
         lower: the axes of the differences, empty without them.
     """
 
-    def __init__(self, paths: Sequence[str], title: str, difference: str = "", total: int | None = None):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        title: str,
+        difference: str = "",
+        total: int | None = None,
+        panel: tuple[float, float] | None = None,
+    ):
         n = len(paths)
         self.compact = n > FULL_PANELS
         columns = math.ceil(math.sqrt(1.3 * n)) if self.compact else min(math.ceil(math.sqrt(n)), 4)
         rows = math.ceil(n / columns)
-        width, height = (1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6)
+        width, height = panel or ((1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6))
         per_panel = 2 if difference else 1
         height *= 1.4 if difference else 1.0
         shared, own = split_shared(list(paths)) if n > 1 else ("", list(paths))
