@@ -51,8 +51,8 @@ def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blo
     Raises:
         CheckpointError, ConfigError: ``model`` cannot be shown.
     """
-    first = _show_fit(fit("gelu", "hermite", 8))
     shown = _show_shapes(shapes(model, revision)) if model else _no_shapes()
+    first = _show_fit(fit("gelu", "hermite", 8))
 
     def refit(source, family, degree, tails, kind, lo, hi):
         try:

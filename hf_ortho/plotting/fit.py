@@ -27,18 +27,17 @@ def draw_fit(
     kinds = (("f", module.forward, source.value), ("derivative f'", module.derivative, source.derivative))
     drawn = []
     for title, learned, wanted in kinds:
-        grid = Grid([title], "", "difference", panel=PANEL)
+        grid = Grid([title], "", "difference", panel=PANEL, dpi=DPI)
         y, g = module.evaluate(learned, x), wanted(x)
         (top,), (below,) = grid.upper, grid.lower
         grid.set_interval(0, lo, hi)
         top.plot(x, y, label=module.name, zorder=3, **STYLES[0])
         top.plot(x, g, color=BLACK, ls="--", lw=1.0, label=source.name, zorder=4)
-        top.set_ylabel("")
+        top.set_ylabel("")  # the title says it
         below.axhline(0, color=BLACK, lw=0.6)
         below.plot(x, y - g, **(STYLES[0] | {"lw": 1.0}))
         for axes in (top, below):
             mark_domain(axes, module)
         grid.finish()
-        grid.figure.set_dpi(DPI)
         drawn.append(grid.figure)
     return drawn[0], drawn[1]

@@ -50,6 +50,7 @@ class Grid:
         difference: str = "",
         total: int | None = None,
         panel: tuple[float, float] | None = None,
+        dpi: int = 110,
     ):
         n = len(paths)
         self.compact = n > FULL_PANELS
@@ -62,7 +63,7 @@ class Grid:
         titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in own]
         height += 0.11 * max(text.count("\n") for text in titles)
         self.size = width * columns + 0.5, height * rows + 1.2
-        self.figure = Figure(figsize=self.size, dpi=110, layout="constrained")
+        self.figure = Figure(figsize=self.size, dpi=dpi, layout="constrained")
         FigureCanvasAgg(self.figure)
         # sharex and sharey take time that grows with the square of the panels
         axes = self.figure.subplots(per_panel * rows, columns, squeeze=False, height_ratios=[3, 1.2][:per_panel] * rows)

@@ -1,43 +1,69 @@
 """The page in headless Chromium, as a laptop and as a phone, and the Space's file."""
 
-import runpy
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import hf_ortho.app.space
+import hf_ortho
 
 CHROMIUM = Path("/usr/bin/chromium")
+SPACE = Path(hf_ortho.__file__).parent / "app" / "space.py"
+# A process of its own: Gradio leaves event loops open.
+SERVE = """
+import os, runpy, sys
+demo = runpy.run_path(sys.argv[1], run_name="app")["demo"]
+print(demo.title, demo.analytics_enabled, os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"])
+from hf_ortho.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.fixture(scope="module")
-def page(converted_folder):
-    """A laptop's browser window with the page as visitors get it, ``converted_folder`` shown; its complaints."""
+def served(converted_folder):
+    """``hf-ortho app`` in a process that has run the Space's file before; its address, and what that printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", "-c", SERVE, SPACE, "app", "--port", port, "--model", converted_folder]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_DISABLE_IMPLICIT_TOKEN", None)
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True, env=environment)
+    with process:
+        assert process.stdout is not None
+        space, address = process.stdout.readline(), process.stdout.readline()
+        yield address, space
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+    assert address == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+
+
+@pytest.fixture(scope="module")
+def page(served):
+    """A laptop's browser window with the page, and its complaints."""
     if not CHROMIUM.exists():
         pytest.skip(f"needs {CHROMIUM}")
     sync_api = pytest.importorskip("playwright.sync_api")
-    from hf_ortho.app.page import LAUNCH, build
-
-    built = build(str(converted_folder), public=True)
-    _, address, _ = built.launch(prevent_thread_lock=True, server_name="127.0.0.1", **LAUNCH)
-    try:
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            window = browser.new_page(viewport={"width": 1366, "height": 768})
-            window.set_default_timeout(60_000)
-            window.complaints = []
-            window.on("console", lambda m: m.type in ("error", "warning") and window.complaints.append(m.text))
-            window.on("pageerror", lambda error: window.complaints.append(str(error)))
-            window.on(
-                "request",
-                lambda r: r.url.startswith((address, "data:", "blob:")) or window.complaints.append(f"asks {r.url}"),
-            )
-            window.goto(address)
-            window.wait_for_selector("#figures table")
-            yield window
-            browser.close()
-    finally:
-        built.close(verbose=False)
+    address = served[0].split()[0]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        window = browser.new_page(viewport={"width": 1366, "height": 768})
+        window.set_default_timeout(60_000)
+        window.complaints = []
+        window.on("console", lambda m: m.type in ("error", "warning") and window.complaints.append(m.text))
+        window.on("pageerror", lambda error: window.complaints.append(str(error)))
+        window.on(
+            "request",
+            lambda r: r.url.startswith((address, "data:", "blob:")) or window.complaints.append(f"asks {r.url}"),
+        )
+        window.goto(address)
+        window.wait_for_selector("#figures table")
+        yield window
+        browser.close()
 
 
 def cells(page, row):
@@ -85,7 +111,7 @@ def test_page(page, converted_folder):
     assert page.locator(".wide .matplotlib img").bounding_box()["x"] >= 0
     page.get_by_label("Converted model").fill(str(converted_folder.parent))
     page.get_by_role("button", name="Show").click()
-    page.wait_for_selector("[role=alert]:has-text('is no model on the Hub')")
+    page.wait_for_selector("[role=alert]:has-text('is no checkpoint: a folder with config.json')")
     assert not page.locator("#layers").is_visible()
     page.get_by_label("Converted model").fill(str(converted_folder))
     page.get_by_role("button", name="Show").click()
@@ -99,10 +125,6 @@ def test_page(page, converted_folder):
     assert page.request.post(f"{origin}/gradio_api/upload", multipart=upload).status == 413
 
 
-def test_space(monkeypatch):
-    """The file runs alone, under the name app.py, and does not use the Space's own token."""
-    monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", raising=False)
-    demo = runpy.run_path(hf_ortho.app.space.__file__, run_name="app")["demo"]
-    assert hf_ortho.app.space.os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
-    assert demo.title == "hf_ortho"
-    assert demo.analytics_enabled is False
+def test_space(served):
+    """The file runs alone, as app.py; it sends no analytics, and uses no token of the Space."""
+    assert served[1] == "hf_ortho False 1\n"

@@ -1,62 +1,80 @@
 """``hf-ortho app``: what it serves and where, and what it refuses."""
 
-import json
-import socket
 import sys
 import types
-import urllib.error
-import urllib.request
 
 import pytest
 
+import hf_ortho.app.page
 import hf_ortho.cli.app
+
+pytest.importorskip("gradio")
 
 
 @pytest.fixture
-def visited(monkeypatch):
-    """Once the page is served, its title is read and the command interrupted; what was read."""
+def launched(monkeypatch):
+    """What the page was built and launched with; nothing is served, and the command is interrupted at once."""
     found = {}
 
+    class Page:
+        share_url = None
+
+        def launch(self, **options):
+            found.update(options)
+            if options["server_port"] == 1:
+                raise OSError("no free port")
+            return None, "http://127.0.0.1:7860/", self.share_url
+
+        def close(self, verbose):
+            found["closed"] = True
+
+    def build(model, revision, public):
+        found.update(model=model, revision=revision, public=public)
+        return Page()
+
     def wait():
-        with urllib.request.urlopen(f"http://127.0.0.1:{found['port']}/config") as reply:
-            found["config"] = json.load(reply)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(hf_ortho.app.page, "build", build)
     event = types.SimpleNamespace(wait=wait)
     monkeypatch.setattr(hf_ortho.cli.app, "threading", types.SimpleNamespace(Event=lambda: event))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        found["port"] = free.getsockname()[1]
+    found["class"] = Page
     return found
 
 
 @pytest.mark.parametrize(
-    ("flags", "place"), [([], "OWNER/NAME on the Hub, or a folder"), (["--host", "0.0.0.0"], "OWNER/NAME on the Hub")]
+    ("flags", "public"),
+    [
+        ([], False),
+        (["--host", "localhost"], False),
+        (["--host", "0.0.0.0"], True),
+        (["--share"], True),
+    ],
 )
-def test_serves_until_interrupted(hf_ortho_command, visited, flags, place):
-    ran = hf_ortho_command("app", "--port", visited["port"], *flags)
+def test_folders_are_for_this_machine_only(hf_ortho_command, launched, flags, public):
+    if flags == ["--share"]:
+        launched["class"].share_url = "https://x.gradio.live"
+    ran = hf_ortho_command("app", "--port", 7000, "--model", "m", "--revision", "r", *flags)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.endswith(f":{visited['port']}/ (Ctrl-C ends it)\n")
-    properties = [component["props"] for component in visited["config"]["components"]]
-    assert place in [found.get("placeholder") for found in properties]
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{visited['port']}/config")
+    assert ran.out == f"{launched['class'].share_url or 'http://127.0.0.1:7860/'} (Ctrl-C ends it)\n"
+    assert (launched["model"], launched["revision"], launched["public"]) == ("m", "r", public)
+    assert (launched["server_port"], launched["allowed_paths"], launched["closed"]) == (7000, [], True)
 
 
-def test_refuses(hf_ortho_command, gpt2_folder):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for flags, message in (
-            (["--port", port], f"127.0.0.1:{port} cannot be opened"),
-            (["--port", 70000], "--port 70000: must be from 1 to 65535"),
-            (["--revision", "main"], "--revision main needs --model"),
-            (["--model", "/no/such/folder"], "/no/such/folder does not exist"),
-            (["--model", gpt2_folder], "has no learnable activations"),
-            (["--size", 3], "unrecognized arguments: --size 3"),
-        ):
-            assert message in hf_ortho_command("app", *flags).error
+def test_refuses(hf_ortho_command, launched):
+    for flags, message in (
+        (["--port", 1], "127.0.0.1:1 cannot be opened: no free port"),
+        (["--port", 70000], "--port 70000: must be from 1 to 65535"),
+        (["--revision", "main"], "--revision main needs --model"),
+        (["--share"], "--share: gradio.live gave no address"),
+        (["--size", 3], "unrecognized arguments: --size 3"),
+    ):
+        assert message in hf_ortho_command("app", *flags).error
+
+
+def test_refuses_a_model(hf_ortho_command, gpt2_folder):
+    assert "/no/such/folder does not exist" in hf_ortho_command("app", "--model", "/no/such/folder").error
+    assert "has no learnable activations" in hf_ortho_command("app", "--model", gpt2_folder).error
 
 
 def test_needs_gradio(hf_ortho_command, monkeypatch):
