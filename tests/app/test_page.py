@@ -52,7 +52,7 @@ def page(served):
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         window = browser.new_page(viewport={"width": 1366, "height": 768})
-        window.set_default_timeout(60_000)
+        window.set_default_timeout(30_000)
         window.complaints = []
         window.on("console", lambda m: m.type in ("error", "warning") and window.complaints.append(m.text))
         window.on("pageerror", lambda error: window.complaints.append(str(error)))
@@ -106,7 +106,7 @@ def test_page(page, converted_folder):
 
     page.get_by_role("tab", name="Checkpoint").click()
     page.wait_for_selector("text=2 activations at transformer.h.*.mlp.act, source gelu_new")
-    page.wait_for_selector("#layers >> text=hermite_8")
+    page.wait_for_selector("#layers >> text=hermite_8 >> visible=true")
     assert overflow(page) == 0
     assert page.locator(".wide .matplotlib img").bounding_box()["x"] >= 0
     page.get_by_label("Converted model").fill(str(converted_folder.parent))
@@ -115,7 +115,7 @@ def test_page(page, converted_folder):
     assert not page.locator("#layers").is_visible()
     page.get_by_label("Converted model").fill(str(converted_folder))
     page.get_by_role("button", name="Show").click()
-    page.wait_for_selector("#layers >> text=hermite_8")
+    page.wait_for_selector("#layers >> text=hermite_8 >> visible=true")
     assert page.complaints == []
 
     origin = page.evaluate("location.origin")
