@@ -24,6 +24,7 @@ COMMANDS = {
     "plot": "draw the activations of a converted checkpoint, of two, or over a training",
     "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
     "push": "upload a model or an adapter to the Hub, with its card",
+    "app": "a web page: fits of activations, and the activations of a converted checkpoint",
     "bench": "time and memory of the activations, and of models with them, against the fixed ones",
     "env": "the machine and the versions of the libraries",
 }

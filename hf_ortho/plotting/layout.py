@@ -35,26 +35,35 @@ class Grid:
 
     Up to 12 panels have axes of their own; up to 64 share them, and only the outer ones carry numbers.
 
-    What the paths of the activations share stands in the figure's title, the rest over each panel.
+    What the paths of the activations share stands in the figure's title, the rest over each panel. ``panel`` is the
+    size of one in inches, without the difference.
 
     Attributes:
         upper: the axes of the shapes, one per activation, in reading order.
         lower: the axes of the differences, empty without them.
     """
 
-    def __init__(self, paths: Sequence[str], title: str, difference: str = "", total: int | None = None):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        title: str,
+        difference: str = "",
+        total: int | None = None,
+        panel: tuple[float, float] | None = None,
+        dpi: int = 110,
+    ):
         n = len(paths)
         self.compact = n > FULL_PANELS
         columns = math.ceil(math.sqrt(1.3 * n)) if self.compact else min(math.ceil(math.sqrt(n)), 4)
         rows = math.ceil(n / columns)
-        width, height = (1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6)
+        width, height = panel or ((1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6))
         per_panel = 2 if difference else 1
         height *= 1.4 if difference else 1.0
         shared, own = split_shared(list(paths)) if n > 1 else ("", list(paths))
         titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in own]
         height += 0.11 * max(text.count("\n") for text in titles)
         self.size = width * columns + 0.5, height * rows + 1.2
-        self.figure = Figure(figsize=self.size, dpi=110, layout="constrained")
+        self.figure = Figure(figsize=self.size, dpi=dpi, layout="constrained")
         FigureCanvasAgg(self.figure)
         # sharex and sharey take time that grows with the square of the panels
         axes = self.figure.subplots(per_panel * rows, columns, squeeze=False, height_ratios=[3, 1.2][:per_panel] * rows)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 from ..activations import LearnableActivation
@@ -62,7 +63,18 @@ def _interval(panel: Panel) -> tuple[float, float]:
 
 
 def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "", *, other: str = "the other") -> None:
-    """Write a PNG: per activation the learned shape, its source (dashed), the data behind and the difference below.
+    """Write the picture of ``draw_activations`` as a PNG, which is replaced only by a whole one.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    figure = draw_activations(panels, title, other=other)
+    with written(path) as draft:
+        figure.savefig(draft)
+
+
+def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "the other") -> Figure:
+    """Per activation the learned shape, its source (dashed), the data behind and the difference below.
 
     Up to 12 activations have axes of their own; more share them in a compact grid; of more than 64, 64 evenly spaced
     ones are drawn, which the title says. The domain is shaded. The difference is to the source, or to ``Panel.other``
@@ -70,12 +82,8 @@ def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "",
 
     Args:
         panels: one per activation, at least one.
-        path: the PNG; replaced only by a whole picture.
         title: stands over the figure, followed by what the paths of the panels share.
         other: the name of the checkpoint that ``Panel.other`` comes from.
-
-    Raises:
-        OutputError: ``path`` cannot be written.
     """
     chosen = [panels[i] for i in thin(len(panels))]
     by_source = any(panel.source is not None for panel in chosen)
@@ -95,8 +103,7 @@ def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "",
         if grid.lower:
             _draw_differences(grid.lower[i], panel, x, panel.source if by_source else panel.other)
     grid.finish()
-    with written(path) as draft:
-        grid.figure.savefig(draft)
+    return grid.figure
 
 
 def _label(who: str, modules: Sequence[LearnableActivation | None]) -> str:

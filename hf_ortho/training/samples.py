@@ -112,16 +112,17 @@ def _match_classes(checkpoint: Checkpoint, train: Dataset, seed: int) -> None:
     """Give an image classifier a new head if the dataset has other classes than the checkpoint."""
     if checkpoint.task != "image-classification":
         return
-    names = data.class_names(train)
-    model = checkpoint.model
-    model.config.id2label, old = dict(enumerate(names)), model.config.num_labels
+    names, model = data.class_names(train), checkpoint.model
+    known, old = class_names(model), model.config.num_labels
+    model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: i for i, name in enumerate(names)}
-    if old == len(names):
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(known))
+    if known == names or (unnamed and old == len(names)):
         return
     head = next((m for m in (getattr(model, n, None) for n in ("classifier", "head", "fc")) if m is not None), None)
     if not isinstance(head, torch.nn.Linear):
         raise ConfigError(
-            f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
+            f"{model.name_or_path} has {old} other classes than the dataset, and "
             f"{type(model).__name__} has no linear head to replace"
         )
     torch.manual_seed(seed)

@@ -27,12 +27,12 @@ METHODS = {
     "full": {"train": "all"},
 }
 RATES = {
-    "linear probe": ("1e-3", "3e-3", "1e-2"),
-    "activations": ("3e-3", "1e-2", "3e-2"),
-    "LN-tuning": ("3e-3", "1e-2", "3e-2"),
-    "LoRA": ("1e-3", "3e-3", "1e-2"),
-    "LoRA + activations": ("1e-3", "3e-3", "1e-2"),
-    "full": ("3e-4", "1e-3", "3e-3"),
+    "linear probe": ("1e-2", "3e-2"),
+    "activations": ("1e-2", "3e-2"),
+    "LN-tuning": ("1e-2", "3e-2"),
+    "LoRA": ("3e-3", "1e-2"),
+    "LoRA + activations": ("3e-3", "1e-2"),
+    "full": ("1e-3", "3e-3"),
 }
 SEEDS = 0, 1, 2
 

@@ -1,0 +1,99 @@
+"""The activations of a checkpoint, as the page shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+from huggingface_hub import model_info, scan_cache_dir
+from huggingface_hub.constants import HF_HUB_CACHE
+from matplotlib.figure import Figure
+from transformers.activations import ACT2FN
+
+from ..cli.inspect import examine
+from ..conversion.checkpoint import explain
+from ..conversion.paths import split_shared
+from ..conversion.stored import load_activations
+from ..errors import CheckpointError
+from ..plotting import Panel, draw_activations
+from ..plotting.layout import thin
+
+COLUMNS = ["*", "activation", "domain", "tail slopes", "E f²", "E f'²", "sup f", "rms f"]
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+LARGEST = 2e9  # bytes of weights that a visitor may have downloaded
+CACHE = 10e9  # bytes of all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a checkpoint says of its activations, at most 64 of them: a title, table rows, remarks, and the picture."""
+
+    title: str
+    rows: list[list[str]]
+    notes: list[str]
+    figure: Figure
+    commands: str
+
+
+def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
+    """Read the activations of a folder or a Hub model, and draw them.
+
+    Args:
+        public: take names on the Hub only, of at most 2 GB of weights.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or ``public`` refuses it.
+        ConfigError: it has no learnable activations.
+    """
+    name, revision = name.strip(), revision.strip()
+    if not name:
+        raise CheckpointError(f"no checkpoint is named: give OWNER/NAME on the Hub{'' if public else ', or a folder'}")
+    if public:
+        _check_public(name, revision)
+    stored = load_activations(name, revision=revision or None)
+    paths = list(stored.modules)
+    chosen = {paths[i]: stored.modules[paths[i]] for i in thin(len(paths))}
+    layers, notes = examine(dataclasses.replace(stored, modules=chosen))
+    pattern, rows = split_shared(list(chosen))
+    title = (
+        f"{len(paths)} activations at {pattern}, source {', '.join(sorted({x.source or 'unknown' for x in layers}))}"
+    )
+    if len(chosen) < len(paths):
+        notes = [f"{len(chosen)} of {len(paths)} are shown, evenly spaced", *notes]
+    if stored.commit:
+        notes = [f"commit {stored.commit}", *notes]
+    sources = {layer.source: ACT2FN[layer.source] for layer in layers if layer.source in ACT2FN}
+    panels = [Panel(layer.path, layer.module, sources.get(layer.source)) for layer in layers]
+    place = shlex.quote(name) + (f" --revision {shlex.quote(revision)}" if revision else "")
+    return Shapes(
+        title,
+        [[row, *layer.cells()] for row, layer in zip(rows, layers, strict=True)],
+        notes,
+        draw_activations(panels, name),
+        f"hf-ortho inspect {place} --json\nhf-ortho plot {place} -o shapes.png",
+    )
+
+
+def _check_public(name: str, revision: str) -> None:
+    if not HUB_NAME.fullmatch(name) or Path(name).exists():
+        raise CheckpointError(f"{name!r} is no model on the Hub: give OWNER/NAME, such as openai-community/gpt2")
+    if revision and not REVISION.fullmatch(revision):
+        raise CheckpointError(f"{revision!r} is no revision: give a branch, a tag or a commit")
+    try:
+        found = model_info(name, revision=revision or None, files_metadata=True).siblings or []
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name} cannot be found on the Hub: {explain(error)}") from error
+    size = sum(file.size or 0 for file in found if file.rfilename.endswith(".safetensors"))
+    if size > LARGEST:
+        raise CheckpointError(
+            f"{name} has {size / 1e9:.1f} GB of weights, and this page reads at most {LARGEST / 1e9:g} GB: run "
+            f"`hf-ortho app --model {name}` on your own machine"
+        )
+    if not Path(HF_HUB_CACHE).is_dir():  # nothing was downloaded yet
+        return
+    cache = scan_cache_dir()
+    if cache.size_on_disk + size > CACHE:
+        cache.delete_revisions(*(r.commit_hash for repo in cache.repos for r in repo.revisions)).execute()

@@ -1,0 +1,43 @@
+"""One fit: the shape and its derivative over those of the source."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..activations import LearnableActivation
+from ..activations.source import Source
+from .layout import BLACK, Grid, interval, mark_domain
+from .shapes import POINTS, STYLES
+
+PANEL = 2.9, 2.0  # inches; for one column of a page
+DPI = 200
+
+
+def draw_fit(
+    module: LearnableActivation, source: Source, ends: tuple[float, float] | None = None
+) -> tuple[Figure, Figure]:
+    """f with its source (dashed) and the difference below; likewise f'.
+
+    Args:
+        ends: of the interval to draw; by default [-5, 4], and the domain if that is wider.
+    """
+    lo, hi = ends or interval([module], -5.0, 4.0)
+    x = np.linspace(lo, hi, POINTS)
+    kinds = (("f", module.forward, source.value), ("derivative f'", module.derivative, source.derivative))
+    drawn = []
+    for title, learned, wanted in kinds:
+        grid = Grid([title], "", "difference", panel=PANEL, dpi=DPI)
+        y, g = module.evaluate(learned, x), wanted(x)
+        (top,), (below,) = grid.upper, grid.lower
+        grid.set_interval(0, lo, hi)
+        top.plot(x, y, label=module.name, zorder=3, **STYLES[0])
+        top.plot(x, g, color=BLACK, ls="--", lw=1.0, label=source.name, zorder=4)
+        top.set_ylabel("")  # the title says it
+        below.axhline(0, color=BLACK, lw=0.6)
+        below.plot(x, y - g, **(STYLES[0] | {"lw": 1.0}))
+        for axes in (top, below):
+            mark_domain(axes, module)
+        grid.finish()
+        drawn.append(grid.figure)
+    return drawn[0], drawn[1]

@@ -1,0 +1,125 @@
+"""The activations of a checkpoint, as the page shows them, and what visitors may name."""
+
+import json
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import hf_ortho.app.checkpoint
+from hf_ortho.app.checkpoint import COLUMNS, shapes
+from hf_ortho.errors import HfOrthoError
+
+
+def test_rows_and_picture(converted_folder):
+    found = shapes(str(converted_folder))
+    assert found.title == "2 activations at transformer.h.*.mlp.act, source gelu_new"
+    assert [row[:2] for row in found.rows] == [["0", "hermite_8"], ["1", "hermite_8"]]
+    assert {len(row) for row in found.rows} == {len(COLUMNS)}
+    with safe_open(converted_folder / "model.safetensors", "np") as weights:
+        for row in found.rows:
+            key = f"transformer.h.{row[0]}.mlp.act.domain"
+            assert [float(end) for end in row[2].split("..")] == pytest.approx(weights.get_tensor(key), abs=5e-3)
+    for axes in found.figure.axes[:2]:
+        learned, source = (line.get_xydata() for line in axes.lines[:2])
+        expected = F.gelu(torch.tensor(source[:, 0]), approximate="tanh").numpy()
+        assert np.allclose(source[:, 1], expected, atol=1e-6)
+        assert 0 < np.abs(learned[:, 1] - expected).max() < 1e-2
+    assert found.commands.splitlines()[0] == f"hf-ortho inspect {converted_folder} --json"
+
+
+def test_of_many_activations_64_are_shown(converted_folder, monkeypatch):
+    load = hf_ortho.app.checkpoint.load_activations
+
+    def many(name, revision):
+        stored = load(name, revision=revision)
+        module = next(iter(stored.modules.values()))
+        return type(stored)({f"h.{i}.act": module for i in range(100)}, stored.provenance, None)
+
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", many)
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "draw_activations", lambda panels, title: len(panels))
+    found = shapes(str(converted_folder))
+    assert (len(found.rows), found.figure) == (64, 64)
+    assert found.notes[0] == "64 of 100 are shown, evenly spaced"
+    assert [found.rows[0][0], found.rows[-1][0]] == ["0", "99"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "no checkpoint is named"),
+        ("/no/such/folder", "/no/such/folder does not exist"),
+        ("nobody/nothing", "nobody/nothing cannot be loaded"),
+    ],
+)
+def test_refuses(name, message):
+    with pytest.raises(HfOrthoError, match=message) as caught:
+        shapes(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_needs_a_converted_model(gpt2_folder):
+    with pytest.raises(HfOrthoError, match="has no learnable activations"):
+        shapes(str(gpt2_folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["{folder}", "../{name}", "{name}", "~/{name}", "owner/../{name}", "/etc", "C:\\models"]
+)
+def test_visitors_read_no_folder(converted_folder, monkeypatch, name):
+    """The folder ``name`` is there, relative to the working directory too."""
+    monkeypatch.chdir(converted_folder.parent)
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", None)
+    name = name.format(folder=converted_folder, name=converted_folder.name)
+    with pytest.raises(HfOrthoError, match="is no model on the Hub: give OWNER/NAME"):
+        shapes(name, public=True)
+
+
+def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
+    size, asked, deleted = 1e6, [], []
+
+    def model_info(name, revision, files_metadata):
+        asked.append((name, revision))
+        files = {"model.safetensors": size, "pytorch_model.bin": 1e12, "config.json": 100}
+        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=f, size=n) for f, n in files.items()])
+
+    revisions = [types.SimpleNamespace(commit_hash="a"), types.SimpleNamespace(commit_hash="b")]
+    cache = types.SimpleNamespace(size_on_disk=0, repos=[types.SimpleNamespace(revisions=revisions)])
+    cache.delete_revisions = lambda *found: types.SimpleNamespace(execute=lambda: deleted.extend(found))
+    load = hf_ortho.app.checkpoint.load_activations
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "model_info", model_info)
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "scan_cache_dir", lambda: cache)
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", lambda name, revision: load(str(converted_folder)))
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder / "none"))
+    assert len(shapes(" owner/name ", "v1", public=True).rows) == 2
+    assert (asked, deleted) == ([("owner/name", "v1")], [])
+    cache.size_on_disk = 2e10
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder))
+    assert shapes("gpt2", public=True).commands.splitlines()[0] == "hf-ortho inspect gpt2 --json"
+    assert deleted == ["a", "b"]
+    with pytest.raises(HfOrthoError, match="is no revision: give a branch"):
+        shapes("owner/name", "../../x", public=True)
+    size = 3e9
+    with pytest.raises(HfOrthoError, match=r"owner/name has 3.0 GB of weights, and this page reads at most 2 GB"):
+        shapes("owner/name", public=True)
+
+
+def test_without_the_hub_visitors_get_a_sentence():
+    with pytest.raises(HfOrthoError, match="owner/name cannot be found on the Hub") as caught:
+        shapes("owner/name", public=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_source(converted_folder, tmp_path):
+    folder = tmp_path / "unknown"
+    shutil.copytree(converted_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["hf_ortho"]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = shapes(str(folder))
+    assert found.title.endswith("source unknown")
+    assert [row[-2:] for row in found.rows] == [["-", "-"]] * 2
