@@ -21,7 +21,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[vision,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[app,vision,test]'
 	touch $@
 
 clean:
