@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
     commit = commit_of(name, revision, ADAPTER_CONFIG)
-    model: Any = PeftModel.from_pretrained(found.model, name, revision=commit or revision).merge_and_unload()
+    with warnings.catch_warnings():  # peft reads names that transformers has given up
+        warnings.simplefilter("ignore")
+        model: Any = PeftModel.from_pretrained(found.model, name, revision=commit or revision).merge_and_unload()
     return dataclasses.replace(found, model=model.eval(), commit=commit)
 
 

@@ -33,7 +33,8 @@ def stored_table(layers: Sequence[dict]) -> str:
     for layer in layers:
         domain = ["" if end is None else f"{end:.2f}" for end in layer["domain"]]
         errors = [f"{layer[key]:.1e}" for key in ("sup_error", "rms_error")]
-        rows.append((layer["module"], [layer["source"], "..".join(domain), *errors, f"{layer['mass_outside']:.2%}"]))
+        source = layer.get("source", layer["fitted_to"])  # an adapter's are fitted to nothing else
+        rows.append((layer["module"], [source, "..".join(domain), *errors, f"{layer['mass_outside']:.2%}"]))
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
 
 

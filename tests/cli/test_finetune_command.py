@@ -544,3 +544,18 @@ def test_evaluation_data_without_some_classes(recipe, finetune, convnext_folder,
     options = {"learning_rate": 0.02, "max_steps": 15, "per_device_train_batch_size": 8, "save_strategy": "no"}
     ran = finetune(recipe(model=str(convnext_folder), dataset=train, eval_dataset=held_back, **options))
     assert ran.figures["top1"][1] == "1.00000"
+
+
+def test_an_adapter(finetune, recipe, tmp_path, gpt2_folder, hf_ortho_command):
+    flags = ["--train", "activations", "--adapter", "true", "--save_strategy", "no", "--learning_rate", "0.05"]
+    ran = finetune(recipe(activation="fourier_3", block_size=16, max_eval_samples=5), *flags)
+    assert ran.code == 0, ran.err
+    out = tmp_path / "out"
+    assert not (out / "model.safetensors").exists()
+    card = (out / "README.md").read_text()
+    assert "PEFT adapter (learnable `fourier_3` activations)" in card
+    assert "20 parameters" in card  # 1 + 3 * 3 in each of two layers
+    figures = hf_ortho_command(
+        "evaluate", out, "--against", gpt2_folder, "--max-samples", 2, "--block-size", 16
+    ).figures
+    assert float(figures["loss"][0]) != float(figures["loss"][1])
