@@ -15,7 +15,8 @@ CHROMIUM = Path("/usr/bin/chromium")
 SPACE = Path(hf_ortho.__file__).parent / "app" / "space.py"
 # A process of its own: Gradio leaves event loops open.
 SERVE = """
-import os, runpy, sys
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 demo = runpy.run_path(sys.argv[1], run_name="app")["demo"]
 print(demo.title, demo.analytics_enabled, os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"])
 from hf_ortho.cli import main
@@ -38,7 +39,7 @@ def served(converted_folder):
         space, address = process.stdout.readline(), process.stdout.readline()
         yield address, space
         process.send_signal(signal.SIGINT)
-        assert process.wait() == 0
+        assert process.wait(timeout=60) == 0
     assert address == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
 
 
