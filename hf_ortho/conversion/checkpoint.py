@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..errors import CheckpointError, OutputError
-from .adapter import ADAPTER_CONFIG, adapter_config
+from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
 
 logger = logging.get_logger("hf_ortho")
 
@@ -45,6 +46,7 @@ class Checkpoint:
         task: ``causal-lm``, ``image-classification``, or empty.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head that was made anew, for the classes of a dataset; empty if there is none.
+        merged: whether the model came out of an adapter.
     """
 
     model: PreTrainedModel
@@ -53,6 +55,7 @@ class Checkpoint:
     task: str
     commit: str | None
     new_head: str = ""
+    merged: bool = False
 
     @property
     def processor(self):
@@ -104,7 +107,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
+        said = " ".join(str(error).split())[:400] or explain(error)
+        raise CheckpointError(f"{name} cannot be loaded: {said}") from error
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep it, nor write it
     vars(model.config).pop("auto_map", None)  # it refers to a file that is not loaded, and so not saved again
@@ -112,18 +116,29 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
 
 
 def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:
-    base = adapter.get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{name} is an adapter that does not name its base model (base_model_name_or_path)")
+    base, at = adapter["base_model_name_or_path"], base_revision(adapter)
+    commit = commit_of(name, revision, ADAPTER_CONFIG)
+    if labels := adapter_labels(name, commit or revision):
+        overrides = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **overrides}
+        overrides |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
     try:
-        found = load_checkpoint(base, revision=adapter.get("revision"), dtype=dtype, **overrides)
+        check_place(base)
+        if adapter_config(base, at) is not None:
+            raise CheckpointError(f"{base} is an adapter too; save that one merged, and name the result")
+        found = load_checkpoint(base, revision=at, dtype=dtype, **overrides)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
-    commit = commit_of(name, revision, ADAPTER_CONFIG)
-    with warnings.catch_warnings():  # peft reads names that transformers has given up
-        warnings.simplefilter("ignore")
-        model: Any = PeftModel.from_pretrained(found.model, name, revision=commit or revision).merge_and_unload()
-    return dataclasses.replace(found, model=model.eval(), commit=commit)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wrapped = PeftModel.from_pretrained(found.model, name, revision=commit or revision)
+        if not hasattr(wrapped.base_model, "merge_and_unload"):
+            raise CheckpointError(f"{name} is an adapter of peft's {adapter['peft_type']}, which cannot be merged")
+        model: Any = wrapped.merge_and_unload(safe_merge=True)
+    if missing := next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None):
+        raise CheckpointError(f"{name} is not whole: {missing}")
+    model.name_or_path = model.config._name_or_path = name
+    model.config._commit_hash = commit
+    return dataclasses.replace(found, model=model.eval(), commit=commit, merged=True)
 
 
 def check_place(name: str) -> None:
@@ -251,6 +266,9 @@ def _umask() -> int:
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
     """Write the model (``state_dict`` for its tensors), its config and its processors into ``folder``, which exists."""
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
+    if checkpoint.new_head and isinstance(checkpoint.model, PeftModel):
+        labels = json.dumps(checkpoint.model.config.id2label, indent=1)
+        (folder / LABELS).write_text(labels + "\n", encoding="utf-8")
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):
         if processor is not None:
             processor.save_pretrained(folder)

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE
 from ..errors import ActivationNameError, CheckpointError, ConfigError
-from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors
+from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
 from .checkpoint import check_place, commit_of, explain
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
@@ -79,9 +79,9 @@ def _of_adapter(name: str, adapter: dict, revision: str | None) -> tuple[dict, d
     """The config that tells of the activations of an adapter, and their tensors."""
     tensors = adapter_tensors(name, adapter, revision)
     tensors = {path: found for path, found in tensors.items() if all(key in found for key in SHARED)}
-    base = adapter.get("base_model_name_or_path")
+    base = adapter["base_model_name_or_path"]
     if "activation" not in adapter:  # the base model is the converted one
-        file = _file(base, "config.json", adapter.get("revision")) if base and tensors else ""
+        file = _file(base, "config.json", base_revision(adapter)) if tensors else ""
         return (json.loads(Path(file).read_text(encoding="utf-8")) if file else {}), tensors
     provenance = {key: adapter[key] for key in ("activation", "source_activations", "calibrated", "layers")}
     provenance |= {"source_model": base, "source_revision": adapter["base_commit"], "tails": True}

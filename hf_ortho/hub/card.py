@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from ..activations import FAMILIES
 from ..activations.base import INITIALISATIONS
 from ..conversion import ConversionReport
+from ..conversion.adapter import ADAPTER_CONFIG, LABELS
 from ..conversion.checkpoint import written
 from ..conversion.convert import families_in, tags_of
 from ..conversion.stored import provenance_of
@@ -28,7 +29,6 @@ from .results import METRICS, DataSource, Results, hardware
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PICTURE = "activations.png"
-ADAPTER = "adapter_config.json"
 PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
 # What a card holds that Trainer or peft wrote and nobody has filled in.
 TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
@@ -145,14 +145,19 @@ def _is_form(text: str) -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The config of the adapter or model in a folder."""
-    for name in (ADAPTER, "config.json"):
-        if (folder / name).is_file():
-            try:
-                return json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{folder / name} is no JSON: {error}") from error
-    raise CheckpointError(f"{folder} holds neither config.json nor {ADAPTER}: save a model or an adapter there first")
+    """The config of the adapter, with the classes of a head of its own as ``id2label``, or of the model in a folder."""
+    files = [folder / name for name in (ADAPTER_CONFIG, LABELS, "config.json") if (folder / name).is_file()]
+    try:
+        found = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    except ValueError as error:
+        raise CheckpointError(f"{folder} holds a file that is no JSON: {error}") from error
+    if ADAPTER_CONFIG in found:
+        return found[ADAPTER_CONFIG] | ({"id2label": found[LABELS]} if LABELS in found else {})
+    if "config.json" in found:
+        return found["config.json"]
+    raise CheckpointError(
+        f"{folder} holds neither config.json nor {ADAPTER_CONFIG}: save a model or an adapter there first"
+    )
 
 
 def _loading(config: dict, place: str, remote_code: bool) -> str:

@@ -56,11 +56,13 @@ def adapter_loading(config: dict, place: str) -> str:
     why = "registers the adapter type in peft" if config.get("activation") else "registers the activations"
     imports = f"import {module}  # pip install hf-ortho: {why}\n"
     parts = []
-    if task in ADAPTED:
+    if task in ADAPTED and not config.get("id2label"):
         auto = ADAPTED[task][1]
         parts.append(_code(f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"))
     revision = config.get("base_commit") or config.get("revision")
     at = f", revision={json.dumps(revision)}" if revision else ""
+    if labels := config.get("id2label"):  # a head of its own
+        at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"
     known = [auto for tag, auto in TASKS.values() if task in ADAPTED and tag == ADAPTED[task][0] and tag]
     cls = known[0] if known else (config.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
     lines = (
@@ -68,7 +70,8 @@ def adapter_loading(config: dict, place: str) -> str:
         f"base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
     )
-    return _marked("\n\n".join([*parts, _code(lines)]))
+    names = f"The classes are {', '.join(labels.values())} (`labels.json`)." if labels else ""
+    return _marked("\n\n".join(part for part in (*parts, _code(lines), names) if part))
 
 
 def with_loading(text: str, loading: str) -> str:

@@ -96,11 +96,17 @@ def _check_model(folder: Path) -> None:
 
 
 def _check_adapter(folder: Path) -> None:
-    if "peft_type" not in _json(folder / ADAPTER_CONFIG):
+    config = _json(folder / ADAPTER_CONFIG)
+    if "peft_type" not in config:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{folder} is not whole: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
-    _tensors(folder / ADAPTER_WEIGHTS)
+    names = _tensors(folder / ADAPTER_WEIGHTS)
+    for layer in config.get("layers") or []:
+        if not any(f".{layer.get('module')}." in name for name in names):
+            raise CheckpointError(
+                f"{folder} is not whole: {ADAPTER_WEIGHTS} lacks {layer.get('module')}, which {ADAPTER_CONFIG} lists"
+            )
 
 
 def _json(file: Path) -> dict:

@@ -1,11 +1,13 @@
 """Learnable activations as a peft adapter; importing registers the method, so that stock peft knows it."""
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .config import OrthoConfig
+from .config import HF_ORTHO, OrthoConfig
 from .layer import OrthoLayer
 from .model import OrthoModel, calibrate
 
 __all__ = ["OrthoConfig", "OrthoLayer", "OrthoModel", "calibrate"]
 
-register_peft_method(name="hf_ortho", config_cls=OrthoConfig, model_cls=OrthoModel)
+if HF_ORTHO not in PEFT_TYPE_TO_CONFIG_MAPPING:  # after a reload of this module it is
+    register_peft_method(name="hf_ortho", config_cls=OrthoConfig, model_cls=OrthoModel)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..activations import LearnableActivation, build, parse
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
+from ..conversion.adapter import fixed_tensors
 from ..conversion.convert import describe_layer, driving_values, provenance
 from ..conversion.fitting import Fitted, device_of, fit_site
 from ..conversion.sites import set_field
@@ -79,13 +79,8 @@ class OrthoModel(BaseTuner):
             layer = OrthoLayer(target).train(target.training)
             self._replace_module(parent, target_name, layer, target)
         known = next(entry for entry in peft_config.layers if entry["module"] == current_key)
-        lo, hi = known["domain"]
-        ends = [-math.inf if lo is None else lo, math.inf if hi is None else hi]  # JSON has no infinity
         device = device_of(self.model, current_key)
-        fixed = {
-            "domain": torch.tensor(ends, device=device),
-            "tail_slopes": torch.tensor(known["tail_slopes"], device=device),
-        }
+        fixed = {name: value.to(device) for name, value in fixed_tensors(known).items()}
         layer.update_layer(adapter_name, self._new[current_key], fixed)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -203,13 +198,14 @@ def _fit(
 
 
 def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
-    """The commit of the base model: as noted on loading, else that of its config in the cache of the Hub."""
+    """The commit of the base model: as noted on loading, else that of its config in the cache, if only one is there."""
     name = model.name_or_path or ""
     if (known := getattr(model.config, "_commit_hash", None)) or Path(name).exists():
         return known
     with contextlib.suppress(HFValidationError):  # a name that cannot be on the Hub
         file = try_to_load_from_cache(name, CONFIG_NAME, revision=config.revision)
-        return Path(file).parent.name if isinstance(file, str) else None
+        if isinstance(file, str) and (config.revision or len(list(Path(file).parents[1].iterdir())) == 1):
+            return Path(file).parent.name
     return None
 
 

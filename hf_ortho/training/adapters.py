@@ -16,7 +16,7 @@ from ..conversion.sites import rebuild
 from ..errors import ConfigError
 from ..peft import OrthoConfig, calibrate
 from .arguments import LoraArguments, ModelArguments
-from .policies import norm_layers
+from .policies import NO_ACTIVATIONS, norm_layers
 
 ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 TASK_TYPES = {"causal-lm": TaskType.CAUSAL_LM}
@@ -33,6 +33,8 @@ def add_lora(
         ConfigError: a value does not fit, or no layer has such a name.
     """
     saved = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
+    if policy == "lora+activations" and not saved:
+        raise ConfigError(NO_ACTIVATIONS.format(policy))
     saved = [*(saved if policy == "lora+activations" else []), *options.pop("modules_to_save", [])]
     set_seed(seed)  # of the adapters' initial values, the same in all processes
     try:
@@ -56,15 +58,21 @@ def add_adapter(
     lora: LoraArguments,
     seed: int,
     calibration: list[dict] | None = None,
+    resume: str | None = None,
 ) -> PeftModel:
     """Wrap the model with what ``train`` names, to be saved as an adapter: the base model stays as it is.
 
     A head that was made for the classes of the dataset is trained and saved too. ``calibration`` weights the fit of
-    activations.
+    activations; those of the checkpoint ``resume`` are not fitted anew.
 
     Raises:
         HfOrthoError: a value does not fit the model.
     """
+    if checkpoint.merged:
+        raise ConfigError(
+            f"adapter: {arguments.model} is an adapter itself, of which only the merged model is in memory; save that "
+            "one with merge_and_unload().save_pretrained(...) and give it as model"
+        )
     head = [checkpoint.new_head] if checkpoint.new_head else []
     options: dict[str, Any] = {
         "task_type": TASK_TYPES.get(checkpoint.task),
@@ -77,8 +85,13 @@ def add_adapter(
     options["modules_to_save"] = head or None
     if policy == "norms":
         return _wrap(model, LNTuningConfig(target_modules=norm_layers(model), **options))
-    wrapped = _wrap(model, OrthoConfig(activation=str(arguments.activation), **options))
-    if calibration is not None:
+    config = OrthoConfig(activation=str(arguments.activation), **options)
+    if resume is not None:
+        fitted = OrthoConfig.from_pretrained(resume)
+        for key in ("layers", "source_activations", "calibrated", "base_commit", "hf_ortho_version"):
+            setattr(config, key, getattr(fitted, key))
+    wrapped = _wrap(model, config)
+    if calibration is not None and resume is None:
         calibrate(wrapped, calibration)
     return wrapped
 

@@ -77,9 +77,15 @@ def _convert_first(
 
 
 def build_trainer(
-    recipe: Recipe, checkpoint: Checkpoint, train: Dataset | Stream, held_back: Dataset | None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    train: Dataset | Stream,
+    held_back: Dataset | None,
+    resume: str | None = None,
 ) -> tuple[ActivationTrainer, int]:
     """The Trainer of a recipe, its model frozen where the recipe says so, and the number of trained parameters.
+
+    ``resume`` is the checkpoint that the training goes on from.
 
     Raises:
         ConfigError: an argument does not fit the model or the data.
@@ -89,7 +95,7 @@ def build_trainer(
         if sharding():
             what = f"train {arguments.train!r}" + (" with adapter" if arguments.adapter else "")
             raise ConfigError(f"{what} and tensor parallelism do not go together; take multi_gpu or fsdp2")
-        checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train))
+        checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train, resume))
         freeze_domains(checkpoint.model)
         trainable = sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad)
     else:
@@ -125,10 +131,10 @@ def build_trainer(
     return trainer, trainable
 
 
-def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream) -> PeftModel:
+def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream, resume: str | None) -> PeftModel:
     arguments, seed = recipe.model, recipe.training.seed
     if arguments.adapter:
         samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
-        return add_adapter(checkpoint, arguments, recipe.lora, seed, samples)
+        return add_adapter(checkpoint, arguments, recipe.lora, seed, samples, resume)
     head = [checkpoint.new_head] if checkpoint.new_head else []
     return add_lora(checkpoint.model, recipe.lora, seed, arguments.train, modules_to_save=head)

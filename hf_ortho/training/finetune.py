@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from ..activations import parse
 from ..conversion import ConversionReport
+from ..conversion.adapter import ADAPTER_CONFIG
 from ..conversion.checkpoint import Checkpoint, replacing, save_checkpoint
 from ..errors import ConfigError, DataError
 from .adapters import check_adapter, merge_lora
@@ -78,7 +79,7 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
     checkpoint, train, held_back, report = assemble(recipe)
     # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
-    trainer, trainable = build_trainer(recipe, checkpoint, train, held_back)
+    trainer, trainable = build_trainer(recipe, checkpoint, train, held_back, resume)
     if isinstance(checkpoint.model, PeftModel):
         report = report or getattr(checkpoint.model.peft_config["default"], "report", None)
     for callback in callbacks:
@@ -146,7 +147,7 @@ def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path, state_dict: di
     draft = folder / FINAL_DRAFT
     with replacing(draft) as place:
         save_checkpoint(checkpoint, place, state_dict)
-    last = "adapter_config.json" if isinstance(checkpoint.model, PeftModel) else "config.json"
+    last = ADAPTER_CONFIG if isinstance(checkpoint.model, PeftModel) else "config.json"
     (folder / last).unlink(missing_ok=True)
     for file in sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name)):
         file.replace(folder / file.name)

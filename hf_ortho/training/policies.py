@@ -9,6 +9,7 @@ from ..activations import LearnableActivation
 from ..errors import ConfigError
 
 POLICIES = ("all", "activations", "activations+norms", "activations+head", "norms", "head", "lora", "lora+activations")
+NO_ACTIVATIONS = "train {!r}: the model has no learnable activations; convert it first, or give --activation"
 LEARNABLE = tuple(policy for policy in POLICIES if "activations" in policy)
 
 
@@ -40,9 +41,7 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
     names = activation_parameters(model)
     if policy != "all":
         if not names and policy in LEARNABLE:
-            raise ConfigError(
-                f"train {policy!r}: the model has no learnable activations; convert it first, or give --activation"
-            )
+            raise ConfigError(NO_ACTIVATIONS.format(policy))
         # Of activations under peft only the copies are in use.
         used = (p for n, p in model.named_parameters() if n in names and ".original_module." not in n)
         chosen = {id(p) for p in used} if policy in LEARNABLE else set()

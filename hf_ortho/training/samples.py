@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
+from transformers.utils import logging
 
 from ..conversion.checkpoint import Checkpoint
 from ..errors import ConfigError, DataError
 from . import data
 from .arguments import DataArguments
 from .streaming import Stream, first_rows, stream_images, stream_text
+
+logger = logging.get_logger("hf_ortho")
 
 
 def prepare(checkpoint: Checkpoint, splits, arguments: DataArguments, name: str) -> Dataset:
@@ -121,9 +124,16 @@ def _match_classes(checkpoint: Checkpoint, train: Dataset, seed: int) -> None:
         return
     head = next((m for m in (getattr(model, n, None) for n in ("classifier", "head", "fc")) if m is not None), None)
     if not isinstance(head, torch.nn.Linear):
+        if old == len(names):
+            return
         raise ConfigError(
-            f"{model.name_or_path} has {old} other classes than the dataset, and "
+            f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
             f"{type(model).__name__} has no linear head to replace"
+        )
+    if old == len(names):
+        logger.warning(
+            f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) are not those of the dataset "
+            f"({', '.join(names[:2])} ...): its head is made anew"
         )
     torch.manual_seed(seed)
     new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_ortho import convert
 from hf_ortho.activations import FAMILIES
 from hf_ortho.conversion.checkpoint import load_checkpoint
 from hf_ortho.conversion.stored import load_activations
-from hf_ortho.errors import CheckpointError, ConfigError
+from hf_ortho.errors import CheckpointError, ConfigError, HfOrthoError
 from hf_ortho.peft import OrthoConfig
 
 PATHS = [f"transformer.h.{i}.mlp.act" for i in (0, 1)]
@@ -70,6 +71,34 @@ def test_an_adapter_without_activations(gpt2_folder, tmp_path):
     get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="has no learnable activations"):
         load_activations(str(tmp_path))
+
+
+@pytest.mark.parametrize("dropped", ["transformer.h.1.mlp.act.hf_ortho_act.coefficients", None])
+def test_an_adapter_that_is_not_whole(gpt2_folder, tmp_path, dropped):
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    get_peft_model(base, OrthoConfig(activation="hermite_3")).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    if dropped is None:
+        tensors["base_model.model.transformer.h.1.mlp.act.hf_ortho_act.coefficients"][0] = torch.nan
+    save_file({k: v for k, v in tensors.items() if not dropped or dropped not in k}, weights)
+    with pytest.raises(HfOrthoError, match="not finite" if dropped is None else "not whole|not finite"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_an_adapter_that_cannot_be_merged(gpt2_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="PROMPT_TUNING, which cannot be merged"):
+        load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"peft_type": "LORA", "base_model_name_or_path": 5}', "{}"])
+def test_a_config_that_is_none(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"none of peft's|does not name its base"):
+        load_checkpoint(str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft's, when it saves

@@ -10,15 +10,16 @@ from transformers import AutoModelForCausalLM, ConvNextForImageClassification, T
 
 from hf_ortho import convert
 from hf_ortho.activations import FAMILIES
+from hf_ortho.conversion.checkpoint import load_checkpoint
 from hf_ortho.errors import ConfigError
 from hf_ortho.training import DataArguments, LoraArguments, ModelArguments, Recipe, finetune
 
 
 @pytest.fixture
 def train(tmp_path, text_file):
-    def train(model, dataset=text_file, lora_r=2, **options):
-        folder = tmp_path / "out"
-        training = TrainingArguments(
+    def train(model, dataset=text_file, lora_r=2, out="out", training=(), **options):
+        folder = tmp_path / out
+        defaults = dict(
             output_dir=str(folder),
             max_steps=2,
             learning_rate=0.01,
@@ -28,6 +29,7 @@ def train(tmp_path, text_file):
             use_cpu=True,
             disable_tqdm=True,
         )
+        training = TrainingArguments(**(defaults | dict(training)))
         arguments = ModelArguments(model=str(model), adapter=True, **options)
         recipe = Recipe(arguments, DataArguments(dataset=str(dataset)), training, LoraArguments(lora_r=lora_r))
         return finetune(recipe), folder
@@ -98,7 +100,11 @@ def test_a_head_for_new_classes_is_trained_and_saved(train, convnext_folder, tmp
     loaded = PeftModel.from_pretrained(base, folder)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert logits(loaded, pixels).shape == (2, 3)
-    assert torch.equal(logits(loaded, pixels), logits(result.checkpoint.model, pixels))
+    expected = logits(result.checkpoint.model, pixels)
+    assert torch.equal(logits(loaded, pixels), expected)
+    merged = load_checkpoint(str(folder)).model
+    torch.testing.assert_close(logits(merged, pixels), expected)
+    assert merged.config.id2label == {0: "none", 1: "one", 2: "two"}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +114,27 @@ def test_a_head_for_new_classes_is_trained_and_saved(train, convnext_folder, tmp
         ({"train": "activations"}, "'activations' needs --activation, such as hermite_8"),
         ({"train": "norms", "init": "scratch"}, "adapter: needs a pretrained model"),
         ({"train": "lora+activations", "activation": "hermite_3"}, "has gelu_new; make one with hf-ortho convert"),
+        ({"train": "lora+activations"}, r"'lora\+activations': the model has no learnable activations"),
     ],
 )
 def test_what_does_not_fit_is_refused(train, gpt2_folder, options, message):
     with pytest.raises(ConfigError, match=message):
         train(gpt2_folder, **options)
+
+
+def test_an_adapter_on_an_adapter_is_refused(train, gpt2_folder):
+    _, first = train(gpt2_folder, train="norms")
+    with pytest.raises(ConfigError, match="out is an adapter itself"):
+        train(first, out="second", train="lora")
+
+
+def test_resuming_takes_the_domains_of_the_checkpoint(train, gpt2_folder, tmp_path):
+    """Whatever the second command says of calibration: the coefficients belong to them."""
+    options = {"train": "activations", "activation": "hermite_3"}
+    _, whole = train(
+        gpt2_folder, calibration_samples=2, training={"save_strategy": "steps", "save_steps": 1}, **options
+    )
+    resume = {"resume_from_checkpoint": str(whole / "checkpoint-1")}
+    _, resumed = train(gpt2_folder, out="resumed", calibration_samples=0, training=resume, **options)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
