@@ -27,7 +27,8 @@ def parse(name: str) -> tuple[type[LearnableActivation], int]:
     family, _, degree = str(name).rpartition("_")
     if family not in FAMILIES:
         closest = difflib.get_close_matches(family or str(name), FAMILIES, n=1)
-        hint = f"; did you mean {closest[0]}?" if closest else ""
+        meant = f"{closest[0]}_{degree}" if closest and family and degree.isdigit() else "".join(closest)
+        hint = f"; did you mean {meant}?" if closest else ""
         raise ActivationNameError(
             f"unknown activation {name!r}: names are FAMILY_DEGREE with FAMILY one of {', '.join(FAMILIES)} and DEGREE "
             f"from 1 to {MAX_DEGREE}, for example hermite_8{hint}"

@@ -12,7 +12,7 @@ HELP = __doc__
 def parser() -> Parser:
     p = Parser(prog="hf-ortho push", description=HELP)
     p.add_argument("folder", help="with a model, as hf-ortho convert writes it, or with an adapter of peft")
-    p.add_argument("repo_id", help="owner/name on the Hub; created if there is none")
+    p.add_argument("repo_id", help="owner/name on the Hub, or name for your own; created if there is none")
     p.add_argument("--private", action="store_true", help="create it private; one that exists stays as it is")
     p.add_argument("--revision", metavar="BRANCH", help="created if there is none, or refs/pr/N; default: main")
     p.add_argument("--create-pr", action="store_true", help="open a pull request against main")
@@ -35,4 +35,4 @@ def run(argv: list[str]) -> None:
         remote_code=args.remote_code,
         commit_message=args.commit_message,
     )
-    console.print(f"Pushed {args.folder} to {url}")
+    console.print(f"{args.folder} is at {url}")

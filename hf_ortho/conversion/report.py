@@ -123,9 +123,10 @@ class ConversionReport:
             fit = layer.fit
             lo, hi = fit.domain
             outside = fit.mass_outside * fit.rms_error_outside**2
+            seen = "N(-0.5, 1.5^2)" if fit.minimum is None else "the pre-activations"
             if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error_outside > 1e-3:
                 lines.append(
-                    f"{layer.module}: {fit.mass_outside:.2%} of the pre-activations lie outside the domain "
+                    f"{layer.module}: {fit.mass_outside:.2%} of {seen} lie outside the domain "
                     f"[{lo:.2f}, {hi:.2f}], with an rms error there of {fit.rms_error_outside:.1e}"
                 )
         return lines

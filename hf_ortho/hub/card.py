@@ -135,7 +135,9 @@ def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
         return card_text(config, Record.load(folder), repo_id, Making(), folder, remote_code)
     if BEGIN not in text:
         return text
-    text = text.replace(f"\n# {folder.absolute().name}\n", f"\n# {repo_id.rpartition('/')[2]}\n", 1)
+    old, new = folder.absolute().name, repo_id.rpartition("/")[2]
+    for line in ("\n# {}\n", "\nmodel-index:\n- name: {}\n"):
+        text = text.replace(line.format(old), line.format(new), 1)
     return with_loading(text, _loading(config, repo_id, remote_code))
 
 
@@ -147,10 +149,12 @@ def _is_form(text: str) -> bool:
 def _config(folder: Path) -> dict[str, Any]:
     """The config of the adapter, with the classes of a head of its own as ``id2label``, or of the model in a folder."""
     files = [folder / name for name in (ADAPTER_CONFIG, LABELS, "config.json") if (folder / name).is_file()]
-    try:
-        found = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    except ValueError as error:
-        raise CheckpointError(f"{folder} holds a file that is no JSON: {error}") from error
+    found = {}
+    for file in files:
+        try:
+            found[file.name] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is no JSON: {error}") from error
     if ADAPTER_CONFIG in found:
         return found[ADAPTER_CONFIG] | ({"id2label": found[LABELS]} if LABELS in found else {})
     if "config.json" in found:

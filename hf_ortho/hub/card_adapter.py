@@ -16,6 +16,7 @@ from .card_layers import folded, paths_list, stored_table, weight_of
 from .card_loading import ADAPTED
 
 WEIGHTS = "adapter_model.safetensors"
+KINDS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
 
 def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
         conversion = f"The activations of the base model become {activation}:\n\n    " + "\n\n    ".join(formulas)
         conversion += "\n\nThe base model itself stays as it is; `merge_and_unload()` gives a converted model."
     else:
-        conversion = f"{kind} on {_names(config.get('target_modules'))}."
+        conversion = f"{KINDS.get(kind, kind)} on {_names(config.get('target_modules'))}."
     if saved:
         conversion += f" Trained and saved whole: {_names(saved)}."
     modules: dict[str, int] = {}
@@ -78,4 +79,4 @@ def _module(key: str) -> str:
 
 
 def _names(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in (sorted(names) if isinstance(names, list) else [names]))
+    return ", ".join(paths_list(sorted(names)) if isinstance(names, list) else [f"`{names}`"])

@@ -26,6 +26,7 @@ from ..conversion.checkpoint import explain
 from ..errors import ConfigError, HubError
 from .card import card_of
 from .contents import ADAPTER_CONFIG, Contents, contents_of
+from .remote_code import FILE as REMOTE_CODE
 from .remote_code import add_remote_code
 
 logger = logging.get_logger("hf_ortho")
@@ -91,15 +92,18 @@ def push(
             if not branch.startswith("refs/"):
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
             info = api.model_info(repo_id, revision=branch)
+        deleted = _stale(info, {operation.path_in_repo for operation in additions})
         done = api.create_commit(
             repo_id,
-            [*additions, *_deletions(info, additions)],
+            [*additions, *map(CommitOperationDelete, deleted)],
             commit_message=commit_message or f"Upload with hf_ortho {version('hf_ortho')}",
             revision=branch,
             create_pr=create_pr,
         )
     if done.oid == info.sha:
-        logger.warning(f"note: {repo_id} has all of it already, at {info.sha}")
+        logger.warning(f"note: {repo_id} has all of it already, at {info.sha}: there was nothing to push")
+    elif REMOTE_CODE in deleted:
+        logger.warning(f"note: {repo_id} no longer loads without hf_ortho; --remote-code keeps that")
     return str(done.pr_url or done.commit_url)
 
 
@@ -108,7 +112,9 @@ def find_or_create(repo_id: str, *, private: bool | None = None, token: str | No
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ConfigError(f"repository {repo_id!r}: must be owner/name, such as me/gpt2-hermite; {error}") from error
+        meant = "/".join(repo_id.rstrip("/").split("/")[-2:])
+        hint = f"; do you mean {meant}?" if "://" in repo_id else ", of letters, digits, '-', '_' and '.'"
+        raise ConfigError(f"repository {repo_id!r}: must be owner/name, such as me/gpt2-hermite{hint}") from error
     if token is None and get_token() is None:
         raise HubError(f"{repo_id}: no token for the Hub; run `hf auth login`, or set HF_TOKEN to one that may write")
     api = HfApi(token=token)
@@ -132,14 +138,13 @@ def _additions(folder: Path, contents: Contents, written: Mapping[str, bytes]) -
     return [CommitOperationAdd(path, source) for path, source in sorted(files.items())]
 
 
-def _deletions(info: ModelInfo, additions: list[CommitOperationAdd]) -> list[CommitOperationDelete]:
-    """The weights of an earlier push that are no longer part of the model, if the new one has weights of that kind."""
-    added = {operation.path_in_repo for operation in additions}
+def _stale(info: ModelInfo, added: set[str]) -> list[str]:
+    """Weights and remote code of an earlier push that are no longer part of the model, if a model is pushed."""
     if not any(fnmatch.fnmatch(path, WEIGHTS) for path in added):
         return []
-    present = [file.rfilename for file in info.siblings or []]
-    stale = [path for path in present if "/" not in path and path not in added and fnmatch.fnmatch(path, WEIGHTS)]
-    return [CommitOperationDelete(path) for path in stale]
+    present = {file.rfilename for file in info.siblings or []} - added
+    weights = {path for path in present if "/" not in path and fnmatch.fnmatch(path, WEIGHTS)}
+    return sorted(weights | ({REMOTE_CODE} & present))
 
 
 @contextlib.contextmanager

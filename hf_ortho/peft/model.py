@@ -254,7 +254,12 @@ def calibrate(
     config = configs.get(adapter_name)
     if not isinstance(config, OrthoConfig):
         known = ", ".join(name for name, c in configs.items() if isinstance(c, OrthoConfig)) or "none"
-        raise AdapterError(f"{adapter_name!r} is no adapter with activations; the model has: {known}")
+        what = (
+            f"{type(base).__name__} has no active adapter"
+            if adapter_name is None
+            else f"{adapter_name!r} is no adapter"
+        )
+        raise AdapterError(f"{what} of activations; it has: {known}; add one with get_peft_model(model, OrthoConfig())")
     with unwrapped(base):
         sites = targeted_sites(base, config)
         histograms, _ = collect(base, [path for site in sites for path in site.modules], batches)

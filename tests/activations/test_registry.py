@@ -56,10 +56,10 @@ def test_wrong_degrees(family, degree):
 @pytest.mark.parametrize(
     ("name", "closest"),
     [
-        ("hermit_3", "hermite"),
-        ("furier_6", "fourier"),
-        ("tropic_2", "tropical"),
-        ("tropical_ratio_2", "tropical_rational"),
+        ("hermit_3", "hermite_3"),
+        ("furier_6", "fourier_6"),
+        ("tropic_2", "tropical_2"),
+        ("tropical_ratio_2", "tropical_rational_2"),
     ],
 )
 def test_unknown_families_name_the_closest(name, closest):

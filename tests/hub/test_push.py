@@ -81,7 +81,7 @@ def test_round_trip(tmp_path, converted, adapter, connect, hf_ortho_command):
             done = hf_ortho_command("push", folder, name)
             assert done.code == 0, done.err
             commit = repositories.get("models", name).refs["main"]
-            assert done.out == f"Pushed {folder} to {endpoint}/{name}/commit/{commit}\n"
+            assert done.out == f"{folder} is at {endpoint}/{name}/commit/{commit}\n"
         environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_me"}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         script = [sys.executable, Path(__file__).with_name("load_and_push.py"), tmp_path]
@@ -130,11 +130,22 @@ def test_what_a_training_leaves_is_left_out(served, tmp_path, converted, hf_orth
     assert files_of(folder) == before
 
 
+def test_remote_code_stays_only_with_the_flag(served, converted, caplog):
+    push(converted, "me/code", remote_code=True)
+    assert "modeling_hf_ortho.py" in served.get("models", "me/code").files("main")
+    push(converted, "me/code")
+    found = served.get("models", "me/code").files("main")
+    assert "modeling_hf_ortho.py" not in found
+    assert "auto_map" not in json.loads(found["config.json"])
+    assert caplog.messages == ["note: me/code no longer loads without hf_ortho; --remote-code keeps that"]
+
+
 def test_a_second_push_sends_what_changed(served, tmp_path, converted, hf_ortho_command, caplog):
     first = push(converted, "me/x")
     assert not caplog.messages
     assert push(converted, "me/x") == first
-    assert caplog.messages == [f"note: me/x has all of it already, at {first.rpartition('/')[2]}"]
+    commit = first.rpartition("/")[2]
+    assert caplog.messages == [f"note: me/x has all of it already, at {commit}: there was nothing to push"]
     assert len(served.get("models", "me/x").commits) == 2
     model = AutoModelForCausalLM.from_pretrained(converted)
     with torch.no_grad():

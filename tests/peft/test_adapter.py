@@ -337,7 +337,7 @@ def test_calibration_fits_to_the_data_as_a_conversion_does(gpt2_folder, ids, log
 
 
 def test_calibration_needs_an_adapter_and_batches(base, logits):
-    with pytest.raises(AdapterError, match="None is no adapter with activations; the model has: none"):
+    with pytest.raises(AdapterError, match="GPT2LMHeadModel has no active adapter of activations; it has: none"):
         calibrate(base, [torch.arange(4)[None]])
     model = get_peft_model(base, OrthoConfig(activation="hermite_3"))
     before = logits(model)
