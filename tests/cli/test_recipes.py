@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +12,7 @@ import yaml
 from hf_ortho.activations import FAMILIES, parse
 from hf_ortho.cli.recipe import parse_recipe
 from hf_ortho.training import Recipe
+from hf_ortho.training.adapters import check_adapter
 from hf_ortho.training.compare import Comparison
 
 REPOSITORY = Path(__file__).parents[2]
@@ -71,3 +73,17 @@ def test_tokens_and_images_of_a_step(grid, per_sample, expected):
     e = entries(f"recipes/{grid}/config_gelu.yaml")
     size = e["per_device_train_batch_size"] * e["gradient_accumulation_steps"]
     assert size * e.get(per_sample, 1) == expected
+
+
+def test_each_run_of_the_adapters_is_a_recipe(tmp_path):
+    script = runpy.run_path(str(REPOSITORY / "recipes/small/adapters.py"))
+    assert script["METHODS"].keys() == script["RATES"].keys()
+    for flags in script["METHODS"].values():
+        pairs = [part for key, value in flags.items() for part in (f"--{key}", value)]
+        for file in ("text", "images"):
+            config = str(REPOSITORY / f"recipes/small/adapters_{file}.yaml")
+            recipe = parse_recipe(
+                Recipe, "finetune", "", ["--config", config, "--model", "m", "--use_cpu", "true", *pairs]
+            )
+            if recipe.model.adapter:
+                check_adapter(recipe.model)
