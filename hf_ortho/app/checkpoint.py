@@ -12,8 +12,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from matplotlib.figure import Figure
 from transformers.activations import ACT2FN
 
-from ..cli.inspect import examine
 from ..conversion.checkpoint import explain
+from ..conversion.examine import examine
 from ..conversion.paths import split_shared
 from ..conversion.stored import load_activations
 from ..errors import CheckpointError
