@@ -232,8 +232,8 @@ def test_the_licence_is_that_of_the_base(card, make_gpt2, tmp_path, head, inheri
 def test_further_metadata_wins(card, make_gpt2):
     model, _ = make_gpt2()
     hf_ortho.convert(model, "hermite_3")
-    found = card(model, metadata={"license": "mit", "tags": "mine"})
-    assert found.data.license == "mit"
+    found = card(model, metadata={"license": "mit", "tags": "mine", "base_model": "me/x"})
+    assert (found.data.license, found.data.base_model) == ("mit", "me/x")
     assert found.data.tags == ["hf_ortho", "learnable-activations", "hermite", "mine"]
 
 
