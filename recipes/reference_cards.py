@@ -66,7 +66,8 @@ def reference_card(name: str, report: hf_ortho.ConversionReport, config: dict, f
         f"The fits are data-free: they depend on {report.layers[0].fit.source} and the family alone. They were "
         f"computed in a network with the layers of {base} and random weights; the pretrained weights were not loaded."
     )
-    return card_text(config, Record(report, [results], [command]), folder.name, Making(notes=[note]), folder)
+    making = Making(notes=[note], metadata={"base_model": base, "base_model_relation": "finetune"})
+    return card_text(config, Record(report, [results], [command]), folder.name, making, folder)
 
 
 def main(folder: Path) -> None:

@@ -11,11 +11,13 @@ from huggingface_hub import model_info, scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE
 from matplotlib.figure import Figure
 from transformers.activations import ACT2FN
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..cli.inspect import examine
+from ..conversion.adapter import ADAPTER_CONFIG
 from ..conversion.checkpoint import explain
+from ..conversion.examine import examine
 from ..conversion.paths import split_shared
-from ..conversion.stored import load_activations
+from ..conversion.stored import checked_adapter, load_activations
 from ..errors import CheckpointError
 from ..plotting import Panel, draw_activations
 from ..plotting.layout import thin
@@ -23,7 +25,9 @@ from ..plotting.layout import thin
 COLUMNS = ["*", "activation", "domain", "tail slopes", "E f²", "E f'²", "sup f", "rms f"]
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
-LARGEST = 2e9  # bytes of weights that a visitor may have downloaded
+JSON_FILES = (CONFIG_NAME, ADAPTER_CONFIG, SAFE_WEIGHTS_INDEX_NAME)  # that ``load_activations`` reads
+LARGEST_JSON = 10e6  # bytes
+LARGEST = 2e9  # bytes that a visitor may have downloaded
 CACHE = 10e9  # bytes of all of them
 
 
@@ -42,7 +46,8 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
     """Read the activations of a folder or a Hub model, and draw them.
 
     Args:
-        public: take names on the Hub only, of at most 2 GB of weights.
+        public: take names on the Hub only, of at most 2 GB of weights and 10 MB of each JSON file; also for the base
+            model of an adapter, of which nothing but its config is read.
 
     Raises:
         CheckpointError: there is no such checkpoint, or ``public`` refuses it.
@@ -51,9 +56,11 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
     name, revision = name.strip(), revision.strip()
     if not name:
         raise CheckpointError(f"no checkpoint is named: give OWNER/NAME on the Hub{'' if public else ', or a folder'}")
+    commit = revision or None
     if public:
-        _check_public(name, revision)
-    stored = load_activations(name, revision=revision or None)
+        commit = _check_public(name, revision)
+        _check_base(name, commit)
+    stored = load_activations(name, revision=commit)
     paths = list(stored.modules)
     chosen = {paths[i]: stored.modules[paths[i]] for i in thin(len(paths))}
     layers, notes = examine(dataclasses.replace(stored, modules=chosen))
@@ -77,23 +84,44 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
     )
 
 
-def _check_public(name: str, revision: str) -> None:
+def _check_base(name: str, revision: str | None) -> None:
+    """The base model of an adapter, of which only JSON files are read, must be on the Hub too."""
+    adapter = checked_adapter(name, revision) or {}
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        return
+    try:
+        _check_public(base, adapter.get("revision") or "", weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
+
+
+def _check_public(name: str, revision: str, weights: bool = True) -> str | None:
+    """Raise CheckpointError unless it is on the Hub and small; make room for it, and return its commit."""
     if not HUB_NAME.fullmatch(name) or Path(name).exists():
         raise CheckpointError(f"{name!r} is no model on the Hub: give OWNER/NAME, such as openai-community/gpt2")
     if revision and not REVISION.fullmatch(revision):
         raise CheckpointError(f"{revision!r} is no revision: give a branch, a tag or a commit")
     try:
-        found = model_info(name, revision=revision or None, files_metadata=True).siblings or []
+        found = model_info(name, revision=revision or None, files_metadata=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name} cannot be found on the Hub: {explain(error)}") from error
-    size = sum(file.size or 0 for file in found if file.rfilename.endswith(".safetensors"))
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    large = [file for file in JSON_FILES if sizes.get(file, 0) > LARGEST_JSON]
+    if large:
+        raise CheckpointError(
+            f"{large[0]} of {name} has {sizes[large[0]] / 1e6:.1f} MB, and this page reads at most "
+            f"{LARGEST_JSON / 1e6:g} MB of it"
+        )
+    read = (".safetensors", *JSON_FILES) if weights else JSON_FILES
+    size = sum(size for file, size in sizes.items() if file.endswith(read))
     if size > LARGEST:
         raise CheckpointError(
             f"{name} has {size / 1e9:.1f} GB of weights, and this page reads at most {LARGEST / 1e9:g} GB: run "
             f"`hf-ortho app --model {name}` on your own machine"
         )
-    if not Path(HF_HUB_CACHE).is_dir():  # nothing was downloaded yet
-        return
-    cache = scan_cache_dir()
-    if cache.size_on_disk + size > CACHE:
-        cache.delete_revisions(*(r.commit_hash for repo in cache.repos for r in repo.revisions)).execute()
+    if Path(HF_HUB_CACHE).is_dir():  # something was downloaded before
+        cache = scan_cache_dir()
+        if cache.size_on_disk + size > CACHE:
+            cache.delete_revisions(*(r.commit_hash for repo in cache.repos for r in repo.revisions)).execute()
+    return found.sha

@@ -46,6 +46,9 @@ def run(argv: list[str]) -> None:
             threading.Event().wait()
     except OSError as error:
         where = f"{args.host}:{args.port or '7860-7959'}"
-        raise ConfigError(f"{where} cannot be opened: {error}") from error
+        raise ConfigError(
+            f"{where} cannot be opened: it is in use, or the host is no address of this machine; name another --port "
+            "or --host"
+        ) from error
     finally:
         page.close(verbose=False)

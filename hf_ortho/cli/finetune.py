@@ -7,10 +7,13 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from ..conversion.stored import provenance_of
+from ..conversion.stored import load_activations, provenance_of
+from ..errors import ConfigError
 from ..hub import DataSource, Results, command_line, hardware, write_card
+from ..hub.card import PICTURE
 from ..hub.push import find_or_create, push
 from ..hub.record import carry_over
+from ..plotting import plot_stored
 from ..training.arguments import Recipe
 from ..training.data import commit_of, resolved
 from ..training.finetune import Result, finetune
@@ -58,6 +61,15 @@ def _repository(arguments: TrainingArguments) -> str:
     return arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name
 
 
+def _draw(folder: Path) -> None:
+    """The trained activations as ``activations.png``, if there are any."""
+    try:
+        stored = load_activations(str(folder))
+    except ConfigError:  # it has none
+        return
+    plot_stored(stored, folder / PICTURE, folder.absolute().name)
+
+
 def run(argv: list[str], command: str = "finetune", description: str = HELP) -> int | None:
     if (code := launch(command, argv)) is not None:
         return code
@@ -81,6 +93,7 @@ def run(argv: list[str], command: str = "finetune", description: str = HELP) -> 
     scratch = recipe.model.init == "scratch"
     if result.conversion is None and not scratch:
         carry_over(str(recipe.model.model), result.checkpoint.commit, folder)
+    _draw(folder)
     write_card(
         folder,
         report=result.conversion,

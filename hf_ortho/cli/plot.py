@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-
-from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
 from ..conversion import Histogram, collect
 from ..conversion.checkpoint import load_checkpoint
-from ..conversion.stored import StoredActivations, load_activations, provenance_of, source_names
+from ..conversion.stored import StoredActivations, load_activations, provenance_of
 from ..errors import CheckpointError, ConfigError, OutputError
-from ..plotting import Panel, Snapshot, animate_history, plot_activations, plot_history
+from ..plotting import Snapshot, animate_history, plot_history, plot_stored
 from ..plotting.layout import thin
 from ..training.checkpoints import checkpoints, step_of
 from ..training.history import read_step, recorded_steps
@@ -79,16 +78,8 @@ def _shapes(args) -> None:
                 f"{next(iter(stored.modules))} ..., the second {next(iter(others))} ..."
             )
         _name_the_rest({args.model: stored.modules, args.against: others}, modules)
-    names = source_names(stored.provenance, modules)
-    sources = {name: ACT2FN[name] for name in names.values() if name in ACT2FN}
-    panels = [
-        Panel(path, module, sources.get(names[path]), histograms.get(path), others.get(path))
-        for path, module in modules.items()
-    ]
-    title = args.model
-    if found := sorted({name for name in names.values() if name}):
-        title += f": {', '.join(_activations(modules))} for {', '.join(found)}"
-    plot_activations(panels, args.output, title, other=f"against {args.against}")
+    stored = dataclasses.replace(stored, modules=modules)
+    plot_stored(stored, args.output, args.model, histograms=histograms, others=others, other=f"against {args.against}")
 
 
 def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
@@ -97,7 +88,7 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     modules = {n: m for n, m in checkpoint.model.named_modules() if isinstance(m, LearnableActivation)}
     if not modules:
         raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
-    batches = calibration_batches(checkpoint, args)
+    batches, _ = calibration_batches(checkpoint, args)
     assert batches is not None
     stored = StoredActivations(modules, provenance_of(checkpoint.model.config), checkpoint.commit)
     return stored, collect(checkpoint.model, modules, batches)[0]

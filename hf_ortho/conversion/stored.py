@@ -49,7 +49,7 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
     """
     check_place(name)
     try:
-        adapter = adapter_config(name, revision)
+        adapter = checked_adapter(name, revision)
         commit = commit_of(name, revision) if adapter is None else commit_of(name, revision, ADAPTER_CONFIG)
         revision = commit or revision
         if adapter is None:
@@ -64,6 +64,7 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
     if not tensors:
         raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
     provenance = provenance_of(config)
+    _check(provenance, f"hf_ortho in the config of {name}", ("module",))
     layers = _layers(provenance)
     modules = {}
     for path in sorted(tensors, key=_natural):
@@ -73,6 +74,54 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
         modules[path] = _build(named, shapes, f"{path} of {name}")
         modules[path].load_state_dict(tensors[path])
     return StoredActivations(modules, provenance, commit)
+
+
+def checked_adapter(name: str, revision: str | None) -> dict | None:
+    """``adapter_config.json`` of a folder or a Hub repository; None if it is not an adapter.
+
+    Raises:
+        CheckpointError: it cannot be read, or its layers or its base model are not what hf_ortho and peft write.
+    """
+    try:
+        adapter = adapter_config(name, revision)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
+    if adapter is None:
+        return None
+    where = f"{ADAPTER_CONFIG} of {name}"
+    if not isinstance(adapter, dict):
+        raise CheckpointError(f"{where} holds no JSON object")
+    for key in ("base_model_name_or_path", "revision"):
+        if not _is_text(adapter.get(key)):
+            raise CheckpointError(f"{where}: {key} is {adapter[key]!r:.80}, where text is expected")
+    _check(adapter, where, ("module", "domain", "tail_slopes"))
+    return adapter
+
+
+def _check(entry: dict, where: str, needed: tuple[str, ...]) -> None:
+    """Raise CheckpointError if ``layers`` or ``source_activations`` are not what hf_ortho writes."""
+    layers, sources = entry.get("layers") or [], entry.get("source_activations") or {}
+    if not isinstance(sources, dict) or not all(isinstance(value, str) for value in sources.values()):
+        expected = "a dictionary of fields and names"
+        raise CheckpointError(f"{where}: source_activations is {sources!r:.80}, where {expected} is expected")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if (
+            not isinstance(layer, dict)
+            or any(layer.get(key) is None for key in needed)
+            or not all(_is_text(layer.get(key)) for key in ("module", "field", "source"))
+            or not all(_is_pair(layer.get(key, [None, None])) for key in ("domain", "tail_slopes"))
+        ):
+            expected = f"a dictionary with {', '.join(needed)}"
+            raise CheckpointError(f"{where}: layers holds {layer!r:.80}, where {expected} is expected")
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_pair(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(end is None or isinstance(end, int | float) for end in value)
+    return numbers and len(value) == 2
 
 
 def _of_adapter(name: str, adapter: dict, revision: str | None) -> tuple[dict, dict[str, dict[str, Tensor]]]:
@@ -97,13 +146,17 @@ def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
     """The tensors of each activation, by its path and their own names."""
     index = _file(name, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index:
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+        places: Any = content.get("weight_map") if isinstance(content, dict) else None
     else:
         single = _file(name, SAFE_WEIGHTS_NAME, revision)
         if not single:
             raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
         with safe_open(single, "pt") as weights:
             places = dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
+    files = places.values() if isinstance(places, dict) else [places]
+    if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
+        raise CheckpointError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} must name files that end in .safetensors")
     paths = {path for path in map(_parent, places) if all(_join(path, key) in places for key in SHARED)}
     wanted = defaultdict(list)
     for key, file in places.items():
@@ -179,7 +232,7 @@ def provenance_of(config: Any) -> dict:
 
 
 def _layers(provenance: dict) -> dict[str, dict]:
-    return {layer["module"]: layer for layer in provenance.get("layers", [])}
+    return {layer["module"]: layer for layer in provenance.get("layers") or []}
 
 
 def pure_domain(provenance: dict, module: str) -> tuple[float, float] | None:
@@ -191,7 +244,7 @@ def pure_domain(provenance: dict, module: str) -> tuple[float, float] | None:
 def source_names(provenance: dict, modules: Iterable[str]) -> dict[str, str | None]:
     """The name in ``ACT2FN`` of what each module replaced: as noted for it, else the one that all have in common."""
     layers = _layers(provenance)
-    fields = {field: value.rpartition("-")[2] for field, value in provenance.get("source_activations", {}).items()}
+    fields = {field: value.rpartition("-")[2] for field, value in (provenance.get("source_activations") or {}).items()}
     common = next(iter(fields.values())) if len(set(fields.values())) == 1 else None
 
     def of(module: str) -> str | None:

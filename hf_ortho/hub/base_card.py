@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -26,14 +29,15 @@ class Base:
 
     @property
     def on_hub(self) -> bool:
-        """Whether the name looks like one of the Hub, and is no folder here."""
-        name = self.name
-        return name is not None and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
-
-    @property
-    def _seen(self) -> bool:
-        """Whether it was found on the Hub before, so that asking there is not in vain."""
-        return self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
+        """Whether it is known to be there: by a commit, else it is no folder here and has a revision or is cached."""
+        try:
+            validate_repo_id(self.name or "")
+        except HFValidationError:
+            return False
+        if re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            return True
+        seen = self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
+        return seen and not Path(str(self.name)).exists()
 
     def inherited(self) -> dict[str, Any]:
         """Licence and language of the base's card; empty if there is none or it cannot be reached."""
@@ -41,7 +45,7 @@ class Base:
             return {}
         path = Path(self.name, "README.md")
         try:
-            if self.on_hub and self._seen:
+            if self.on_hub:
                 path = Path(hf_hub_download(self.name, "README.md", revision=self.revision))
             data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
         except (OSError, ValueError, YAMLError):  # no such file, no network, not a card

@@ -183,18 +183,19 @@ def card_text(
     evaluations = [entry for results in record.results[-1:] for entry in results.evaluations(task)] if task else []
     extra = {**base.inherited(), **making.metadata}
     tags = extra.pop("tags", [])
-    card_data = ModelCardData(
-        base_model=base.name if base.on_hub else None,
-        library_name=parts["library"],
-        pipeline_tag=task,
-        tags=[*parts["tags"], *([tags] if isinstance(tags, str) else tags)],
-        datasets=list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
-        metrics=sorted({e.metric_type for e in evaluations} & set(METRICS.values())) or None,
-        model_name=title if evaluations else None,
-        eval_results=evaluations or None,
-        **({"base_model_relation": parts["relation"]} if base.on_hub else {}) | extra,
-    )
-    unknown = ", commit not recorded" if base.on_hub and not base.revision else ""
+    fields = {
+        "library_name": parts["library"],
+        "pipeline_tag": task,
+        "tags": [*parts["tags"], *([tags] if isinstance(tags, str) else tags)],
+        "datasets": list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
+        "metrics": sorted({e.metric_type for e in evaluations} & set(METRICS.values())) or None,
+        "model_name": title if evaluations else None,
+        "eval_results": evaluations or None,
+    }
+    if base.on_hub:
+        fields |= {"base_model": base.name, "base_model_relation": parts["relation"]}
+    card_data = ModelCardData(**(fields | extra))
+    unknown = ", commit not recorded" if card_data.base_model and not base.revision else ""
     made = [f"Base model: {base}{unknown}"] if base.name else []
     made += [f"Data: {source}" for source in record.data]
     made += [f"Hardware: {making.hardware}"] if making.hardware else []

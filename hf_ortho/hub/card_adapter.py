@@ -13,7 +13,7 @@ from ..conversion.convert import families_in, tags_of
 from ..errors import CheckpointError
 from .base_card import Base
 from .card_layers import folded, paths_list, stored_table, weight_of
-from .card_loading import ADAPTED
+from .card_loading import ADAPTED, task_of_class
 
 WEIGHTS = "adapter_model.safetensors"
 KINDS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
@@ -27,6 +27,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
     parameters = sum(tensors.values())
     size = (folder / WEIGHTS).stat().st_size if folder is not None and tensors else 0
     saved = config.get("modules_to_save")
+    cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # which peft notes without a task_type
     what = f"learnable `{activation}` activations" if activation else kind
     summary = f"PEFT adapter ({what}) for {base}: {parameters:,} parameters, {size:,} bytes."
     if activation:
@@ -51,7 +52,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
         "base": base,
         "relation": "adapter",
         "library": "peft",
-        "task": ADAPTED.get(str(config.get("task_type")), (None, ""))[0],
+        "task": ADAPTED.get(str(config.get("task_type")), task_of_class(cls))[0],
         "tags": [*tags_of(activation), "peft", "adapter" if activation else kind.lower()],
         "summary": summary,
         "conversion": conversion,

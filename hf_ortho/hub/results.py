@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, get_token
 
 NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 METRICS = {"perplexity": "perplexity", "top1": "accuracy", "top5": "accuracy"}  # as `evaluate` calls them
-SECRETS = ("--hub_token", "--push_to_hub_token", "--token")
+SECRETS = ("--hub-token", "--push-to-hub-token", "--token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +168,11 @@ def hardware() -> str:
 def command_line(command: str, argv: Sequence[str]) -> str:
     """``hf-ortho COMMAND ...`` as it was typed, tokens of the Hub left out."""
     kept: list[str] = []
-    for i, word in enumerate(argv):
-        if word.startswith(SECRETS) or (i and argv[i - 1] in SECRETS):
-            continue
-        kept.append(word)
+    token, before = get_token(), ""
+    for word in argv:
+        flag, equals, _ = word.replace("_", "-").partition("=")  # the recipe's flags have both spellings
+        secret = flag in SECRETS or before in SECRETS or (token and token in word)
+        before = "" if equals else flag
+        if not secret:
+            kept.append(word)
     return shlex.join(["hf-ortho", command, *kept])

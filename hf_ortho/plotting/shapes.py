@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
+from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
 from ..conversion import Histogram
 from ..conversion.checkpoint import written
+from ..conversion.stored import StoredActivations, source_names
 from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 801
@@ -71,6 +73,36 @@ def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "",
     figure = draw_activations(panels, title, other=other)
     with written(path) as draft:
         figure.savefig(draft)
+
+
+def plot_stored(
+    stored: StoredActivations,
+    path: str | Path,
+    name: str,
+    *,
+    histograms: Mapping[str, Histogram] | None = None,
+    others: Mapping[str, LearnableActivation] | None = None,
+    other: str = "the other",
+) -> None:
+    """Write the picture of the activations of a checkpoint, each with the source that its config tells of.
+
+    Args:
+        name: of the checkpoint, for the title.
+        histograms: of the pre-activations, by the path of the activation.
+        others, other: the same activations of another checkpoint, and its name.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    names = source_names(stored.provenance, stored.modules)
+    sources = {source: ACT2FN[source] for source in names.values() if source in ACT2FN}
+    panels = [
+        Panel(place, module, sources.get(names[place]), (histograms or {}).get(place), (others or {}).get(place))
+        for place, module in stored.modules.items()
+    ]
+    if found := sorted({source for source in names.values() if source}):
+        name += f": {', '.join(sorted({module.name for module in stored.modules.values()}))} for {', '.join(found)}"
+    plot_activations(panels, path, name, other=other)
 
 
 def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "the other") -> Figure:

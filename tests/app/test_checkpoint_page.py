@@ -80,12 +80,13 @@ def test_visitors_read_no_folder(converted_folder, monkeypatch, name):
 
 
 def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
-    size, asked, deleted = 1e6, [], []
+    size, json_files, asked, deleted, loaded = 1e6, {"config.json": 100}, [], [], []
 
     def model_info(name, revision, files_metadata):
         asked.append((name, revision))
-        files = {"model.safetensors": size, "pytorch_model.bin": 1e12, "config.json": 100}
-        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=f, size=n) for f, n in files.items()])
+        files = {"model.safetensors": size, "pytorch_model.bin": 1e12, "tokenizer.json": 2e7} | json_files
+        siblings = [types.SimpleNamespace(rfilename=f, size=n) for f, n in files.items()]
+        return types.SimpleNamespace(siblings=siblings, sha="c" * 40)
 
     revisions = [types.SimpleNamespace(commit_hash="a"), types.SimpleNamespace(commit_hash="b")]
     cache = types.SimpleNamespace(size_on_disk=0, repos=[types.SimpleNamespace(revisions=revisions)])
@@ -93,10 +94,16 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     load = hf_ortho.app.checkpoint.load_activations
     monkeypatch.setattr(hf_ortho.app.checkpoint, "model_info", model_info)
     monkeypatch.setattr(hf_ortho.app.checkpoint, "scan_cache_dir", lambda: cache)
-    monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", lambda name, revision: load(str(converted_folder)))
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "checked_adapter", lambda name, revision: adapter)
+    monkeypatch.setattr(
+        hf_ortho.app.checkpoint,
+        "load_activations",
+        lambda name, revision: loaded.append(revision) or load(str(converted_folder)),
+    )
+    adapter = None
     monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder / "none"))
     assert len(shapes(" owner/name ", "v1", public=True).rows) == 2
-    assert (asked, deleted) == ([("owner/name", "v1")], [])
+    assert (asked, loaded, deleted) == ([("owner/name", "v1")], ["c" * 40], [])
     cache.size_on_disk = 2e10
     monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder))
     assert shapes("gpt2", public=True).commands.splitlines()[0] == "hf-ortho inspect gpt2 --json"
@@ -106,6 +113,22 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     size = 3e9
     with pytest.raises(HfOrthoError, match=r"owner/name has 3.0 GB of weights, and this page reads at most 2 GB"):
         shapes("owner/name", public=True)
+    size = 1e6
+    for file in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
+        json_files = {file: 1.1e7}
+        with pytest.raises(HfOrthoError, match=f"{file} of owner/name has 11.0 MB, and this page reads at most 10 MB"):
+            shapes("owner/name", public=True)
+    json_files, count = {}, len(loaded)
+    for base in (str(converted_folder), "../x", "~/x", "/etc", converted_folder.name):
+        adapter = {"base_model_name_or_path": base}
+        monkeypatch.chdir(converted_folder.parent)
+        with pytest.raises(HfOrthoError, match=r"owner/name is an adapter; its base model .* is no model on the Hub"):
+            shapes("owner/name", public=True)
+    assert len(loaded) == count
+    adapter = {"base_model_name_or_path": "owner/base", "revision": "v2"}
+    shapes("owner/name", public=True)
+    assert asked[-1] == ("owner/base", "v2")
+    assert len(loaded) == count + 1
 
 
 def test_without_the_hub_visitors_get_a_sentence():

@@ -22,7 +22,7 @@ def launched(monkeypatch):
         def launch(self, **options):
             found.update(options)
             if options["server_port"] == 1:
-                raise OSError("no free port")
+                raise OSError("Cannot find empty port. Pass `server_port` to `launch()`.")
             return None, "http://127.0.0.1:7860/", self.share_url
 
         def close(self, verbose):
@@ -63,13 +63,15 @@ def test_folders_are_for_this_machine_only(hf_ortho_command, launched, flags, pu
 
 def test_refuses(hf_ortho_command, launched):
     for flags, message in (
-        (["--port", 1], "127.0.0.1:1 cannot be opened: no free port"),
+        (["--port", 1], "127.0.0.1:1 cannot be opened: it is in use, or"),
         (["--port", 70000], "--port 70000: must be from 1 to 65535"),
         (["--revision", "main"], "--revision main needs --model"),
         (["--share"], "--share: gradio.live gave no address"),
         (["--size", 3], "unrecognized arguments: --size 3"),
     ):
-        assert message in hf_ortho_command("app", *flags).error
+        error = hf_ortho_command("app", *flags).error
+        assert message in error
+        assert "launch()" not in error
 
 
 def test_refuses_a_model(hf_ortho_command, gpt2_folder):

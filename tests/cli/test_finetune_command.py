@@ -48,6 +48,15 @@ def finetune(hf_ortho_command):
     return run
 
 
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """What is drawn after a training; only ``converted_run`` spends the time for the picture itself."""
+    found = []
+    module = importlib.import_module("hf_ortho.cli.finetune")
+    monkeypatch.setattr(module, "plot_stored", lambda *args: found.append(args) or args[1].write_bytes(b"png"))
+    return found
+
+
 @pytest.fixture(scope="module")
 def converted_run(tmp_path_factory, gpt2_folder, text_file, hf_ortho_command):
     """One run with all that a config may hold; (what it printed, its output folder)."""
@@ -273,6 +282,7 @@ def test_the_output_reloads_with_from_pretrained(converted_run):
     assert all(torch.equal(saved[n], p) for n, p in model.named_parameters())
     assert {p.name for p in folder.iterdir()} == {
         "README.md",
+        "activations.png",
         "config.json",
         "conversion.json",
         "generation_config.json",
@@ -280,6 +290,11 @@ def test_the_output_reloads_with_from_pretrained(converted_run):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_picture_is_one(converted_run):
+    _, folder = converted_run
+    assert (folder / "activations.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_printed_figures_are_those_of_the_two_models(converted_run, gpt2_folder, text_file):
@@ -514,6 +529,7 @@ def test_the_same_classes_keep_the_head(recipe, finetune, make_convnext, save_pa
     assert ran.code == 0, ran.err
     before, after = (load_file(place / "model.safetensors") for place in (source, tmp_path / "out"))
     assert all(torch.equal(after[key], before[key]) for key in before)
+    assert not (tmp_path / "out" / "activations.png").exists()
 
 
 def test_as_many_other_classes_are_named(recipe, finetune, make_convnext, save_parts, three_classes, tmp_path):
@@ -546,7 +562,7 @@ def test_evaluation_data_without_some_classes(recipe, finetune, convnext_folder,
     assert ran.figures["top1"][1] == "1.00000"
 
 
-def test_an_adapter(finetune, recipe, tmp_path, gpt2_folder, hf_ortho_command):
+def test_an_adapter(finetune, recipe, tmp_path, gpt2_folder, hf_ortho_command, drawn):
     flags = ["--train", "activations", "--adapter", "true", "--save_strategy", "no", "--learning_rate", "0.05"]
     ran = finetune(recipe(activation="fourier_3", block_size=16, max_eval_samples=5), *flags)
     assert ran.code == 0, ran.err
@@ -555,6 +571,15 @@ def test_an_adapter(finetune, recipe, tmp_path, gpt2_folder, hf_ortho_command):
     card = (out / "README.md").read_text()
     assert "PEFT adapter (learnable `fourier_3` activations)" in card
     assert "20 parameters" in card  # 1 + 3 * 3 in each of two layers
+    assert "](activations.png)" in card
+    ((stored, path, name),) = drawn
+    assert (path, name) == (out / "activations.png", "out")
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert len(stored.modules) == 2
+    for place, module in stored.modules.items():
+        for key, value in module.named_parameters():
+            if key != "domain":
+                assert torch.equal(value, tensors[f"base_model.model.{place}.hf_ortho_act.{key}"])
     figures = hf_ortho_command(
         "evaluate", out, "--against", gpt2_folder, "--max-samples", 2, "--block-size", 16
     ).figures

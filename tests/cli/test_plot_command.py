@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 import hf_ortho.cli.plot
+from hf_ortho.plotting import shapes
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,9 @@ def run_dir(tmp_path_factory, moved):
 def calls(monkeypatch):
     """The arguments with which the command draws, by function; nothing is drawn."""
     found = {}
-    for name in ("plot_activations", "plot_history", "animate_history"):
-        monkeypatch.setattr(hf_ortho.cli.plot, name, lambda *args, name=name, **kw: found.update({name: (args, kw)}))
+    places = {"plot_activations": shapes, "plot_history": hf_ortho.cli.plot, "animate_history": hf_ortho.cli.plot}
+    for name, place in places.items():
+        monkeypatch.setattr(place, name, lambda *args, name=name, **kw: found.update({name: (args, kw)}))
     return found
 
 

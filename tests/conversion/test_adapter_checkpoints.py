@@ -1,5 +1,7 @@
 """An adapter of peft where a command takes a checkpoint: merged into its base, or its activations read alone."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -64,6 +66,30 @@ def test_lora_and_activations_on_a_converted_base(make_gpt2, save_parts, tmp_pat
     model = moved(get_peft_model(base, LoraConfig(target_modules=["c_fc"], modules_to_save=["act"])))
     layers = {path: model.base_model.model.get_submodule(path).modules_to_save["default"] for path in PATHS}
     check(model, tmp_path / "adapter", layers)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"layers": 3},
+        {"layers": [{}]},
+        {"layers": [{"module": "x", "domain": [0, 1]}]},
+        {"layers": [{"module": "x", "domain": [0, 1], "tail_slopes": ["0", "1"]}]},
+        {"source_activations": ["a"]},
+        {"base_model_name_or_path": ["a"]},
+        {"revision": 3},
+    ],
+    ids=str,
+)
+def test_a_spoiled_adapter(tmp_path, spoiled):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "HF_ORTHO"} | spoiled))
+    (key,) = spoiled
+    with pytest.raises(CheckpointError, match=f"adapter_config.json of .*: {key} ") as caught:
+        load_activations(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no JSON object"):
+        load_activations(str(tmp_path))
 
 
 def test_an_adapter_without_activations(gpt2_folder, tmp_path):

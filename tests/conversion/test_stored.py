@@ -28,6 +28,12 @@ def saved(tmp_path, gpt2):
     return saved
 
 
+@pytest.fixture
+def scratch_tensors():
+    """The tensors of a model that has one activation and nothing else."""
+    return {f"h.0.act.{key}": value for key, value in build("hermite_2").state_dict().items()}
+
+
 def rewrite(folder, change):
     """Change the dictionary of tensors of a folder."""
     tensors = load_file(folder / "model.safetensors")
@@ -133,6 +139,51 @@ def test_refuses(saved, spoil, error, message):
     spoil(folder)
     with pytest.raises(error, match=message):
         load_activations(str(folder))
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"layers": 3},
+        {"layers": [{}]},
+        {"layers": ["x"]},
+        {"layers": [{"module": ["x"]}]},
+        {"layers": [{"module": "x", "source": ["x"]}]},
+        {"layers": [{"module": "x", "field": 1}]},
+        {"layers": [{"module": "x", "domain": 3}]},
+        {"layers": [{"module": "x", "domain": [1, "y"]}]},
+        {"source_activations": ["a"]},
+        {"source_activations": {"a": ["b"]}},
+    ],
+    ids=str,
+)
+def test_a_spoiled_provenance(spoiled, tmp_path, scratch_tensors):
+    (tmp_path / "config.json").write_text(json.dumps({"activation_function": "hermite_2", "hf_ortho": spoiled}))
+    save_file(scratch_tensors, tmp_path / "model.safetensors")
+    (key,) = spoiled
+    with pytest.raises(CheckpointError, match=f"hf_ortho in the config of .*: {key} ") as caught:
+        load_activations(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [None, ["a"], {"act.domain": 3}, {"act.domain": "weights.bin"}, {"act.domain": "../x.safetensors"}],
+    ids=str,
+)
+def test_an_index_of_other_files(tmp_path, weight_map):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="must name files that end in"):
+        load_activations(str(tmp_path))
+
+
+@pytest.mark.parametrize("nothing", [{}, {"layers": None, "source_activations": None}], ids=str)
+def test_a_provenance_that_says_nothing(nothing, tmp_path, scratch_tensors):
+    (tmp_path / "config.json").write_text(json.dumps({"activation_function": "hermite_2", "hf_ortho": nothing}))
+    save_file(scratch_tensors, tmp_path / "model.safetensors")
+    stored = load_activations(str(tmp_path))
+    assert source_names(stored.provenance, stored.modules) == {"h.0.act": None}
 
 
 def test_source_names():

@@ -172,24 +172,33 @@ def test_infinite_figures_survive_the_record(card, make_gpt2, folder):
     ("source", "base"),
     [
         ("openai-community/gpt2", "openai-community/gpt2"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("runs/gpt2", "runs/gpt2"),  # loaded from the Hub elsewhere
+        ("me/cached", "me/cached"),
         ("", None),
         ("/home/me/gpt2", None),
         ("./gpt2", None),
         ("gpt2", None),
         ("runs/gpt2", None),
+        ("outputs/not-here", None),
+        ("a/b/c", None),
     ],
 )
 def test_base_model_is_a_hub_id(card, make_gpt2, tmp_path, monkeypatch, source, base):
+    """Names on the Hub come with their commit, but for the one in the cache."""
     (tmp_path / "runs" / "gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    cached = {"me/cached": "config.json"}
+    monkeypatch.setattr("hf_ortho.hub.base_card.try_to_load_from_cache", lambda name, file: cached.get(name))
     model, _ = make_gpt2()
     model.config._name_or_path = source
-    model.config._commit_hash = COMMIT if base else None
+    model.config._commit_hash = COMMIT if base and source not in cached else None
     hf_ortho.convert(model, "hermite_3")
     found = card(model)
     assert found.data.base_model == base
     assert found.data.get("base_model_relation") == ("finetune" if base else None)
-    assert (f"at commit `{COMMIT}`" in found.text) == bool(base)
+    assert (f"at commit `{COMMIT}`" in found.text) == bool(model.config._commit_hash)
+    assert ("commit not recorded" in found.text) == (source in cached)
     assert (f"`{source}`" if source else "built in memory") in found.text
 
 
@@ -223,8 +232,8 @@ def test_the_licence_is_that_of_the_base(card, make_gpt2, tmp_path, head, inheri
 def test_further_metadata_wins(card, make_gpt2):
     model, _ = make_gpt2()
     hf_ortho.convert(model, "hermite_3")
-    found = card(model, metadata={"license": "mit", "tags": "mine"})
-    assert found.data.license == "mit"
+    found = card(model, metadata={"license": "mit", "tags": "mine", "base_model": "me/x"})
+    assert (found.data.license, found.data.base_model) == ("mit", "me/x")
     assert found.data.tags == ["hf_ortho", "learnable-activations", "hermite", "mine"]
 
 
@@ -340,6 +349,19 @@ def test_a_folder_without_a_model_or_with_a_broken_record(make_gpt2, save_parts,
     assert not (tmp_path / "README.md").exists()
 
 
-def test_a_command_is_quoted_and_keeps_no_token():
-    argv = ["me/gpt2", "-o", "my folder", "--hub_token", "hf_secret", "--token=hf_other", "--seed", "1"]
-    assert command_line("convert", argv) == "hf-ortho convert me/gpt2 -o 'my folder' --seed 1"
+@pytest.mark.parametrize("flag", ["token", "hub_token", "hub-token", "push_to_hub_token", "push-to-hub-token"])
+def test_a_command_is_quoted_and_keeps_no_token(monkeypatch, flag):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    argv = [
+        "me/gpt2",
+        "-o",
+        "my folder",
+        f"--{flag}",
+        "hf_secret",
+        f"--{flag}=hf_other",
+        "--token_file=x",
+        "--seed",
+        "1",
+    ]
+    argv += ["hf_mine", "--hub_model_id=hf_mine"]
+    assert command_line("convert", argv) == "hf-ortho convert me/gpt2 -o 'my folder' --token_file=x --seed 1"

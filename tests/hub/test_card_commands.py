@@ -52,7 +52,10 @@ def test_the_figures_of_the_conversion_survive_the_training(folders, text_file):
     assert f"- Data: `{text_file.name}`, split `train`" in second
     assert ModelCard(second).data.datasets is None
     assert "](activations.png)" in first
-    assert "](activations.png)" not in second
+    assert "](activations.png)" in second
+    pictures = [(folder / "activations.png").read_bytes() for folder in folders]
+    assert pictures[1].startswith(b"\x89PNG")
+    assert pictures[0] != pictures[1]
 
 
 def test_the_commit_of_a_dataset(tmp_path, monkeypatch):

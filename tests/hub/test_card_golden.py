@@ -123,7 +123,7 @@ def test_lora_and_activations_of_a_converted_model(tmp_path):
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": "me/converted",
-        "revision": None,
+        "revision": "v1",
         "target_modules": ["c_proj", "c_attn"],
         "modules_to_save": ["act"],
         "auto_mapping": {"base_model_class": "GPT2LMHeadModel"},
@@ -137,5 +137,18 @@ def test_lora_and_activations_of_a_converted_model(tmp_path):
     assert "LoRA on `c_attn`, `c_proj`. Trained and saved whole: `act`." in text
     assert "import hf_ortho  #" in text
     assert "- Versions: peft 0.20.0\n" in text
-    assert 'base = GPT2LMHeadModel.from_pretrained("me/converted")' in text
+    assert 'base = GPT2LMHeadModel.from_pretrained("me/converted", revision="v1")' in text
     assert 'PeftModel.from_pretrained(base, "me/lora")' in text
+    assert head.pipeline_tag == "text-generation"
+
+
+def test_an_adapter_of_an_image_classifier(tmp_path):
+    """peft has no task_type for it."""
+    classes = {"base_model_class": "ConvNextForImageClassification", "parent_library": "transformers"}
+    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": "me/base", "auto_mapping": classes}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    data = DataSource("me/pictures", samples=5, revision=DATA_COMMIT)
+    write_card(tmp_path, place="me/lora", results=[Results({"adapter": {"top1": 0.5}}, data, "command", "here")])
+    head = ModelCard.load(tmp_path / "README.md").data
+    assert (head.pipeline_tag, head.metrics) == ("image-classification", ["accuracy"])
+    assert (head.eval_results[0].task_type, head.eval_results[0].metric_value) == ("image-classification", 0.5)

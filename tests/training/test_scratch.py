@@ -177,6 +177,7 @@ def test_pretrain(hf_ortho_command, text_file, tmp_path, activation, init):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.activation_function == activation
     card = (tmp_path / "out" / "README.md").read_text()
+    assert ("](activations.png)" in card) == (activation != "gelu")
     assert "trained from scratch" in card
     assert "converted from" not in card
     assert ("import hf_ortho" in card) == (activation != "gelu")
