@@ -51,7 +51,7 @@ def named(family: str, degree: str | int | None = None) -> str:
         raise ActivationNameError(
             f"{family!r} already names a degree: give the family {family.rpartition('_')[0]!r} with degree {degree!r}"
         )
-    cls, _ = parse(f"{family}_{degree}")
+    cls, _ = parse(f"{family}_{degree}" if family in FAMILIES else family)
     if cls.family != family:
         raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")
     return f"{family}_{degree}"

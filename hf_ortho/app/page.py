@@ -95,7 +95,7 @@ def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blo
                 place = "OWNER/NAME on the Hub" if public else "OWNER/NAME on the Hub, or a folder"
                 name = gr.Textbox(
                     model,
-                    label="Converted model",
+                    label="Converted model or adapter",
                     placeholder=place,
                     scale=3,
                     min_width=260,

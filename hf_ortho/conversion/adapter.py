@@ -68,5 +68,7 @@ def adapter_tensors(name: str, config: dict, revision: str | None) -> dict[str, 
             path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
             tensors.setdefault(path.removesuffix(SUFFIX), {})[leaf] = weights.get_tensor(key)
     for layer in config.get("layers") or []:
+        if layer["module"] not in tensors:
+            raise CheckpointError(f"{name} is not whole: {ADAPTER_WEIGHTS} lacks {layer['module']}")
         tensors[layer["module"]] |= fixed_tensors(layer)
     return tensors
