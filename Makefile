@@ -8,7 +8,7 @@ demo: install
 	$(BIN)/hf-ortho demo --overwrite
 
 test: install lint
-	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2}
+	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
