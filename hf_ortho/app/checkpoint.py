@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from transformers.activations import ACT2FN
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..conversion.adapter import ADAPTER_CONFIG
+from ..conversion.adapter import ADAPTER_CONFIG, base_revision
 from ..conversion.checkpoint import explain
 from ..conversion.examine import examine
 from ..conversion.paths import split_shared
@@ -91,7 +91,7 @@ def _check_base(name: str, revision: str | None) -> None:
     if not base:
         return
     try:
-        _check_public(base, adapter.get("revision") or "", weights=False)
+        _check_public(base, base_revision(adapter) or "", weights=False)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
 

@@ -91,8 +91,9 @@ def checked_adapter(name: str, revision: str | None) -> dict | None:
     if adapter is None:
         return None
     where = f"{ADAPTER_CONFIG} of {name}"
-    if not _is_text(adapter.get("revision")):
-        raise CheckpointError(f"{where}: revision is {adapter['revision']!r:.80}, where text is expected")
+    for key in ("revision", "base_commit"):
+        if not _is_text(adapter.get(key)):
+            raise CheckpointError(f"{where}: {key} is {adapter[key]!r:.80}, where text is expected")
     _check(adapter, where, ("module", "domain", "tail_slopes"))
     return adapter
 
