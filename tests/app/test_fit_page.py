@@ -105,7 +105,7 @@ def test_without_tails_the_picture_ends_with_the_domain():
         (("gelu", "hermite", 40), "degree '40' of hermite: must be an integer from 1 to 32"),
         (("gelu", "hermite", 2.5), "degree '2.5' of hermite: must be an integer from 1 to 32"),
         (("gelu", "hermite", None), "must be an integer from 1 to 32"),
-        (("gelu", "spline", 3), "unknown activation 'spline_3'"),
+        (("gelu", "spline", 3), "unknown activation 'spline'"),
         (("relu2", "hermite", 8), "relu2 has no asymptotic slope"),
         (("gelut", "hermite", 8), "unknown source activation 'gelut'"),
         (("gelu", "fourier", 8, False), "fourier_8 without tails is wrong outside its domain"),
