@@ -499,7 +499,6 @@ def test_auto_tails_and_distillation(hf_ortho_command, gpt2_folder, text_file, t
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--degree", "auto", "--tolerance", "1e-12"], "tolerance 1e-12"),
         (["--degree", "auto", "--tolerance", "-1"], "tolerance -1"),
         (["--degree", "some"], "degree 'some'"),
         (["--no-tails"], "needs calibration data or a domain"),
