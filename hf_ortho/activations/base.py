@@ -69,8 +69,11 @@ class LearnableActivation(nn.Module):
             raise ActivationNameError(f"init {init!r} of {self.family}: must be one of {', '.join(INITIALISATIONS)}")
         self.degree = degree
         self.init = init
+        self._create(self.initial_parameters(degree, init))
+
+    def _create(self, initial: dict[str, list[float]]) -> None:
         # Python floats, so that they survive a construction on the meta device.
-        self._initial = {name: list(values) for name, values in self.initial_parameters(degree, init).items()}
+        self._initial = {name: list(values) for name, values in initial.items()}
         self._names = "domain", "tail_slopes", *self._initial
         self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
         # An explicit float32 keeps float32 on every load path of transformers.

@@ -38,6 +38,15 @@ def parse(name: str) -> tuple[type[LearnableActivation], int]:
     return FAMILIES[family], int(degree)
 
 
+def is_learnable(name: str) -> bool:
+    """Whether ``parse`` knows the name."""
+    try:
+        parse(name)
+    except ActivationNameError:
+        return False
+    return True
+
+
 def named(family: str, degree: str | int | None = None) -> str:
     """``("hermite", 8)`` to ``"hermite_8"``; the family's default degree if None.
 

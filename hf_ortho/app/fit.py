@@ -7,7 +7,8 @@ import json
 
 from transformers.activations import ACT2FN
 
-from ..activations import FAMILIES, FitReport, LearnableActivation, build, named
+from ..activations import FitReport, LearnableActivation, build, named
+from ..activations.registry import is_learnable
 from ..activations.source import Source
 from ..errors import FitError
 
@@ -19,12 +20,8 @@ NARROWEST = 0.01
 
 def sources() -> list[str]:
     """The names in ``ACT2FN`` that a fit can follow, the usual ones first; without the learnable ones."""
-    others = (name for name in ACT2FN if name not in USUAL and not _is_learnable(name))
+    others = (name for name in ACT2FN if name not in USUAL and not is_learnable(name))
     return [*USUAL, *filter(_has_tails, others)]
-
-
-def _is_learnable(name: str) -> bool:
-    return name in FAMILIES or name.rpartition("_")[0] in FAMILIES
 
 
 def _has_tails(name: str) -> bool:

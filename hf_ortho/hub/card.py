@@ -12,17 +12,16 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from ..activations import FAMILIES
 from ..activations.base import INITIALISATIONS
 from ..conversion import ConversionReport
 from ..conversion.adapter import ADAPTER_CONFIG, LABELS
 from ..conversion.checkpoint import written
-from ..conversion.convert import families_in, tags_of
+from ..conversion.convert import tags_of
 from ..conversion.stored import provenance_of
 from ..errors import CheckpointError
 from .base_card import Base
 from .card_adapter import adapter_parts
-from .card_layers import layer_table, stored_table, table, weight_of
+from .card_layers import formulas, layer_table, stored_table, table, weight_of
 from .card_loading import BEGIN, adapter_loading, model_loading, task_of_class, with_loading
 from .record import Record
 from .results import METRICS, DataSource, Results, hardware
@@ -270,10 +269,9 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
 def _conversion(activation: str | None, provenance: dict) -> str:
     if not activation:
         return "Nothing."
-    formulas = [(FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in families_in(activation)]
     layers = provenance.get("layers", [])
     text = f"{len(layers)} activations, " if layers else "All activations, "
-    text += f"{activation}:\n\n    " + "\n\n    ".join(formulas)
+    text += f"{activation}:\n\n{formulas(activation)}"
     if provenance.get("init") in INITIALISATIONS:
         return text + "\n\non the whole real line."
     if _tails(provenance):

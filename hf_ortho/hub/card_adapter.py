@@ -8,31 +8,29 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..activations import FAMILIES
-from ..conversion.convert import families_in, tags_of
+from ..conversion.adapter import ADAPTER_WEIGHTS, PREFIX, base_revision
+from ..conversion.convert import tags_of
 from ..errors import CheckpointError
 from .base_card import Base
-from .card_layers import folded, paths_list, stored_table, weight_of
+from .card_layers import folded, formulas, paths_list, stored_table, weight_of
 from .card_loading import ADAPTED, task_of_class
 
-WEIGHTS = "adapter_model.safetensors"
 KINDS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
 
 def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """What a card says of an adapter."""
     activation, kind = config.get("activation"), str(config["peft_type"])
-    base = Base(config.get("base_model_name_or_path"), config.get("base_commit") or config.get("revision"))
-    tensors = _tensors(folder / WEIGHTS) if folder is not None else {}
+    base = Base(config.get("base_model_name_or_path"), base_revision(config))
+    tensors = _tensors(folder / ADAPTER_WEIGHTS) if folder is not None else {}
     parameters = sum(tensors.values())
-    size = (folder / WEIGHTS).stat().st_size if folder is not None and tensors else 0
+    size = (folder / ADAPTER_WEIGHTS).stat().st_size if folder is not None and tensors else 0
     saved = config.get("modules_to_save")
     cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # which peft notes without a task_type
     what = f"learnable `{activation}` activations" if activation else kind
     summary = f"PEFT adapter ({what}) for {base}: {parameters:,} parameters, {size:,} bytes."
     if activation:
-        formulas = [(FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in families_in(activation)]
-        conversion = f"The activations of the base model become {activation}:\n\n    " + "\n\n    ".join(formulas)
+        conversion = f"The activations of the base model become {activation}:\n\n{formulas(activation)}"
         conversion += "\n\nThe base model itself stays as it is; `merge_and_unload()` gives a converted model."
     else:
         conversion = f"{KINDS.get(kind, kind)} on {_names(config.get('target_modules'))}."
@@ -76,7 +74,7 @@ def _tensors(path: Path) -> dict[str, int]:
 
 
 def _module(key: str) -> str:
-    return key.removeprefix("base_model.model.").rpartition(".")[0]
+    return key.removeprefix(PREFIX).rpartition(".")[0]
 
 
 def _names(names: Any) -> str:

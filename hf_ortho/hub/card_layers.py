@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..activations import FAMILIES
 from ..conversion import ConversionReport
+from ..conversion.convert import families_in
 from ..conversion.paths import by_kind
 
 HEADER = [
@@ -36,6 +38,12 @@ def stored_table(layers: Sequence[dict]) -> str:
         source = layer.get("source", layer["fitted_to"])  # an adapter's are fitted to nothing else
         rows.append((layer["module"], [source, "..".join(domain), *errors, f"{layer['mass_outside']:.2%}"]))
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
+
+
+def formulas(activation: str) -> str:
+    """The formula of each family in a text such as ``hermite_8, hermite_9``, as indented code."""
+    found = ((FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in families_in(activation))
+    return "\n\n".join(f"    {formula}" for formula in found)
 
 
 def weight_of(calibrated: bool | None) -> str:

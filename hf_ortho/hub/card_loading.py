@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+from ..conversion.adapter import base_revision
+
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
 END = "<!-- end of how to load -->"
 # (pipeline tag, auto class) by the end of the name of a model class
@@ -59,7 +61,7 @@ def adapter_loading(config: dict, place: str) -> str:
     if task in ADAPTED and not config.get("id2label"):
         auto = ADAPTED[task][1]
         parts.append(_code(f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"))
-    revision = config.get("base_commit") or config.get("revision")
+    revision = base_revision(config)
     at = f", revision={json.dumps(revision)}" if revision else ""
     if labels := config.get("id2label"):  # a head of its own
         at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"

@@ -7,13 +7,12 @@ import json
 import os
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..conversion.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..conversion.checkpoint import explain
 from ..conversion.stored import load_activations, provenance_of
 from ..errors import CheckpointError, ConfigError

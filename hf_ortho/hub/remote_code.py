@@ -18,9 +18,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class
 
 from ..activations import base, parse
+from ..activations.registry import is_learnable
 from ..conversion.checkpoint import check_place, explain
 from ..conversion.sites import activation_fields
-from ..errors import ActivationNameError, CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..kernels import dispatch, eager
 from .standalone import DOCSTRING, Standalone
 
@@ -29,7 +30,6 @@ FILE = f"{MODULE}.py"
 IMPORTS = (
     ("copy", ""),
     ("functools", ""),
-    ("math", ""),
     ("torch", ""),
     ("transformers", ""),
     ("transformers.activations", "ACT2CLS"),
@@ -69,18 +69,7 @@ LEARNABLE_ACTIVATION = '''\
     def __init__(self, degree: int):
         super().__init__()
         self.degree, self.init = degree, "paper"
-        self._initial = dict(INITIAL_PARAMETERS[self.name])
-        self._names = "domain", "tail_slopes", *self._initial
-        self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
-        for name, values in self._initial.items():
-            empty = torch.empty(len(values), dtype=torch.float32)
-            if name == "tail_slopes":
-                self.register_buffer(name, empty)
-            else:
-                self.register_parameter(name, nn.Parameter(empty, requires_grad=name != "domain"))
-        self._initialized = False
-        if not self.domain.is_meta:
-            self.reset_parameters()
+        self._create(INITIAL_PARAMETERS[self.name])
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = (x, *self._tensors())
@@ -197,7 +186,7 @@ def enable_remote_code(model: PreTrainedModel) -> None:
 
 def _remote_code(config: PreTrainedConfig, architecture: str, where: str) -> tuple[str, dict[str, str]]:
     """The source file and ``auto_map``."""
-    names = sorted({source for _, _, source in activation_fields(config) if _is_learnable(source)})
+    names = sorted({source for _, _, source in activation_fields(config) if is_learnable(source)})
     if not names:
         raise ConfigError(f"{where} has no learnable activations; convert it first with hf-ortho convert")
     classes = _auto_classes(config)
@@ -208,14 +197,6 @@ def _remote_code(config: PreTrainedConfig, architecture: str, where: str) -> tup
         )
     auto_map = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
     return _source(names, list(dict.fromkeys(classes.values()))), auto_map
-
-
-def _is_learnable(name: str) -> bool:
-    try:
-        parse(name)
-    except ActivationNameError:
-        return False
-    return True
 
 
 def _auto_classes(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
@@ -239,7 +220,7 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
     parts.add(
         base,
         "LearnableActivation",
-        members=("formula", "_tensors", "_apply", "_is_hf_initialized", "extra_repr"),
+        members=("_create", "formula", "_tensors", "_apply", "_is_hf_initialized", "extra_repr"),
         without=(DOCSTRING, "__init__", "forward"),
         own=LEARNABLE_ACTIVATION,
     )
