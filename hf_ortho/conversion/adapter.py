@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import safe_open
 from torch import Tensor, tensor
+from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import cached_file
 
 from ..errors import CheckpointError

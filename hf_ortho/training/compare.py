@@ -22,7 +22,7 @@ from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
 from ..conversion.checkpoint import written
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
-from .arguments import CompareArguments, LoggingArguments, Recipe
+from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import whole_checkpoints
 from .finetune import finetune
@@ -30,13 +30,6 @@ from .trainer import ActivationTrainer
 
 # What one run of the grid may differ in, and what changes no figure.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
-
-
-@dataclasses.dataclass
-class Comparison(Recipe):
-    """A recipe with the activations and seeds to run it with."""
-
-    compare: CompareArguments = dataclasses.field(default_factory=CompareArguments)
 
 
 @dataclasses.dataclass(frozen=True)
