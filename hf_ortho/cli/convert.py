@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from .console import Parser, console, show
+from .network import check_hub
 
 
 def parser() -> Parser:
@@ -50,11 +51,13 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    named(args.family, None if args.degree == "auto" else args.degree)
     if args.distill < 0:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} needs --calibration-data")
+    check_hub([(args.model, args.revision)], [args.calibration_data])
+    named(args.family, None if args.degree == "auto" else args.degree)
+
     from ..conversion import convert
     from ..conversion.checkpoint import check_output, load_checkpoint, replacing, save_checkpoint
     from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload

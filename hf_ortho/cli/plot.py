@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError, OutputError
 from .console import Parser, console
+from .network import check_hub
 
 if TYPE_CHECKING:
     from ..activations import LearnableActivation
@@ -48,6 +49,8 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
     if not Path(args.output).absolute().parent.is_dir():
         raise OutputError(f"{args.output} cannot be written: its folder does not exist")
+    models = (args.model, args.revision), (args.against, args.against_revision)
+    check_hub(models, [args.calibration_data])
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
             if value:

@@ -11,8 +11,10 @@ from ..errors import ConfigError
 from ..training.arguments import Recipe
 from .console import Parser
 from .launch import add_arguments
+from .network import check_hub
 
 R = TypeVar("R", bound=Recipe)
+READ_FROM_HUB = ("--model", "--model-revision", "--tokenizer", "--dataset", "--eval-dataset")
 
 
 def _parser(groups: dict[str, Any], command: str, description: str) -> Any:
@@ -45,9 +47,15 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
         p.parse_args(["--help"])
 
     flags = Parser(add_help=False)
-    flags.add_argument("--config")
-    config = flags.parse_known_args(argv)[0].config
+    for name in ("--config", *READ_FROM_HUB):
+        flags.add_argument(name)
+    given = vars(flags.parse_known_args(argv)[0])
+    config = given.pop("config")
     entries = _read(config) if config else {}
+    place = {key: str(value) for key, value in {**entries, **{k: v for k, v in given.items() if v}}.items() if value}
+    tokenizer = None if place.get("tokenizer") in ("bytes", "bpe") else place.get("tokenizer")
+    models = (place.get("model"), place.get("model_revision")), (tokenizer, None)
+    check_hub(models, [place.get("dataset"), place.get("eval_dataset")])
 
     import torch
     from transformers import TrainingArguments, get_scheduler
