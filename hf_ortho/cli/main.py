@@ -57,10 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         from .console import quiet
 
         quiet()
-        return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+        code = importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+        sys.stdout.flush()
+        return code
     except HfOrthoError as error:
         _report(f"error: {error}", error)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         _report("interrupted; no output was left half-written")
         return 130

@@ -28,6 +28,8 @@ def test_help_and_usage_errors_import_none_of_the_libraries(tmp_path):
         ["plot", "x", "-o", "y.pdf"],
         ["demo", "--steps", "0"],
         ["bench", "--check", "--quick"],
+        ["finetune", "--lr", "3"],
+        ["compare", "--config", "no-such-file.yaml"],
     ]
     code = f"""
 import contextlib, json, sys
