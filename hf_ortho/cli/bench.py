@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ..benchmark import FULL, QUICK, SECTIONS, TARGETS, TOLERANCE, Results, Settings, check, plot_results, report
-from ..conversion.checkpoint import written
 from ..errors import ConfigError, OutputError
+from ..files import written
 from .console import Parser, console, table
 from .env import environment, show_environment
 

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..benchmark.timing import Times
-from ..conversion.checkpoint import written
 from ..errors import ConfigError, NonFiniteError
+from ..files import written
 from ..hub.card import hardware
 from ..plotting.comparison import plot_comparison
 from ..training.compare import Comparison, Run, measure_steps, run_grid, summarise

@@ -6,15 +6,11 @@ import argparse
 
 from ..activations import FAMILIES, named
 from ..conversion import convert
-from ..conversion.checkpoint import (
-    Checkpoint,
-    check_output,
-    load_checkpoint,
-    replacing,
-    save_checkpoint,
-)
+from ..conversion.adapter import base_of
+from ..conversion.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError, DataError
+from ..files import OutputFolder
 from ..hub import DataSource, Results, command_line, hardware, write_card
 from ..training import data
 from ..training.arguments import DataArguments
@@ -42,7 +38,7 @@ def parser() -> Parser:
     p.add_argument("--no-tails", action="store_true", help="pure polynomials or series, on the range of the data")
     p.add_argument("--domain", nargs=2, type=float, metavar=("LO", "HI"), help="for all layers; default: searched")
     p.add_argument("--distill", type=int, default=0, metavar="N", help="steps on the activations towards the source")
-    p.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    p.add_argument("--overwrite", action="store_true", help="replace what hf_ortho wrote to the output folder before")
     return p
 
 
@@ -110,7 +106,8 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} needs --calibration-data")
-    output = check_output(args.output, args.overwrite)
+    keep = [args.model, base_of(args.model), args.calibration_data]
+    output = OutputFolder(args.output, overwrite=args.overwrite, keep=keep)
     console.print(f"Loading {args.model}")
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
     calibration, source = calibration_batches(checkpoint, args)
@@ -138,7 +135,7 @@ def run(argv: list[str]) -> None:
         results = [Results(values, source, command, hardware(), note=note)]
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
-    with replacing(output) as draft:
+    with output.writing() as draft:
         save_checkpoint(checkpoint, draft)
         report.plot(draft / "activations.png")
         report.modules.clear()  # the sources need no memory while the copy is checked

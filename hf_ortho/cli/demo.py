@@ -16,14 +16,10 @@ from transformers.activations import ACT2FN
 
 from ..activations import FAMILIES, named, parse
 from ..conversion import ConversionReport, collect, convert
-from ..conversion.checkpoint import (
-    Checkpoint,
-    check_output,
-    replacing,
-    save_checkpoint,
-)
+from ..conversion.checkpoint import Checkpoint, save_checkpoint
 from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError
+from ..files import MANIFEST, OutputFolder
 from ..hub import DataSource, Results, command_line, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..training.evaluation import change, evaluate_model, make_trainer
@@ -44,7 +40,7 @@ def parser() -> Parser:
     p.add_argument("--family", default="hermite", help=f"one of {', '.join(FAMILIES)}")
     p.add_argument("--degree", default=None, help="1 to 32; default: the family's")
     p.add_argument("-o", "--output", default=None, help="folder to write; default: demo-TASK")
-    p.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    p.add_argument("--overwrite", action="store_true", help="replace what hf_ortho wrote to the output folder before")
     p.add_argument("--steps", type=int, help="of the first training")
     p.add_argument("--tune-steps", type=int, help="of the fine-tuning")
     p.add_argument("--seed", type=int, default=0)
@@ -119,11 +115,14 @@ def run(argv: list[str]) -> None:
         compare(task, names, args.seeds, steps, tune_steps)
         return
     name = named(args.family, args.degree)
-    output = check_output(args.output or f"demo-{args.task}", args.overwrite)
+    folder = f"demo-{args.task}" if args.output is None else args.output
+    output = OutputFolder(folder, overwrite=args.overwrite)
     tell_story(task, name, output, steps, tune_steps, args.seed, command_line("demo", argv))
 
 
-def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: int, seed: int, command: str) -> None:
+def tell_story(
+    task: DemoTask, name: str, output: OutputFolder, steps: int, tune_steps: int, seed: int, command: str
+) -> None:
     start = time.perf_counter()
     console.rule("1. A pretrained checkpoint", align="left")
     original, dataset, held_back = pretrain(task, steps, seed)
@@ -164,7 +163,7 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
     console.rule("4. Save and reload with plain from_pretrained", align="left")
     inputs = example_inputs(converted.model)
     expected = outputs(converted.model, inputs)
-    with replacing(output) as draft:
+    with output.writing() as draft:
         save_checkpoint(converted, draft)
         draw(converted, report, dataset, task, draft / "activations.png", source)
         stages = (source, at_first), (f"{source}, fine-tuned", tuned[source]), (f"{name}, converted", at_once)
@@ -172,7 +171,7 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
         samples = DataSource(task.dataset, split="validation", samples=len(held_back))
         write_card(
             draft,
-            place=str(output),
+            place=output.name,
             report=report,
             results=[Results(values, samples, command, hardware(), seed)],
             data=[DataSource(task.dataset, split="train", samples=len(dataset))],
@@ -180,13 +179,13 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
             arguments=arguments,
         )
     auto = AutoModelForCausalLM if converted.task == "causal-lm" else AutoModelForImageClassification
-    equal = verify_reload(auto, output, fingerprint(converted.model), inputs, expected)
-    console.print(f"{auto.__name__}.from_pretrained({str(output)!r}): logits bit-equal: {equal}")
-    reloaded = auto.from_pretrained(output)
+    equal = verify_reload(auto, output.path, fingerprint(converted.model), inputs, expected)
+    console.print(f"{auto.__name__}.from_pretrained({output.name!r}): logits bit-equal: {equal}")
+    reloaded = auto.from_pretrained(output.path)
     if converted.tokenizer is not None:
         console.print(f"It writes: {generate(reloaded, converted.tokenizer, seed)!r}")
-    files = ", ".join(sorted(p.name for p in output.iterdir()))
-    console.print(f"Wrote {output}/: {files}")
+    files = ", ".join(sorted(p.name for p in output.path.iterdir() if p.name != MANIFEST))
+    console.print(f"Wrote {output.name}/: {files}")
     console.print(f"Done in {time.perf_counter() - start:.0f} s on {hardware()}.")
 
 

@@ -13,14 +13,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..conversion.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..conversion.checkpoint import explain
 from ..conversion.stored import load_activations, provenance_of
 from ..errors import CheckpointError, ConfigError
-from ..training.checkpoints import FINAL_DRAFT, MANIFEST, PREFIX
+from ..files import explain
+from ..training.checkpoints import MANIFEST, PREFIX
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 STATES = (TRAINER_STATE_NAME, MANIFEST)
-FOLDERS = (FINAL_DRAFT, "last-checkpoint", "__pycache__")
+FOLDERS = ("last-checkpoint", "__pycache__")
 UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
 
 

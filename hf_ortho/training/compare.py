@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +19,12 @@ from transformers.activations import ACT2FN
 from ..activations import LearnableActivation, parse
 from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
-from ..conversion.checkpoint import written
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
+from ..files import OutputFolder, written
 from .arguments import CompareArguments, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import whole_checkpoints
+from .checkpoints import remove_leftovers, whole_checkpoints
+from .distributed import main_decides
 from .finetune import finetune
 from .trainer import ActivationTrainer
 
@@ -77,6 +77,7 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} {values}: give at least one, each once")
     folder = Path(str(comparison.training.output_dir))
+    main_decides(comparison.training, lambda: OutputFolder(str(folder), keep=[comparison.model.model], beside=True))
     with PartialState().main_process_first():
         _claim(comparison, folder)
     for seed in grid.seeds:
@@ -96,10 +97,8 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
     if file.is_file():
         return Run.load(file)
     recipe = _member(comparison, activation, seed, folder)
-    state = PartialState()
-    if not whole_checkpoints(folder) and state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    state.wait_for_everyone()
+    if not whole_checkpoints(folder):
+        main_decides(recipe.training, lambda: _empty(folder))
     recipe.training.resume_from_checkpoint = "auto"
     try:
         result = finetune(recipe, callbacks)
@@ -112,6 +111,14 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
         run = Run(activation, seed, result.after, history)
     _write(file, json.dumps(dataclasses.asdict(run)))
     return run
+
+
+def _empty(folder: Path) -> None:
+    """Remove what an interrupted run has left, and nothing else: its files are replaced by none."""
+    if folder.is_dir():
+        remove_leftovers(folder)
+        with OutputFolder(folder, beside=True).writing():
+            pass
 
 
 def _member(comparison: Comparison, activation: str, seed: int, folder: Path) -> Recipe:
@@ -151,8 +158,8 @@ def _plain(value: Any) -> Any:
 
 def _write(file: Path, text: str) -> None:
     if PartialState().is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with written(file) as draft:
-            draft.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(text)
 
 

@@ -27,7 +27,7 @@ KILLS = {
     "in the state": ((STATE, 2, "half"), 2),
     "in the deletion of step 2": ((DELETE, 1, "optimizer.pt"), 4),
     "in the final weights": ((WEIGHTS, 4, "half"), 6),
-    "before the final config": (("pathlib:Path.replace", 2, "before"), 6),
+    "before the final config": (("os:replace", 2, "before"), 6),
 }
 # With the model of step 2 as the best, the checkpoint of step 6 is deleted at the end.
 BEST = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true"]
