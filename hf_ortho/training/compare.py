@@ -76,8 +76,9 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} {values}: give at least one, each once")
-    folder = Path(str(comparison.training.output_dir))
-    main_decides(comparison.training, lambda: OutputFolder(str(folder), keep=[comparison.model.model], beside=True))
+    name, source = str(comparison.training.output_dir), comparison.model.model
+    main_decides(comparison.training, lambda: OutputFolder(name, keep=[source], beside=True))
+    folder = Path(name)
     with PartialState().main_process_first():
         _claim(comparison, folder)
     for seed in grid.seeds:
