@@ -98,7 +98,7 @@ def use_umask(folder: Path) -> None:
     probe.unlink()
     for name in _contents(folder):
         if not (folder / name).is_symlink() and (folder / name).is_file():
-            _set_mode(folder / name, mode)
+            _set_mode(folder / name, mode | (_mode(folder / name) & 0o111))
 
 
 def set_aside(path: Path) -> None:
@@ -246,7 +246,7 @@ def _move_in(target: Path) -> None:
         _prune(ready)
         return
     about = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
-    new, old = about["files"], about["replaces"]
+    new, old = dict(about["files"]), dict(about["replaces"])
     left = (name for name in _contents(ready) if not name.endswith("/"))
     pending = sorted(left, key=lambda name: (name in LAST, name))
 
@@ -262,6 +262,9 @@ def _move_in(target: Path) -> None:
             (target / name).unlink()
     for name in pending:
         file = target / name
+        for parent in [target / part for part in reversed(PurePosixPath(name).parents[:-1])]:
+            if os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir()):  # a link may lead anywhere
+                set_aside(parent)
         if os.path.lexists(file) and not known(name):
             set_aside(file)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -349,8 +352,10 @@ class OutputFolder:
                 logger.warning(f"note: {self.name!r} was left half in place by a killed process; it is complete now")
         except FileNotFoundError:
             _prune(self.path / READY)
-            if (self.path / READY).exists():
-                raise self._error(f"{READY} in it is not what hf_ortho writes; move it away") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass  # the manifest is not what is written here
+        if os.path.lexists(self.path / READY):
+            raise self._error(f"{READY} in it is not what hf_ortho writes; move it away")
 
     def _check(self) -> None:
         """Whether the folder is still free, or as it was when it was checked first."""
@@ -382,6 +387,8 @@ class OutputFolder:
             with manifest:
                 yield draft
                 self._seal(draft, manifest)
+                if fcntl is None:
+                    manifest.close()  # Windows renames no folder with an open file
                 publish = self._publish_inside if inside else self._publish
                 try:
                     publish(draft)

@@ -387,6 +387,26 @@ def test_only_own_drafts_are_removed(tmp_path):
     assert (tmp_path / "model" / ".hf_ortho-notes" / "mine.txt").read_text() == "mine"
     fill(tmp_path / "model" / files.READY, {"mine.txt": "mine"})
     assert "is not what hf_ortho writes" in refusal(tmp_path / "model", overwrite=True)
+    for manifest in ("", "[]", '{"files": []}', '{"files": 1, "replaces": {"sub/weights": 1}}', "[" * 10**5):
+        fill(tmp_path / "model" / files.READY, {MANIFEST: manifest})
+        assert "is not what hf_ortho writes" in refusal(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / files.READY / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("in_the_way", ["link", "file"])
+def test_files_are_not_moved_through_a_link(tmp_path, in_the_way, caplog):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "model").mkdir()
+    if in_the_way == "link":
+        (tmp_path / "model" / "sub").symlink_to(tmp_path / "home")
+    else:
+        (tmp_path / "model" / "sub").write_text("mine")
+    manifest = json.dumps({"files": {}, "replaces": {}})
+    fill(tmp_path / "model" / files.READY, {"sub/authorized_keys": "theirs", MANIFEST: manifest})
+    refusal(tmp_path / "model")
+    assert list((tmp_path / "home").iterdir()) == []
+    assert (tmp_path / "model" / "sub" / "authorized_keys").read_text() == "theirs"
+    assert "is kept as '.sub.old'" in caplog.text
 
 
 # ---- the folder of a training --------------------------------------------------------------------------------------
