@@ -15,6 +15,7 @@ package = types.ModuleType("hf_ortho")  # whose own modules would take seconds t
 package.__path__ = [str(Path(__file__).parents[1] / "hf_ortho")]
 sys.modules["hf_ortho"] = package
 files = importlib.import_module("hf_ortho.files")
+assert not {"torch", "transformers", "huggingface_hub"} & sys.modules.keys()
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "rmdir")
 OPTIONS = {"new": {}, "empty": {}, "overwritten": {"overwrite": True}, "training": {"beside": True}}
