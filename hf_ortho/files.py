@@ -58,6 +58,26 @@ def _failures() -> tuple[type[BaseException], ...]:
 # ---- one file ------------------------------------------------------------------------------------------------------
 
 
+def check_file(path: str | os.PathLike, flag: str = "") -> Path:
+    """The file that ``path`` leads to, which ``written`` can write as far as is known; for before any work is done.
+
+    Raises:
+        OutputError: it is a folder, or in none that can be written, or has a name that cannot be; ``flag`` is named.
+    """
+    name = f"{flag} {os.fspath(path)}".strip()
+    try:
+        target = Path(os.path.realpath(path))
+        _check_length(target.parent, target.name)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{name} cannot be written: {_reason(error)}") from error
+    if target.is_dir():
+        raise OutputError(f"{name} is a folder; name a file")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        reason = "cannot be written" if target.parent.is_dir() else "does not exist"
+        raise OutputError(f"{name} cannot be written: the folder {target.parent} {reason}")
+    return target
+
+
 @contextlib.contextmanager
 def written(path: str | os.PathLike) -> Iterator[Path]:
     """An empty draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
@@ -68,14 +88,10 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         OutputError: the file cannot be written; what was at ``path`` is as before.
     """
+    target = check_file(path)
+    draft = target.with_name(_token(DRAFT) + target.suffix[-16:])
     try:
-        target = Path(os.path.realpath(path))
-        _check_length(target.parent, target.name)
-        draft = target.with_name(_token(DRAFT) + target.suffix[-16:])
         draft.touch(exist_ok=False)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{os.fspath(path)} cannot be written: {_reason(error)}") from error
-    try:
         mode = _mode(target if target.exists() else draft)
         yield draft
         _set_mode(draft, mode)

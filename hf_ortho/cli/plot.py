@@ -9,7 +9,8 @@ from ..activations import LearnableActivation
 from ..conversion import Histogram, collect
 from ..conversion.checkpoint import load_checkpoint
 from ..conversion.stored import StoredActivations, load_activations, provenance_of
-from ..errors import CheckpointError, ConfigError, OutputError
+from ..errors import CheckpointError, ConfigError
+from ..files import check_file
 from ..plotting import Snapshot, animate_history, plot_history, plot_stored
 from ..plotting.layout import thin
 from ..training.checkpoints import checkpoints, step_of
@@ -47,8 +48,7 @@ def run(argv: list[str]) -> None:
     suffix = Path(args.output).suffix
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
-    if not Path(args.output).absolute().parent.is_dir():
-        raise OutputError(f"{args.output} cannot be written: its folder does not exist")
+    check_file(args.output)
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
             if value:
