@@ -1,54 +1,26 @@
-"""Learnable activations for transformers; importing registers their names in ``ACT2FN``, and the adapter in peft."""
+"""Learnable activations for transformers.
+
+Importing registers their names in ``ACT2FN`` and the adapter in peft, as soon as either library is imported, before or
+after. Everything else is imported when it is first used.
+"""
 
 import importlib
-from importlib.metadata import version as _version
-from typing import TYPE_CHECKING
+from importlib.metadata import version
 
-from . import activations, errors, peft
-from .conversion import ConversionReport, Histogram, convert, expand, polynomials, revert
-from .recompute import fuse_mlp
+import lazy_loader
+from wrapt import register_post_import_hook
 
-if TYPE_CHECKING:
-    from .training.guard import FiniteGuard
-    from .training.logger import ActivationLogger
-    from .training.optimizer import optimizer, param_groups, scale_steps
-    from .training.penalty import DomainPenalty
-
-__version__ = _version("hf_ortho")
-__all__ = [
-    "ActivationLogger",
-    "ConversionReport",
-    "DomainPenalty",
-    "FiniteGuard",
-    "Histogram",
-    "activations",
-    "convert",
-    "errors",
-    "expand",
-    "fuse_mlp",
-    "optimizer",
-    "param_groups",
-    "peft",
-    "polynomials",
-    "revert",
-    "scale_steps",
-]
-
-# What trains is imported when it is first used: it brings Trainer and datasets.
-_TRAINING = {
-    "ActivationLogger": "logger",
-    "DomainPenalty": "penalty",
-    "FiniteGuard": "guard",
-    "optimizer": "optimizer",
-    "param_groups": "optimizer",
-    "scale_steps": "optimizer",
-}
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = version("hf_ortho")
 
 
-def __getattr__(name: str):
-    if name not in _TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".training.{_TRAINING[name]}", __name__), name)
+def _register_names(_) -> None:
+    importlib.import_module(".activations.registry", __name__).register()
 
 
-activations.register()
+def _register_adapter(_) -> None:
+    importlib.import_module(".peft", __name__)
+
+
+register_post_import_hook(_register_names, "transformers.activations")
+register_post_import_hook(_register_adapter, "peft")

@@ -1,24 +1,5 @@
 """The activation families as plain modules, their registry and their fits."""
 
-from .base import LearnableActivation
-from .fit_report import FitReport
-from .fourier import Fourier
-from .hermite import Hermite
-from .polynomial import PolynomialForm
-from .registry import FAMILIES, build, named, parse, register
-from .tropical import Tropical, TropicalRational
+import lazy_loader
 
-__all__ = [
-    "FAMILIES",
-    "FitReport",
-    "Fourier",
-    "Hermite",
-    "LearnableActivation",
-    "PolynomialForm",
-    "Tropical",
-    "TropicalRational",
-    "build",
-    "named",
-    "parse",
-    "register",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

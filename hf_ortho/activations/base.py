@@ -18,10 +18,10 @@ from ..errors import ActivationNameError, FitError
 from ..kernels import dispatch, eager, formula
 from .fit_report import FitReport
 from .interpolation import Nodes, Source, Target, gaussian_moments, is_interval
+from .registry import MAX_DEGREE
 
 logger = logging.get_logger("hf_ortho")
 
-MAX_DEGREE = 32
 INITIALISATIONS = ("paper", "unit")
 
 

@@ -1,19 +1,52 @@
-"""Names and classes: ``FAMILIES`` is the one list of families, and importing the package registers all names."""
+"""Names and classes: ``FAMILIES`` is the one list of families, and importing the package registers all names.
+
+Names are known without torch; a class is imported when it is first asked for.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
-
-from transformers.activations import ACT2CLS, ACT2FN
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from ..errors import ActivationNameError
-from .base import MAX_DEGREE, LearnableActivation
-from .fourier import Fourier
-from .hermite import Hermite
-from .tropical import Tropical, TropicalRational
 
-FAMILIES: dict[str, type[LearnableActivation]] = {c.family: c for c in (Hermite, Fourier, Tropical, TropicalRational)}
+if TYPE_CHECKING:
+    from .base import LearnableActivation
+
+MAX_DEGREE = 32
+
+
+class _Families(Mapping[str, type["LearnableActivation"]]):
+    """Name of each family to its class, from the name to ``module:class``."""
+
+    def __init__(self, places: dict[str, str]):
+        self._places = places
+
+    def __getitem__(self, family: str) -> type[LearnableActivation]:
+        module, _, name = self._places[family].partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, family: object) -> bool:
+        return family in self._places
+
+
+FAMILIES = _Families(
+    {
+        "hermite": "hermite:Hermite",
+        "fourier": "fourier:Fourier",
+        "tropical": "tropical:Tropical",
+        "tropical_rational": "tropical:TropicalRational",
+    }
+)
 
 
 def parse(name: str) -> tuple[type[LearnableActivation], int]:
@@ -77,7 +110,8 @@ def register() -> None:
 
     The entries take no arguments: some models call ``ACT2CLS[name]()``, where transformers' (class, kwargs) fails.
     """
-    for family, cls in FAMILIES.items():
-        names = {f"{family}_{n}": n for n in range(1, MAX_DEGREE + 1)} | {family: cls.default_degree}
-        for name, degree in names.items():
-            ACT2FN[name] = ACT2CLS[name] = functools.partial(cls, degree)
+    from transformers.activations import ACT2CLS, ACT2FN
+
+    for family in FAMILIES:
+        for name in (family, *(f"{family}_{n}" for n in range(1, MAX_DEGREE + 1))):
+            ACT2FN[name] = ACT2CLS[name] = functools.partial(build, name)

@@ -8,17 +8,19 @@ import threading
 from ..errors import ConfigError
 from .console import Parser, console
 
-HELP = __doc__
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho app", description=HELP)
-    p.add_argument("--model", default="", help="a converted folder or Hub model to show at the start")
-    p.add_argument("--revision", default="", help="of the model on the Hub")
-    p.add_argument("--host", default="127.0.0.1", help="any other address lets visitors name Hub models only")
-    p.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    p.add_argument("--share", action="store_true", help="a public address through gradio.live; Hub models only")
+    p = Parser(
+        prog="hf-ortho app",
+        description="Open a web page that shows fits of activations, and the activations of a checkpoint.",
+    )
+    p.add_argument("--model", default="", help="A converted folder or Hub model to show at the start.")
+    p.add_argument("--revision", default="", help="Branch, tag or commit of the model on the Hub.")
+    p.add_argument("--host", default="127.0.0.1", help="With any other address, visitors can name Hub models only.")
+    p.add_argument("--port", type=int, help="Default: the first free one from 7860 on.")
+    p.add_argument("--share", action="store_true", help="A public address through gradio.live; Hub models only.")
     return p
 
 

@@ -8,27 +8,32 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..benchmark import FULL, QUICK, SECTIONS, TARGETS, TOLERANCE, Results, Settings, check, plot_results, report
+from ..benchmark import TOLERANCE
 from ..errors import ConfigError
 from ..files import check_file, written
 from .console import Parser, console, table
 from .env import environment, show_environment
 
-HELP = __doc__
+if TYPE_CHECKING:
+    from ..benchmark import Results, Settings
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho bench", description=HELP)
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cpu: one thread, float32; cuda: bfloat16")
-    p.add_argument("--json", metavar="FILE", help="write all figures, settings and the environment")
-    p.add_argument("--plot", metavar="FILE.png", help="draw the ratios and the curves over elements and degree")
-    p.add_argument(
-        "--check", action="store_true", help=f"exit with 1 if a target is missed by over {TOLERANCE:.0%}%, or not run"
+    p = Parser(
+        prog="hf-ortho bench",
+        description="Measure time and memory of the activations against the fixed ones, alone and inside models.",
     )
-    p.add_argument("--quick", action="store_true", help="small tensors and few rounds: whether it runs, not how fast")
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="One CPU thread in float32, or bfloat16.")
+    p.add_argument("--json", metavar="FILE", help="Write all figures, the settings and the environment.")
+    p.add_argument("--plot", metavar="FILE.png", help="Draw the ratios, and the curves over elements and degree.")
+    p.add_argument(
+        "--check", action="store_true", help=f"Exit with 1 if a target is missed by over {TOLERANCE:.0%}%, or not run."
+    )
+    p.add_argument(
+        "--quick", action="store_true", help="Smoke test: small tensors, few rounds; timings are meaningless."
+    )
     return p
 
 
@@ -36,8 +41,6 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.check and args.quick:
         raise ConfigError("--check does not go with --quick: the targets hold for the full sizes only")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if args.plot and Path(args.plot).suffix != ".png":
         raise ConfigError(f"--plot {args.plot}: must end in .png")
     if args.json and args.plot and Path(args.json).absolute() == Path(args.plot).absolute():
@@ -45,6 +48,13 @@ def run(argv: list[str]) -> int:
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path:
             check_file(path, flag)
+
+    import torch
+
+    from ..benchmark import FULL, QUICK, TARGETS, check, plot_results, report
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
     settings = (QUICK if args.quick else FULL).on(args.device)
     start = time.perf_counter()
     with one_thread(args.device):
@@ -76,6 +86,8 @@ def run(argv: list[str]) -> int:
 @contextlib.contextmanager
 def one_thread(device: str) -> Iterator[None]:
     """One thread of torch on the CPU, as many as before afterwards."""
+    import torch
+
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -87,6 +99,8 @@ def one_thread(device: str) -> Iterator[None]:
 
 def measure(settings: Settings) -> Results:
     """Run all cases, and print each when it is done."""
+    from ..benchmark import SECTIONS, Results, report
+
     results = Results()
     for case, section in SECTIONS.items():
         with console.status(f"Measuring {case}"):

@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..benchmark.timing import Times
 from ..errors import ConfigError, NonFiniteError
 from ..files import written
-from ..hub.card import hardware
-from ..plotting.comparison import plot_comparison
-from ..training.compare import Comparison, Run, measure_steps, run_grid, summarise
+from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
 from .recipe import parse_recipe
 
-HELP = str(__doc__)
+if TYPE_CHECKING:
+    from ..benchmark.timing import Times
+    from ..training.compare import Run
+
+DESCRIPTION = "Run one recipe with several activations and seeds: table, picture, time per step and memory."
 METRIC_NAMES = {"loss": "evaluation loss (nats)", "top1": "top-1 accuracy"}
 
 
 def run(argv: list[str]) -> int | None:
     if (code := launch("compare", argv)) is not None:
         return code
-    comparison = parse_recipe(Comparison, "compare", HELP, argv)
+    comparison = parse_recipe(Comparison, "compare", DESCRIPTION, argv)
     grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
     if grid.timing_rounds < 0:
         raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to leave the times out")
+
+    from ..training.compare import measure_steps, run_grid
+
     total = len(grid.activations) * len(grid.seeds)
     runs: list[Run] = []
     for done in run_grid(comparison, lambda name, seed: trainer_log(f"{name}, seed {seed}")):
@@ -69,6 +74,10 @@ def write(
     folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
     """The files of what is finished so far; returns the table: caption, columns, rows."""
+    from ..hub import hardware
+    from ..plotting.comparison import plot_comparison
+    from ..training.compare import summarise
+
     diverged = [f"{run.activation}, seed {run.seed}" for run in runs if run.diverged]
     runs = [run for run in runs if not run.diverged]
     metric = metric_of(runs)

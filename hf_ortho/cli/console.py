@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import difflib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from wrapt import register_post_import_hook
 
 from ..errors import ConfigError
 from ..text import visible
@@ -34,32 +37,78 @@ class PlainConsole(Console):
 
 
 console = PlainConsole(soft_wrap=True)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Help(argparse.HelpFormatter):
+    """Descriptions with the default at the end, where there is one that the description does not name."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS, "") or not action.option_strings or "efault" in text:
+            return text
+        return f"{text} Default: %(default)s."
+
+    def _format_action_invocation(self, action):
+        shown = copy.copy(action)
+        shown.option_strings = list(dict.fromkeys(map(dashed, action.option_strings)))
+        return super()._format_action_invocation(shown)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, because transformers' HfArgumentParser, which knows every TrainingArguments field, is built on it.
 
-    A usage error becomes one sentence instead of the list of all flags.
+    Flags are shown with dashes and taken with underscores too. A usage error becomes one sentence instead of the list
+    of all flags.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    def __init__(self, *args, **kwargs):
+        options: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Help} | kwargs
+        super().__init__(*args, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([dashed(arg) for arg in args or ()], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        found, rest = self.parse_known_args(args, namespace)
+        self.refuse(rest)
+        return found
+
+    def refuse(self, rest: list[str]) -> None:
+        """Raise ConfigError for the first argument that was not understood, with the flag that is nearest to it."""
+        flag = next((arg.split("=")[0] for arg in rest if arg.startswith("-")), None)
+        if flag is not None:
+            known = [dashed(name) for name in self._option_string_actions if name not in ("-h", "--help")]
+            closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
+            self.error(f"unknown flag {flag}{f'; the closest one is {closest[0]}' if closest else ''}")
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-def quiet() -> None:
-    """Keep the libraries' progress bars and advice out of the commands' own output; errors still come."""
-    import datasets
-    import huggingface_hub
-    import transformers
+def dashed(arg: str) -> str:
+    """A flag with dashes for underscores, its value as it is; anything else as it is."""
+    flag, *value = arg.split("=", 1)
+    return "=".join([flag.replace("_", "-"), *value]) if arg.startswith("--") else arg
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
+
+def quiet() -> None:
+    """Keep the libraries' progress bars and advice out of the commands' own output, from when they are imported on;
+    errors still come."""
+
+    def transformers_logging(logging_module):
+        logging_module.set_verbosity_error()
+        logging_module.disable_progress_bar()
+
+    def datasets_logging(datasets):
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+
+    register_post_import_hook(transformers_logging, "transformers.utils.logging")
+    register_post_import_hook(datasets_logging, "datasets")
+    register_post_import_hook(lambda module: module.set_verbosity_error(), "huggingface_hub.utils.logging")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 

@@ -1,248 +1,66 @@
-"""``hf-ortho demo``: pretrain a small model with GELU, convert it, fine-tune both, save, reload, draw; no network."""
+"""``hf-ortho demo``: the whole story on a small model, without a network."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import statistics
-import tempfile
-import time
-from pathlib import Path
-
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, TrainingArguments, set_seed
-from transformers.activations import ACT2FN
-
 from ..activations import FAMILIES, named, parse
-from ..conversion import ConversionReport, collect, convert
-from ..conversion.checkpoint import Checkpoint, save_checkpoint
-from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..errors import ConfigError
-from ..files import MANIFEST, OutputFolder
-from ..hub import DataSource, Results, command_line, hardware, write_card
-from ..plotting import Panel, plot_activations
-from ..training.evaluation import change, evaluate_model, make_trainer
-from ..training.samples import batches
-from .console import Parser, console, show, table, trainer_progress
-from .demo_tasks import TASKS, DemoTask
+from ..files import OutputFolder
+from .console import Parser
 
-HELP = __doc__
-CALIBRATION_BATCHES = 16
 COMPARED = ("hermite_3", "hermite_6", "hermite_8", "fourier_6", "tropical_6", "tropical_rational_6")
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho demo", description=HELP)
-    p.add_argument(
-        "--task", default="text", choices=list(TASKS), help="byte-level GPT-2 on English, or ConvNeXt on digits"
+    p = Parser(
+        prog="hf-ortho demo",
+        description="Pretrain a small model with GELU, convert it, fine-tune both, save, reload and draw, offline.",
     )
-    p.add_argument("--family", default="hermite", help=f"one of {', '.join(FAMILIES)}")
-    p.add_argument("--degree", default=None, help="1 to 32; default: the family's")
-    p.add_argument("-o", "--output", default=None, help="folder to write; default: demo-TASK")
-    p.add_argument("--overwrite", action="store_true", help="replace what hf_ortho wrote to the output folder before")
-    p.add_argument("--steps", type=int, help="of the first training")
-    p.add_argument("--tune-steps", type=int, help="of the fine-tuning")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--task",
+        default="text",
+        choices=["text", "vision"],
+        help="A byte-level GPT-2 on English, or a ConvNeXt on handwritten digits.",
+    )
+    p.add_argument("--family", default="hermite", help=f"One of {', '.join(FAMILIES)}.")
+    p.add_argument("--degree", help="1 to 32. Default: the family's own.")
+    p.add_argument("-o", "--output", help="Folder to write. Default: demo-TASK.")
+    p.add_argument(
+        "--overwrite", action="store_true", help="Replace what hf_ortho wrote into the output folder before."
+    )
+    p.add_argument("--steps", type=int, help="Steps of the first training. Default: the task's own.")
+    p.add_argument("--tune-steps", type=int, help="Steps of the fine-tuning. Default: the task's own.")
+    p.add_argument("--seed", type=int, default=0, help="Seed of weights and data order.")
     p.add_argument(
         "--compare",
         nargs="*",
         metavar="NAME",
-        help="instead of one conversion, a table of several over --seeds, for example hermite_3 fourier_6; "
-        f"without names: {' '.join(COMPARED)}",
+        help="Instead of one conversion, a table of several over --seeds, such as hermite_3 fourier_6. Default without "
+        f"names: {' '.join(COMPARED)}.",
     )
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --compare")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of --compare. Default: 0 1 2.")
     return p
-
-
-def train(checkpoint: Checkpoint, task: DemoTask, dataset: Dataset, steps: int, rate: float, seed: int, title: str):
-    """Train in place with Trainer; returns its arguments."""
-    with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=task.batch_size,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 10),
-            weight_decay=0.1,
-            seed=seed,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = make_trainer(checkpoint, arguments, dataset)
-        trainer.add_callback(trainer_progress(title))
-        trainer.train()
-    return arguments
-
-
-def pretrain(task: DemoTask, steps: int, seed: int) -> tuple[Checkpoint, Dataset, Dataset]:
-    set_seed(seed)
-    checkpoint = task.build()
-    dataset, held_back = task.datasets(checkpoint)
-    title = f"Training {type(checkpoint.model).__name__} with {_source(checkpoint)} on {task.dataset}"
-    train(checkpoint, task, dataset, steps, task.learning_rate, seed, title)
-    return checkpoint, dataset, held_back
-
-
-def _source(checkpoint: Checkpoint) -> str:
-    config = checkpoint.model.config
-    return getattr(config, "activation_function", None) or config.hidden_act
-
-
-def duplicate(checkpoint: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
-
-
-def calibration(task: DemoTask, dataset: Dataset) -> list[dict]:
-    return batches(dataset, CALIBRATION_BATCHES * task.calibration_batch, task.calibration_batch)
 
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    for flag, value in (("--steps", args.steps), ("--tune-steps", args.tune_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} {value}: must be at least 1")
+    names = args.compare or list(COMPARED)
+    for name in names:
+        parse(name)
+    name = named(args.family, args.degree)
+    folder = f"demo-{args.task}" if args.output is None else args.output
+    output = None if args.compare is not None else OutputFolder(folder, overwrite=args.overwrite)
+
+    from ..hub import command_line
+    from .demo_story import compare, tell_story
+    from .demo_tasks import TASKS
+
     task = TASKS[args.task]
     steps = task.steps if args.steps is None else args.steps
     tune_steps = task.tune_steps if args.tune_steps is None else args.tune_steps
-    if steps < 1 or tune_steps < 1:
-        raise ConfigError(f"--steps {steps} and --tune-steps {tune_steps}: must be at least 1")
-    if args.compare is not None:
-        names = args.compare or list(COMPARED)
-        for name in names:
-            parse(name)
+    if output is None:
         compare(task, names, args.seeds, steps, tune_steps)
         return
-    name = named(args.family, args.degree)
-    folder = f"demo-{args.task}" if args.output is None else args.output
-    output = OutputFolder(folder, overwrite=args.overwrite)
     tell_story(task, name, output, steps, tune_steps, args.seed, command_line("demo", argv))
-
-
-def tell_story(
-    task: DemoTask, name: str, output: OutputFolder, steps: int, tune_steps: int, seed: int, command: str
-) -> None:
-    start = time.perf_counter()
-    console.rule("1. A pretrained checkpoint", align="left")
-    original, dataset, held_back = pretrain(task, steps, seed)
-    source = _source(original)
-    original.model.eval()
-    at_first = evaluate_model(original, held_back)
-    table(f"on {len(held_back)} held-back samples", ["", source], [[k, f"{v:.5f}"] for k, v in at_first.items()])
-
-    console.rule(f"2. Convert it to {name}", align="left")
-    converted = Checkpoint(
-        copy.deepcopy(original.model), original.tokenizer, original.image_processor, original.task, None
-    )
-    with console.status("Calibrating and fitting"):
-        report = convert(converted.model, name, calibration=calibration(task, dataset))
-    for part in report.tables():
-        show(part)
-    for line in report.summary():
-        console.print(line)
-    at_once = evaluate_model(converted, held_back)
-    rows = [
-        [key, f"{value:.5f}", f"{at_once[key]:.5f}", change(value, at_once[key])] for key, value in at_first.items()
-    ]
-    table("before any fine-tuning", ["", source, name, "change"], rows)
-
-    console.rule("3. Fine-tune both: same steps, data and seed", align="left")
-    tuned, arguments = {}, None
-    for title, checkpoint in ((source, original), (name, converted)):
-        set_seed(seed + 1)
-        rate = task.tune_learning_rate
-        arguments = train(checkpoint, task, dataset, tune_steps, rate, seed + 1, f"Fine-tuning with {title}")
-        tuned[title] = evaluate_model(checkpoint, held_back)
-    rows = [
-        [key, f"{value:.5f}", f"{tuned[name][key]:.5f}", change(value, tuned[name][key])]
-        for key, value in tuned[source].items()
-    ]
-    table("after fine-tuning", ["", source, name, "difference"], rows)
-
-    console.rule("4. Save and reload with plain from_pretrained", align="left")
-    inputs = example_inputs(converted.model)
-    expected = outputs(converted.model, inputs)
-    with output.writing() as draft:
-        save_checkpoint(converted, draft)
-        draw(converted, report, dataset, task, draft / "activations.png", source)
-        stages = (source, at_first), (f"{source}, fine-tuned", tuned[source]), (f"{name}, converted", at_once)
-        values = dict([*stages, (f"{name}, fine-tuned", tuned[name])])
-        samples = DataSource(task.dataset, split="validation", samples=len(held_back))
-        write_card(
-            draft,
-            place=output.name,
-            report=report,
-            results=[Results(values, samples, command, hardware(), seed)],
-            data=[DataSource(task.dataset, split="train", samples=len(dataset))],
-            command=command,
-            arguments=arguments,
-        )
-    auto = AutoModelForCausalLM if converted.task == "causal-lm" else AutoModelForImageClassification
-    equal = verify_reload(auto, output.path, fingerprint(converted.model), inputs, expected)
-    console.print(f"{auto.__name__}.from_pretrained({output.name!r}): logits bit-equal: {equal}")
-    reloaded = auto.from_pretrained(output.path)
-    if converted.tokenizer is not None:
-        console.print(f"It writes: {generate(reloaded, converted.tokenizer, seed)!r}")
-    files = ", ".join(sorted(p.name for p in output.path.iterdir() if p.name != MANIFEST))
-    console.print(f"Wrote {output.name}/: {files}")
-    console.print(f"Done in {time.perf_counter() - start:.0f} s on {hardware()}.")
-
-
-def generate(model, tokenizer, seed: int, prompt: str = "The statement ") -> str:
-    set_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    options = {"max_new_tokens": 100, "do_sample": True, "top_k": 20, "temperature": 0.7}
-    ids = model.generate(**inputs, **options, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(ids[0])
-
-
-def draw(checkpoint, report: ConversionReport, dataset: Dataset, task: DemoTask, path: Path, source: str) -> None:
-    names = [layer.module for layer in report.layers]
-    histograms, _ = collect(checkpoint.model, names, calibration(task, dataset))
-    panels = [Panel(n, checkpoint.model.get_submodule(n), ACT2FN[source], histograms[n]) for n in names]
-    plot_activations(panels, path, f"{type(checkpoint.model).__name__}: {source} and learned {report.activation}")
-
-
-def compare(task: DemoTask, names: list[str], seeds: list[int], steps: int, tune_steps: int) -> None:
-    """Convert and fine-tune the same checkpoints with several activations; one table, mean and spread over seeds."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for seed in seeds:
-        console.rule(f"seed {seed}", align="left")
-        original, dataset, held_back = pretrain(task, steps, seed)
-        source = _source(original)
-        reference = evaluate_model(original, held_back)[task.metric]
-        for name in (source, *names):
-            checkpoint = duplicate(original)
-            if name != source:
-                with console.status(f"Converting to {name}"):
-                    convert(checkpoint.model, name, calibration=calibration(task, dataset))
-            at_once = evaluate_model(checkpoint, held_back)[task.metric]
-            set_seed(seed + 1)
-            train(checkpoint, task, dataset, tune_steps, task.tune_learning_rate, seed + 1, f"Fine-tuning with {name}")
-            tuned = evaluate_model(checkpoint, held_back)[task.metric]
-            console.print(f"{name}: {task.metric_name} {at_once:.5f} ({change(reference, at_once)}), tuned {tuned:.5f}")
-            found.setdefault(name, []).append((at_once / reference - 1, tuned))
-    rows = []
-    for name, values in found.items():
-        changes, final = [c for c, _ in values], [t for _, t in values]
-        against = [t - g for t, (_, g) in zip(final, found[source], strict=True)]
-        rows.append(
-            [
-                name,
-                f"{statistics.mean(changes):+.4%}",
-                f"{max(changes, key=abs):+.4%}",
-                f"{statistics.mean(final):.4f} ± {_spread(final):.4f}",
-                f"{statistics.mean(against):+.4f} ± {_spread(against):.4f}",
-            ]
-        )
-    title = (
-        f"{task.metric_name} on the held-back part of {task.dataset}, seeds {' '.join(map(str, seeds))}, "
-        f"{steps} + {tune_steps} steps, {hardware()}; ± is the standard deviation"
-    )
-    columns = ["", "change by conversion: mean", "largest", "after fine-tuning", f"minus {source}, same seed"]
-    table(title, columns, rows)
-
-
-def _spread(values) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0

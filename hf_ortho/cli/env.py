@@ -8,12 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from .console import Parser, table
 
-HELP = __doc__
 PACKAGES = (
     "hf_ortho",
     "torch",
@@ -35,6 +31,9 @@ PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """The machine and the versions, as plain JSON values; None where there is none."""
+    import psutil
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "platform": platform.platform(),
@@ -83,8 +82,10 @@ def show_environment(found: dict[str, Any]) -> None:
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho env", description=HELP)
-    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p = Parser(
+        prog="hf-ortho env", description="Print the machine and the versions of the libraries, for a bug report."
+    )
+    p.add_argument("--json", action="store_true", help="Print one JSON object.")
     return p
 
 

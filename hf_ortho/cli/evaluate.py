@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from ..conversion.checkpoint import load_checkpoint
 from ..errors import ConfigError
-from ..training import data
-from ..training.arguments import DataArguments
-from ..training.evaluation import change, evaluate_model
-from ..training.samples import prepare
 from .console import Parser, console, table
-
-HELP = __doc__
+from .network import check_hub
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho evaluate", description=HELP)
-    p.add_argument("model", help="a folder, or a model on the Hub")
-    p.add_argument("--against", metavar="OTHER", help="a second model, evaluated on the same samples")
-    p.add_argument("--dataset", help="a file, a folder, a dataset on the Hub; default for text: pydoc_topics")
-    p.add_argument("--split", help="default: validation or test, else the first")
-    p.add_argument("--revision", help="of the model on the Hub")
-    p.add_argument("--against-revision", help="of the other model on the Hub")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    p.add_argument("--block-size", type=int, help="tokens per sample; default: the model's context, at most 1024")
-    p.add_argument("--text_column", "--text-column")
-    p.add_argument("--image_column", "--image-column")
-    p.add_argument("--label_column", "--label-column")
-    p.add_argument("--max-samples", type=int, help="default: all")
-    p.add_argument("--batch-size", type=int, default=8)
+    p = Parser(
+        prog="hf-ortho evaluate",
+        description="Print loss and perplexity, or top-1 and top-5 accuracy, of one checkpoint, or of two with the "
+        "difference.",
+    )
+    p.add_argument("model", help="A folder, or a model on the Hub.")
+    p.add_argument("--against", metavar="OTHER", help="A second model, evaluated on the same samples.")
+    p.add_argument("--dataset", help="A file, a folder, or a dataset on the Hub. Default for text: pydoc_topics.")
+    p.add_argument("--split", help="Default: validation or test, else the first.")
+    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+    p.add_argument("--against-revision", help="Branch, tag or commit of the other model.")
+    p.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="Of the weights."
+    )
+    p.add_argument("--block-size", type=int, help="Tokens per sample. Default: the model's context, at most 1024.")
+    p.add_argument("--text-column", help="Default: text, or the only column of text.")
+    p.add_argument("--image-column", help="Default: image, or the only column of images.")
+    p.add_argument("--label-column", help="Default: label, or the only column of labels.")
+    p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples. Default: all.")
+    p.add_argument("--batch-size", type=int, default=8, help="Samples per forward pass.")
     return p
 
 
 def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float]]:
+    from ..conversion.checkpoint import load_checkpoint
+    from ..training import data
+    from ..training.arguments import DataArguments
+    from ..training.evaluation import evaluate_model
+    from ..training.samples import prepare
+
     checkpoint = load_checkpoint(name, revision=revision, dtype=args.dtype)
     place = args.dataset or ("pydoc_topics" if checkpoint.task == "causal-lm" else None)
     if place is None:
@@ -52,6 +58,7 @@ def run(argv: list[str]) -> None:
     for flag, value in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
+    check_hub([(args.model, args.revision), (args.against, args.against_revision)], [args.dataset])
     what, first = measure(args.model, args.revision, args)
     if not args.against:
         table(what, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])
@@ -59,6 +66,8 @@ def run(argv: list[str]) -> None:
     other_what, second = measure(args.against, args.against_revision, args)
     if what != other_what:
         console.print(f"note: the two models read the data differently ({what}; {other_what})")
+    from ..training.evaluation import change
+
     rows = [
         [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", change(second[key], value)]
         for key, value in first.items()

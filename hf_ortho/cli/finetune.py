@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import TrainingArguments
-
-from ..conversion.stored import load_activations, provenance_of
 from ..errors import ConfigError
-from ..hub import DataSource, Results, command_line, hardware, write_card
-from ..hub.card import PICTURE
-from ..hub.push import find_or_create, push
-from ..hub.record import carry_over
-from ..plotting import plot_stored
 from ..training.arguments import Recipe
-from ..training.data import commit_of, resolved
-from ..training.finetune import Result, finetune
 from .console import console, show, table, trainer_log
 from .launch import launch
 from .recipe import parse_recipe
 
-HELP = str(__doc__)
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from ..hub import DataSource, Results
+    from ..training.finetune import Result
+
+DESCRIPTION = "Fine-tune a checkpoint with transformers' Trainer, from a YAML file and flags that override it."
 
 
 def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     """The metrics for the screen and the card, also those before the training if there was a model before."""
+    from ..conversion.stored import provenance_of
+    from ..hub import DataSource, Results, hardware
+    from ..training.data import commit_of, resolved
+
     if result.after is None:
         return None
     after = {"fine-tuned" if result.before else "after training": result.after}
@@ -42,6 +43,9 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
 
 def _train(result: Result, recipe: Recipe) -> DataSource:
     """What the model was trained on."""
+    from ..hub import DataSource
+    from ..training.data import resolved
+
     data = recipe.data
     options = {"config": data.dataset_config, "revision": resolved(data.dataset_revision)}
     return DataSource.of(result.train, str(data.dataset), **options, split=data.train_split)
@@ -63,6 +67,10 @@ def _repository(arguments: TrainingArguments) -> str:
 
 def _draw(folder: Path) -> None:
     """The trained activations as ``activations.png``, if there are any."""
+    from ..conversion.stored import load_activations
+    from ..hub.card import PICTURE
+    from ..plotting import plot_stored
+
     try:
         stored = load_activations(str(folder))
     except ConfigError:  # it has none
@@ -70,10 +78,16 @@ def _draw(folder: Path) -> None:
     plot_stored(stored, folder / PICTURE, folder.absolute().name)
 
 
-def run(argv: list[str], command: str = "finetune", description: str = HELP) -> int | None:
+def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTION) -> int | None:
     if (code := launch(command, argv)) is not None:
         return code
     recipe = parse_recipe(Recipe, command, description, argv)
+
+    from ..hub import command_line, write_card
+    from ..hub.push import find_or_create, push
+    from ..hub.record import carry_over
+    from ..training.finetune import finetune
+
     arguments = recipe.training
     if arguments.push_to_hub and arguments.process_index == 0:  # rather than find out after the training
         find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)

@@ -5,26 +5,36 @@ from __future__ import annotations
 import json
 import math
 import textwrap
+from typing import TYPE_CHECKING
 
-from ..conversion.examine import examine
-from ..conversion.paths import by_kind
-from ..conversion.stored import StoredActivations, load_activations
 from .console import Parser, console, table
+from .network import check_hub
 
-HELP = __doc__
+if TYPE_CHECKING:
+    from ..conversion.stored import StoredActivations
+
 WIDTH = 100
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho inspect", description=HELP)
-    p.add_argument("model", help="a folder, or a model on the Hub")
-    p.add_argument("--revision", help="of the model on the Hub")
-    p.add_argument("--json", action="store_true", help="print one JSON object, in full precision; null is unbounded")
+    p = Parser(
+        prog="hf-ortho inspect",
+        description="Print the activations of a converted checkpoint in numbers; no other weights are loaded.",
+    )
+    p.add_argument("model", help="A folder, or a model on the Hub.")
+    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+    p.add_argument("--json", action="store_true", help="Print one JSON object in full precision; null is unbounded.")
     return p
 
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    check_hub([(args.model, args.revision)])
+
+    from ..conversion.examine import examine
+    from ..conversion.paths import by_kind
+    from ..conversion.stored import load_activations
+
     stored = load_activations(args.model, revision=args.revision)
     layers, notes = examine(stored)
     if args.json:

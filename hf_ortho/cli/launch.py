@@ -8,17 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
-import yaml
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.utils import DistributedType, is_deepspeed_available
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HfOrthoError
+from .console import Parser
 from .main import LAUNCHED
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 NAMES = ("single", "multi_gpu", "fsdp2", "zero3", "tp")
@@ -26,8 +23,8 @@ NAMES = ("single", "multi_gpu", "fsdp2", "zero3", "tp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that ``launch`` takes."""
-    parser.add_argument("--accelerate_config", help=f"Start several processes: {', '.join(NAMES)}, or a YAML file.")
-    parser.add_argument("--num_processes", help="How many; default: one for each GPU, one without a GPU.")
+    parser.add_argument("--accelerate-config", help=f"Start several processes: {', '.join(NAMES)}, or a YAML file.")
+    parser.add_argument("--num-processes", help="How many. Default: one for each GPU, one without a GPU.")
 
 
 def launch(command: str, argv: list[str]) -> int | None:
@@ -39,18 +36,24 @@ def launch(command: str, argv: list[str]) -> int | None:
         ConfigError: a flag does not fit, or the machine lacks what the engine needs.
         HfOrthoError: the first that a process has met.
     """
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = Parser(add_help=False)
     add_arguments(flags)
     own, rest = flags.parse_known_args(argv)
     if own.accelerate_config is None or {"-h", "--help"} & set(rest):
         if own.num_processes is not None:
             raise ConfigError(f"num_processes {own.num_processes}: give --accelerate_config too, one of {_choices()}")
-        # Accelerate would run each of several processes for itself.
-        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
-            os.environ.setdefault("ACCELERATE_USE_CPU", str("ACCELERATE_TORCH_DEVICE" not in os.environ))
+        if "LOCAL_RANK" in os.environ:
+            import torch
+
+            if not torch.accelerator.is_available():  # Accelerate would run each of several processes for itself
+                os.environ.setdefault("ACCELERATE_USE_CPU", str("ACCELERATE_TORCH_DEVICE" not in os.environ))
         return None
     if "LOCAL_RANK" in os.environ:
         raise ConfigError("accelerate_config: this process is one of several already; leave the flag out")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     file = CONFIGS / f"{own.accelerate_config}.yaml" if own.accelerate_config in NAMES else Path(own.accelerate_config)
     processes = _processes(own.accelerate_config, file, own.num_processes)
     options = ["--config_file", str(file), "--num_processes", str(processes)]
@@ -77,6 +80,11 @@ def _choices() -> str:
 
 def _processes(name: str, file: Path, wanted: str | None) -> int:
     """How many processes to start with the config in ``file``, if it can run here."""
+    import torch
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType, is_deepspeed_available
+
     if not file.is_file():
         raise ConfigError(f"accelerate_config {name!r}: must be one of {_choices()}")
     try:

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..activations import LearnableActivation
-from ..conversion import Histogram, collect
-from ..conversion.checkpoint import load_checkpoint
-from ..conversion.stored import StoredActivations, load_activations, provenance_of
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
-from ..plotting import Snapshot, animate_history, plot_history, plot_stored
-from ..plotting.layout import thin
-from ..training.checkpoints import checkpoints, step_of
-from ..training.history import read_step, recorded_steps
 from .console import Parser, console
-from .convert import calibration_batches
+from .network import check_hub
 
-HELP = __doc__
+if TYPE_CHECKING:
+    from ..activations import LearnableActivation
+    from ..conversion import Histogram
+    from ..conversion.stored import StoredActivations
+
 MAX_MOMENTS = 32  # of a recorded history: more curves cannot be told apart
 
 
 def parser() -> Parser:
-    p = Parser(prog="hf-ortho plot", description=HELP)
-    p.add_argument("model", nargs="?", help="a folder, or a model on the Hub; optional with --history")
-    p.add_argument("-o", "--output", default="activations.png", help="PNG file to write; with --history also GIF")
-    p.add_argument("--revision", help="of the model on the Hub")
-    p.add_argument("--against", metavar="OTHER", help="a second converted model, drawn over the first")
-    p.add_argument("--against-revision", help="of the other model on the Hub")
+    p = Parser(
+        prog="hf-ortho plot",
+        description="Draw the activations of a converted checkpoint, of two, or over a training.",
+    )
+    p.add_argument("model", nargs="?", help="A folder, or a model on the Hub; optional with --history.")
+    p.add_argument("-o", "--output", default="activations.png", help="PNG file to write; with --history also GIF.")
+    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+    p.add_argument("--against", metavar="OTHER", help="A second converted model, drawn over the first.")
+    p.add_argument("--against-revision", help="Branch, tag or commit of the other model.")
     p.add_argument(
         "--history",
         metavar="RUN_DIR",
-        help="draw a training: the steps it recorded, else its checkpoints; MODEL at the end",
+        help="Draw a training: the steps that it recorded, else its checkpoints, and MODEL at the end.",
     )
-    p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="draw the pre-activations over this data")
-    p.add_argument("--calibration-samples", type=int, default=8, help="blocks of text, or images times 8")
-    p.add_argument("--calibration-split", help="default: train")
-    p.add_argument("--block-size", type=int, help="tokens per block; default: the model's context, at most 1024")
+    p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="Draw the pre-activations over this data.")
+    p.add_argument("--calibration-samples", type=int, default=8, help="Blocks of text, or images times 8.")
+    p.add_argument("--calibration-split", help="Default: train.")
+    p.add_argument("--block-size", type=int, help="Tokens per block. Default: the model's context, at most 1024.")
     return p
 
 
@@ -49,6 +49,8 @@ def run(argv: list[str]) -> None:
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
     check_file(args.output)
+    models = (args.model, args.revision), (args.against, args.against_revision)
+    check_hub(models, [args.calibration_data])
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
             if value:
@@ -62,6 +64,9 @@ def run(argv: list[str]) -> None:
 
 
 def _shapes(args) -> None:
+    from ..conversion.stored import load_activations
+    from ..plotting import plot_stored
+
     histograms: dict[str, Histogram] = {}
     if args.calibration_data:
         stored, histograms = _observed(args)
@@ -84,17 +89,34 @@ def _shapes(args) -> None:
 
 def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     """The activations of the whole model, and the histograms of their pre-activations."""
+    from ..activations import LearnableActivation
+    from ..conversion import collect
+    from ..conversion.checkpoint import load_checkpoint
+    from ..conversion.stored import StoredActivations, provenance_of
+    from ..training.calibration import calibration_batches
+
     checkpoint = load_checkpoint(args.model, revision=args.revision)
     modules = {n: m for n, m in checkpoint.model.named_modules() if isinstance(m, LearnableActivation)}
     if not modules:
         raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
-    batches, _ = calibration_batches(checkpoint, args)
-    assert batches is not None
+    batches, _ = calibration_batches(
+        checkpoint,
+        args.calibration_data,
+        samples=args.calibration_samples,
+        split=args.calibration_split,
+        block_size=args.block_size,
+    )
     stored = StoredActivations(modules, provenance_of(checkpoint.model.config), checkpoint.commit)
     return stored, collect(checkpoint.model, modules, batches)[0]
 
 
 def _history(args) -> None:
+    from ..conversion.stored import load_activations
+    from ..plotting import Snapshot, animate_history, plot_history
+    from ..plotting.layout import thin
+    from ..training.checkpoints import step_of
+    from ..training.history import read_step, recorded_steps
+
     recorded = recorded_steps(args.history)
     if recorded:
         places = [recorded[i] for i in thin(len(recorded), MAX_MOMENTS)]
@@ -121,6 +143,8 @@ def _history(args) -> None:
 
 
 def _checkpoints(folder: str) -> list[Path]:
+    from ..training.checkpoints import checkpoints
+
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"--history {folder}: no such folder; name the output_dir of a training")

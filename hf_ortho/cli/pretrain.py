@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from . import finetune
 
-HELP = str(__doc__)
+DESCRIPTION = "Train a model from scratch with transformers' Trainer, from a YAML file and flags that override it."
 
 
 def run(argv: list[str]) -> int | None:
-    return finetune.run([*argv, "--init", "scratch"], "pretrain", HELP)
+    return finetune.run([*argv, "--init", "scratch"], "pretrain", DESCRIPTION)

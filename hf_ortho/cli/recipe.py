@@ -5,22 +5,32 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import TypeVar, cast, get_type_hints
-
-import torch
-import yaml
-from transformers import HfArgumentParser, get_scheduler
+from typing import Any, TypeVar, cast, get_type_hints
 
 from ..errors import ConfigError
 from ..training.arguments import Recipe
+from .console import Parser
 from .launch import add_arguments
+from .network import check_hub
 
 R = TypeVar("R", bound=Recipe)
+READ_FROM_HUB = ("--model", "--model-revision", "--tokenizer", "--dataset", "--eval-dataset")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message):
-        raise ConfigError(f"{message} (see {self.prog} --help)")
+def _parser(groups: dict[str, Any], command: str, description: str) -> Any:
+    from transformers import HfArgumentParser
+
+    class Fields(Parser, HfArgumentParser):  # type: ignore[misc]
+        """The fields of dataclasses as flags."""
+
+    epilog = None
+    if "training" not in groups:
+        epilog = f"Any field of transformers' TrainingArguments is an option too: hf-ortho {command} --help-all."
+    usage = f"hf-ortho {command} [--config YAML] [--OPTION VALUE ...]"
+    p = Fields(groups.values(), prog=f"hf-ortho {command}", usage=usage, description=description, epilog=epilog)
+    p.add_argument("--help-all", action="help", help="List the fields of TrainingArguments too.")
+    p.add_argument("--config", metavar="YAML", help="A file with any of these options as keys, with underscores.")
+    return p
 
 
 def parse_recipe(kind: type[R], command: str, description: str, argv: list[str]) -> R:
@@ -29,14 +39,36 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     Raises:
         ConfigError: an unknown key or flag (the closest valid one is named), or a value that does not fit.
     """
-    groups = get_type_hints(kind)
-    p = _Parser(tuple(groups.values()), prog=f"hf-ortho {command}", description=description, allow_abbrev=False)
-    p.add_argument("--config", help="YAML file with any of these options as keys")
+    if {"-h", "--help"} & set(argv):  # without the import of what trains
+        own = get_type_hints(kind, localns={"TrainingArguments": None})
+        del own["training"]
+        p = _parser(own, command, description)
+        add_arguments(p)
+        p.parse_args(["--help"])
+
+    flags = Parser(add_help=False)
+    for name in ("--config", *READ_FROM_HUB):
+        flags.add_argument(name)
+    given = vars(flags.parse_known_args(argv)[0])
+    config = given.pop("config")
+    entries = _read(config) if config else {}
+    place = {key: str(value) for key, value in {**entries, **{k: v for k, v in given.items() if v}}.items() if value}
+    tokenizer = None if place.get("tokenizer") in ("bytes", "bpe") else place.get("tokenizer")
+    models = (place.get("model"), place.get("model_revision")), (tokenizer, None)
+    check_hub(models, [place.get("dataset"), place.get("eval_dataset")])
+
+    import torch
+    from transformers import TrainingArguments, get_scheduler
+
+    groups = get_type_hints(kind, localns={"TrainingArguments": TrainingArguments})
+    p = _parser(groups, command, description)
     p.set_defaults(hub_strategy="end")  # what Trainer pushes at each save contains a pickle
-    known = {action.dest for action in p._actions} - {"help", "config"}
-    add_arguments(p)  # for --help: ``launch`` has taken them
-    config = p.parse_known_args(argv)[0].config
-    from_file = _read(config, known) if config else []
+    known = {action.dest for action in p._actions} - {"help", "help_all", "config"}
+    add_arguments(p)  # for --help-all: ``launch`` has taken them
+    for key in entries:
+        if key not in known:
+            raise _unknown(str(key), f"in {config}", known)
+    from_file = [flag for key, value in entries.items() for flag in _flags(key, value)]
     namespace, rest = p.parse_known_args([*from_file, *argv])
     for flag in rest:
         if flag.startswith("--"):
@@ -63,8 +95,10 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     return recipe
 
 
-def _read(path: str, known: set[str]) -> list[str]:
-    """The file's entries as flags, so that both are checked and converted alike."""
+def _read(path: str) -> dict[str, Any]:
+    """The entries of a YAML file."""
+    import yaml
+
     try:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -73,17 +107,16 @@ def _read(path: str, known: set[str]) -> list[str]:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ConfigError(f"config {path} must hold `key: value` lines")
-    argv = []
-    for key, value in entries.items():
-        if key not in known:
-            raise _unknown(str(key), f"in {path}", known)
-        if value is None:
-            continue
-        if isinstance(value, list):
-            argv += [f"--{key}", *(str(v) for v in value)]
-        else:
-            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return argv
+    return entries
+
+
+def _flags(key: str, value: Any) -> list[str]:
+    """An entry as flags, so that file and command line are checked and converted alike."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *(str(v) for v in value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _unknown(key: str, where: str, known: set[str]) -> ConfigError:

@@ -1,21 +1,5 @@
 """Convert pretrained models to learnable activations."""
 
-from .calibrate import collect
-from .convert import convert, revert
-from .export import expand, polynomials
-from .histogram import Histogram
-from .report import ConversionReport, LayerReport
-from .sites import Site, find_sites
+import lazy_loader
 
-__all__ = [
-    "ConversionReport",
-    "Histogram",
-    "LayerReport",
-    "Site",
-    "collect",
-    "convert",
-    "expand",
-    "find_sites",
-    "polynomials",
-    "revert",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

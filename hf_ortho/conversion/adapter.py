@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import safe_open
 from torch import Tensor, tensor
+from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import cached_file
 
 from ..errors import CheckpointError
@@ -36,15 +35,6 @@ def adapter_config(name: str, revision: str | None) -> dict | None:
     if not base or not isinstance(base, str):
         raise CheckpointError(f"{name} is an adapter that does not name its base model (base_model_name_or_path)")
     return config
-
-
-def base_of(name: str) -> str | None:
-    """The base model that the adapter in the folder ``name`` is for; None if that is not known."""
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-        return base if isinstance(base, str) else None
-    return None
 
 
 def base_revision(config: dict) -> str | None:

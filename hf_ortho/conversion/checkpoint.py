@@ -12,7 +12,6 @@ from typing import Any
 import transformers
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
@@ -107,6 +106,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
 
 
 def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:
+    from peft import PeftModel
+
     base, at = adapter["base_model_name_or_path"], base_revision(adapter)
     commit = commit_of(name, revision, ADAPTER_CONFIG)
     if labels := adapter_labels(name, commit or revision):
@@ -186,7 +187,7 @@ def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
     """Write the model (``state_dict`` for its tensors), its config and its processors into ``folder``, which exists."""
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
-    if checkpoint.new_head and isinstance(checkpoint.model, PeftModel):
+    if checkpoint.new_head and hasattr(checkpoint.model, "peft_config"):
         labels = json.dumps(checkpoint.model.config.id2label, indent=1)
         (folder / LABELS).write_text(labels + "\n", encoding="utf-8")
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):

@@ -1,16 +1,5 @@
 """The model card, the push to the Hub, and code that loads a model without this package."""
 
-from .card import card_of, write_card
-from .remote_code import add_remote_code, enable_remote_code
-from .results import DataSource, Results, command_line, hardware
+import lazy_loader
 
-__all__ = [
-    "DataSource",
-    "Results",
-    "add_remote_code",
-    "card_of",
-    "command_line",
-    "enable_remote_code",
-    "hardware",
-    "write_card",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
-import yaml
-from transformers import TrainingArguments
-
-from ..activations.interpolation import is_interval
 from ..errors import ConfigError
-from .policies import POLICIES
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SCRATCH_RATE = 1e-2
+POLICIES = ("all", "activations", "activations+norms", "activations+head", "norms", "head", "lora", "lora+activations")
 
 
 @dataclasses.dataclass
 class ModelArguments:
     """The model and its activation."""
+
+    _argument_group_name = "model"
 
     init: str = dataclasses.field(
         default="pretrained",
@@ -81,6 +83,8 @@ class ModelArguments:
 
 def _mapping(key: str, value: dict | str | None) -> dict:
     """A mapping of YAML, which the command line gives as text."""
+    import yaml
+
     try:
         found = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
@@ -93,6 +97,8 @@ def _mapping(key: str, value: dict | str | None) -> dict:
 @dataclasses.dataclass
 class DataArguments:
     """The data."""
+
+    _argument_group_name = "data"
 
     dataset: str | None = dataclasses.field(
         default=None, metadata={"help": "A file, a folder, a dataset on the Hub, pydoc_topics or digits."}
@@ -134,6 +140,8 @@ class DataArguments:
 class CompareArguments:
     """The grid of a comparison."""
 
+    _argument_group_name = "comparison"
+
     activations: list[str] = dataclasses.field(
         default_factory=lambda: ["gelu", "hermite_3", "fourier_5", "tropical_5", "tropical_rational_5"],
         metadata={"help": "Names in ACT2FN; the first is what the others are compared with."},
@@ -153,6 +161,8 @@ class OptimizerArguments:
     Raises:
         ConfigError: a value is out of range.
     """
+
+    _argument_group_name = "activations: optimization"
 
     activation_learning_rate: float | None = dataclasses.field(
         default=None,
@@ -176,6 +186,8 @@ class OptimizerArguments:
     )
 
     def __post_init__(self):
+        from ..activations.interpolation import is_interval
+
         for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
             value = getattr(self, key)
             if value is not None and not 0.0 <= value < math.inf:
@@ -195,6 +207,8 @@ class OptimizerArguments:
 class LoggingArguments:
     """What is recorded of the activations."""
 
+    _argument_group_name = "activations: logging"
+
     log_activations: int | None = dataclasses.field(
         default=None,
         metadata={"help": "Record them every N steps, for the logs and `hf-ortho plot --history`; default: never."},
@@ -208,6 +222,8 @@ class LoggingArguments:
 @dataclasses.dataclass
 class AugmentationArguments:
     """Augmentation of training images, and the average of the weights; all off by default."""
+
+    _argument_group_name = "augmentation"
 
     random_crop: float | None = dataclasses.field(
         default=None,
@@ -237,6 +253,8 @@ class AugmentationArguments:
 @dataclasses.dataclass
 class LoraArguments:
     """For ``train: lora`` and ``lora+activations``."""
+
+    _argument_group_name = "LoRA"
 
     lora_r: int = dataclasses.field(default=8, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = dataclasses.field(default=16, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
@@ -268,3 +286,10 @@ class Recipe:
             return self.optimizer
         rate = max(self.training.learning_rate, SCRATCH_RATE)
         return dataclasses.replace(self.optimizer, activation_learning_rate=rate)
+
+
+@dataclasses.dataclass
+class Comparison(Recipe):
+    """A recipe with the activations and seeds to run it with."""
+
+    compare: CompareArguments = dataclasses.field(default_factory=CompareArguments)

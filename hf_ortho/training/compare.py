@@ -21,7 +21,7 @@ from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from ..files import OutputFolder, written
-from .arguments import CompareArguments, LoggingArguments, Recipe
+from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import remove_leftovers, whole_checkpoints
 from .distributed import main_decides
@@ -30,13 +30,6 @@ from .trainer import ActivationTrainer
 
 # What one run of the grid may differ in, and what changes no figure.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
-
-
-@dataclasses.dataclass
-class Comparison(Recipe):
-    """A recipe with the activations and seeds to run it with."""
-
-    compare: CompareArguments = dataclasses.field(default_factory=CompareArguments)
 
 
 @dataclasses.dataclass(frozen=True)

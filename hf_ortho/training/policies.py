@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from .arguments import POLICIES
 
-POLICIES = ("all", "activations", "activations+norms", "activations+head", "norms", "head", "lora", "lora+activations")
 NO_ACTIVATIONS = "train {!r}: the model has no learnable activations; convert it first, or give --activation"
 LEARNABLE = tuple(policy for policy in POLICIES if "activations" in policy)
 

@@ -67,7 +67,7 @@ def test_refuses(hf_ortho_command, launched):
         (["--port", 70000], "--port 70000: must be from 1 to 65535"),
         (["--revision", "main"], "--revision main needs --model"),
         (["--share"], "--share: gradio.live gave no address"),
-        (["--size", 3], "unrecognized arguments: --size 3"),
+        (["--size", 3], "unknown flag --size"),
     ):
         error = hf_ortho_command("app", *flags).error
         assert message in error

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+import hf_ortho.benchmark
 import hf_ortho.cli.bench
 from hf_ortho.benchmark import QUICK, SECTIONS, TARGETS, Figure, NotRun, Results
 from hf_ortho.benchmark.competitors import learnable
@@ -145,7 +146,7 @@ def test_what_was_not_run_is_said(hf_ortho_command, monkeypatch):
         results.figures.append(Figure("decode", "F.gelu", "call", 1e-5, 1.0, 0.0))
         results.not_run.append(NotRun("decode", "hermite_3 compiled", reason))
 
-    monkeypatch.setattr(hf_ortho.cli.bench, "SECTIONS", {"decode": section})
+    monkeypatch.setattr(hf_ortho.benchmark, "SECTIONS", {"decode": section})
     ran = hf_ortho_command("bench", "--check")
     assert ran.code == 1
     assert f"hermite_3 compiled: {reason}, not run" in ran.out.splitlines()

@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_old_folder(demo, tiny_text, tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_ortho.cli.demo.write_card", full)
+    monkeypatch.setattr("hf_ortho.cli.demo_story.write_card", full)
     with OutputFolder(tmp_path / "out").writing() as draft:
         (draft / "old.txt").write_text("old")
     ran = demo(*QUICK, "-o", tmp_path / "out", "--overwrite")

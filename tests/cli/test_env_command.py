@@ -35,4 +35,4 @@ def test_table(hf_ortho_command, monkeypatch):
 
 
 def test_refuses(hf_ortho_command):
-    assert "unrecognized arguments: --yaml" in hf_ortho_command("env", "--yaml").error
+    assert "unknown flag --yaml" in hf_ortho_command("env", "--yaml").error

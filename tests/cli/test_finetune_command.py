@@ -17,6 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import hf_ortho.plotting
 from hf_ortho import convert, fuse_mlp
 from hf_ortho.cli.recipe import parse_recipe
 from hf_ortho.conversion.checkpoint import load_checkpoint
@@ -53,8 +54,9 @@ def finetune(hf_ortho_command):
 def drawn(monkeypatch):
     """What is drawn after a training; only ``converted_run`` spends the time for the picture itself."""
     found = []
-    module = importlib.import_module("hf_ortho.cli.finetune")
-    monkeypatch.setattr(module, "plot_stored", lambda *args: found.append(args) or args[1].write_bytes(b"png"))
+    monkeypatch.setattr(
+        hf_ortho.plotting, "plot_stored", lambda *args: found.append(args) or args[1].write_bytes(b"png")
+    )
     return found
 
 

@@ -1,6 +1,7 @@
 import os
 import signal
 
+import accelerate.utils
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -23,7 +24,7 @@ def gpus(monkeypatch):
     """A machine that says it has four of them, and DeepSpeed."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: True)
+    monkeypatch.setattr(accelerate.utils, "is_deepspeed_available", lambda: True)
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_more_processes_than_gpus(gpus, started):
 
 
 def test_deepspeed_is_missing(monkeypatch, gpus, started):
-    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
+    monkeypatch.setattr(accelerate.utils, "is_deepspeed_available", lambda: False)
     with pytest.raises(ConfigError, match="deepspeed is missing: pip install deepspeed"):
         launch.launch("finetune", ["--accelerate_config", "zero3"])
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-import hf_ortho.cli.plot
+import hf_ortho.plotting
 from hf_ortho.plotting import shapes
 
 
@@ -56,7 +56,7 @@ def run_dir(tmp_path_factory, moved):
 def calls(monkeypatch):
     """The arguments with which the command draws, by function; nothing is drawn."""
     found = {}
-    places = {"plot_activations": shapes, "plot_history": hf_ortho.cli.plot, "animate_history": hf_ortho.cli.plot}
+    places = {"plot_activations": shapes, "plot_history": hf_ortho.plotting, "animate_history": hf_ortho.plotting}
     for name, place in places.items():
         monkeypatch.setattr(place, name, lambda *args, name=name, **kw: found.update({name: (args, kw)}))
     return found
@@ -215,7 +215,7 @@ def test_history_refuses(hf_ortho_command, run_dir, converted, tmp_path, monkeyp
         (["--calibration-data", "/no/such/file.txt"], "/no/such/file.txt does not exist"),
         (["--calibration-data", "words.docx"], "words.docx"),
         (["--against", "/no/such/model"], "/no/such/model does not exist"),
-        (["--size", "3"], "unrecognized arguments: --size 3"),
+        (["--size", "3"], "unknown flag --size"),
     ],
 )
 def test_refuses(hf_ortho_command, converted, tmp_path, monkeypatch, flags, message):

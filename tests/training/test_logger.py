@@ -9,6 +9,7 @@ from transformers.integrations import integration_utils
 
 import hf_ortho
 import hf_ortho.cli.plot
+import hf_ortho.plotting
 from hf_ortho.activations import LearnableActivation
 from hf_ortho.errors import CheckpointError, ConfigError
 from hf_ortho.training import LoraArguments, add_lora, history, logger
@@ -210,7 +211,7 @@ def test_recipe_records_and_plot_draws_it(hf_ortho_command, gpt2_folder, text_fi
     flags += ["--max_eval_samples", 1, "--per_device_train_batch_size", 1]
     assert hf_ortho_command("finetune", *flags).code == 0
     drawn = []
-    monkeypatch.setattr(hf_ortho.cli.plot, "plot_history", lambda snapshots, *rest: drawn.extend(snapshots))
+    monkeypatch.setattr(hf_ortho.plotting, "plot_history", lambda snapshots, *rest: drawn.extend(snapshots))
     ran = hf_ortho_command("plot", run, "--history", run, "-o", tmp_path / "moving.png")
     assert ran.out.splitlines()[0] == "note: 3 of 5 recorded steps are drawn, evenly spaced"
     assert [snapshot.step for snapshot in drawn] == [0, 2, 4, None]

@@ -1,0 +1,12 @@
+from .base import LearnableActivation as LearnableActivation
+from .fit_report import FitReport as FitReport
+from .fourier import Fourier as Fourier
+from .hermite import Hermite as Hermite
+from .polynomial import PolynomialForm as PolynomialForm
+from .registry import FAMILIES as FAMILIES
+from .registry import build as build
+from .registry import named as named
+from .registry import parse as parse
+from .registry import register as register
+from .tropical import Tropical as Tropical
+from .tropical import TropicalRational as TropicalRational
