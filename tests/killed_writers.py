@@ -14,7 +14,7 @@ from pathlib import Path
 package = types.ModuleType("hf_ortho")  # whose own modules would take seconds to import
 package.__path__ = [str(Path(__file__).parents[1] / "hf_ortho")]
 sys.modules["hf_ortho"] = package
-files = importlib.import_module("hf_ortho.files")
+folders = importlib.import_module("hf_ortho.folders")
 assert not {"torch", "transformers", "huggingface_hub"} & sys.modules.keys()
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "rmdir")
@@ -22,7 +22,7 @@ OPTIONS = {"new": {}, "empty": {}, "overwritten": {"overwrite": True}, "training
 
 
 def write(folder, version, options):
-    with files.OutputFolder(folder, **options).writing() as draft:
+    with folders.OutputFolder(folder, **options).writing() as draft:
         for name in ("config.json", "model.safetensors", "1_Pooling/config.json", f"{version}/only"):
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_text(version)
@@ -61,14 +61,14 @@ def seen(folder):
     return {
         str(p.relative_to(folder.parent)): p.read_text() if p.is_file() else None
         for p in sorted(folder.parent.rglob("*"))
-        if p.name != files.MANIFEST
+        if p.name != folders.MANIFEST
     }
 
 
 def look_again(folder, options):
     try:
-        files.OutputFolder(folder, **options)
-    except files.OutputError as error:
+        folders.OutputFolder(folder, **options)
+    except folders.OutputError as error:
         return str(error)
     return ""
 

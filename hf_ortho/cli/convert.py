@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
-from ..files import OutputFolder
+from ..folders import OutputFolder
 from .console import Parser, console, show
 from .network import check_hub
 

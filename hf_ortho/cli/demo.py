@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..activations import FAMILIES, named, parse
 from ..errors import ConfigError
-from ..files import OutputFolder
+from ..folders import OutputFolder
 from .console import Parser
 
 COMPARED = ("hermite_3", "hermite_6", "hermite_8", "fourier_6", "tropical_6", "tropical_rational_6")

@@ -17,7 +17,8 @@ from transformers.activations import ACT2FN
 from ..conversion import ConversionReport, collect, convert
 from ..conversion.checkpoint import Checkpoint, save_checkpoint
 from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
-from ..files import MANIFEST, OutputFolder
+from ..files import MANIFEST
+from ..folders import OutputFolder
 from ..hub import DataSource, Results, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..training.evaluation import change, evaluate_model, make_trainer

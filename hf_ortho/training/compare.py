@@ -20,7 +20,8 @@ from ..activations import LearnableActivation, parse
 from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
-from ..files import OutputFolder, written
+from ..files import written
+from ..folders import OutputFolder
 from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import remove_leftovers, whole_checkpoints

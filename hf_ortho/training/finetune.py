@@ -16,7 +16,7 @@ from ..activations import parse
 from ..conversion import ConversionReport
 from ..conversion.checkpoint import Checkpoint, save_checkpoint
 from ..errors import ConfigError, DataError
-from ..files import OutputFolder
+from ..folders import OutputFolder
 from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer

@@ -37,7 +37,8 @@ import hf_ortho
 from hf_ortho.activations import FAMILIES
 from hf_ortho.cli import main
 from hf_ortho.cli.main import COMMANDS
-from hf_ortho.files import MANIFEST, OutputFolder
+from hf_ortho.files import MANIFEST
+from hf_ortho.folders import OutputFolder
 
 
 @pytest.fixture

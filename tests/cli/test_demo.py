@@ -9,7 +9,8 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 from hf_ortho.cli import demo_tasks
 from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
-from hf_ortho.files import MANIFEST, OutputFolder
+from hf_ortho.files import MANIFEST
+from hf_ortho.folders import OutputFolder
 from hf_ortho.training import data
 from hf_ortho.training.evaluation import evaluate_model
 
