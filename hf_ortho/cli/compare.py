@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, NonFiniteError
+from ..files import written
 from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
@@ -74,7 +75,6 @@ def write(
     folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
     """The files of what is finished so far; returns the table: caption, columns, rows."""
-    from ..conversion.checkpoint import written
     from ..hub import hardware
     from ..plotting.comparison import plot_comparison
     from ..training.compare import summarise
