@@ -87,10 +87,11 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     from ..hub import command_line, write_card
     from ..hub.push import find_or_create, push
     from ..hub.record import carry_over
-    from ..training.finetune import finetune
+    from ..training.finetune import finetune, output_folder
 
     arguments = recipe.training
     if arguments.push_to_hub and arguments.process_index == 0:  # rather than find out after the training
+        output_folder(recipe)
         find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)
     result = finetune(recipe, [trainer_log("Training")])
     if arguments.process_index != 0:

@@ -26,7 +26,7 @@ from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import remove_leftovers, whole_checkpoints
 from .distributed import main_decides
-from .finetune import finetune
+from .finetune import finetune, output_folder
 from .trainer import ActivationTrainer
 
 # What one run of the grid may differ in, and what changes no figure.
@@ -70,9 +70,8 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} {values}: give at least one, each once")
-    name, source = str(comparison.training.output_dir), comparison.model.model
-    main_decides(comparison.training, lambda: OutputFolder(name, keep=[source], beside=True))
-    folder = Path(name)
+    main_decides(comparison.training, lambda: output_folder(comparison))
+    folder = Path(str(comparison.training.output_dir))
     with PartialState().main_process_first():
         _claim(comparison, folder)
     for seed in grid.seeds:

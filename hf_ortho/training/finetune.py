@@ -74,9 +74,8 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     if recipe.data.streaming:
         check_stream(recipe.data, arguments)
-    name, source = str(arguments.output_dir), model_arguments.model
-    output = main_decides(arguments, lambda: OutputFolder(name, keep=[source], beside=True))
-    folder = Path(name)
+    output = main_decides(arguments, lambda: output_folder(recipe))
+    folder = Path(str(arguments.output_dir))
     whole = whole_checkpoints(folder)
     resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole))
     checkpoint, train, held_back, report = assemble(recipe)
@@ -106,6 +105,16 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
         with output.writing() as draft:
             save_checkpoint(checkpoint, draft, state_dict)
     return Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)
+
+
+def output_folder(recipe: Recipe) -> OutputFolder:
+    """``output_dir``, checked against what the recipe reads; other files in it stay.
+
+    Raises:
+        OutputError: it cannot be written, or contains an input.
+    """
+    inputs = (recipe.model.model, recipe.data.dataset, recipe.data.eval_dataset)
+    return OutputFolder(str(recipe.training.output_dir), keep=inputs, beside=True)
 
 
 def _resume_from(arguments: TrainingArguments, folder: Path, whole: list[Path]) -> str | None:
