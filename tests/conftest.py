@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup():
-    """Set aside what lives, so that the collection which every training asks for does not visit all that is imported."""
+    """Set aside what lives: the full collection that every training asks for would visit all that is imported."""
     gc.collect()
     gc.freeze()
 
@@ -89,14 +89,13 @@ def hf_ortho_command():
 
 
 @pytest.fixture(scope="session")
-def two_processes(tmp_path_factory):
-    """``two_processes(script, "argument")``: what a script prints in two processes of one job, which must end well."""
-    import ranks
+def forked(tmp_path_factory):
+    """``forked(2, script, "argument")``: what a script prints in two processes of one job, which must end well."""
+    from forked import run
 
-    def run(script, *argv, **environment) -> str:
-        return ranks.run(script, argv, environment, tmp_path_factory.mktemp("printed"))
-
-    return run
+    return lambda processes, script, *argv, **environment: run(
+        processes, script, argv, environment, tmp_path_factory.mktemp("printed")
+    )
 
 
 @pytest.fixture

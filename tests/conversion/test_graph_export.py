@@ -8,6 +8,8 @@ import torch
 import hf_ortho
 from hf_ortho.activations import FAMILIES
 
+CASES = [*(("convnext", family) for family in FAMILIES), ("gpt2", "hermite")]
+
 
 @pytest.fixture
 def case(architecture, gpt2, convnext, ids, pixels):
@@ -20,7 +22,9 @@ def case(architecture, gpt2, convnext, ids, pixels):
 
 # torch's own copy of its deprecated class, inside torch.onnx.export
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
-@pytest.mark.parametrize(("architecture", "family"), [*(("convnext", family) for family in FAMILIES), ("gpt2", "hermite")])
+@pytest.mark.parametrize(
+    ("architecture", "family"), [*(("convnext", family) for family in FAMILIES), ("gpt2", "hermite")]
+)
 def test_same_logits_as_the_module(family, case, tmp_path):
     model, name, inputs = case
     with torch.no_grad():

@@ -90,7 +90,7 @@ def llama_folder(tmp_path_factory, save_parts):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, two_processes, folders, llama_folder, text_file, hf_ortho_command):
+def runs(tmp_path_factory, forked, folders, llama_folder, text_file, hf_ortho_command):
     """The folder of all runs: ``ENGINE.POLICY``, and with ``.resumed`` those continued from their checkpoint-2."""
     folder = tmp_path_factory.mktemp("engines")
 
@@ -119,7 +119,7 @@ def runs(tmp_path_factory, two_processes, folders, llama_folder, text_file, hf_o
     queue.append(("tp", str(folder / "tp.llama"), llama))
     (folder / "runs.json").write_text(json.dumps(queue))
     (folder / "worker.py").write_text(WORKER)
-    printed = two_processes(folder / "worker.py", folder / "runs.json", CUDA_VISIBLE_DEVICES="")
+    printed = forked(2, folder / "worker.py", folder / "runs.json", CUDA_VISIBLE_DEVICES="")
     assert printed.count("Wrote") == len(queue)  # by the main process alone
     for name, options in [(policy, gpt2(policy, 1)) for policy in ACTIVATIONS] + [("llama", llama)]:
         ran = hf_ortho_command("finetune", "--output_dir", folder / f"single.{name}", *options, "--use_cpu", True)
