@@ -2,13 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-all lint install clean
 
 demo: install
 	$(BIN)/hf-ortho demo --overwrite
 
+PYTEST := $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile --durations=20
+
 test: install lint
-	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Also the real launcher of several processes, and the pages in a browser.
+test-all: install lint
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
