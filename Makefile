@@ -13,6 +13,7 @@ demo: $(VENV)/.core
 test: lint
 	$(PYTEST) -m "not slow"
 
+# Also the real launcher of several processes, and the pages in a browser.
 test-all: lint
 	$(PYTEST)
 

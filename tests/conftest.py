@@ -3,12 +3,11 @@
 import atexit
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 
 import pytest
@@ -28,6 +27,7 @@ os.environ |= {
     "DATASETS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "COLUMNS": "80",
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -37,6 +37,12 @@ def pytest_configure(config):
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_runtest_setup():
+    """Set aside what lives: the full collection that every training asks for would visit all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,26 +89,13 @@ def hf_ortho_command():
 
 
 @pytest.fixture(scope="session")
-def torchrun():
-    """``torchrun(script, "argument")`` runs a script in two processes, which must end well; returns what it printed."""
+def forked(tmp_path_factory):
+    """``forked(2, script, "argument")``: what a script prints in two processes of one job, which must end well."""
+    from forked import run
 
-    def run(script, *argv, **environment) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            script,
-            *argv,
-        ]
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=variables)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    return lambda processes, script, *argv, **environment: run(
+        processes, script, argv, environment, tmp_path_factory.mktemp("printed")
+    )
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -455,6 +453,7 @@ def test_a_linear_layer_with_a_function_of_its_own():
 
 
 WORKER = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -495,16 +494,14 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(work, (sys.argv[2],), nprocs=2, start_method="fork")
+    work(int(os.environ["RANK"]), sys.argv[2])
 """
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, forked):
     """DDP, and FSDP2 with the activations as units of their own, whose parameters are sharded in the backward."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, str(tmp_path / "worker.py"), os.path.dirname(__file__), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    forked(2, tmp_path / "worker.py", os.path.dirname(__file__), tmp_path)
     for kind in ("ddp", "fsdp2"):
         expected = load_file(tmp_path / f"{kind}.never.0.safetensors")
         assert len(expected) > 20

@@ -1,4 +1,4 @@
-"""Dtypes, copies, and the transforms of torch: autocast, compile, vmap, jvp."""
+"""Dtypes, copies, and the transforms of torch: autocast, vmap, jvp; tests/kernels/test_dispatch.py compiles."""
 
 import copy
 import pickle
@@ -44,14 +44,14 @@ def test_double_makes_the_parameters_float64_and_float_returns_them(module):
     assert states_equal(module.float(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("double", [False, True])
-def test_the_output_has_the_dtype_of_the_input(dtype, double, module, x):
+def test_the_output_has_the_dtype_of_the_input(double, module, x):
     module = module.double() if double else module
-    x = x.to(dtype).requires_grad_()
-    y = module(x)
-    y.sum().backward()
-    assert y.dtype == module.derivative(x).dtype == x.grad.dtype == dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        data = x.to(dtype, copy=True).requires_grad_()
+        y = module(data)
+        y.sum().backward()
+        assert y.dtype == module.derivative(data).dtype == data.grad.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -99,21 +99,6 @@ def test_reset_parameters_restores_the_initial_values(module):
     assert not states_equal(module, build(module.name))
     module.reset_parameters()
     assert states_equal(module, build(module.name))
-
-
-def test_compile_has_no_graph_break(module, x):
-    torch._dynamo.reset()
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
-    results = []
-    for fn in (module, compiled):
-        module.zero_grad()
-        data = x.clone().requires_grad_()
-        y = fn(data)
-        y.sin().sum().backward()
-        results.append([y, data.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
-    assert len(results[0]) > 2
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own import

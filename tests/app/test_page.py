@@ -11,6 +11,7 @@ import pytest
 
 import hf_ortho
 
+pytestmark = pytest.mark.slow
 CHROMIUM = Path("/usr/bin/chromium")
 SPACE = Path(hf_ortho.__file__).parent / "app" / "space.py"
 # A process of its own: Gradio leaves event loops open.

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -7,8 +8,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from hf_ortho.cli import demo_tasks
+from hf_ortho.cli import demo_story, demo_tasks
 from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
+from hf_ortho.errors import DataError
 from hf_ortho.files import MANIFEST
 from hf_ortho.folders import OutputFolder
 from hf_ortho.training import data
@@ -25,19 +27,26 @@ def demo(hf_ortho_command):
     return run
 
 
-@pytest.fixture(scope="module")
-def little_text():
-    """A little of the help texts, for what does not depend on how much there is."""
-    splits = data.pydoc_topics()
-    held_back = {"text": [splits["validation"][0]["text"][:3000]]}
-    little = DatasetDict(train=splits["train"].select([0, 1]), validation=Dataset.from_dict(held_back))
+@pytest.fixture(scope="module", autouse=True)
+def little_data():
+    """A little of the help texts and of the digits, and small batches of them to calibrate with."""
+    texts = data.pydoc_topics()
+    held_back = {"text": [texts["validation"][0]["text"][:3000]]}
+    little = {"pydoc_topics": DatasetDict(train=texts["train"].select([0, 1]), validation=Dataset.from_dict(held_back))}
+    with contextlib.suppress(DataError):  # without scikit-learn
+        digits = data.digits()
+        little["digits"] = DatasetDict({name: split.select(range(64)) for name, split in digits.items()})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.BUILT_IN, "pydoc_topics", lambda: little)
+        for name, splits in little.items():
+            patch.setitem(data.BUILT_IN, name, lambda splits=splits: splits)
+        for name, batch in (("text", 1), ("vision", 4)):
+            task = dataclasses.replace(demo_tasks.TASKS[name], batch_size=4, calibration_batch=batch)
+            patch.setitem(demo_tasks.TASKS, name, task)
         yield
 
 
 @pytest.fixture(scope="module")
-def text_demo(demo, little_text, tmp_path_factory):
+def text_demo(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "text"
     return demo(*QUICK, "-o", folder), folder
 
@@ -110,16 +119,16 @@ def test_the_figures_are_those_of_the_saved_model(vision_demo):
 
 
 @pytest.fixture
-def tiny_text(little_text, monkeypatch, make_gpt2):
-    """The text demo with a model of one layer."""
+def tiny_text(monkeypatch, make_gpt2):
+    """The text demo with a model of one layer, and without its picture."""
 
     def build():
         # Weights so large that a conversion to a low degree changes the perplexity.
         model, tokenizer = make_gpt2(n_layer=1, n_positions=demo_tasks.BLOCK, initializer_range=0.5)
         return Checkpoint(model, tokenizer, None, "causal-lm", None)
 
-    task = dataclasses.replace(demo_tasks.TASKS["text"], build=build, batch_size=4, calibration_batch=1)
-    monkeypatch.setitem(demo_tasks.TASKS, "text", task)
+    monkeypatch.setitem(demo_tasks.TASKS, "text", dataclasses.replace(demo_tasks.TASKS["text"], build=build))
+    monkeypatch.setattr(demo_story, "plot_activations", lambda panels, path, title: path.write_bytes(b"png"))
 
 
 def test_compare_one_activation_over_one_seed(demo, tiny_text, tmp_path, monkeypatch):

@@ -203,6 +203,7 @@ def two_processes(monkeypatch, capfd):
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu(two_processes, gpt2_folder, text_file, tmp_path):
     flags = ["--model", gpt2_folder, "--dataset", text_file, "--max_steps", 1, "--per_device_train_batch_size", 2]
     code, out, err = two_processes(*flags, "--save_steps", 1, "--output_dir", tmp_path / "out")
@@ -213,6 +214,7 @@ def test_two_processes_on_the_cpu(two_processes, gpt2_folder, text_file, tmp_pat
     assert written == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+@pytest.mark.slow
 def test_a_mistake_in_two_processes_is_one_sentence(two_processes, gpt2_folder, tmp_path):
     flags = ["--model", gpt2_folder, "--dataset", tmp_path / "none.txt", "--output_dir", tmp_path / "out"]
     assert two_processes(*flags) == (2, "", f"hf-ortho: error: {tmp_path / 'none.txt'} does not exist\n")

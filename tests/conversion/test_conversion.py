@@ -59,8 +59,9 @@ def activations_of(model):
 # ---- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("calibrated", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_network_computes_nearly_the_same(case, family, calibrated, dtype, relative_error):
     name, model, batch = case

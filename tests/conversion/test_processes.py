@@ -34,12 +34,12 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, torchrun):
+def ranks(tmp_path_factory, forked):
     """What both processes saved, by the steps of distillation."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "worker.py"
     script.write_text(WORKER)
-    torchrun(script, os.path.dirname(__file__), folder)
+    forked(2, script, os.path.dirname(__file__), folder)
     return {steps: [load_file(folder / f"{rank}.{steps}.safetensors") for rank in range(2)] for steps in (0, 3)}
 
 

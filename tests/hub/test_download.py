@@ -1,11 +1,8 @@
-"""Models of the Hub, through the real client, against a local stand-in; once in a process of its own, with
-HF_ENDPOINT."""
+"""Models and data of the Hub, through the real client, against a local stand-in."""
 
 import json
-import os
-import subprocess
-import sys
 
+import datasets
 import pytest
 import torch
 from stand_in import COMMIT, hub
@@ -26,15 +23,14 @@ def root(tmp_path, tiny_gpt2_model):
     return tmp_path / "hub"
 
 
-def test_model_and_data_from_the_hub(root, tmp_path, tiny_gpt2_model):
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_DATASETS_CACHE")
+def test_model_and_data_from_the_hub(root, tmp_path, connect, hf_ortho_command, monkeypatch, tiny_gpt2_model):
     flags = ["--degree", "12", "--revision", "v1", "--calibration-data", "me/text", "--block-size", "16"]
-    run = [sys.executable, "-m", "hf_ortho", "convert", "me/tiny", "-o", "out", *flags]
     with hub(root) as endpoint:
-        environment["HF_ENDPOINT"] = endpoint
-        done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        connect(endpoint)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        done = hf_ortho_command("convert", "me/tiny", "-o", tmp_path / "out", *flags)
+    assert done.code == 0, done.err
     provenance = json.loads((tmp_path / "out" / "config.json").read_text())["hf_ortho"]
     assert provenance["source_model"] == "me/tiny"
     assert provenance["source_revision"] == COMMIT

@@ -1,7 +1,5 @@
 """Runs the Triton kernels in Triton's interpreter: in a process of its own, which has TRITON_INTERPRET=1."""
 
-import itertools
-
 import numpy as np
 import torch
 
@@ -38,12 +36,15 @@ def evaluate_with_exact_fma(*args, **options):
         InterpreterBuilder.create_fma = original
 
 
-def check_registration(family, x, parameters, domain, tail_slopes):
-    """torch's own checks of the operators: schema, fake tensors, AOT dispatch."""
+def check_registration(family, x, parameters, domain, tail_slopes, gradients):
+    """torch's own checks of the operators: schema, fake tensors, AOT dispatch.
+
+    ``gradients``: triples of whether x, the parameters and the domain need theirs.
+    """
     from hf_ortho.kernels import triton as kernels
 
     tensors = x, parameters, domain, tail_slopes, family
     found = [torch.library.opcheck(kernels.activation, tensors)]
-    for needs in itertools.product((True, False), repeat=3):
+    for needs in gradients:
         found.append(torch.library.opcheck(kernels.activation_backward, (torch.ones_like(x), *tensors, *needs)))
     return [result for results in found for result in results.values()]

@@ -166,7 +166,7 @@ def test_a_tensor_that_is_not_strided_is_refused_as_ever(module):
         module(torch.eye(3, dtype=torch.float64).to_sparse())
 
 
-@pytest.mark.parametrize("name", ["hermite_3", "hermite_9", "fourier_3", "tropical_3", "tropical_rational_3"])
+@pytest.mark.parametrize("name", [*(f"{family}_3" for family in FAMILIES), "hermite_9"])
 def test_compiled_with_any_size(name, x, randomised):
     torch._dynamo.reset()
     module = randomised(name, TAILS).float()
@@ -205,7 +205,7 @@ def test_compiled_gradients_in_float64(module, x):
 
 def test_compiled_functorch(module, x):
     torch._dynamo.reset()
-    compiled_slope = torch.compile(lambda t: vmap(grad(module))(t), backend="aot_eager", fullgraph=True)
+    compiled_slope = torch.compile(lambda t: vmap(grad(module))(t), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled_slope(x), module.derivative(x).detach())
 
 

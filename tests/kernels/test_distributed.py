@@ -54,11 +54,11 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, torchrun):
+def ranks(tmp_path_factory, forked):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "model.py").write_text(MODEL)
     (folder / "worker.py").write_text(WORKER)
-    torchrun(folder / "worker.py", folder)
+    forked(2, folder / "worker.py", folder)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 

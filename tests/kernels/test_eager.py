@@ -1,15 +1,13 @@
 """The CPU kernels against float64 autograd of the formula: values, every gradient, shapes, dtypes, threads."""
 
 import os
-import subprocess
-import sys
 import threading
 import weakref
 
 import pytest
 import torch
 
-from hf_ortho.activations import build
+from hf_ortho.activations import FAMILIES, build
 from hf_ortho.kernels import eager
 from hf_ortho.kernels.tropical import upper_envelope
 
@@ -20,6 +18,11 @@ PRECISION = {
     torch.bfloat16: (2**-8, 5e-6),  # the sums are taken in float32
     torch.float16: (2**-11, 5e-6),
 }
+
+# Both classes of Hermite and of Fourier series, and those of the other families.
+SERIES = [f"{family}_{degree}" for family in FAMILIES for degree in (1, 9)]
+# For what the chunks and threads do, which know no family: one scratch row, and five.
+ROWS = ["hermite_3", "fourier_3"]
 
 
 def data(*shape, dtype=torch.float32):
@@ -40,13 +43,14 @@ def test_values_and_gradients(
     name, dtype, domain, randomised, measured, reference, assert_near, small_chunks, monkeypatch
 ):
     module = make(randomised, name, domain, dtype)
-    for shape in ((7, 11, 3), (129,)):
+    for shape in ((7, 11, 3), (129,), (50,)):  # several chunks; one, without scratch rows
         x, g = data(*shape, dtype=dtype)
         found = measured(module, x, g)
         assert found[0].dtype == found[1]["x"].dtype == dtype
         assert_near(found, reference(module, x, g), *PRECISION[dtype])
 
 
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (49,), (50,), (51,), (64,), (65,), (128,)], ids=str)
 def test_sizes(name, shape, randomised, measured, reference, assert_near, small_chunks):
     module = make(randomised, name)
@@ -54,6 +58,7 @@ def test_sizes(name, shape, randomised, measured, reference, assert_near, small_
     assert_near(measured(module, x, g), reference(module, x, g), 2e-6, 5e-6)
 
 
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
     "arrange",
     [
@@ -81,6 +86,7 @@ def test_layouts(name, arrange, dtype, randomised, measured, small_chunks):
     assert torch.equal(measured(module, x, g.contiguous())[1]["x"], gradients["x"])
 
 
+@pytest.mark.parametrize("name", SERIES)
 @pytest.mark.parametrize("domain", [None, TAILS], ids=["pure", "tails"])
 def test_nan_stays_where_it_is(name, domain, randomised, small_chunks):
     module = make(randomised, name, domain)
@@ -96,6 +102,7 @@ def test_nan_stays_where_it_is(name, domain, randomised, small_chunks):
     assert torch.equal(clean.grad[finite], expected.grad[finite])
 
 
+@pytest.mark.parametrize("name", SERIES)
 @pytest.mark.parametrize("slopes", [(0.3, 1.2), (0.0, 1.2), (0.3, 0.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_infinite_inputs_run_along_the_tails(name, dtype, slopes, randomised, small_chunks):
@@ -112,6 +119,7 @@ def test_infinite_inputs_run_along_the_tails(name, dtype, slopes, randomised, sm
         assert y[1:129].isfinite().all()
 
 
+@pytest.mark.parametrize("name", SERIES)
 def test_only_what_is_asked_for(name, randomised, measured, small_chunks):
     module = make(randomised, name)
     x, g = data(300)
@@ -139,6 +147,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(name, dtype, randomised, measured, small_chunks, threads):
     module = make(randomised, name)
@@ -175,23 +184,30 @@ def test_threads_work_alone(randomised, measured, threads, monkeypatch):
             assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
 
 
-def test_threads_that_outlive_the_main_one(tmp_path):
-    script = """
-import threading, torch
+def test_threads_after_a_fork_and_after_the_main_one(tmp_path, forked):
+    """A forked process has threads of its own; threads that outlive the main one compute by themselves."""
+    (tmp_path / "script.py").write_text("""
+import os, threading, torch
 from hf_ortho.activations import build
+from hf_ortho.kernels import eager
+eager.GRAIN, eager.CHUNK = 50, 64
 torch.set_num_threads(2)
-module, x = build("hermite_3"), torch.linspace(-2, 2, 300_000)
+module, x = build("hermite_3"), torch.linspace(-2, 2, 1000)
 expected = module(x)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if torch.equal(module(x), expected) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 def late():
     threading.main_thread().join()
     assert torch.equal(module(x), expected)
     print("served")
 threading.Thread(target=late).start()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
+""")
+    assert forked(1, tmp_path / "script.py") == "served\n"
 
 
+@pytest.mark.parametrize("name", ROWS)
 def test_inference_mode_in_threads(name, randomised, small_chunks, threads):
     module = make(randomised, name)
     x, _ = data(1000)
@@ -206,6 +222,7 @@ def test_inference_mode_in_threads(name, randomised, small_chunks, threads):
         assert torch.equal(module(made_inside), expected)
 
 
+@pytest.mark.parametrize("name", SERIES)
 def test_a_default_device_and_dtype_change_nothing(name, randomised, measured, small_chunks):
     module = make(randomised, name)
     x, g = data(300)
@@ -221,6 +238,7 @@ def test_a_default_device_and_dtype_change_nothing(name, randomised, measured, s
     assert all(torch.equal(again[key], value) for key, value in gradients.items())
 
 
+@pytest.mark.parametrize("name", SERIES)
 def test_trains_after_a_first_call_in_inference_mode(name, randomised, measured, small_chunks):
     module = make(randomised, name)
     x, g = data(300)
@@ -232,6 +250,7 @@ def test_trains_after_a_first_call_in_inference_mode(name, randomised, measured,
     assert all(torch.equal(value, expected[key]) for key, value in measured(module, x, g)[1].items())
 
 
+@pytest.mark.parametrize("name", ROWS)
 def test_repeated_runs_give_the_same_bits(name, randomised, measured, small_chunks):
     module = make(randomised, name)
     x, g = data(500)
@@ -245,6 +264,7 @@ def test_repeated_runs_give_the_same_bits(name, randomised, measured, small_chun
     assert all(torch.equal(again[1][key], value) for key, value in first[1].items())
 
 
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_only_x_is_kept_for_the_backward_pass(name, dtype, randomised):
     module = make(randomised, name)
@@ -264,6 +284,7 @@ def test_only_x_is_kept_for_the_backward_pass(name, dtype, randomised):
     assert alive() is None
 
 
+@pytest.mark.parametrize("name", ROWS)
 def test_an_update_between_the_passes_is_an_error(name, randomised):
     module = make(randomised, name)
     for tensor in (x := data(9)[0], next(iter(module.parameters()))):
@@ -275,6 +296,7 @@ def test_an_update_between_the_passes_is_an_error(name, randomised):
             y.sum().backward()
 
 
+@pytest.mark.parametrize("name", ROWS)
 def test_every_way_to_write_a_parameter_is_seen(name, randomised):
     module = make(randomised, name)
     x, _ = data(30)
@@ -289,24 +311,6 @@ def test_every_way_to_write_a_parameter_is_seen(name, randomised):
                 write(p)
         exact = type(module).formula(x, *module._tensors())
         torch.testing.assert_close(module(x), exact)
-
-
-def test_a_forked_process_has_threads_of_its_own():
-    script = """
-import os, torch
-from hf_ortho.activations import build
-from hf_ortho.kernels import eager
-eager.GRAIN, eager.CHUNK = 50, 64
-torch.set_num_threads(2)
-module, x = build("hermite_3"), torch.linspace(-2, 2, 1000)
-expected = module(x)
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if torch.equal(module(x), expected) else 3)
-assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 def test_memory_does_not_grow_with_the_degree(small_chunks):
@@ -330,6 +334,7 @@ def test_the_upper_envelope_is_the_maximum(seed):
     torch.testing.assert_close(lines[on_hull, torch.arange(len(x))], lines.max(0).values, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", SERIES)
 def test_coefficients_that_are_not_finite_give_nan(name):
     module = build(name)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The Triton kernels, in Triton's interpreter against float64 autograd of the plain formula."""
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 
@@ -216,7 +217,12 @@ def test_cosines_of_large_arguments(interpreter):
     torch.testing.assert_close(gradients["x"].double(), theirs["x"], rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("family", ["hermite", "tropical_rational"])
-def test_the_operators_are_registered_completely(interpreter, family):
-    results = interpreter(interpreted.check_registration, family, normal(5), *arguments(random_module(f"{family}_2")))
+@pytest.mark.parametrize(
+    ("family", "gradients"),  # tropical_rational has two parameters
+    [("hermite", list(itertools.product((True, False), repeat=3))), ("tropical_rational", [(True, True, True)])],
+    ids=["hermite", "tropical_rational"],
+)
+def test_the_operators_are_registered_completely(interpreter, family, gradients):
+    tensors = arguments(random_module(f"{family}_2"))
+    results = interpreter(interpreted.check_registration, family, normal(5), *tensors, gradients)
     assert set(results) == {"SUCCESS"}

@@ -42,11 +42,11 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_train_as_one(tmp_path, torchrun):
+def test_two_processes_train_as_one(tmp_path, forked):
     import json
 
     (tmp_path / "worker.py").write_text(WORKER)
-    printed = torchrun(tmp_path / "worker.py", tmp_path / "two", TRANSFORMERS_VERBOSITY="error")
+    printed = forked(2, tmp_path / "worker.py", tmp_path / "two", TRANSFORMERS_VERBOSITY="error")
     names: dict = {"__name__": "worker"}
     exec(WORKER, names)
     expected = names["train"](str(tmp_path / "one"), 4, None)

@@ -5,6 +5,7 @@ is imported once, before the forks.
 """
 
 import functools
+import gc
 import json
 import os
 import pkgutil
@@ -67,10 +68,13 @@ def run(flags, kill=None, ranks=1, killed_rank=0):
 if __name__ == "__main__":
     import torch
 
+    import hf_ortho.plotting
     from hf_ortho.cli import main
 
     torch.set_num_threads(1)
+    hf_ortho.plotting.plot_stored = lambda stored, path, name: path.write_bytes(b"png")  # as conftest.py
     with open(sys.argv[1]) as file:
         runs = json.load(file)
     first = main(["finetune", *runs[0]["flags"]])
+    gc.freeze()  # what a training collects is not what is imported
     print(json.dumps([[first], *(run(**options) for options in runs[1:])]))

@@ -24,19 +24,22 @@ RESUMED = ("all", "lora+activations")
 
 # Accelerate takes the CPU for no device of FSDP or tensor parallelism: the worker names it one, all else is as on GPUs.
 WORKER = """
-import json, os, sys
+import importlib, json, os, sys
 import torch, torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import training_args
-from hf_ortho.cli import finetune as command, main
+import hf_ortho.plotting
+from hf_ortho.cli import main
 
 torch.set_num_threads(1)
+hf_ortho.plotting.plot_stored = lambda stored, path, name: path.write_bytes(b"png")  # as tests/training/conftest.py
 results = []
-original = command.finetune
-command.finetune = lambda *args: results.append(original(*args)) or results[-1]
+module = importlib.import_module("hf_ortho.training.finetune")
+original = module.finetune
+module.finetune = lambda *args: results.append(original(*args)) or results[-1]
 for engine, place, flags in json.load(open(sys.argv[1])):
     if engine == "ddp":
         flags = [*flags, "--use_cpu", "true"]
@@ -87,7 +90,7 @@ def llama_folder(tmp_path_factory, save_parts):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, torchrun, folders, llama_folder, text_file, hf_ortho_command):
+def runs(tmp_path_factory, forked, folders, llama_folder, text_file, hf_ortho_command):
     """The folder of all runs: ``ENGINE.POLICY``, and with ``.resumed`` those continued from their checkpoint-2."""
     folder = tmp_path_factory.mktemp("engines")
 
@@ -116,7 +119,7 @@ def runs(tmp_path_factory, torchrun, folders, llama_folder, text_file, hf_ortho_
     queue.append(("tp", str(folder / "tp.llama"), llama))
     (folder / "runs.json").write_text(json.dumps(queue))
     (folder / "worker.py").write_text(WORKER)
-    printed = torchrun(folder / "worker.py", folder / "runs.json", CUDA_VISIBLE_DEVICES="")
+    printed = forked(2, folder / "worker.py", folder / "runs.json", CUDA_VISIBLE_DEVICES="")
     assert printed.count("Wrote") == len(queue)  # by the main process alone
     for name, options in [(policy, gpt2(policy, 1)) for policy in ACTIVATIONS] + [("llama", llama)]:
         ran = hf_ortho_command("finetune", "--output_dir", folder / f"single.{name}", *options, "--use_cpu", True)

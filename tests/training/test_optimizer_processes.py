@@ -103,11 +103,11 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, torchrun):
+def folder(tmp_path_factory, forked):
     folder = tmp_path_factory.mktemp("processes")
     (folder / "model.py").write_text(MODEL)
     (folder / "worker.py").write_text(WORKER)
-    torchrun(folder / "worker.py", folder)
+    forked(2, folder / "worker.py", folder)
     return folder
 
 
