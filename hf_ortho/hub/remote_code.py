@@ -89,9 +89,9 @@ class Evaluated(torch.autograd.Function):
         ctx.family = family
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
         activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
-        inputs = x.to(activation.dtype)
+        inputs = x.to(activation.dtype).flatten()
         out = None if x.numel() <= GRAIN else torch.empty_like(inputs)
-        return activation.value(inputs, out, activation.no_rows).to(x.dtype)
+        return activation.value(inputs, out, activation.no_rows).view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):

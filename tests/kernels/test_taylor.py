@@ -1,4 +1,4 @@
-"""Which CPU kernel a Fourier activation gets, and the Chebyshev interpolant against float64 autograd of the formula."""
+"""Which CPU kernel a Fourier activation gets, and the one of tables against float64 autograd of the formula."""
 
 import math
 
@@ -7,15 +7,15 @@ import torch
 
 from hf_ortho.activations import build
 from hf_ortho.kernels import eager
-from hf_ortho.kernels.chebyshev import LEAST_TERMS, TERMS_PER_COSINE, ChebyshevSeries, fourier_series
 from hf_ortho.kernels.fourier import FourierSeries
+from hf_ortho.kernels.taylor import LEAST_NODES, MOST_NODES, TaylorSeries, fourier_series
 
 CPU = torch.device("cpu")
 
 
-def kernel(module, dtype=torch.float32):
+def kernel(module, dtype=torch.float32, large=True):
     vectors = tuple(tuple(p.tolist()) for key, p in module.named_parameters() if key != "domain")
-    return fourier_series(vectors, tuple(module.domain.tolist()), dtype, CPU)
+    return fourier_series(vectors, tuple(module.domain.tolist()), dtype, CPU, large)
 
 
 def data(count, scale=3.0):
@@ -25,29 +25,29 @@ def data(count, scale=3.0):
 
 
 @pytest.fixture
-def interpolated(monkeypatch):
-    """Small inputs in chunks too: without them the cosines are taken."""
+def tables(monkeypatch):
+    """For small inputs too, which get the cosines otherwise."""
     monkeypatch.setattr(eager, "GRAIN", 50)
 
 
 @pytest.mark.parametrize("degree", [4, 6, 8])
 @pytest.mark.parametrize("source", ["gelu", "silu", "tanh"])
-def test_fits(source, degree, measured, reference, assert_near, interpolated):
+def test_fits(source, degree, measured, reference, assert_near, tables):
     module = build(f"fourier_{degree}")
     module.fit(source)
-    assert isinstance(kernel(module), ChebyshevSeries) == (degree > 4 or source == "gelu")
+    assert isinstance(kernel(module), TaylorSeries)
     x, g = data(5000)
     assert_near(measured(module, x, g), reference(module, x, g), 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("domain", [(-1.5, 1.8), (2.0, 3.0), (-0.1, 0.3), (99.0, 100.0)], ids=str)
 @pytest.mark.parametrize("degree", [1, 2, 7, 12, 32])
-def test_random_parameters(degree, domain, randomised, measured, reference, assert_near, interpolated):
+def test_random_parameters(degree, domain, randomised, measured, reference, assert_near, tables):
     module = randomised(f"fourier_{degree}").float()
     with torch.no_grad():
         module.domain.copy_(torch.tensor(domain))
         module.frequencies.mul_(1.5 / (domain[1] - domain[0])).clamp_(max=20.0)
-    assert isinstance(kernel(module), ChebyshevSeries)
+    assert isinstance(kernel(module), TaylorSeries)
     x, g = data(2000, scale=1.0)
     x = x + sum(domain) / 2
     magnitude = max(1.0, abs(domain[1])) * module.frequencies.max().item()  # of the angle, which float32 rounds
@@ -55,38 +55,52 @@ def test_random_parameters(degree, domain, randomised, measured, reference, asse
     assert_near(measured(module, x, g), reference(module, x, g), rounding, 5e-6 + rounding)
 
 
-@pytest.mark.parametrize("last", [0, 1], ids=["even", "odd"])
+@pytest.mark.parametrize("nodes", [64, 256])
 @pytest.mark.parametrize("reduce", [False, True])
-def test_a_polynomial_of_any_length(last, reduce):
-    """Both parities of the number of steps, from the fewest on, against closed forms."""
-    terms = LEAST_TERMS + 2 * last
-    series = ChebyshevSeries(((0.5,), (2.0,), (0.4,), (0.3,)), (-1.0, 1.0), terms, torch.float64, CPU)
-    x = torch.linspace(-1, 1, 101, dtype=torch.float64)
+def test_the_remainder_is_that_of_taylors_theorem(nodes, reduce):
+    """Against closed forms, up to both ends, and not better than the step allows."""
+    lo, hi = -1.0, 3.0
+    series = TaylorSeries(((0.5,), (2.0,), (1.5,), (0.3,)), (lo, hi), nodes, torch.float32, CPU)
+    x = torch.linspace(lo, hi, 1001)
     g = 1 + x**2
-    rows = list(torch.empty(series.rows, 101, dtype=torch.float64))
+    rows = list(torch.empty(series.rows, 1002)[:, :1001])
     out = torch.empty_like(x)
+    angle = 1.5 * x.double() - 0.3
+    remainder = 1.5**3 * ((hi - lo) / (nodes - 2)) ** 3 / 48  # of cos and of sin
     value = series.value(x, out, rows)
-    error = 2 * 0.2**terms / math.factorial(terms) * 4  # of interpolation: 2 |J_j(0.4)| for the first missing term
-    torch.testing.assert_close(value, 0.5 + 2 * torch.cos(0.4 * x - 0.3), rtol=0, atol=2 * error)
+    error = (value - (0.5 + 2 * torch.cos(angle))).abs().max()
+    rounding = 1e-6  # a few ulp of values up to 2.5
+    assert remainder <= error <= 2 * remainder + rounding
     sums = series.gradient(x, g, out, rows, reduce)
-    torch.testing.assert_close(out, -0.8 * g * torch.sin(0.4 * x - 0.3), rtol=0, atol=4 * error)
+    assert (out + 3 * g * torch.sin(angle)).abs().max() <= 10 * (3 * remainder + rounding)
     assert bool(sums) == reduce
     if reduce:
-        cosine, sine = torch.cos(0.4 * x - 0.3), torch.sin(0.4 * x - 0.3)
-        expected = [g.sum(), (g * cosine).sum(), -2 * (g * x * sine).sum(), 2 * (g * sine).sum()]
+        cosine, sine = torch.cos(angle), torch.sin(angle)
+        expected = [g.double().sum(), (g * cosine).sum(), -2 * (g * x * sine).sum(), 2 * (g * sine).sum()]
         found = [v for vector in series.gradients(sums) for v in vector]
-        assert found == pytest.approx([v.item() for v in expected], rel=0, abs=101 * 20 * error)
+        assert found == pytest.approx([v.item() for v in expected], rel=0, abs=g.sum().item() * 6 * (remainder + rounding))
 
 
-def test_cosines_where_the_interpolant_does_not_serve():
+def test_nodes_follow_the_curvature():
+    """Twice the frequency, or twice the domain, takes twice the nodes."""
+    parameters, twice = ((0.0,), (1.0,), (2.0,), (0.0,)), ((0.0,), (1.0,), (4.0,), (0.0,))
+    nodes = [
+        len(fourier_series(p, (-end, end), torch.float32, CPU, True).points)
+        for p, end in ((parameters, 3.0), (twice, 3.0), (parameters, 6.0))
+    ]
+    assert nodes[1] == nodes[2] == 2 * nodes[0]
+
+
+def test_cosines_where_tables_do_not_serve():
     module = build("fourier_6")
     assert isinstance(kernel(module), FourierSeries)  # the whole real line
     with torch.no_grad():
         module.domain.copy_(torch.tensor([-2.0, 2.0]))
     found = kernel(module)
-    assert isinstance(found, ChebyshevSeries)
-    assert LEAST_TERMS <= len(found.points) <= TERMS_PER_COSINE * 6
+    assert isinstance(found, TaylorSeries)
+    assert LEAST_NODES <= len(found.points) <= MOST_NODES
     assert isinstance(kernel(module, torch.float64), FourierSeries)
+    assert isinstance(kernel(module, large=False), FourierSeries)
     for key, value in [
         ("domain", [-40.0, 40.0]),
         ("domain", [-2.0, math.inf]),
@@ -107,14 +121,14 @@ def test_cosines_where_the_interpolant_does_not_serve():
             parameter.copy_(before)
     with torch.no_grad():
         module.coefficients.zero_()
-    assert isinstance(kernel(module), ChebyshevSeries)
+    assert isinstance(kernel(module), TaylorSeries)
 
 
-def test_nan_reaches_the_values(interpolated):
+def test_nan_reaches_the_values(tables):
     module = build("fourier_6")
     with torch.no_grad():
         module.domain.copy_(torch.tensor([-2.0, 2.0]))
-    assert isinstance(kernel(module), ChebyshevSeries)
+    assert isinstance(kernel(module), TaylorSeries)
     x = data(300)[0]
     x[[3, 130]] = math.nan
     assert module(x).isnan().nonzero().flatten().tolist() == [3, 130]
