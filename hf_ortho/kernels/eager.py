@@ -70,7 +70,7 @@ class Activation:
         ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
         self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
         self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
-        self.rows = self.series.rows + (0 if self.pure else 2)
+        self.rows = self.series.rows + (0 if self.pure else 1)
         self.no_rows = (None,) * self.rows
         self.dtype = dtype
         self.parameters = parameters
@@ -80,7 +80,7 @@ class Activation:
             return self.series.value(x, out, rows)
         (lo, hi), (s_lo, s_hi) = self.domain, self.slopes
         inside = torch.clamp(x, lo, hi, out=rows[0])
-        y = self.series.value(inside, out, rows[2:])
+        y = self.series.value(inside, out, rows[1:])
         if s_lo or s_hi:
             beyond = torch.sub(x, inside, out=inside)
             if s_lo:
@@ -97,7 +97,7 @@ class Activation:
             return self.series.gradient(x, g, out, rows, parameters) + [0.0, 0.0] * domain
         s_lo, s_hi = self.slopes
         inside = torch.clamp(x, *self.domain, out=rows[0])
-        sums = self.series.gradient(inside, g, out, rows[2:], parameters)
+        sums = self.series.gradient(inside, g, out, rows[1:], parameters)
         if out is not None:
             within(out, x, *self.bounds, grad_input=out)
         for slope, outside in ((s_lo, self._below), (s_hi, self._above)):

@@ -50,7 +50,7 @@ class Maximum:
         self.last = torch.tensor(last, dtype=dtype, device=device)
 
     def value(self, x: Tensor, out, least_slope: float | None = None) -> Tensor:
-        """Horner's scheme of max and plus: with rises r_i of the slope, max(a_0, r_1 x + max(a_1, r_2 x + a_2)) + s_0 x.
+        """Horner's scheme of max and plus: max(a_0, r_1 x + max(a_1, r_2 x + a_2)) + s_0 x, r_i the rises of the slope.
 
         ``least_slope`` takes the place of s_0. No scratch row, and NaN is propagated.
         """
