@@ -36,7 +36,8 @@ class TaylorSeries:
         self.shift = torch.tensor(-self.middle / self.step, dtype=dtype, device=device)
         # S and its derivatives: of A cos(w x - p) = Re A e^(i(w x - p)) the jth is Re A (iw)^j e^(i(w x - p)).
         orders = np.arange(4)[:, None]
-        derivatives = ((np.array(self.cosines.amplitudes) * (1j * self.w) ** orders) @ self._waves()).real
+        amplitudes = np.array(self.cosines.amplitudes) * (1j * self.w) ** orders
+        derivatives = np.einsum("jk,ki->ji", amplitudes, self._waves()).real
         derivatives[0] += offset
         terms = derivatives * self.step**orders / [[1], [1], [2], [6]]
         tables = [terms[:3], terms[1:] * [[1], [2], [3]] / self.step]
@@ -72,7 +73,7 @@ class TaylorSeries:
         y.addcmul_(d, torch.index_select(second, 0, index, out=out))
         return torch.index_select(zeroth, 0, index, out=out).addcmul_(d, y)
 
-    def value(self, x: Tensor, out: Tensor, rows) -> Tensor:
+    def value(self, x: Tensor, out, rows) -> Tensor:
         if self._off(x):
             return self.cosines.value(x, out, rows)
         rows = [torch.empty_like(out) if row is None else row for row in rows]
@@ -102,10 +103,11 @@ class TaylorSeries:
             lowest, higher, *others = sums
             w0, w1 = lowest + np.zeros(self.nodes), higher + np.zeros((2, self.nodes))
             w1, w2 = w1 * [[self.step], [self.step**2 / 2]]
-            waves, iw = self._waves().T, 1j * self.w
             x = self.middle + self.step * np.fft.fftfreq(self.nodes, 1 / self.nodes)  # 0, 1, .., -2, -1 steps
-            plain = w0 @ waves + (w1 @ waves + w2 @ waves * iw) * iw
-            times_x = (x * w0 + w1) @ waves + ((x * w1 + 2 * w2) @ waves + (x * w2) @ waves * iw) * iw
+            moments = np.stack([w0, w1, w2, x * w0 + w1, x * w1 + 2 * w2, x * w2])  # of d^j and of x d^j
+            # Not by @: the threads of a BLAS for a product this small cost more than it does.
+            terms = np.einsum("mi,ki->mk", moments, self._waves()) * (1j * self.w) ** [[0], [1], [2], [0], [1], [2]]
+            plain, times_x = terms[:3].sum(0), terms[3:].sum(0)
             each = np.stack([plain.real, plain.imag, times_x.imag], 1)
             return self.cosines.gradients((np.array([w0.sum(), *each.ravel()]) + others).tolist())
 
