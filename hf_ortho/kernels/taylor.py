@@ -130,14 +130,16 @@ def _grid(parameters, domain) -> tuple[float, float, int, bool] | None:
     weights = np.maximum(amplitudes / (amplitudes.max() or 1.0), relative)
     slope = (amplitudes * w).max() or 1.0
     remainder = max(weights @ w**3, amplitudes @ w**4 / slope, 1e-9) / 48  # where the step is 1
-    step = float((ROUNDING / remainder) ** (1 / 3))
+    # The step is a power of two and the middle a multiple of it, so that t is exact: thousands of equal x, as beyond a
+    # domain, would add up one and the same error.
+    step = 2.0 ** math.floor(math.log2(ROUNDING / remainder) / 3)
     lo, hi = domain
     if domain == (-math.inf, math.inf):
         return 0.0, step, MOST_NODES, True
-    if not (lo < hi and (hi - lo) / step <= MOST_NODES - 2):  # an infinite end is refused too
+    if not (lo < hi and (hi - lo) / step <= MOST_NODES - 4):  # an infinite end is refused too
         return None
-    nodes = max(LEAST_NODES, 2 ** math.ceil(math.log2((hi - lo) / step + 2)))
-    return (lo + hi) / 2, (hi - lo) / (nodes - 2), nodes, False  # rounding may take x half a step beyond an end
+    nodes = max(LEAST_NODES, 2 ** math.ceil(math.log2((hi - lo) / step + 4)))
+    return step * round((lo + hi) / 2 / step), step, nodes, False
 
 
 def fourier_series(
