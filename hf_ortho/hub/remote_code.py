@@ -230,7 +230,7 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
     )
     for helper in ("_transformed", "_formula_gradients"):
         parts.add(dispatch, helper)
-    for helper in ("_prepare", "_flat", "GRAIN", "CHUNK"):
+    for helper in ("_prepare", "_flat", "GRAIN", "CHUNK", "LARGE"):
         parts.add(eager, helper)
     builds, initial = [], {}
     for name in names:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 GRAIN = 32768  # elements; from here on ATen opens an OpenMP region for every operation
 CHUNK = 1 << 16  # large enough that the interpreter's share is small, small enough for a second-level cache of 2 MB
+LARGE = 1 << 18  # elements; from here on tables pay off that are made anew after each update of the parameters
 DEVICE_CHUNK = 1 << 24  # on an accelerator without kernels of its own launches are what costs
 MAX_THREADS = 16  # beyond, Python's lock is the limit
 
@@ -139,7 +140,7 @@ _activation = functools.lru_cache(maxsize=512)(Activation)
 def _prepare(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
     vectors = tuple([tuple(p.tolist()) for p in parameters])
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    large = x.numel() > GRAIN
+    large = x.numel() >= LARGE
     return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device, large)
 
 

@@ -296,7 +296,7 @@ def test_a_forked_process_has_threads_of_its_own():
 import os, torch
 from hf_ortho.activations import build
 from hf_ortho.kernels import eager
-eager.GRAIN, eager.CHUNK = 50, 64
+eager.GRAIN, eager.LARGE, eager.CHUNK = 50, 51, 64
 torch.set_num_threads(2)
 module, x = build("hermite_3"), torch.linspace(-2, 2, 1000)
 expected = module(x)

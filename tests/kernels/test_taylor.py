@@ -28,6 +28,7 @@ def data(count, scale=3.0):
 def tables(monkeypatch):
     """For small inputs too, which get the cosines otherwise."""
     monkeypatch.setattr(eager, "GRAIN", 50)
+    monkeypatch.setattr(eager, "LARGE", 51)
 
 
 @pytest.mark.parametrize("degree", [4, 6, 8])
