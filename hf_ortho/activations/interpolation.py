@@ -27,6 +27,10 @@ DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
 # What the square of the largest error s on the real line counts for, next to the mean squared error over the data: 0.2
 # while s is well below NEAR, and less above, down to 0.01: what cannot come close everywhere serves the data.
 SUP_WEIGHT, LEAST_SUP_WEIGHT, NEAR = 0.2, 0.01, 0.02
+# Every processor rounds in its own way. Where a search chooses, the first candidate stays unless the squared error of
+# another is less by this share of it and by the square of a negligible error, both far above what rounding does.
+CLEAR, NEGLIGIBLE = 1e-3, 1e-9
+LEAST_FACTOR = 0.03  # of a weight in a step of Lawson's: where the error is near 0, rounding is much of it
 
 
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
@@ -110,11 +114,11 @@ class Nodes:
         return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
 
     def score(self, error: Array) -> float:
-        """log of the mean squared error over the data + a s^2 + (b - a) NEAR^2 log(1 + (s / NEAR)^2), s = max |error|,
-        a and b the least and the full weight."""
+        """Mean squared error over the data + a s^2 + (b - a) NEAR^2 log(1 + (s / NEAR)^2), s = max |error|, a and b
+        the least and the full weight."""
         square = float(np.max(np.abs(error[~self.data]))) ** 2
         spread = (SUP_WEIGHT - LEAST_SUP_WEIGHT) * NEAR**2 * math.log1p(square / NEAR**2)
-        return math.log(self.mean(error**2) + LEAST_SUP_WEIGHT * square + spread + 1e-32)
+        return self.mean(error**2) + LEAST_SUP_WEIGHT * square + spread
 
     def reweighted(self, error: Array) -> Nodes:
         """Lawson's step: weight on the line moves to where |error| is large.
@@ -122,9 +126,10 @@ class Nodes:
         s^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2, so that with the derivative of ``score``
         by s^2 for the sum of the weights a fixed point minimises it.
         """
-        square = float(np.max(np.abs(error[~self.data]))) ** 2
-        total = LEAST_SUP_WEIGHT + (SUP_WEIGHT - LEAST_SUP_WEIGHT) / (1 + square / NEAR**2)
-        w = np.where(self.data, self.w, self.w * np.abs(error))
+        size = np.abs(error)
+        most = float(np.max(size[~self.data]))
+        total = LEAST_SUP_WEIGHT + (SUP_WEIGHT - LEAST_SUP_WEIGHT) / (1 + most**2 / NEAR**2)
+        w = np.where(self.data, self.w, self.w * np.maximum(size, LEAST_FACTOR * most))
         w[~self.data] *= total / w[~self.data].sum()
         return dataclasses.replace(self, w=w)
 
@@ -143,9 +148,9 @@ def width_bounds(degree: int) -> tuple[float, float]:
     """The least and the largest -lo and hi that a search tries, in units of x.
 
     Around a kink the least-squares error alone would shrink the interval to nothing, where float32 coefficients blow up
-    and no data is left to learn from.
+    and no data is left to learn from. Beyond the nodes on the line nothing would hold the series.
     """
-    return 0.6 * math.sqrt(max(degree, 2)), 40.0
+    return 0.6 * math.sqrt(max(degree, 2)), _reach(6.0)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +213,20 @@ class Target:
         return np.concatenate([a, slopes]), np.concatenate([b, right])
 
 
+def clearly_less(square: float, best: float) -> bool:
+    """Whether a squared error is less than the best one so far by more than rounding explains."""
+    return square < (1 - CLEAR) * best - NEGLIGIBLE**2
+
+
+def first_of_least(candidates, square):
+    """The candidate of the least ``square``; of two that are as good as each other the first."""
+    first, *others = candidates
+    for other in others:
+        if clearly_less(square(other), square(first)):
+            first = other
+    return first
+
+
 @dataclasses.dataclass(frozen=True)
 class Balanced:
     """The best of some rounds: ``Nodes.score``, mean squared error over the data, solution and weights; and the weights
@@ -230,9 +249,9 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
     for _ in range(rounds):
         solution, error = solve(target, solution)
         score = target.nodes.score(error)
-        if best is None or score < best[0]:
+        if best is None or clearly_less(score, best[0]):
             best = score, target.nodes.mean(error**2), solution, target
-        if np.abs(error).max() < 1e-9:
+        if np.abs(error).max() < NEGLIGIBLE:
             break
         target = target.at(target.nodes.reweighted(error))
     assert best is not None
@@ -265,7 +284,7 @@ def variable_projection(problem, starts, bounds, max_nfev: int = 60) -> Array:
             max_nfev=max_nfev,
             x_scale="jac",
         )
-        if result.cost < best_cost:
+        if clearly_less(result.cost, best_cost):
             best, best_cost = result.x, result.cost
     assert best is not None
     return best
