@@ -16,11 +16,10 @@ from ..errors import PolynomialError
 from ..kernels import compiled
 from ..kernels.hermite import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
 from .base import LearnableActivation
-from .interpolation import NEGLIGIBLE, Balanced, Target, balance, first_of_least, width_bounds
+from .interpolation import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
 from .polynomial import PolynomialForm
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
-GRID = 1024  # of the ends found, so that a search that rounds otherwise ends at the same ones
 ROUNDING = 2.0**-25, 2e-6  # of float32: relative, and the error that is not worth a lower degree
 
 
@@ -109,13 +108,17 @@ class Hermite(LearnableActivation):
         highest ones stay 0.
         """
         for n in range(self.degree, 0, -1):
-            lo, hi, weighted = _search_interval(target, n) if target.domain is None else (*target.domain, target)
+            if target.domain is None:
+                lo, hi, weighted = _search_interval(target, n)
+            else:
+                lo, hi, weighted = *target.domain, target
             lo, hi = float(np.float32(lo)), float(np.float32(hi))
             weighted = _balance(weighted, n, lo, hi, rounds=10 if target.domain is None else 30).target
-            series, residual, _ = weighted.least_squares(*_designs(target, n, lo, hi), lo, hi)
+            design, slopes = _designs(target, n, lo, hi)
+            series, residual, _ = weighted.least_squares(design, slopes, lo, hi)
             c = chebyshev_to_hermite(series, lo, hi)
-            # What float32 loses, up to a factor of 4: each term c_k He_k/k! is off by 2^-25 of itself. Taking this
-            # for the rounding itself gives the same degree on every processor.
+            # What float32 loses, up to a factor of 4: each term c_k He_k/k! is off by 2^-25 of itself. An estimate
+            # finds the same degree on every processor, as the float32 arithmetic itself would not.
             terms = hermite_e.hermevander(np.clip(target.nodes.x, lo, hi), n) * (c / _factorials(n))
             if target.nodes.w @ np.sum((ROUNDING[0] * terms) ** 2, 1) <= 0.1 * residual @ residual + ROUNDING[1] ** 2:
                 break
@@ -146,8 +149,8 @@ def _balance(target: Target, n: int, lo: float, hi: float, rounds: int) -> Balan
 
 
 def _search_interval(target: Target, n: int) -> tuple[float, float, Target]:
-    """[lo, hi] in units of 1/GRID, and target with the weights found on the way."""
-    least, most = (math.log(v) for v in width_bounds(n))
+    """[lo, hi] as multiples of GRID, and ``target`` with the weights found on the way."""
+    bounds = np.log(width_bounds(n))
     reach = math.sqrt(max(n, 2))
     scale = first_of_least(SCALES, lambda r: _balance(target, n, -r * reach, r * reach, rounds=2).score)
     found = []
@@ -162,14 +165,20 @@ def _search_interval(target: Target, n: int) -> tuple[float, float, Target]:
             tried.append((lo, hi, _balance(weights, n, lo, hi, rounds=3)))
             return math.log(tried[-1][2].score + NEGLIGIBLE**2)
 
-        z = np.clip(np.log([a * scale * reach, b * scale * reach]), least, most - 0.1)
+        z = np.clip(np.log([a * scale * reach, b * scale * reach]), bounds[:, 0], bounds[:, 1] - 0.1)
         for size in (0.1, 0.03):  # a second simplex, since the first may shrink in a valley of the largest error
             simplex = z + np.array([[0, 0], [size, 0], [0, size]])
-            options = {"xatol": 1e-3, "fatol": 1e-3, "maxfev": 30 if len(skews) == 1 else 15, "initial_simplex": simplex}
-            z = minimize(cost, z, method="Nelder-Mead", bounds=[(least, most)] * 2, options=options).x
+            options = {
+                "xatol": 1e-3,
+                "fatol": 1e-3,
+                "maxfev": 30 if len(skews) == 1 else 15,
+                "initial_simplex": simplex,
+            }
+            z = minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options).x
         found.append(first_of_least(tried, lambda t: t[2].score))
     lo, hi, best = first_of_least(found, lambda t: t[2].mean_square)
-    return round(lo * GRID) / GRID, round(hi * GRID) / GRID, best.after
+    lo, hi = to_grid(np.array([lo, hi]))
+    return lo, hi, best.after
 
 
 @functools.cache

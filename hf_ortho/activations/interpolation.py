@@ -27,9 +27,14 @@ DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
 # What the square of the largest error s on the real line counts for, next to the mean squared error over the data: 0.2
 # while s is well below NEAR, and less above, down to 0.01: what cannot come close everywhere serves the data.
 SUP_WEIGHT, LEAST_SUP_WEIGHT, NEAR = 0.2, 0.01, 0.02
-# Every processor rounds in its own way. Where a search chooses, the first candidate stays unless the squared error of
-# another is less by this share of it and by the square of a negligible error, both far above what rounding does.
+# Every processor rounds in its own way, and the fits must not depend on it. Where a search chooses, the first candidate
+# stays unless the squared error of another is less by this share of it and by the square of a negligible error.
 CLEAR, NEGLIGIBLE = 1e-3, 1e-9
+# What a search has found is rounded to GRID before anything is built on it.
+GRID = 2.0**-10
+# The path of a non-linear fit: evaluations in a leg of it, and the weight of staying near where the leg began, in root
+# mean squares of the residual there.
+LEG, PROXIMITY = 15, 0.01
 LEAST_FACTOR = 0.03  # of a weight in a step of Lawson's: where the error is near 0, rounding is much of it
 
 
@@ -144,13 +149,14 @@ def is_interval(domain) -> bool:
     return numbers and len(domain) == 2 and all(map(math.isfinite, domain)) and domain[0] < domain[1]
 
 
-def width_bounds(degree: int) -> tuple[float, float]:
-    """The least and the largest -lo and hi that a search tries, in units of x.
+def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The least and the largest -lo, and the least and the largest hi, that a search tries, in units of x.
 
     Around a kink the least-squares error alone would shrink the interval to nothing, where float32 coefficients blow up
     and no data is left to learn from. Beyond the nodes on the line nothing would hold the series.
     """
-    return 0.6 * math.sqrt(max(degree, 2)), _reach(6.0)[1]
+    least, (lo, hi) = 0.6 * math.sqrt(max(degree, 2)), _reach(6.0)
+    return (least, -lo), (least, hi)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,33 +264,56 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
     return Balanced(*best, target)
 
 
-def variable_projection(problem, starts, bounds, max_nfev: int = 60) -> Array:
+def variable_projection(problem, starts, bounds, legs: int = 4) -> Array:
     """Minimise |P(theta) b| over the non-linear parameters alone (Golub & Pereyra), Kaufman's Jacobian.
 
     ``problem(theta)`` returns the residual and its Jacobian; the best of all ``starts`` is returned.
+
+    The path of a trust region doubles a rounding error in about every step, and is free to drift where nothing depends
+    on a parameter. So every leg of the path is short, stays near its start by a small penalty, and ends at a multiple
+    of GRID, where all processors meet again.
     """
     best, best_cost = None, math.inf
     lower, upper = (np.asarray(v, dtype=float) for v in bounds)
-    for start in starts:
-        start = np.clip(start, lower + 1e-9, upper - 1e-9)
-        memo: dict[bytes, tuple[Array, Array]] = {}
-
-        def at(theta, memo=memo):
-            key = theta.tobytes()
-            if key not in memo:
-                memo.clear()
-                memo[key] = problem(theta)
-            return memo[key]
-
-        result = least_squares(
-            lambda theta, at=at: at(theta)[0],
-            start,
-            jac=lambda theta, at=at: at(theta)[1],
-            bounds=(lower, upper),
-            max_nfev=max_nfev,
-            x_scale="jac",
-        )
-        if clearly_less(result.cost, best_cost):
-            best, best_cost = result.x, result.cost
+    for theta in starts:
+        theta = np.clip(theta, lower, upper)
+        for _ in range(legs):
+            before, theta = theta, to_grid(_leg(problem, theta, lower, upper))
+            theta = np.clip(theta, lower, upper)
+            if np.array_equal(theta, before):
+                break
+        residual = problem(theta)[0]
+        cost = float(residual @ residual)
+        if clearly_less(cost, best_cost):
+            best, best_cost = theta, cost
     assert best is not None
     return best
+
+
+def to_grid(values: Array) -> Array:
+    """The nearest multiples of GRID."""
+    return np.round(values / GRID) * GRID
+
+
+def _leg(problem, start: Array, lower: Array, upper: Array) -> Array:
+    start = np.clip(start, lower + 1e-9, upper - 1e-9)
+    residual, _ = problem(start)
+    stay = PROXIMITY * math.sqrt(residual @ residual) * np.eye(len(start))
+    memo: dict[bytes, tuple[Array, Array]] = {}
+
+    def at(theta):
+        key = theta.tobytes()
+        if key not in memo:
+            memo.clear()
+            residual, jacobian = problem(theta)
+            memo[key] = np.concatenate([residual, stay @ (theta - start)]), np.concatenate([jacobian, stay])
+        return memo[key]
+
+    return least_squares(
+        lambda theta: at(theta)[0],
+        start,
+        jac=lambda theta: at(theta)[1],
+        bounds=(lower, upper),
+        max_nfev=LEG,
+        x_scale="jac",
+    ).x
