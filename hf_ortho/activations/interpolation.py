@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from .source import Source
 
@@ -32,9 +32,9 @@ SUP_WEIGHT, LEAST_SUP_WEIGHT, NEAR = 0.2, 0.01, 0.02
 CLEAR, NEGLIGIBLE = 1e-3, 1e-9
 # What a search has found is rounded to GRID before anything is built on it.
 GRID = 2.0**-10
-# The path of a non-linear fit: evaluations in a leg of it, and the weight of staying near where the leg began, in root
-# mean squares of the residual there.
-LEG, PROXIMITY = 15, 0.01
+# The path of a non-linear fit: evaluations in a leg of it, their tolerances, and the weight of staying near where
+# the leg began, in root mean squares of the residual there.
+LEG, TOLERANCE, PROXIMITY = 15, 1e-5, 0.01
 LEAST_FACTOR = 0.03  # of a weight in a step of Lawson's: where the error is near 0, rounding is much of it
 
 
@@ -278,9 +278,9 @@ def variable_projection(problem, starts, bounds, legs: int = 4) -> Array:
     for theta in starts:
         theta = np.clip(theta, lower, upper)
         for _ in range(legs):
-            before, theta = theta, to_grid(_leg(problem, theta, lower, upper))
-            theta = np.clip(theta, lower, upper)
-            if np.array_equal(theta, before):
+            found = _leg(problem, theta, lower, upper)
+            theta = np.clip(to_grid(found.x), lower, upper)
+            if found.success:
                 break
         residual = problem(theta)[0]
         cost = float(residual @ residual)
@@ -295,7 +295,7 @@ def to_grid(values: Array) -> Array:
     return np.round(values / GRID) * GRID
 
 
-def _leg(problem, start: Array, lower: Array, upper: Array) -> Array:
+def _leg(problem, start: Array, lower: Array, upper: Array) -> OptimizeResult:
     start = np.clip(start, lower + 1e-9, upper - 1e-9)
     residual, _ = problem(start)
     stay = PROXIMITY * math.sqrt(residual @ residual) * np.eye(len(start))
@@ -316,4 +316,6 @@ def _leg(problem, start: Array, lower: Array, upper: Array) -> Array:
         bounds=(lower, upper),
         max_nfev=LEG,
         x_scale="jac",
-    ).x
+        ftol=TOLERANCE,
+        xtol=TOLERANCE,
+    )
