@@ -16,6 +16,7 @@ from .interpolation import Target, balance, variable_projection, width_bounds
 
 MIN_FREQUENCY, MAX_FREQUENCY = 0.1, 60.0
 ROUNDS = 8
+HALF_TURN = math.pi + 1e-3  # the largest phase: -pi and pi, which even functions ask for, are one
 RIDGE = 1e-6  # keeps low frequencies from cancelling with amplitudes of 1e3
 
 
@@ -85,12 +86,13 @@ class Fourier(LearnableActivation):
         theta = theta.astype(np.float32).astype(np.float64)
         linear = self._expand(target, theta)[4][0]
         cosine, sine = linear[1 : n + 1], linear[n + 1 :]
+        phases = np.arctan2(sine, cosine)
         factorials = np.array([math.factorial(k) for k in range(1, n + 1)], dtype=float)
         return {
             "offset": linear[:1],
             "coefficients": np.hypot(cosine, sine) * factorials,
             "frequencies": theta[:n],
-            "phases": np.arctan2(sine, cosine),
+            "phases": np.where(phases < HALF_TURN - 2 * math.pi, phases + 2 * math.pi, phases),
             "domain": np.array(theta[n:] if target.domain is None else target.domain),
         }, ""
 
@@ -121,9 +123,9 @@ class Fourier(LearnableActivation):
             starts.append(np.concatenate([w, [-reach, reach] if target.domain is None else []]))
         lower, upper = [MIN_FREQUENCY] * n, [MAX_FREQUENCY] * n
         if target.domain is None:
-            least, most = width_bounds(n)
-            lower, upper = [*lower, -most, least], [*upper, -least, most]
-        theta = variable_projection(problem, starts, (lower, upper), 60 if start is None else 15)
+            (least_lo, most_lo), (least_hi, most_hi) = width_bounds(n)
+            lower, upper = [*lower, -most_lo, least_hi], [*upper, -least_lo, most_hi]
+        theta = variable_projection(problem, starts, (lower, upper), 4 if start is None else 1)
         return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
 
     def _expand(self, target: Target, theta: np.ndarray):

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from numpy.polynomial import chebyshev
+from numpy.polynomial import chebyshev, hermite_e
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -16,10 +16,11 @@ from ..errors import PolynomialError
 from ..kernels import compiled
 from ..kernels.hermite import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
 from .base import LearnableActivation
-from .interpolation import Balanced, Target, balance, width_bounds
+from .interpolation import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
 from .polynomial import PolynomialForm
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
+ROUNDING = 2.0**-25, 2e-6  # of float32: relative, and the error that is not worth a lower degree
 
 
 def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
@@ -108,22 +109,25 @@ class Hermite(LearnableActivation):
         """
         for n in range(self.degree, 0, -1):
             if target.domain is None:
-                lo, hi, found = _search_interval(target, n)
+                lo, hi, weighted = _search_interval(target, n)
             else:
-                lo, hi = target.domain
-                found = _balance(target, n, lo, hi, rounds=30)
+                lo, hi, weighted = *target.domain, target
             lo, hi = float(np.float32(lo)), float(np.float32(hi))
+            weighted = _balance(weighted, n, lo, hi, rounds=10 if target.domain is None else 30).target
             design, slopes = _designs(target, n, lo, hi)
-            series, residual, _ = found.target.least_squares(design, slopes, lo, hi)
+            series, residual, _ = weighted.least_squares(design, slopes, lo, hi)
             c = chebyshev_to_hermite(series, lo, hi)
-            with np.errstate(over="ignore"):
-                stored = torch.from_numpy(c.astype(np.float32))
-            nodes = torch.from_numpy(np.clip(target.nodes.x, lo, hi).astype(np.float32))
-            rounding = hermite_sum(nodes, stored).double().numpy() - design @ series
-            if target.nodes.w @ rounding**2 <= 0.1 * residual @ residual + 1e-12:
+            # What float32 loses, up to a factor of 4: each term c_k He_k/k! is off by 2^-25 of itself. An estimate
+            # finds the same degree on every processor, as the float32 arithmetic itself would not.
+            terms = hermite_e.hermevander(np.clip(target.nodes.x, lo, hi), n) * (c / _factorials(n))
+            if target.nodes.w @ np.sum((ROUNDING[0] * terms) ** 2, 1) <= 0.1 * residual @ residual + ROUNDING[1] ** 2:
                 break
         note = f"float32 carries degree {n} of {self.degree} here: higher coefficients are 0" if n < self.degree else ""
         return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([lo, hi])}, note
+
+
+def _factorials(n: int) -> np.ndarray:
+    return np.array([float(math.factorial(k)) for k in range(n + 1)])
 
 
 def _designs(target: Target, n: int, lo: float, hi: float):
@@ -144,10 +148,11 @@ def _balance(target: Target, n: int, lo: float, hi: float, rounds: int) -> Balan
     return balance(solve, target, rounds)
 
 
-def _search_interval(target: Target, n: int) -> tuple[float, float, Balanced]:
-    bounds = [tuple(math.log(v) for v in width_bounds(n))] * 2
+def _search_interval(target: Target, n: int) -> tuple[float, float, Target]:
+    """[lo, hi] as multiples of GRID, and ``target`` with the weights found on the way."""
+    bounds = np.log(width_bounds(n))
     reach = math.sqrt(max(n, 2))
-    scale = min(SCALES, key=lambda r: _balance(target, n, -r * reach, r * reach, rounds=2).score)
+    scale = first_of_least(SCALES, lambda r: _balance(target, n, -r * reach, r * reach, rounds=2).score)
     found = []
     # Odd degrees gain from a skewed interval: GELU and its kin are x/2 plus an even function.
     skews = ((1.0, 1.0), (1.3, 0.8), (0.8, 1.3)) if n % 2 else ((1.0, 1.0),)
@@ -158,14 +163,22 @@ def _search_interval(target: Target, n: int) -> tuple[float, float, Balanced]:
             lo, hi = -math.exp(widths[0]), math.exp(widths[1])
             weights = tried[-1][2].after if tried else target
             tried.append((lo, hi, _balance(weights, n, lo, hi, rounds=3)))
-            return tried[-1][2].score
+            return math.log(tried[-1][2].score + NEGLIGIBLE**2)
 
-        z = np.log([a * scale * reach, b * scale * reach])
-        simplex = z + np.array([[0, 0], [0.1, 0], [0, 0.1]])
-        options = {"xatol": 1e-3, "fatol": 1e-3, "maxfev": 60 if len(skews) == 1 else 30, "initial_simplex": simplex}
-        minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options)
-        found.append(min(tried, key=lambda t: t[2].score))
-    return min(found, key=lambda t: t[2].mean_square)
+        z = np.clip(np.log([a * scale * reach, b * scale * reach]), bounds[:, 0], bounds[:, 1] - 0.1)
+        for size in (0.1, 0.03):  # a second simplex, since the first may shrink in a valley of the largest error
+            simplex = z + np.array([[0, 0], [size, 0], [0, size]])
+            options = {
+                "xatol": 1e-3,
+                "fatol": 1e-3,
+                "maxfev": 30 if len(skews) == 1 else 15,
+                "initial_simplex": simplex,
+            }
+            z = minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options).x
+        found.append(first_of_least(tried, lambda t: t[2].score))
+    lo, hi, best = first_of_least(found, lambda t: t[2].mean_square)
+    lo, hi = to_grid(np.array([lo, hi]))
+    return lo, hi, best.after
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from .source import Source
 
@@ -27,6 +27,15 @@ DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
 # What the square of the largest error s on the real line counts for, next to the mean squared error over the data: 0.2
 # while s is well below NEAR, and less above, down to 0.01: what cannot come close everywhere serves the data.
 SUP_WEIGHT, LEAST_SUP_WEIGHT, NEAR = 0.2, 0.01, 0.02
+# Every processor rounds in its own way, and the fits must not depend on it. Where a search chooses, the first candidate
+# stays unless the squared error of another is less by this share of it and by the square of a negligible error.
+CLEAR, NEGLIGIBLE = 1e-3, 1e-9
+# What a search has found is rounded to GRID before anything is built on it.
+GRID = 2.0**-10
+# The path of a non-linear fit: evaluations in a leg of it, their tolerances, and the weight of staying near where
+# the leg began, in root mean squares of the residual there.
+LEG, TOLERANCE, PROXIMITY = 15, 1e-5, 0.01
+LEAST_FACTOR = 0.03  # of a weight in a step of Lawson's: where the error is near 0, rounding is much of it
 
 
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
@@ -110,11 +119,11 @@ class Nodes:
         return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
 
     def score(self, error: Array) -> float:
-        """log of the mean squared error over the data + a s^2 + (b - a) NEAR^2 log(1 + (s / NEAR)^2), s = max |error|,
-        a and b the least and the full weight."""
+        """Mean squared error over the data + a s^2 + (b - a) NEAR^2 log(1 + (s / NEAR)^2), s = max |error|, a and b
+        the least and the full weight."""
         square = float(np.max(np.abs(error[~self.data]))) ** 2
         spread = (SUP_WEIGHT - LEAST_SUP_WEIGHT) * NEAR**2 * math.log1p(square / NEAR**2)
-        return math.log(self.mean(error**2) + LEAST_SUP_WEIGHT * square + spread + 1e-32)
+        return self.mean(error**2) + LEAST_SUP_WEIGHT * square + spread
 
     def reweighted(self, error: Array) -> Nodes:
         """Lawson's step: weight on the line moves to where |error| is large.
@@ -122,9 +131,10 @@ class Nodes:
         s^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2, so that with the derivative of ``score``
         by s^2 for the sum of the weights a fixed point minimises it.
         """
-        square = float(np.max(np.abs(error[~self.data]))) ** 2
-        total = LEAST_SUP_WEIGHT + (SUP_WEIGHT - LEAST_SUP_WEIGHT) / (1 + square / NEAR**2)
-        w = np.where(self.data, self.w, self.w * np.abs(error))
+        size = np.abs(error)
+        most = float(np.max(size[~self.data]))
+        total = LEAST_SUP_WEIGHT + (SUP_WEIGHT - LEAST_SUP_WEIGHT) / (1 + most**2 / NEAR**2)
+        w = np.where(self.data, self.w, self.w * np.maximum(size, LEAST_FACTOR * most))
         w[~self.data] *= total / w[~self.data].sum()
         return dataclasses.replace(self, w=w)
 
@@ -139,13 +149,14 @@ def is_interval(domain) -> bool:
     return numbers and len(domain) == 2 and all(map(math.isfinite, domain)) and domain[0] < domain[1]
 
 
-def width_bounds(degree: int) -> tuple[float, float]:
-    """The least and the largest -lo and hi that a search tries, in units of x.
+def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The least and the largest -lo, and the least and the largest hi, that a search tries, in units of x.
 
     Around a kink the least-squares error alone would shrink the interval to nothing, where float32 coefficients blow up
-    and no data is left to learn from.
+    and no data is left to learn from. Beyond the nodes on the line nothing would hold the series.
     """
-    return 0.6 * math.sqrt(max(degree, 2)), 40.0
+    least, (lo, hi) = 0.6 * math.sqrt(max(degree, 2)), _reach(6.0)
+    return (least, -lo), (least, hi)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +219,20 @@ class Target:
         return np.concatenate([a, slopes]), np.concatenate([b, right])
 
 
+def clearly_less(square: float, best: float) -> bool:
+    """Whether a squared error is less than the best one so far by more than rounding explains."""
+    return square < (1 - CLEAR) * best - NEGLIGIBLE**2
+
+
+def first_of_least(candidates, square):
+    """The candidate of the least ``square``; of two that are as good as each other the first."""
+    first, *others = candidates
+    for other in others:
+        if clearly_less(square(other), square(first)):
+            first = other
+    return first
+
+
 @dataclasses.dataclass(frozen=True)
 class Balanced:
     """The best of some rounds: ``Nodes.score``, mean squared error over the data, solution and weights; and the weights
@@ -230,42 +255,67 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
     for _ in range(rounds):
         solution, error = solve(target, solution)
         score = target.nodes.score(error)
-        if best is None or score < best[0]:
+        if best is None or clearly_less(score, best[0]):
             best = score, target.nodes.mean(error**2), solution, target
-        if np.abs(error).max() < 1e-9:
+        if np.abs(error).max() < NEGLIGIBLE:
             break
         target = target.at(target.nodes.reweighted(error))
     assert best is not None
     return Balanced(*best, target)
 
 
-def variable_projection(problem, starts, bounds, max_nfev: int = 60) -> Array:
+def variable_projection(problem, starts, bounds, legs: int = 4) -> Array:
     """Minimise |P(theta) b| over the non-linear parameters alone (Golub & Pereyra), Kaufman's Jacobian.
 
     ``problem(theta)`` returns the residual and its Jacobian; the best of all ``starts`` is returned.
+
+    The path of a trust region doubles a rounding error in about every step, and is free to drift where nothing depends
+    on a parameter. So every leg of the path is short, stays near its start by a small penalty, and ends at a multiple
+    of GRID, where all processors meet again.
     """
     best, best_cost = None, math.inf
     lower, upper = (np.asarray(v, dtype=float) for v in bounds)
-    for start in starts:
-        start = np.clip(start, lower + 1e-9, upper - 1e-9)
-        memo: dict[bytes, tuple[Array, Array]] = {}
-
-        def at(theta, memo=memo):
-            key = theta.tobytes()
-            if key not in memo:
-                memo.clear()
-                memo[key] = problem(theta)
-            return memo[key]
-
-        result = least_squares(
-            lambda theta, at=at: at(theta)[0],
-            start,
-            jac=lambda theta, at=at: at(theta)[1],
-            bounds=(lower, upper),
-            max_nfev=max_nfev,
-            x_scale="jac",
-        )
-        if result.cost < best_cost:
-            best, best_cost = result.x, result.cost
+    for theta in starts:
+        theta = np.clip(theta, lower, upper)
+        for _ in range(legs):
+            found = _leg(problem, theta, lower, upper)
+            theta = np.clip(to_grid(found.x), lower, upper)
+            if found.success:
+                break
+        residual = problem(theta)[0]
+        cost = float(residual @ residual)
+        if clearly_less(cost, best_cost):
+            best, best_cost = theta, cost
     assert best is not None
     return best
+
+
+def to_grid(values: Array) -> Array:
+    """The nearest multiples of GRID."""
+    return np.round(values / GRID) * GRID
+
+
+def _leg(problem, start: Array, lower: Array, upper: Array) -> OptimizeResult:
+    start = np.clip(start, lower + 1e-9, upper - 1e-9)
+    residual, _ = problem(start)
+    stay = PROXIMITY * math.sqrt(residual @ residual) * np.eye(len(start))
+    memo: dict[bytes, tuple[Array, Array]] = {}
+
+    def at(theta):
+        key = theta.tobytes()
+        if key not in memo:
+            memo.clear()
+            residual, jacobian = problem(theta)
+            memo[key] = np.concatenate([residual, stay @ (theta - start)]), np.concatenate([jacobian, stay])
+        return memo[key]
+
+    return least_squares(
+        lambda theta: at(theta)[0],
+        start,
+        jac=lambda theta: at(theta)[1],
+        bounds=(lower, upper),
+        max_nfev=LEG,
+        x_scale="jac",
+        ftol=TOLERANCE,
+        xtol=TOLERANCE,
+    )

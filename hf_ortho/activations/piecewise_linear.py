@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .interpolation import Nodes, Target, variable_projection
+from .interpolation import Nodes, Target, clearly_less, variable_projection
 
 INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
 
@@ -36,7 +36,7 @@ def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[
         knots, values, cost = _refine(target, knots)
         while len(drop := _excess(_bends(knots, values, source.slopes), n)):
             knots, values, cost = _refine(target, np.delete(knots, drop))
-        if cost < best_cost:
+        if clearly_less(cost, best_cost):
             best, best_cost = (knots, values), cost
     assert best is not None
     return best
@@ -134,7 +134,7 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     # Closer knots would chase the gaps between the nodes.
     least = math.log(0.1 * gaps.min())
     bounds = ([-30.0] + [least] * len(gaps), [30.0] + [math.log(30.0)] * len(gaps))
-    t = unpack(variable_projection(problem, [start], bounds, max_nfev=60 if len(gaps) < 32 else 15))
+    t = unpack(variable_projection(problem, [start], bounds, legs=4 if len(gaps) < 32 else 1))
     values, residual, *_ = solve(t)
     return t, values, float(residual @ residual)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels import compiled
 from ..kernels.tropical import TropicalRationalSeries, TropicalSeries, upper_envelope
 from .base import LearnableActivation
-from .interpolation import Target, balance, gaussian_moments, variable_projection
+from .interpolation import Target, balance, first_of_least, gaussian_moments, to_grid, variable_projection
 from .piecewise_linear import fit_knots, interpolate, lines_through
 
 ROUNDS = 12
@@ -161,7 +161,8 @@ class Tropical(LearnableActivation):
                 residual = problem(np.clip(theta, lower, upper))[0]
                 return residual @ residual
 
-            theta = np.clip(minimize(cost, theta, method="Powell", options={"maxfev": 2000}).x, lower, upper)
+            theta = to_grid(minimize(cost, theta, method="Powell", options={"maxfev": 2000}).x)
+            theta = np.clip(theta, lower, upper)
         return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
 
 
@@ -224,7 +225,7 @@ class TropicalRational(LearnableActivation):
         """
         first = balance(self._solve, target, rounds=ROUNDS)
         again = balance(self._solve, first.after, rounds=ROUNDS)  # knots anew: the best ones for other weights are far
-        knots, values = min(first, again, key=lambda found: found.score).solution
+        knots, values = first_of_least((first, again), lambda found: found.score).solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
         return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, ""
 

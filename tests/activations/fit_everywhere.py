@@ -1,0 +1,51 @@
+"""Fit each family to several sources and save what was found: ``python fit_everywhere.py file.npz``.
+
+The environment of the process says which vector units torch, numpy and OpenBLAS may use; each reads it when imported.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from hf_ortho.activations import FAMILIES, build
+from hf_ortho.conversion import Histogram
+
+FITS = {
+    "free": ("gelu", {}),
+    "data": ("silu", {"histogram": None}),
+    "slope": ("tanh", {"derivative_weight": 0.1, "domain": (-3.0, 3.0)}),
+    "no tails": ("gelu", {"tails": False, "domain": (-4.0, 5.0)}),
+}
+
+
+def histogram():
+    """Pre-activations in the middle of their bins, where no other arcsinh moves them to the next one."""
+    width = 2 * np.arcsinh(2.0**16) / 1024
+    bins = np.random.default_rng(0).normal(-0.7, 0.9, 20_000) // width
+    found = Histogram()
+    found.update(torch.from_numpy(np.sinh((bins + 0.5) * width)))
+    return found
+
+
+def fit_everywhere(degrees):
+    """{family_degree/fit/parameter: values in natural units}, and f itself on [-12, 12] or the domain of the fit."""
+    found = {}
+    for name in (f"{family}_{n}" for family in FAMILIES for n in degrees[family]):
+        for fit, (source, options) in FITS.items():
+            module = build(name).double()
+            options = options | ({"histogram": histogram()} if "histogram" in options else {})
+            module.fit(source, **options)
+            units = module.natural_units()
+            for key, value in module.state_dict().items():
+                found[f"{name}/{fit}/{key}"] = value.numpy() / units.get(key, 1.0)
+            lo, hi = options["domain"] if fit == "no tails" else (-12.0, 12.0)
+            with torch.no_grad():
+                found[f"{name}/{fit}/f"] = module(torch.linspace(lo, hi, 501, dtype=torch.float64)).numpy()
+    return found
+
+
+DEGREES = {"hermite": (3, 8, 16), "fourier": (3,), "tropical": (3,), "tropical_rational": (3,)}
+
+if __name__ == "__main__":
+    np.savez(sys.argv[1], **fit_everywhere(DEGREES))
