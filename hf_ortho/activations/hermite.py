@@ -9,7 +9,6 @@ from fractions import Fraction
 import numpy as np
 import torch
 from numpy.polynomial import chebyshev, hermite_e
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from ..errors import PolynomialError
@@ -150,6 +149,8 @@ def _balance(target: Target, n: int, lo: float, hi: float, rounds: int) -> Balan
 
 def _search_interval(target: Target, n: int) -> tuple[float, float, Target]:
     """[lo, hi] as multiples of GRID, and ``target`` with the weights found on the way."""
+    from scipy.optimize import minimize
+
     bounds = np.log(width_bounds(n))
     reach = math.sqrt(max(n, 2))
     scale = first_of_least(SCALES, lambda r: _balance(target, n, -r * reach, r * reach, rounds=2).score)

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import OptimizeResult, least_squares
 
 from .source import Source
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 Array = np.ndarray
 
@@ -296,6 +298,8 @@ def to_grid(values: Array) -> Array:
 
 
 def _leg(problem, start: Array, lower: Array, upper: Array) -> OptimizeResult:
+    from scipy.optimize import least_squares
+
     start = np.clip(start, lower + 1e-9, upper - 1e-9)
     residual, _ = problem(start)
     stay = PROXIMITY * math.sqrt(residual @ residual) * np.eye(len(start))

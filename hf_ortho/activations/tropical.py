@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from scipy.special import ndtri
 from torch import Tensor, nn
 
@@ -156,6 +155,7 @@ class Tropical(LearnableActivation):
             upper[-2], lower[-1] = -0.6, 0.6
         theta = variable_projection(problem, starts, (lower, upper))
         if target.derivative_weight:  # the slope jumps at each break, which Gauss-Newton does not see
+            from scipy.optimize import minimize
 
             def cost(theta):
                 residual = problem(np.clip(theta, lower, upper))[0]
