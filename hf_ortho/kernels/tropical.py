@@ -47,12 +47,26 @@ class Maximum:
         self.slopes = [slopes[k] for k, _ in self.hull]
         self.rises = rounded([b - a for a, b in itertools.pairwise([0.0, *self.slopes])], dtype)
         *self.floors, last = rounded([intercepts[k] for k, _ in self.hull], dtype)
-        self.last = torch.tensor(last, dtype=dtype, device=device)
+        self.intercepts = torch.tensor([*self.floors, last], dtype=dtype, device=device).unbind()
+        self.last = self.intercepts[-1]
+        self.short = len(self.hull) <= 2
 
-    def value(self, x: Tensor, out, least_slope: float | None = None) -> Tensor:
+    def value(self, x: Tensor, out, row, least_slope: float | None = None) -> Tensor:
+        """The maximum; with ``least_slope`` in the place of the least slope s_0."""
+        exact = self.short and least_slope is None
+        return self.lines(x, out, row) if exact else self.horner(x, out, least_slope)
+
+    def lines(self, x: Tensor, out, row) -> Tensor:
+        """Line by line: each is rounded once, so that a maximum of x itself, as in ReLU and its kin, is exact."""
+        y = torch.add(self.intercepts[0], x, alpha=self.slopes[0], out=out)
+        for slope, intercept in zip(self.slopes[1:], self.intercepts[1:], strict=True):
+            torch.maximum(y, torch.add(intercept, x, alpha=slope, out=row), out=y)  # propagates NaN
+        return y
+
+    def horner(self, x: Tensor, out, least_slope: float | None) -> Tensor:
         """Horner's scheme of max and plus: max(a_0, r_1 x + max(a_1, r_2 x + a_2)) + s_0 x, r_i the rises of the slope.
 
-        ``least_slope`` takes the place of s_0. No scratch row, and NaN is propagated.
+        No scratch row, and NaN is propagated.
         """
         first = self.rises[0] if least_slope is None else least_slope
         if not self.floors:
@@ -100,7 +114,7 @@ class TropicalSeries:
         self.maximum = Maximum(slopes, [self.scale * v for v in a], dtype, device)
 
     def value(self, x: Tensor, out, rows) -> Tensor:
-        return self.maximum.value(x, out)
+        return self.maximum.value(x, out, rows[0])
 
     def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
         if out is not None:
@@ -122,8 +136,9 @@ class TropicalRationalSeries:
         self.least_slope = self.top.rises[0] - self.bottom.rises[0]
 
     def value(self, x: Tensor, out, rows) -> Tensor:
-        y = self.top.value(x, out, self.least_slope)
-        return y.sub_(self.bottom.value(x, rows[0], 0.0))
+        exact = self.top.short and self.bottom.short
+        y = self.top.value(x, out, rows[0], None if exact else self.least_slope)
+        return y.sub_(self.bottom.value(x, rows[0], rows[1], None if exact else 0.0))
 
     def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
         if out is not None:
