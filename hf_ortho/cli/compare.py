@@ -12,7 +12,7 @@ from ..files import written
 from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
-from .recipe import check_places, parse_recipe
+from .recipe import parse_recipe
 
 if TYPE_CHECKING:
     from ..benchmark.timing import Times
@@ -25,7 +25,6 @@ METRIC_NAMES = {"loss": "evaluation loss (nats)", "top1": "top-1 accuracy"}
 def run(argv: list[str]) -> int | None:
     if (code := launch("compare", argv)) is not None:
         return code
-    check_places(argv)
     comparison = parse_recipe(Comparison, "compare", DESCRIPTION, argv)
     grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
     if grid.timing_rounds < 0:

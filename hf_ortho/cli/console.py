@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import difflib
 import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
@@ -32,11 +32,15 @@ class PlainConsole(Console):
     def render_str(self, text, **options):
         return super().render_str(visible(text), **options)
 
+    def on_broken_pipe(self):
+        raise BrokenPipeError  # rich would end the process itself
+
     def status(self, status, **options):
         return super().status(self.render_str(status), **options)  # rich would look for markup
 
 
 console = PlainConsole(soft_wrap=True)
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$", re.IGNORECASE)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -49,11 +53,6 @@ class Help(argparse.HelpFormatter):
             return text
         return f"{text} Default: %(default)s."
 
-    def _format_action_invocation(self, action):
-        shown = copy.copy(action)
-        shown.option_strings = list(dict.fromkeys(map(dashed, action.option_strings)))
-        return super()._format_action_invocation(shown)
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, because transformers' HfArgumentParser, which knows every TrainingArguments field, is built on it.
@@ -65,6 +64,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         options: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Help} | kwargs
         super().__init__(*args, **options)
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse takes -1e-5 for a flag
 
     def parse_known_args(self, args=None, namespace=None):
         return super().parse_known_args([dashed(arg) for arg in args or ()], namespace)
@@ -79,13 +79,18 @@ class Parser(argparse.ArgumentParser):
         flag = next((arg.split("=")[0] for arg in rest if arg.startswith("-")), None)
         if flag is not None:
             known = [dashed(name) for name in self._option_string_actions if name not in ("-h", "--help")]
-            closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
-            self.error(f"unknown flag {flag}{f'; the closest one is {closest[0]}' if closest else ''}")
+            self.error(f"unknown flag {flag}{nearest(flag, known)}")
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is most like ``word``; empty if there is none."""
+    closest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; the closest one is {closest[0]}" if closest else ""
 
 
 def dashed(arg: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import Parser, console, show
+from .console import DTYPES, Parser, console, show
 from .network import check_hub
 
 
@@ -28,9 +29,7 @@ def parser() -> Parser:
     p.add_argument("--calibration-split", help="Default: train.")
     p.add_argument("--block-size", type=int, help="Tokens per block. Default: the model's context, at most 1024.")
     p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    p.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="Of the weights."
-    )
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Of the weights.")
     p.add_argument(
         "--field",
         action="append",
@@ -64,6 +63,9 @@ def _base_of(model: str) -> str | None:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    if args.domain and not -math.inf < args.domain[0] < args.domain[1] < math.inf:
+        ends = " ".join(f"{end:g}" for end in args.domain)
+        raise ConfigError(f"--domain {ends}: must be finite, LO < HI; without the flag they are searched for")
     if args.distill < 0:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:

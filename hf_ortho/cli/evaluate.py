@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ConfigError
-from .console import Parser, console, table
+from .console import DTYPES, Parser, console, table
 from .network import check_hub
 
 
@@ -19,9 +19,7 @@ def parser() -> Parser:
     p.add_argument("--split", help="Default: validation or test, else the first.")
     p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
     p.add_argument("--against-revision", help="Branch, tag or commit of the other model.")
-    p.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="Of the weights."
-    )
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Of the weights.")
     p.add_argument("--block-size", type=int, help="Tokens per sample. Default: the model's context, at most 1024.")
     p.add_argument("--text-column", help="Default: text, or the only column of text.")
     p.add_argument("--image-column", help="Default: image, or the only column of images.")

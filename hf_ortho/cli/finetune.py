@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..training.arguments import Recipe
 from .console import console, show, table, trainer_log
 from .launch import launch
-from .recipe import check_places, parse_recipe
+from .recipe import parse_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -81,7 +81,6 @@ def _draw(folder: Path) -> None:
 def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTION) -> int | None:
     if (code := launch(command, argv)) is not None:
         return code
-    check_places(argv)
     recipe = parse_recipe(Recipe, command, description, argv)
 
     from ..hub import command_line, write_card

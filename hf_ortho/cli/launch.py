@@ -36,10 +36,12 @@ def launch(command: str, argv: list[str]) -> int | None:
         ConfigError: a flag does not fit, or the machine lacks what the engine needs.
         HfOrthoError: the first that a process has met.
     """
-    flags = Parser(add_help=False)
+    if {"-h", "--help", "--help-all"} & set(argv):
+        return None
+    flags = Parser(prog=f"hf-ortho {command}", add_help=False)
     add_arguments(flags)
     own, rest = flags.parse_known_args(argv)
-    if own.accelerate_config is None or {"-h", "--help"} & set(rest):
+    if own.accelerate_config is None:
         if own.num_processes is not None:
             raise ConfigError(f"num_processes {own.num_processes}: give --accelerate_config too, one of {_choices()}")
         if "LOCAL_RANK" in os.environ:

@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import ConfigError, HfOrthoError
+from ..errors import ConfigError, HfOrthoError, OutputError
 from ..text import visible
 
 COMMANDS = {
@@ -43,6 +43,23 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 for a check that fails, 2 for a user's mistake, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(argv)
+        if sys.stdout is not None:
+            _flush()
+        return code
+    except HfOrthoError as error:
+        _report(f"error: {error}", error)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+        _discard_output()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        _report("interrupted; no output was left half-written")
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -50,26 +67,32 @@ def main(argv: list[str] | None = None) -> int:
         print(version("hf_ortho"))
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if argv[0] not in COMMANDS:
-            closest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = f"; did you mean {closest[0]}?" if closest else ""
-            raise ConfigError(f"unknown command {argv[0]!r}: must be one of {', '.join(COMMANDS)}{hint}")
-        from .console import quiet
+    if argv[0] not in COMMANDS:
+        closest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean {closest[0]}?" if closest else ""
+        raise ConfigError(f"unknown command {argv[0]!r}: must be one of {', '.join(COMMANDS)}{hint}")
+    from .console import quiet
 
-        quiet()
-        code = importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+    quiet()
+    try:
+        return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+    except SystemExit as done:  # of --help
+        return int(done.code or 0)
+
+
+def _flush() -> None:
+    try:
         sys.stdout.flush()
-        return code
-    except HfOrthoError as error:
-        _report(f"error: {error}", error)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        _report("interrupted; no output was left half-written")
-        return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise OutputError(f"the output cannot be written: {error.strerror}") from error
+
+
+def _discard_output() -> None:
+    """Let nothing more be written where writing fails, at the exit of the interpreter for example."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, error: Exception | None = None) -> None:

@@ -3,6 +3,7 @@ minute."""
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
 import threading
@@ -43,7 +44,7 @@ def check_hub(
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set"
     if push:
-        raise HubError(f"{reason}: nothing was pushed; the same command pushes once the Hub can be reached")
+        raise HubError(f"{reason}: nothing was pushed; the same command pushes once that has changed")
     for name, revision in wanted:
         if not _cached(str(name), revision):
             raise CheckpointError(f"{name} is not a folder, and cannot be downloaded: {reason}, and it is not cached")
@@ -67,7 +68,7 @@ def answers(endpoint: str) -> bool:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS).close()
         except urllib.error.HTTPError:
             pass
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if "SSL" not in repr(error):  # a certificate that is not trusted: the clients say so
                 return
         found.set()
@@ -81,7 +82,7 @@ def answers(endpoint: str) -> bool:
 
 def _on_hub(name: str | None) -> bool:
     """Whether a name can only be one on the Hub."""
-    return bool(name) and not Path(str(name)).exists() and str(name)[0] not in "/.~" and str(name).count("/") <= 1
+    return bool(name) and not os.path.exists(str(name)) and str(name)[0] not in "/.~" and str(name).count("/") <= 1
 
 
 def _cached(name: str, revision: str | None) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from ..errors import ConfigError
+from ..files import why
 from ..training.arguments import Recipe
-from .console import Parser
+from .console import Parser, dashed, nearest
 from .launch import add_arguments
 from .network import check_hub
 
@@ -34,6 +34,8 @@ def _parser(groups: dict[str, Any], command: str, description: str) -> Any:
     p = Fields(groups.values(), prog=f"hf-ortho {command}", usage=usage, description=description, epilog=epilog)
     p.add_argument("--help-all", action="help", help="List the fields of TrainingArguments too.")
     p.add_argument("--config", metavar="YAML", help="A file with any of these options as keys, with underscores.")
+    for action in p._actions:  # the other spelling stays known
+        action.option_strings = list(dict.fromkeys(map(dashed, action.option_strings)))
     return p
 
 
@@ -48,9 +50,11 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
         add_arguments(p)
         p.parse_args(["--help"])
 
-    config, entries, _ = _first_look(argv)
+    config, entries, given = _first_look(argv)
     own = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group)]
-    _check_keys(entries, [arg for arg in argv if arg.startswith("--")], config, {*own, *_training_fields(), *LAUNCH})
+    _check_keys(entries, argv, config, {*own, *_training_fields()}, command)
+    if "--help-all" not in argv:
+        _check_places(entries | given)
 
     import torch
     from transformers import TrainingArguments, get_scheduler
@@ -60,9 +64,12 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     p.set_defaults(hub_strategy="end")  # what Trainer pushes at each save contains a pickle
     known = {action.dest for action in p._actions} - {"help", "help_all", "config"}
     add_arguments(p)  # for --help-all: ``launch`` has taken them
-    from_file = [flag for key, value in entries.items() for flag in _flags(key, value)]
+    strategies = {action.dest for action in p._actions if action.choices and "no" in action.choices}
+    from_file = []
+    for key, value in entries.items():
+        from_file += _flags(key, "no" if key in strategies and value is False else value)  # what YAML takes ``no`` for
     namespace, rest = p.parse_known_args([*from_file, *argv])
-    _check_keys({}, [arg for arg in rest if arg.startswith("--")], config, known)
+    _check_keys({}, rest, config, known, command)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}")
     values = {key: value for key, value in vars(namespace).items() if key in known}
@@ -85,10 +92,9 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     return recipe
 
 
-def check_places(argv: list[str]) -> None:
-    """``check_hub`` for the model, tokenizer and datasets that a recipe names, in its file or in flags."""
-    _, entries, given = _first_look(argv)
-    place = {key: str(value) for key, value in (entries | given).items() if value}
+def _check_places(values: dict[str, Any]) -> None:
+    """``check_hub`` for the model, tokenizer and datasets of a recipe."""
+    place = {key: str(value) for key, value in values.items() if value}
     tokenizer = None if place.get("tokenizer") in ("bytes", "bpe") else place.get("tokenizer")
     models = (place.get("model"), place.get("model_revision")), (tokenizer, None)
     check_hub(models, [place.get("dataset"), place.get("eval_dataset")])
@@ -123,15 +129,18 @@ def _training_fields() -> set[str]:
     }
 
 
-def _check_keys(entries: dict[str, Any], flags: list[str], config: str, known: set[str]) -> None:
+def _check_keys(entries: dict[str, Any], argv: list[str], config: str, known: set[str], command: str) -> None:
     """Raise ConfigError for the first key or flag that is none of ``known``, naming the closest."""
     for key in entries:
-        if key not in known - set(LAUNCH):
-            raise _unknown(str(key), f"in {config}", known)
-    for flag in flags:
-        key = flag.split("=")[0].lstrip("-").replace("-", "_")
-        if key.removeprefix("no_") not in known | {"config", "help", "help_all"} and key:
-            raise _unknown(key, "on the command line", known)
+        if key in LAUNCH:
+            raise ConfigError(f"{key} in {config} is a flag only: give --{key.replace('_', '-')} on the command line")
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in {config}{nearest(str(key), known)}")
+    flags = known | {"config", "help", "help_all", *LAUNCH}
+    for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--")):
+        if flag != "--" and flag[2:].replace("-", "_").removeprefix("no_") not in flags:
+            hint = nearest(dashed(flag), [f"--{name.replace('_', '-')}" for name in flags])
+            raise ConfigError(f"unknown flag {dashed(flag)}{hint} (see hf-ortho {command} --help)")
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -141,8 +150,8 @@ def _read(path: str) -> dict[str, Any]:
     try:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} cannot be read: {why(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ConfigError(f"config {path} must hold `key: value` lines")
@@ -156,8 +165,3 @@ def _flags(key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *(str(v) for v in value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
-def _unknown(key: str, where: str, known: set[str]) -> ConfigError:
-    closest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return ConfigError(f"unknown key {key!r} {where}; the closest valid key is {closest!r}")

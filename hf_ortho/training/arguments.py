@@ -150,7 +150,7 @@ class CompareArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Each seeds weights, order of the data and dropout."}
     )
     timing_rounds: int = dataclasses.field(
-        default=20, metadata={"help": "Interleaved optimiser steps per activation to time after the runs; 0: none."}
+        default=20, metadata={"help": "Interleaved optimizer steps per activation to time after the runs; 0: none."}
     )
 
 
@@ -175,7 +175,7 @@ class OptimizerArguments:
     )
     activation_natural_steps: bool = dataclasses.field(
         default=False,
-        metadata={"help": "Optimise each coefficient in its natural unit, sqrt(k!) for hermite_n."},
+        metadata={"help": "Optimize each coefficient in its natural unit, sqrt(k!) for hermite_n."},
     )
     domain_penalty: float = dataclasses.field(
         default=0.0,

@@ -58,6 +58,12 @@ def finetune(hf_ortho_command):
 
 
 @pytest.fixture(autouse=True)
+def _reachable(monkeypatch):
+    """Recipes that name something on the Hub are only read here."""
+    monkeypatch.setattr("hf_ortho.cli.recipe.check_hub", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
 def drawn(monkeypatch):
     """What is drawn after a training; only ``converted_run`` spends the time for the picture itself."""
     found = []
@@ -246,6 +252,8 @@ def test_a_missing_key(recipe, finetune, tmp_path, missing, monkeypatch):
         (b"only words", "must hold `key: value` lines"),
         (b"", "must hold `key: value` lines"),
         (b"model: \xff\xfe", "cannot be read"),
+        (b"seed: 2020-99-99", "is not YAML: month must be in 1..12"),
+        (b"num_processes: 2", "num_processes in"),
         (b"3: 4", "unknown key '3'"),
         (b"config: other.yaml", "unknown key 'config'"),
     ],
