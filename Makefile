@@ -1,19 +1,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile --durations=20
+PYTHON_LOWEST ?= python3.10
+LOWEST := .venv-lowest
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all test-lowest lint install clean
 
-demo: install
+demo: $(VENV)/.core
 	$(BIN)/hf-ortho demo --overwrite
 
-PYTEST := $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile --durations=20
-
-test: install lint
+test: lint
 	$(PYTEST) -m "not slow"
 
 # Also the real launcher of several processes, and the pages in a browser.
-test-all: install lint
+test-all: lint
 	$(PYTEST)
 
 lint: install
@@ -21,14 +22,29 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: $(VENV)/.installed
+# For development: every extra, and the tools of the tests.
+install: $(VENV)/.dev
 
 # torch goes first: with it in place no other package pulls in a different build.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[app,vision,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The whole suite with every lower bound of pyproject.toml, on the oldest Python; takes torch with CUDA, about 3 GB.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile -W default
+
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON_LOWEST) -m venv $(LOWEST)
+	grep -oE '[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/lowest.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -14,11 +14,11 @@ from transformers.activations import ACT2FN
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..conversion.adapter import ADAPTER_CONFIG, base_revision
-from ..conversion.checkpoint import explain
 from ..conversion.examine import examine
 from ..conversion.paths import split_shared
 from ..conversion.stored import checked_adapter, load_activations
 from ..errors import CheckpointError
+from ..files import explain
 from ..plotting import Panel, draw_activations
 from ..plotting.layout import thin
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..activations import FAMILIES
 from ..activations.base import MAX_DEGREE
-from ..conversion.checkpoint import explain
+from ..files import explain
 from .competitors import REFERENCE, compiled, fixed, learnable, third_party
 from .memory import of_each, peak_bytes, saved_bytes
 from .results import NotRun, Results

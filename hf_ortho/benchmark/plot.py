@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..activations import parse
-from ..conversion.checkpoint import written
+from ..files import written
 from ..plotting.layout import BLACK, BLUE, SKY, VERMILION
 from .competitors import REFERENCE
 from .results import Figure, Results

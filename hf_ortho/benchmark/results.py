@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from .timing import Times
+if TYPE_CHECKING:
+    from .timing import Times
 
 
 @dataclasses.dataclass(frozen=True)

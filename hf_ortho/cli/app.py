@@ -7,6 +7,7 @@ import threading
 
 from ..errors import ConfigError
 from .console import Parser, console
+from .network import check_hub
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -30,6 +31,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--port {args.port}: must be from 1 to 65535")
     if args.revision and not args.model:
         raise ConfigError(f"--revision {args.revision} needs --model")
+    check_hub([(args.model, args.revision or None)])
     try:
         import gradio  # noqa: F401
     except ImportError as error:

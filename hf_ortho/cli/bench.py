@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmark import TOLERANCE
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError
+from ..files import check_file, written
 from .console import Parser, console, table
 from .env import environment, show_environment
 
@@ -47,12 +47,11 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--json and --plot {args.plot}: name two files")
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path:
-            check_file(flag, Path(path))
+            check_file(path, flag)
 
     import torch
 
     from ..benchmark import FULL, QUICK, TARGETS, check, plot_results, report
-    from ..conversion.checkpoint import written
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
@@ -82,20 +81,6 @@ def run(argv: list[str]) -> int:
         console.print(f"missed: {report.sentence(outcome)}")
     console.print(f"{len(missed)} of {len(outcomes)} targets are missed by over {TOLERANCE:.0%} or not run")
     return 1 if missed else 0
-
-
-def check_file(flag: str, path: Path) -> None:
-    """Before any work is done.
-
-    Raises:
-        OutputError: ``path`` is a folder, or in none that can be written.
-    """
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise OutputError(f"{flag} {path} is a folder; name a file")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "cannot be written" if folder.is_dir() else "does not exist"
-        raise OutputError(f"{flag} {path}: the folder {folder} {reason}")
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, NonFiniteError
+from ..files import written
 from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
-from .recipe import parse_recipe
+from .recipe import check_places, parse_recipe
 
 if TYPE_CHECKING:
     from ..benchmark.timing import Times
@@ -24,6 +25,7 @@ METRIC_NAMES = {"loss": "evaluation loss (nats)", "top1": "top-1 accuracy"}
 def run(argv: list[str]) -> int | None:
     if (code := launch("compare", argv)) is not None:
         return code
+    check_places(argv)
     comparison = parse_recipe(Comparison, "compare", DESCRIPTION, argv)
     grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
     if grid.timing_rounds < 0:
@@ -73,7 +75,6 @@ def write(
     folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
     """The files of what is finished so far; returns the table: caption, columns, rows."""
-    from ..conversion.checkpoint import written
     from ..hub import hardware
     from ..plotting.comparison import plot_comparison
     from ..training.compare import summarise

@@ -20,8 +20,23 @@ from rich.table import Table
 from wrapt import register_post_import_hook
 
 from ..errors import ConfigError
+from ..text import visible
 
-console = Console(highlight=False, soft_wrap=True)
+
+class PlainConsole(Console):
+    """A console that takes every text literally: no markup, no emoji codes, and no control sequences."""
+
+    def __init__(self, **options):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text, **options):
+        return super().render_str(visible(text), **options)
+
+    def status(self, status, **options):
+        return super().status(self.render_str(status), **options)  # rich would look for markup
+
+
+console = PlainConsole(soft_wrap=True)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -113,15 +128,18 @@ def show(table: Table) -> None:
     console.print(table.title, style="italic")
     table.title = None
     wanted = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
-    Console(highlight=False, width=max(console.width, wanted)).print(table)
+    PlainConsole(width=max(console.width, wanted)).print(table)
 
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
     """A progress bar that stays on one line; total unknown until set."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
-        yield bar, bar.add_task(title, total=None, note="")
+    first, count, last = (
+        TextColumn(text, markup=False)
+        for text in ("{task.description}", "{task.completed}/{task.total}", "{task.fields[note]}")
+    )
+    with Progress(first, BarColumn(), count, TimeElapsedColumn(), last, console=console) as bar:
+        yield bar, bar.add_task(visible(title), total=None, note="")
 
 
 def trainer_progress(title: str):

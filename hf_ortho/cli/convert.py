@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
+
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
+from ..folders import OutputFolder
 from .console import Parser, console, show
+from .network import check_hub
 
 
 def parser() -> Parser:
@@ -48,20 +54,31 @@ def parser() -> Parser:
     return p
 
 
+def _base_of(model: str) -> str | None:
+    """The base model that an adapter in a folder is for; None if that is not known."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        base = json.loads(Path(model, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
+    return None
+
+
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    named(args.family, None if args.degree == "auto" else args.degree)
     if args.distill < 0:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} needs --calibration-data")
+    keep = [args.model, _base_of(args.model), args.calibration_data]
+    output = OutputFolder(args.output, overwrite=args.overwrite, keep=keep)
+    check_hub([(args.model, args.revision)], [args.calibration_data])
+    named(args.family, None if args.degree == "auto" else args.degree)
+
     from ..conversion import convert
-    from ..conversion.checkpoint import check_output, load_checkpoint, replacing, save_checkpoint
+    from ..conversion.checkpoint import load_checkpoint, save_checkpoint
     from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
     from ..hub import Results, command_line, hardware, write_card
     from ..training.calibration import calibration_batches
 
-    output = check_output(args.output, args.overwrite)
     console.print(f"Loading {args.model}")
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
     calibration, source = None, None
@@ -97,7 +114,7 @@ def run(argv: list[str]) -> None:
         results = [Results(values, source, command, hardware(), note=note)]
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
-    with replacing(output) as draft:
+    with output.writing() as draft:
         save_checkpoint(checkpoint, draft)
         report.plot(draft / "activations.png")
         report.modules.clear()  # the sources need no memory while the copy is checked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..activations import FAMILIES, named, parse
 from ..errors import ConfigError
+from ..folders import OutputFolder
 from .console import Parser
 
 COMPARED = ("hermite_3", "hermite_6", "hermite_8", "fourier_6", "tropical_6", "tropical_rational_6")
@@ -49,8 +50,9 @@ def run(argv: list[str]) -> None:
     for name in names:
         parse(name)
     name = named(args.family, args.degree)
+    folder = f"demo-{args.task}" if args.output is None else args.output
+    output = None if args.compare is not None else OutputFolder(folder, overwrite=args.overwrite)
 
-    from ..conversion.checkpoint import check_output
     from ..hub import command_line
     from .demo_story import compare, tell_story
     from .demo_tasks import TASKS
@@ -58,8 +60,7 @@ def run(argv: list[str]) -> None:
     task = TASKS[args.task]
     steps = task.steps if args.steps is None else args.steps
     tune_steps = task.tune_steps if args.tune_steps is None else args.tune_steps
-    if args.compare is not None:
+    if output is None:
         compare(task, names, args.seeds, steps, tune_steps)
         return
-    output = check_output(args.output or f"demo-{args.task}", args.overwrite)
     tell_story(task, name, output, steps, tune_steps, args.seed, command_line("demo", argv))

@@ -15,12 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from transformers.activations import ACT2FN
 
 from ..conversion import ConversionReport, collect, convert
-from ..conversion.checkpoint import (
-    Checkpoint,
-    replacing,
-    save_checkpoint,
-)
+from ..conversion.checkpoint import Checkpoint, save_checkpoint
 from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
+from ..files import MANIFEST
+from ..folders import OutputFolder
 from ..hub import DataSource, Results, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..training.evaluation import change, evaluate_model, make_trainer
@@ -77,7 +75,9 @@ def calibration(task: DemoTask, dataset: Dataset) -> list[dict]:
     return batches(dataset, CALIBRATION_BATCHES * task.calibration_batch, task.calibration_batch)
 
 
-def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: int, seed: int, command: str) -> None:
+def tell_story(
+    task: DemoTask, name: str, output: OutputFolder, steps: int, tune_steps: int, seed: int, command: str
+) -> None:
     start = time.perf_counter()
     console.rule("1. A pretrained checkpoint", align="left")
     original, dataset, held_back = pretrain(task, steps, seed)
@@ -118,7 +118,7 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
     console.rule("4. Save and reload with plain from_pretrained", align="left")
     inputs = example_inputs(converted.model)
     expected = outputs(converted.model, inputs)
-    with replacing(output) as draft:
+    with output.writing() as draft:
         save_checkpoint(converted, draft)
         draw(converted, report, dataset, task, draft / "activations.png", source)
         stages = (source, at_first), (f"{source}, fine-tuned", tuned[source]), (f"{name}, converted", at_once)
@@ -126,7 +126,7 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
         samples = DataSource(task.dataset, split="validation", samples=len(held_back))
         write_card(
             draft,
-            place=str(output),
+            place=output.name,
             report=report,
             results=[Results(values, samples, command, hardware(), seed)],
             data=[DataSource(task.dataset, split="train", samples=len(dataset))],
@@ -134,13 +134,13 @@ def tell_story(task: DemoTask, name: str, output: Path, steps: int, tune_steps: 
             arguments=arguments,
         )
     auto = AutoModelForCausalLM if converted.task == "causal-lm" else AutoModelForImageClassification
-    equal = verify_reload(auto, output, fingerprint(converted.model), inputs, expected)
-    console.print(f"{auto.__name__}.from_pretrained({str(output)!r}): logits bit-equal: {equal}")
-    reloaded = auto.from_pretrained(output)
+    equal = verify_reload(auto, output.path, fingerprint(converted.model), inputs, expected)
+    console.print(f"{auto.__name__}.from_pretrained({output.name!r}): logits bit-equal: {equal}")
+    reloaded = auto.from_pretrained(output.path)
     if converted.tokenizer is not None:
         console.print(f"It writes: {generate(reloaded, converted.tokenizer, seed)!r}")
-    files = ", ".join(sorted(p.name for p in output.iterdir()))
-    console.print(f"Wrote {output}/: {files}")
+    files = ", ".join(sorted(p.name for p in output.path.iterdir() if p.name != MANIFEST))
+    console.print(f"Wrote {output.name}/: {files}")
     console.print(f"Done in {time.perf_counter() - start:.0f} s on {hardware()}.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from .console import Parser, console, table
+from .network import check_hub
 
 
 def parser() -> Parser:
@@ -57,6 +58,7 @@ def run(argv: list[str]) -> None:
     for flag, value in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
+    check_hub([(args.model, args.revision), (args.against, args.against_revision)], [args.dataset])
     what, first = measure(args.model, args.revision, args)
     if not args.against:
         table(what, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])

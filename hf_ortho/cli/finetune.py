@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..training.arguments import Recipe
 from .console import console, show, table, trainer_log
 from .launch import launch
-from .recipe import parse_recipe
+from .recipe import check_places, parse_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -81,15 +81,17 @@ def _draw(folder: Path) -> None:
 def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTION) -> int | None:
     if (code := launch(command, argv)) is not None:
         return code
+    check_places(argv)
     recipe = parse_recipe(Recipe, command, description, argv)
 
     from ..hub import command_line, write_card
     from ..hub.push import find_or_create, push
     from ..hub.record import carry_over
-    from ..training.finetune import finetune
+    from ..training.finetune import finetune, output_folder
 
     arguments = recipe.training
     if arguments.push_to_hub and arguments.process_index == 0:  # rather than find out after the training
+        output_folder(recipe)
         find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)
     result = finetune(recipe, [trainer_log("Training")])
     if arguments.process_index != 0:

@@ -8,6 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from .console import Parser, console, table
+from .network import check_hub
 
 if TYPE_CHECKING:
     from ..conversion.stored import StoredActivations
@@ -28,6 +29,8 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    check_hub([(args.model, args.revision)])
+
     from ..conversion.examine import examine
     from ..conversion.paths import by_kind
     from ..conversion.stored import load_activations

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import ConfigError, HfOrthoError
+from ..text import visible
 
 COMMANDS = {
     "demo": "the whole story on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
@@ -57,10 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         from .console import quiet
 
         quiet()
-        return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+        code = importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+        sys.stdout.flush()
+        return code
     except HfOrthoError as error:
         _report(f"error: {error}", error)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         _report("interrupted; no output was left half-written")
         return 130
@@ -73,7 +79,7 @@ def _report(message: str, error: Exception | None = None) -> None:
         details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
     if os.environ.get("RANK", "0") == "0" and not (file and LAUNCHED in os.environ):
-        print(f"hf-ortho: {message}", file=sys.stderr)
+        print(f"hf-ortho: {visible(message)}", file=sys.stderr)
 
 
 def _interrupt(signum, frame):

@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, ConfigError, OutputError
+from ..errors import CheckpointError, ConfigError
+from ..files import check_file
 from .console import Parser, console
+from .network import check_hub
 
 if TYPE_CHECKING:
     from ..activations import LearnableActivation
@@ -46,8 +48,9 @@ def run(argv: list[str]) -> None:
     suffix = Path(args.output).suffix
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
-    if not Path(args.output).absolute().parent.is_dir():
-        raise OutputError(f"{args.output} cannot be written: its folder does not exist")
+    check_file(args.output)
+    models = (args.model, args.revision), (args.against, args.against_revision)
+    check_hub(models, [args.calibration_data])
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
             if value:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .console import Parser, console
+from .network import check_hub
 
 
 def parser() -> Parser:
@@ -26,6 +29,9 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    if Path(args.folder).is_dir():
+        check_hub(push=True)
+
     from ..hub.contents import contents_of
     from ..hub.push import push
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import difflib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -11,8 +14,11 @@ from ..errors import ConfigError
 from ..training.arguments import Recipe
 from .console import Parser
 from .launch import add_arguments
+from .network import check_hub
 
 R = TypeVar("R", bound=Recipe)
+LAUNCH = ("accelerate_config", "num_processes")
+READ_FROM_HUB = ("--model", "--model-revision", "--tokenizer", "--dataset", "--eval-dataset")
 
 
 def _parser(groups: dict[str, Any], command: str, description: str) -> Any:
@@ -38,16 +44,13 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
         ConfigError: an unknown key or flag (the closest valid one is named), or a value that does not fit.
     """
     if {"-h", "--help"} & set(argv):  # without the import of what trains
-        own = get_type_hints(kind, localns={"TrainingArguments": None})
-        del own["training"]
-        p = _parser(own, command, description)
+        p = _parser(_groups(kind), command, description)
         add_arguments(p)
         p.parse_args(["--help"])
 
-    flags = Parser(add_help=False)
-    flags.add_argument("--config")
-    config = flags.parse_known_args(argv)[0].config
-    entries = _read(config) if config else {}
+    config, entries, _ = _first_look(argv)
+    own = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group)]
+    _check_keys(entries, [arg for arg in argv if arg.startswith("--")], config, {*own, *_training_fields(), *LAUNCH})
 
     import torch
     from transformers import TrainingArguments, get_scheduler
@@ -57,14 +60,9 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     p.set_defaults(hub_strategy="end")  # what Trainer pushes at each save contains a pickle
     known = {action.dest for action in p._actions} - {"help", "help_all", "config"}
     add_arguments(p)  # for --help-all: ``launch`` has taken them
-    for key in entries:
-        if key not in known:
-            raise _unknown(str(key), f"in {config}", known)
     from_file = [flag for key, value in entries.items() for flag in _flags(key, value)]
     namespace, rest = p.parse_known_args([*from_file, *argv])
-    for flag in rest:
-        if flag.startswith("--"):
-            raise _unknown(flag.split("=")[0].lstrip("-").replace("-", "_"), "on the command line", known)
+    _check_keys({}, [arg for arg in rest if arg.startswith("--")], config, known)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}")
     values = {key: value for key, value in vars(namespace).items() if key in known}
@@ -85,6 +83,55 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
         raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
     return recipe
+
+
+def check_places(argv: list[str]) -> None:
+    """``check_hub`` for the model, tokenizer and datasets that a recipe names, in its file or in flags."""
+    _, entries, given = _first_look(argv)
+    place = {key: str(value) for key, value in (entries | given).items() if value}
+    tokenizer = None if place.get("tokenizer") in ("bytes", "bpe") else place.get("tokenizer")
+    models = (place.get("model"), place.get("model_revision")), (tokenizer, None)
+    check_hub(models, [place.get("dataset"), place.get("eval_dataset")])
+
+
+def _first_look(argv: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """The YAML file, its entries, and the flags that name something on the Hub."""
+    flags = Parser(add_help=False)
+    for name in ("--config", *READ_FROM_HUB):
+        flags.add_argument(name, nargs="?")
+    given = {key: value for key, value in vars(flags.parse_known_args(argv)[0]).items() if value}
+    config = given.pop("config", "")
+    return config, _read(config) if config else {}, given
+
+
+def _groups(kind: type[Recipe]) -> dict[str, Any]:
+    """The dataclasses of a recipe but ``TrainingArguments``."""
+    groups = get_type_hints(kind, localns={"TrainingArguments": None})
+    del groups["training"]
+    return groups
+
+
+def _training_fields() -> set[str]:
+    """The names of the fields of ``TrainingArguments`` from its source: its import takes longer than torch's."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    tree = ast.parse(Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8"))
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    return {
+        node.target.id for node in found.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def _check_keys(entries: dict[str, Any], flags: list[str], config: str, known: set[str]) -> None:
+    """Raise ConfigError for the first key or flag that is none of ``known``, naming the closest."""
+    for key in entries:
+        if key not in known - set(LAUNCH):
+            raise _unknown(str(key), f"in {config}", known)
+    for flag in flags:
+        key = flag.split("=")[0].lstrip("-").replace("-", "_")
+        if key.removeprefix("no_") not in known | {"config", "help", "help_all"} and key:
+            raise _unknown(key, "on the command line", known)
 
 
 def _read(path: str) -> dict[str, Any]:

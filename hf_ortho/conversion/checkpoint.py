@@ -1,16 +1,11 @@
-"""Load a checkpoint with its head and its processor; save one so that nothing half-written is left."""
+"""Load a checkpoint with its head and its processor; save one."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError
+from ..files import explain
 from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
 
 logger = logging.get_logger("hf_ortho")
@@ -59,11 +55,6 @@ class Checkpoint:
     @property
     def processor(self):
         return self.tokenizer or self.image_processor
-
-
-def explain(error: BaseException) -> str:
-    """The first line that an exception has to say."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def task_of(architecture: str) -> str:
@@ -191,77 +182,6 @@ def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) 
         if auto is AutoTokenizer:
             raise
         return None  # the file describes another kind, such as an audio feature extractor
-
-
-def check_output(folder: str | os.PathLike, overwrite: bool) -> Path:
-    """The folder to write, before any work is done.
-
-    Raises:
-        OutputError: it is a file, or holds something and ``overwrite`` is not set, or its parent cannot be written.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"output {path} exists and is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise OutputError(f"output folder {path} exists and is not empty; pass --overwrite or name another")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"output folder {path}: {parent} cannot be written")
-    return path
-
-
-@contextlib.contextmanager
-def replacing(folder: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place if the block ends well, and vanishes if not.
-
-    Raises:
-        OutputError: writing failed, for example on a full disk; ``folder`` is as before.
-    """
-    target = Path(folder).absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {explain(error)}") from error
-    old = draft.with_name(f"{draft.name}.old")
-    try:
-        draft.chmod(0o777 & ~_umask())
-        yield draft
-        if target.exists():
-            os.rename(target, old)
-        os.rename(draft, target)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder} cannot be written, nothing was changed: {explain(error)}") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def written(path: str | Path) -> Iterator[Path]:
-    """A draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
-
-    Raises:
-        OutputError: the file cannot be written; what was at ``path`` is as before.
-    """
-    target = Path(path)
-    draft = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        yield draft
-        os.replace(draft, target)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:

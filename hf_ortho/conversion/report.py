@@ -195,7 +195,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        console = Console(file=out, width=WIDTH, color_system=None)
+        console = Console(file=out, width=WIDTH, color_system=None, markup=False, emoji=False)
         for table in self.tables():
             console.print(table)
         lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]

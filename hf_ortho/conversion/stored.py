@@ -17,8 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE
 from ..errors import ActivationNameError, CheckpointError, ConfigError
+from ..files import explain
 from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
-from .checkpoint import check_place, commit_of, explain
+from .checkpoint import check_place, commit_of
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
 

@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 from ..activations.base import INITIALISATIONS
 from ..conversion import ConversionReport
 from ..conversion.adapter import ADAPTER_CONFIG, LABELS
-from ..conversion.checkpoint import written
 from ..conversion.convert import tags_of
 from ..conversion.stored import provenance_of
 from ..errors import CheckpointError
+from ..files import written
 from .base_card import Base
 from .card_adapter import adapter_parts
 from .card_layers import formulas, layer_table, stored_table, table, weight_of

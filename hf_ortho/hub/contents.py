@@ -13,14 +13,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..conversion.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..conversion.checkpoint import explain
 from ..conversion.stored import load_activations, provenance_of
 from ..errors import CheckpointError, ConfigError
-from ..training.checkpoints import FINAL_DRAFT, MANIFEST, PREFIX
+from ..files import MANIFEST as WRITTEN
+from ..files import explain
+from ..training.checkpoints import MANIFEST, PREFIX
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 STATES = (TRAINER_STATE_NAME, MANIFEST)
-FOLDERS = (FINAL_DRAFT, "last-checkpoint", "__pycache__")
+FOLDERS = ("last-checkpoint", "__pycache__")
 UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
 
 
@@ -31,7 +32,8 @@ class Contents:
     Attributes:
         adapter: whether it holds an adapter and no model.
         files: what is uploaded, as paths in the repository.
-        left_out: what is not: hidden files, pickles, checkpoints and states of a training; folders end in ``/``.
+        left_out: what is not: hidden files, pickles, checkpoints and states of a training; folders end in ``/``. The
+            manifest of ``OutputFolder`` is in neither.
     """
 
     adapter: bool
@@ -136,7 +138,7 @@ def _sort(folder: Path) -> tuple[list[str], list[str]]:
         for name in [name for name in folders if name.startswith((".", PREFIX)) or name in FOLDERS]:
             folders.remove(name)
             left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
-        for name in names:
+        for name in filter(lambda name: name != WRITTEN, names):
             path = (here / name).relative_to(folder).as_posix()
             unwanted = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
             (left_out if unwanted else files).append(path)

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from ..conversion.checkpoint import explain
 from ..errors import ConfigError, HubError
+from ..files import explain
 from .card import card_of
 from .contents import ADAPTER_CONFIG, Contents, contents_of
 from .remote_code import FILE as REMOTE_CODE

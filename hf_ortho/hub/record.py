@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from ..conversion import ConversionReport
-from ..conversion.checkpoint import written
 from ..conversion.report import FILE
 from ..errors import CheckpointError
+from ..files import written
 from .results import DataSource, Results
 
 

@@ -19,9 +19,10 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_mode
 
 from ..activations import base, parse
 from ..activations.registry import is_learnable
-from ..conversion.checkpoint import check_place, explain
+from ..conversion.checkpoint import check_place
 from ..conversion.sites import activation_fields
 from ..errors import CheckpointError, ConfigError
+from ..files import explain
 from ..kernels import dispatch, eager
 from .standalone import DOCSTRING, Standalone
 

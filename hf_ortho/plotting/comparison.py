@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..conversion.checkpoint import written
+from ..files import written
 from .layout import BLACK, BLUE, GREY, SKY, VERMILION
 
 COLOURS = (BLACK, VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", SKY, GREY)

@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 
 from ..activations import LearnableActivation
-from ..conversion.checkpoint import written
+from ..files import written
 from .layout import BLACK, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 401

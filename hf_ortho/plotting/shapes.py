@@ -15,8 +15,8 @@ from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
 from ..conversion import Histogram
-from ..conversion.checkpoint import written
 from ..conversion.stored import StoredActivations, source_names
+from ..files import written
 from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 801

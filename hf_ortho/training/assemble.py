@@ -12,9 +12,10 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 
 from ..activations import LearnableActivation
 from ..conversion import ConversionReport, convert
-from ..conversion.checkpoint import Checkpoint, explain, load_checkpoint
+from ..conversion.checkpoint import Checkpoint, load_checkpoint
 from ..conversion.sites import find_sites
 from ..errors import ConfigError, HfOrthoError
+from ..files import explain
 from ..recompute import fuse_mlp
 from .adapters import add_adapter, add_lora
 from .arguments import ModelArguments, Recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ConfigError
+from ..files import set_aside, use_umask
 
 MANIFEST = "manifest.json"
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
-FINAL_DRAFT = "final.draft"
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -106,8 +107,23 @@ def remove_leftovers(folder: Path) -> None:
     for checkpoint in checkpoints(folder):
         if (checkpoint / MANIFEST).is_file() and not _was_saved(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
-    for draft in (folder / FINAL_DRAFT, *folder.glob(f".{FINAL_DRAFT}.*")):
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def make_way(checkpoint: Path) -> None:
+    """Remove an earlier checkpoint of the same step if it holds nothing but the files of its save, else rename it."""
+    if not os.path.lexists(checkpoint):
+        return
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+        files = {p.relative_to(checkpoint).as_posix(): p for p in checkpoint.rglob("*") if not p.is_dir()}
+        others = files.keys() - {MANIFEST, TRAINER_STATE_NAME}
+        unchanged = all(files[name].stat().st_size == sizes.get(name) for name in others)
+    except (OSError, ValueError, AttributeError):
+        unchanged = False
+    if unchanged:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    else:
+        set_aside(checkpoint)
 
 
 class WholeCheckpoints(Trainer):
@@ -138,7 +154,7 @@ class WholeCheckpoints(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
+            make_way(folder)
             folder.mkdir(parents=True)
             if not self.args.save_only_model:
                 (folder / MANIFEST).write_text("{}")
@@ -149,6 +165,8 @@ class WholeCheckpoints(Trainer):
             if self.args.should_save and not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        if self.args.should_save and folder.is_dir():  # it may have been the one too many
+            use_umask(folder)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)  # the last file that every process writes

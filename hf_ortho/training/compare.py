@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,14 @@ from transformers.activations import ACT2FN
 from ..activations import LearnableActivation, parse
 from ..benchmark.memory import kept_bytes, of_each
 from ..benchmark.timing import Times, interleave
-from ..conversion.checkpoint import written
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
+from ..files import written
+from ..folders import OutputFolder
 from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import whole_checkpoints
-from .finetune import finetune
+from .checkpoints import remove_leftovers, whole_checkpoints
+from .distributed import main_decides
+from .finetune import finetune, output_folder
 from .trainer import ActivationTrainer
 
 # What one run of the grid may differ in, and what changes no figure.
@@ -69,6 +70,7 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} {values}: give at least one, each once")
+    main_decides(comparison.training, lambda: output_folder(comparison))
     folder = Path(str(comparison.training.output_dir))
     with PartialState().main_process_first():
         _claim(comparison, folder)
@@ -89,10 +91,8 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
     if file.is_file():
         return Run.load(file)
     recipe = _member(comparison, activation, seed, folder)
-    state = PartialState()
-    if not whole_checkpoints(folder) and state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    state.wait_for_everyone()
+    if not whole_checkpoints(folder):
+        main_decides(recipe.training, lambda: _empty(folder))
     recipe.training.resume_from_checkpoint = "auto"
     try:
         result = finetune(recipe, callbacks)
@@ -105,6 +105,14 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
         run = Run(activation, seed, result.after, history)
     _write(file, json.dumps(dataclasses.asdict(run)))
     return run
+
+
+def _empty(folder: Path) -> None:
+    """Remove what an interrupted run has left, and nothing else: its files are replaced by none."""
+    if folder.is_dir():
+        remove_leftovers(folder)
+        with OutputFolder(folder, beside=True).writing():
+            pass
 
 
 def _member(comparison: Comparison, activation: str, seed: int, folder: Path) -> Recipe:
@@ -144,8 +152,8 @@ def _plain(value: Any) -> Any:
 
 def _write(file: Path, text: str) -> None:
     if PartialState().is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with written(file) as draft:
-            draft.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(text)
 
 

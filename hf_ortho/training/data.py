@@ -39,7 +39,7 @@ def digits() -> DatasetDict:
         from PIL import Image as PILImage
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"the digits dataset needs {error.name}: pip install 'hf_ortho[vision]'") from error
+        raise DataError(f"the digits dataset needs {error.name}: pip install 'hf-ortho[vision]'") from error
     data = load_digits()
     features = datasets.Features({"image": Image(), "label": ClassLabel(names=[str(n) for n in range(10)])})
 

@@ -45,7 +45,7 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    elif trainer.is_distributed_loading_by_transformers:
+    elif any(isinstance(p, DTensor) for p in model.parameters()):  # transformers sharded them when it loaded them
         state = model.state_dict()
         gathered = {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()}
         model.config.distributed_config = None  # save_pretrained would wait for all processes to call it

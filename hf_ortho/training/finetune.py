@@ -14,13 +14,13 @@ from transformers.activations import ACT2FN
 
 from ..activations import parse
 from ..conversion import ConversionReport
-from ..conversion.adapter import ADAPTER_CONFIG
-from ..conversion.checkpoint import Checkpoint, replacing, save_checkpoint
+from ..conversion.checkpoint import Checkpoint, save_checkpoint
 from ..errors import ConfigError, DataError
+from ..folders import OutputFolder
 from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import FINAL_DRAFT, MANIFEST, is_whole, resume_point, whole_checkpoints
+from .checkpoints import MANIFEST, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
 from .evaluation import metrics_at_start, metrics_of
 from .policies import POLICIES
@@ -74,8 +74,10 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     if recipe.data.streaming:
         check_stream(recipe.data, arguments)
-    whole = whole_checkpoints(_output(arguments))
-    resume = main_decides(arguments, lambda: _resume_from(arguments, whole))
+    output = main_decides(arguments, lambda: output_folder(recipe))
+    folder = Path(str(arguments.output_dir))
+    whole = whole_checkpoints(folder)
+    resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole))
     checkpoint, train, held_back, report = assemble(recipe)
     # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
@@ -100,18 +102,22 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
     if trainer.is_world_process_zero():
         if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
-        save_beside_checkpoints(checkpoint, Path(str(arguments.output_dir)), state_dict)
+        with output.writing() as draft:
+            save_checkpoint(checkpoint, draft, state_dict)
     return Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)
 
 
-def _output(arguments: TrainingArguments) -> Path:
-    return Path(arguments.output_dir or "trainer_output")
+def output_folder(recipe: Recipe) -> OutputFolder:
+    """``output_dir``, checked against what the recipe reads; other files in it stay.
+
+    Raises:
+        OutputError: it cannot be written, or contains an input.
+    """
+    inputs = (recipe.model.model, recipe.data.dataset, recipe.data.eval_dataset)
+    return OutputFolder(str(recipe.training.output_dir), keep=inputs, beside=True)
 
 
-def _resume_from(arguments: TrainingArguments, whole: list[Path]) -> str | None:
-    folder = _output(arguments)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file; name a folder")
+def _resume_from(arguments: TrainingArguments, folder: Path, whole: list[Path]) -> str | None:
     asked = arguments.resume_from_checkpoint
     if asked and str(asked).lower() not in ("true", "auto", "false"):
         if not Path(asked).is_dir():
@@ -134,21 +140,3 @@ def _resume_from(arguments: TrainingArguments, whole: list[Path]) -> str | None:
             f"output_dir {folder} exists and is not empty; name another, or resume with --resume_from_checkpoint true"
         )
     return None
-
-
-def save_beside_checkpoints(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
-    """Put the final model into a folder that may hold training checkpoints.
-
-    Each file is complete or absent, and ``config.json`` (of an adapter ``adapter_config.json``), without which nothing
-    loads, is there only if all files of the model are from the same save. ``state_dict`` stands for a model whose
-    tensors are sharded over processes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / FINAL_DRAFT
-    with replacing(draft) as place:
-        save_checkpoint(checkpoint, place, state_dict)
-    last = ADAPTER_CONFIG if isinstance(checkpoint.model, PeftModel) else "config.json"
-    (folder / last).unlink(missing_ok=True)
-    for file in sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name)):
-        file.replace(folder / file.name)
-    draft.rmdir()

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..activations import LearnableActivation, build
-from ..conversion.checkpoint import written
 from ..errors import CheckpointError
+from ..files import written
 
 FOLDER = "activations"
 

@@ -29,12 +29,12 @@ from ..conversion.checkpoint import (
     Checkpoint,
     check_place,
     commit_of,
-    explain,
     processor_of,
 )
 from ..conversion.sites import find_sites, set_field
 from ..conversion.stored import provenance_of
 from ..errors import CheckpointError, ConfigError
+from ..files import explain
 from . import data
 from .arguments import DataArguments, ModelArguments
 from .streaming import read, without_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 from datasets import DatasetDict, IterableDatasetDict
 
-from ..conversion.checkpoint import explain
+from ..files import explain
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

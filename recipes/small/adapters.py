@@ -14,7 +14,9 @@ from pathlib import Path
 
 from hf_ortho import convert
 from hf_ortho.cli.recipe import parse_recipe
-from hf_ortho.conversion.checkpoint import load_checkpoint, replacing, save_checkpoint, written
+from hf_ortho.conversion.checkpoint import load_checkpoint, save_checkpoint
+from hf_ortho.files import written
+from hf_ortho.folders import OutputFolder
 from hf_ortho.training import Recipe, finetune
 
 ACTIVATION = "hermite_8"
@@ -40,9 +42,10 @@ SEEDS = 0, 1, 2
 def converted(model: str, folder: Path) -> str:
     """The base of LoRA + activations: ``model`` with learnable activations, all else as it is."""
     if not folder.is_dir():
+        output = OutputFolder(folder, keep=[model])
         checkpoint = load_checkpoint(model, dtype="float32")
         convert(checkpoint.model, ACTIVATION)
-        with replacing(folder) as draft:
+        with output.writing() as draft:
             save_checkpoint(checkpoint, draft)
     return str(folder)
 

@@ -51,13 +51,13 @@ def launched(monkeypatch):
         (["--share"], True),
     ],
 )
-def test_folders_are_for_this_machine_only(hf_ortho_command, launched, flags, public):
+def test_folders_are_for_this_machine_only(hf_ortho_command, launched, tmp_path, flags, public):
     if flags == ["--share"]:
         launched["class"].share_url = "https://x.gradio.live"
-    ran = hf_ortho_command("app", "--port", 7000, "--model", "m", "--revision", "r", *flags)
+    ran = hf_ortho_command("app", "--port", 7000, "--model", tmp_path, "--revision", "r", *flags)
     assert (ran.code, ran.err) == (0, "")
     assert ran.out == f"{launched['class'].share_url or 'http://127.0.0.1:7860/'} (Ctrl-C ends it)\n"
-    assert (launched["model"], launched["revision"], launched["public"]) == ("m", "r", public)
+    assert (launched["model"], launched["revision"], launched["public"]) == (str(tmp_path), "r", public)
     assert (launched["server_port"], launched["allowed_paths"], launched["closed"]) == (7000, [], True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ class TestRefuses:
         assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
     def test_a_folder_that_cannot_be_written(self, hf_ortho_command, tmp_path, monkeypatch):
-        monkeypatch.setattr(hf_ortho.cli.bench.os, "access", lambda *args: False)
+        monkeypatch.setattr(os, "access", lambda *args: False)
         error = hf_ortho_command("bench", "--json", tmp_path / "bench.json").error
         assert error.endswith(f"the folder {tmp_path} cannot be written")
 

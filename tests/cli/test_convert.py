@@ -34,6 +34,8 @@ import hf_ortho
 from hf_ortho.activations import FAMILIES
 from hf_ortho.cli import main
 from hf_ortho.cli.main import COMMANDS
+from hf_ortho.files import MANIFEST
+from hf_ortho.folders import OutputFolder
 
 
 @pytest.fixture
@@ -187,27 +189,66 @@ def test_a_model_of_another_task(convert, tmp_path, output):
 
 
 def test_overwrite(convert, gpt2_folder, output):
-    output.mkdir()
-    (output / "notes.txt").write_text("mine")
+    assert convert(gpt2_folder).code == 0
     assert "--overwrite" in refusal(convert(gpt2_folder))
-    assert [(p.name, p.read_text()) for p in output.iterdir()] == [("notes.txt", "mine")]
-    assert convert(gpt2_folder, "--overwrite").code == 0
-    assert not (output / "notes.txt").exists()
-    assert (output / "config.json").exists()
+    ran = convert(gpt2_folder, "--overwrite", "--family", "fourier")
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads((output / "config.json").read_text())["activation_function"] == "fourier_6"
     assert list(output.parent.iterdir()) == [output]
+    (output / "README.md").write_text("my own words")
+    assert "README.md in it was changed since hf_ortho wrote it" in refusal(convert(gpt2_folder, "--overwrite"))
+    assert (output / "README.md").read_text() == "my own words"
 
 
-def test_in_place_and_again(hf_ortho_command, make_gpt2, save_parts, tmp_path):
-    folder = save_parts(tmp_path / "model", *make_gpt2())
+def test_converted_again(hf_ortho_command, gpt2_folder, tmp_path):
     tokens = torch.arange(32)[None]
-    before = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits.detach()
-    for family in ("hermite", "fourier"):
-        assert hf_ortho_command("convert", folder, "-o", folder, "--overwrite", "--family", family).code == 0
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(gpt2_folder)(tokens).logits.detach()
+    for family, source in (("hermite", gpt2_folder), ("fourier", tmp_path / "hermite")):
+        assert hf_ortho_command("convert", source, "-o", tmp_path / family, "--family", family).code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fourier")
     assert model.config.activation_function == "fourier_6"
     assert model.config.hf_ortho["source_activations"] == {"activation_function": "gelu_new"}
     assert (model(tokens).logits - before).norm() < 2e-2 * before.norm()
-    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_overwrite_deletes_nothing_of_others(hf_ortho_command, make_gpt2, save_parts, text_file, tmp_path, monkeypatch):
+    """Neither a folder of other files, nor that of an input, nor the current one."""
+    source = save_parts(tmp_path / "par" / "src", *make_gpt2())
+    adapter = tmp_path / "adapter"
+    for folder in (tmp_path / "home", tmp_path / "here", adapter):
+        folder.mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(source)})
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def refused(model, output, *flags):
+        ran = hf_ortho_command("convert", model, "-o", output, "--overwrite", *flags)
+        assert ran.out == ""  # not even the loading has begun
+        return refusal(ran)
+
+    assert "thesis.tex in it was not written by hf_ortho" in refused(source, tmp_path / "home")
+    assert "name of the output folder is empty" in refused(source, "")
+    assert "is the current folder" in refused(source, ".")
+    assert "is the input" in refused(source, source)
+    assert "contains the input" in refused(source, tmp_path / "par")
+    assert "is the input" in refused(adapter, source)
+    assert "contains the input" in refused(source, text_file.parent, "--calibration-data", text_file)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_names_are_printed_as_they_are(hf_ortho_command, gpt2_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, shown in (("x[/b]", "x[/b]"), (":smile:", ":smile:"), ("\x1b[31mred", r"\x1b[31mred")):
+        ran = hf_ortho_command("convert", gpt2_folder, "-o", name)
+        assert (ran.code, ran.err) == (0, "")
+        assert f"Wrote {shown} (" in ran.out
+        assert (tmp_path / name / "model.safetensors").is_file()
+        assert f"output folder {shown}: " in refusal(hf_ortho_command("convert", gpt2_folder, "-o", name))
+    assert refusal(hf_ortho_command("convert", "[/x]\x1b", "-o", "out")).startswith(r"[/x]\x1b ")
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -351,7 +392,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 assert main(sys.argv[2:]) == 2
 """)
     (line,) = forked(1, script, limit, "convert", gpt2_folder, "-o", output).splitlines()
-    assert line.startswith(f"hf-ortho: error: {output} cannot be written")
+    assert line.startswith(f"hf-ortho: error: output folder {output}: it cannot be written")
     assert os.strerror(errno.EFBIG) in line
     assert list(output.parent.iterdir()) == []
 
@@ -360,12 +401,12 @@ assert main(sys.argv[2:]) == 2
 def assert_untouched(request, output):
     """Start without or with an output folder, and check later that it is so still."""
     if request.param:
-        output.mkdir()
-        (output / "config.json").write_text("old")
+        with OutputFolder(output).writing() as draft:
+            (draft / "config.json").write_text("old")
 
     def check():
         found = {str(p.relative_to(output.parent)) for p in output.parent.rglob("*")}
-        assert found == ({"converted", "converted/config.json"} if request.param else set())
+        assert found == ({"converted", "converted/config.json", f"converted/{MANIFEST}"} if request.param else set())
         assert not request.param or (output / "config.json").read_text() == "old"
 
     return check
@@ -403,7 +444,7 @@ def test_an_error_while_writing(convert, gpt2_folder, output, after_save, assert
 
     after_save(fill)
     sentence = refusal(convert(gpt2_folder, "--overwrite"))
-    assert sentence.startswith(f"{output} cannot be written")
+    assert sentence.startswith(f"output folder {output}: it cannot be written")
     assert os.strerror(errno.ENOSPC) in sentence
     assert_untouched()
 

@@ -11,6 +11,8 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 from hf_ortho.cli import demo_story, demo_tasks
 from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
 from hf_ortho.errors import DataError
+from hf_ortho.files import MANIFEST
+from hf_ortho.folders import OutputFolder
 from hf_ortho.training import data
 from hf_ortho.training.evaluation import evaluate_model
 
@@ -63,6 +65,7 @@ def check_files(folder, processor_files):
         "activations.png",
         "config.json",
         "model.safetensors",
+        MANIFEST,
         *processor_files,
     }
     height, width, _ = matplotlib.image.imread(folder / "activations.png").shape
@@ -163,11 +166,12 @@ def test_compare_over_two_seeds_gives_mean_and_spread(demo, tiny_text):
 def test_the_same_again_with_overwrite(demo, tiny_text, tmp_path):
     first = demo(*QUICK, "--seed", 3, "-o", tmp_path / "out")
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    (tmp_path / "out" / "old.txt").write_text("old")
     again = demo(*QUICK, "--seed", 3, "-o", tmp_path / "out", "--overwrite")
     assert again.figures == first.figures
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
-    assert not (tmp_path / "out" / "old.txt").exists()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "mine.txt in it was not written by hf_ortho" in demo(*QUICK, "-o", tmp_path / "out", "--overwrite").error
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_old_folder(demo, tiny_text, tmp_path, monkeypatch):
@@ -175,12 +179,12 @@ def test_a_full_disk_leaves_the_old_folder(demo, tiny_text, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hf_ortho.cli.demo_story.write_card", full)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+    with OutputFolder(tmp_path / "out").writing() as draft:
+        (draft / "old.txt").write_text("old")
     ran = demo(*QUICK, "-o", tmp_path / "out", "--overwrite")
     assert "No space left on device" in ran.error
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.txt"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"old.txt", MANIFEST}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,7 @@ def test_an_output_that_exists(demo, tmp_path):
     assert "is a file" in demo("-o", tmp_path / "file").error
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("mine")
-    assert "--overwrite" in demo("-o", tmp_path / "folder").error
+    assert "mine.txt in it was not written by hf_ortho" in demo("-o", tmp_path / "folder").error
+    assert "name of the output folder is empty" in demo("-o", "").error
     shutil.rmtree(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -21,6 +21,7 @@ import hf_ortho.plotting
 from hf_ortho import convert, fuse_mlp
 from hf_ortho.cli.recipe import parse_recipe
 from hf_ortho.conversion.checkpoint import load_checkpoint
+from hf_ortho.files import MANIFEST
 from hf_ortho.training import Recipe
 from hf_ortho.training.data import text_blocks
 
@@ -203,6 +204,24 @@ def test_a_value_that_does_not_fit(recipe, finetune, tmp_path, entries):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["finetune", "compare"])
+def test_folders_that_no_training_may_write(command, recipe, hf_ortho_command, gpt2_folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    grid = {"activations": ["gelu_new"], "seeds": [0]} if command == "compare" else {}
+    places = {"": "is empty", ".": "is the current folder", "..": "contains the current folder", "/": "contains"}
+    places |= {str(gpt2_folder): "is the input", str(gpt2_folder.parent): "contains the input", "a\0b": "NUL"}
+    before = {p: p.stat().st_mtime_ns for p in (*tmp_path.rglob("*"), *gpt2_folder.rglob("*"))}
+    for place, reason in places.items():
+        for resume in ("auto", "true"):
+            config = recipe(output_dir=place, **grid)
+            before[config] = config.stat().st_mtime_ns
+            ran = hf_ortho_command(command, "--config", config, "--resume_from_checkpoint", resume)
+            assert reason in ran.error
+            assert ran.out == ""
+    assert {p: p.stat().st_mtime_ns for p in (*tmp_path.rglob("*"), *gpt2_folder.rglob("*"))} == before
+
+
 @pytest.mark.parametrize("missing", ["model", "dataset", "output_dir"])
 def test_a_missing_key(recipe, finetune, tmp_path, missing, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -282,7 +301,7 @@ def test_the_output_reloads_with_from_pretrained(converted_run):
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(saved[n], p) for n, p in model.named_parameters())
-    assert {p.name for p in folder.iterdir()} == {
+    names = {
         "README.md",
         "activations.png",
         "config.json",
@@ -292,6 +311,8 @@ def test_the_output_reloads_with_from_pretrained(converted_run):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert {p.name for p in folder.iterdir()} == names | {MANIFEST}
+    assert json.loads((folder / MANIFEST).read_text())["files"].keys() == names
 
 
 def test_the_picture_is_one(converted_run):
@@ -386,7 +407,7 @@ def test_training_checkpoints_stay_beside_the_final_model(recipe, finetune, tmp_
     assert finetune(recipe(activation="hermite_3", save_steps=1)).code == 0
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"checkpoint-1", "checkpoint-2", "model.safetensors", "README.md"} <= names
-    assert not any("draft" in name or name.startswith(".") for name in names)
+    assert not any("draft" in name or name.startswith(".hf_ortho-") for name in names)
     last = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
     final = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(final[key], last[key]) for key in last)

@@ -1,6 +1,8 @@
 """``hf-ortho plot``: what it draws, and what it refuses."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -209,6 +211,7 @@ def test_history_refuses(hf_ortho_command, run_dir, converted, tmp_path, monkeyp
         (["-o", "shapes.pdf"], "--output shapes.pdf: must end in .png"),
         (["-o", "shapes.gif"], "must end in .png, or in .gif with --history"),
         (["-o", "no/such/folder/shapes.png"], "no/such/folder/shapes.png cannot be written"),
+        (["-o", "x" * 252 + ".png"], f".png cannot be written: {os.strerror(errno.ENAMETOOLONG)}"),
         (["--calibration-data", "/no/such/file.txt"], "/no/such/file.txt does not exist"),
         (["--calibration-data", "words.docx"], "words.docx"),
         (["--against", "/no/such/model"], "/no/such/model does not exist"),

@@ -1,9 +1,6 @@
-"""Loading with head and processor, and saving without traces of a failure."""
+"""Loading with head and processor, and checking what was saved."""
 
 import json
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,19 +18,12 @@ import hf_ortho
 from hf_ortho.cli.demo_tasks import byte_tokenizer, small_convnext
 from hf_ortho.conversion.checkpoint import (
     Checkpoint,
-    check_output,
     load_checkpoint,
-    replacing,
     save_checkpoint,
     task_of,
 )
 from hf_ortho.conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from hf_ortho.errors import CheckpointError, HfOrthoError, OutputError
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
 
 # ---- loading -------------------------------------------------------------------------------------------------------
 
@@ -145,131 +135,6 @@ def test_image_processor_goes_with_the_model(convnext, tmp_path):
     assert torch.equal(found.image_processor(picture, return_tensors="pt")["pixel_values"], expected)
     assert found.processor is found.image_processor
     assert found.tokenizer is None
-
-
-# ---- saving --------------------------------------------------------------------------------------------------------
-
-
-def write_files(folder):
-    (folder / "sub").mkdir()
-    (folder / "config.json").write_text("new")
-    (folder / "sub" / "weights").write_bytes(b"1234")
-
-
-def write_and(target, error=None):
-    with replacing(target) as draft:
-        write_files(draft)
-        if error is not None:
-            raise error
-
-
-@pytest.fixture(params=["absent", "empty", "filled"])
-def target(request, tmp_path):
-    """A folder to replace, in a parent of its own."""
-    path = tmp_path / "parent" / "model"
-    if request.param != "absent":
-        path.mkdir(parents=True)
-    if request.param == "filled":
-        (path / "old").write_text("old")
-        (path / "config.json").write_text("old")
-    return path
-
-
-NEW = {"config.json": b"new", "sub/weights": b"1234"}
-
-
-def test_replacing_puts_the_new_content_in_place(target):
-    with replacing(target) as draft:
-        assert draft.parent == target.parent
-        write_files(draft)
-    assert contents(target) == NEW
-    assert list(target.parent.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt, SystemExit, MemoryError])
-def test_replacing_is_undone_by_an_exception(target, error):
-    existed, before = target.exists(), contents(target)
-    with pytest.raises(OutputError if error is OSError else error):
-        write_and(target, error("No space left on device"))
-    assert (target.exists(), contents(target)) == (existed, before)
-    assert list(target.parent.iterdir()) == ([target] if existed else [])
-
-
-def test_replacing_names_folder_and_reason(tmp_path):
-    with pytest.raises(OutputError, match=r"^\S+model cannot be written.*: \[Errno 28\]") as error:
-        write_and(tmp_path / "model", OSError(28, "No space left on device"))
-    assert isinstance(error.value, OSError)
-    assert "\n" not in str(error.value)
-
-
-def test_replacing_needs_a_folder_as_parent(tmp_path):
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(OutputError, match="cannot be written"), replacing(tmp_path / "file" / "model"):
-        raise AssertionError("the block must not run")
-    assert contents(tmp_path) == {"file": b"kept"}
-
-
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize(
-    ("error", "when"), [(OSError, "instead"), (KeyboardInterrupt, "instead"), (KeyboardInterrupt, "after")]
-)
-def test_replacing_is_whole_when_a_rename_is_hit(tmp_path, monkeypatch, number, error, when):
-    target = tmp_path / "parent" / "model"
-    target.mkdir(parents=True)
-    (target / "config.json").write_text("old")
-    calls, rename = [], os.rename
-
-    def hit(source, to, **kwargs):
-        calls.append(to)
-        if len(calls) - 1 == number:
-            if when == "after":
-                rename(source, to, **kwargs)
-            raise error(5, "Input/output error")
-        return rename(source, to, **kwargs)
-
-    monkeypatch.setattr(os, "rename", hit)
-    monkeypatch.setattr(os, "replace", hit)
-    with pytest.raises((OutputError, KeyboardInterrupt)):
-        write_and(target)
-    assert len(calls) > number
-    assert contents(target) in ({"config.json": b"old"}, NEW)
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_replaced_folder_is_as_readable_as_others(tmp_path):
-    (tmp_path / "plain").mkdir()
-    with replacing(tmp_path / "model") as draft:
-        write_files(draft)
-    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_check_output_accepts(tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("")
-    monkeypatch.chdir(tmp_path)
-    for name, overwrite in (("empty", False), ("new", False), ("a/b/c", False), ("full", True)):
-        assert check_output(name, overwrite) == Path(name)
-        assert check_output(str(tmp_path / name), overwrite) == tmp_path / name
-    assert {p.name for p in tmp_path.iterdir()} == {"empty", "full"}
-
-
-@pytest.mark.parametrize(
-    ("name", "overwrite", "message"),
-    [
-        ("full", False, "not empty; pass --overwrite"),
-        ("file", False, "is a file"),
-        ("file", True, "is a file"),
-        ("file/below", True, "cannot be written"),
-    ],
-)
-def test_check_output_refuses(tmp_path, name, overwrite, message):
-    (tmp_path / "file").write_text("")
-    shutil.copytree(tmp_path, tmp_path / "full")
-    with pytest.raises(OutputError, match=message) as error:
-        check_output(tmp_path / name, overwrite)
-    assert isinstance(error.value, OSError)
-    assert str(tmp_path / name) in str(error.value)
 
 
 # ---- verification --------------------------------------------------------------------------------------------------

@@ -124,6 +124,30 @@ def test_mistakes_are_named_before_any_run(compare, tmp_path, entries, message):
     assert not list((tmp_path / "out").glob("*/*"))
 
 
+def test_a_run_that_starts_anew_keeps_the_files_of_others(compare, tmp_path):
+    """One that was interrupted before its first checkpoint, and one that had ended but for the note of its figures."""
+    entries = {"seeds": [0], "save_strategy": "no"}
+    assert compare(**entries, activations=["gelu"]).code == 0
+    out = tmp_path / "out"
+    ended, started = out / "gelu" / "seed-0", out / "silu" / "seed-0"
+    figures = (ended / "run.json").read_text()
+    (ended / "run.json").unlink()
+    (started / "checkpoint-2").mkdir(parents=True)
+    (started / "checkpoint-2" / "manifest.json").write_text("{}")
+    for folder in (ended, started):
+        (folder / "notes.txt").write_text("mine")
+    ran = compare(**entries, activations=["gelu", "silu"])
+    assert (ran.code, ran.err) == (0, "")
+    assert (ended / "run.json").read_text() == figures
+    assert [(folder / "notes.txt").read_text() for folder in (ended, started)] == ["mine", "mine"]
+    assert not (started / "checkpoint-2").exists()
+
+    (ended / "run.json").unlink()
+    (ended / "config.json").write_text("mine")
+    assert "config.json in it was changed since hf_ortho wrote it" in compare(**entries, activations=["gelu"]).error
+    assert (ended / "config.json").read_text() == "mine"
+
+
 def test_a_foreign_folder_is_left_alone(compare, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -368,5 +368,5 @@ def test_a_hub_dataset_that_cannot_be_reached(name):
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'hf_ortho\[vision\]'"):
+    with pytest.raises(DataError, match=r"pip install 'hf-ortho\[vision\]'"):
         data.load("digits")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_ortho.training.checkpoints import is_whole, remove_leftovers, write_manifest
+from hf_ortho.training.checkpoints import is_whole, make_way, remove_leftovers, write_manifest
 
 # Six steps, saved after 2, 4 and 6. Where it dies, and the step of the checkpoint that it goes on from.
 WEIGHTS, STEP = "transformers.modeling_utils:safe_save_file", "torch.optim:AdamW.step"
@@ -27,7 +27,7 @@ KILLS = {
     "in the state": ((STATE, 2, "half"), 2),
     "in the deletion of step 2": ((DELETE, 1, "optimizer.pt"), 4),
     "in the final weights": ((WEIGHTS, 4, "half"), 6),
-    "before the final config": (("pathlib:Path.replace", 2, "before"), 6),
+    "before the final config": (("os:replace", 2, "before"), 6),
 }
 # With the model of step 2 as the best, the checkpoint of step 6 is deleted at the end.
 BEST = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true"]
@@ -217,6 +217,27 @@ def test_only_what_a_killed_save_left_is_removed(output, tmp_path):
     (output("checkpoint-6") / "trainer_state.json").write_text('{"epoch": ')
     remove_leftovers(tmp_path / "out")
     assert names(tmp_path / "out") == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
+def test_an_earlier_checkpoint_of_the_step_makes_way(output, tmp_path):
+    make_way(output("checkpoint-1"))
+    (output("checkpoint-2") / "optimizer.pt").unlink()
+    make_way(tmp_path / "out" / "checkpoint-2")
+    assert names(tmp_path / "out") == set()
+    (output("checkpoint-3") / "notes.txt").write_text("mine")
+    (output("checkpoint-4") / "manifest.json").unlink()  # of a plain Trainer
+    (output("checkpoint-5") / "optimizer.pt").write_text("longer than what was saved")
+    for step in (3, 4, 5, 6):
+        make_way(tmp_path / "out" / f"checkpoint-{step}")
+    assert names(tmp_path / "out") == {".checkpoint-3.old", ".checkpoint-4.old", ".checkpoint-5.old"}
+    assert (tmp_path / "out" / ".checkpoint-3.old" / "notes.txt").read_text() == "mine"
+
+
+def test_checkpoints_can_be_read_by_those_whom_the_umask_lets(runs):
+    mask = os.umask(0)
+    os.umask(mask)
+    for folder in (runs / "straight", runs / "straight" / "checkpoint-6"):
+        assert {p.stat().st_mode & 0o777 for p in folder.iterdir() if p.is_file()} == {0o666 & ~mask}
 
 
 def test_auto_does_not_start_anew_over_what_may_be_of_worth(output, flags, hf_ortho_command, tmp_path):

@@ -1,0 +1,97 @@
+"""Whether the Hub answers: asked before anything heavy is imported, since without a network its clients retry for a
+minute."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from ..errors import CheckpointError, DataError, HubError
+
+SECONDS = 3.0
+BUILT_IN = ("pydoc_topics", "digits")
+CONFIGS = ("config.json", "adapter_config.json")
+
+
+def check_hub(
+    models: Iterable[tuple[str | None, str | None]] = (), datasets: Iterable[str | None] = (), *, push: bool = False
+) -> None:
+    """Find out whether what is read from the Hub can be had, from there or from the cache; if only from the cache,
+    the libraries are told not to look further.
+
+    Args:
+        models: (name, revision) pairs; folders and None are passed over.
+        datasets: names; files, folders, built-in datasets and None are passed over.
+        push: whether the Hub is written to.
+
+    Raises:
+        CheckpointError, DataError, HubError: the Hub does not answer, and the cache has no copy.
+    """
+    wanted = [(name, revision) for name, revision in models if _on_hub(name)]
+    needed = [name for name in datasets if _on_hub(name) and name not in BUILT_IN and not Path(str(name)).suffix]
+    if not (wanted or needed or push) or (not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT)):
+        return
+    reason = f"no answer from {constants.ENDPOINT}"
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    if push:
+        raise HubError(f"{reason}: nothing was pushed; the same command pushes once the Hub can be reached")
+    for name, revision in wanted:
+        if not _cached(str(name), revision):
+            raise CheckpointError(f"{name} is not a folder, and cannot be downloaded: {reason}, and it is not cached")
+    for name in needed:
+        if not _cached_dataset(str(name)):
+            raise DataError(
+                f"dataset {name!r} is not a file or folder, and cannot be downloaded: {reason}, and it is not cached"
+            )
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that a command starts
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+def answers(endpoint: str) -> bool:
+    """Whether a server sends anything within ``SECONDS``, be it an error; looking up its name counts too."""
+    found = threading.Event()
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS).close()
+        except urllib.error.HTTPError:
+            pass
+        except (OSError, ValueError) as error:
+            if "SSL" not in repr(error):  # a certificate that is not trusted: the clients say so
+                return
+        found.set()
+
+    # In a thread of its own, for nothing bounds the time of a name look-up.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return found.is_set()
+
+
+def _on_hub(name: str | None) -> bool:
+    """Whether a name can only be one on the Hub."""
+    return bool(name) and not Path(str(name)).exists() and str(name)[0] not in "/.~" and str(name).count("/") <= 1
+
+
+def _cached(name: str, revision: str | None) -> bool:
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in CONFIGS)
+    except HFValidationError:  # loading says what is wrong with the name
+        return True
+
+
+def _cached_dataset(name: str) -> bool:
+    home = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME, "datasets")))
+    places = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}"), home / name.replace("/", "___")
+    return any(place.is_dir() for place in places)

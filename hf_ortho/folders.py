@@ -1,0 +1,342 @@
+"""Write a folder whole or not at all, and replace nothing in it but what was written there before.
+
+A folder is written as a draft. If the folder does not exist yet, the draft lies beside it and becomes it in one rename.
+Else, be it empty, the draft lies inside: once complete it is renamed to ``.hf_ortho-ready``, and then its files are
+moved into place, those without which nothing loads last. A process that is killed before this rename leaves the old
+content and a draft, which the next one removes; killed after it, it leaves the whole new content, and the next one
+moves the rest.
+
+The process that writes or moves a draft holds a lock on the draft's manifest, so that a draft without a lock is a
+leftover.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from .errors import HfOrthoError, OutputError
+from .files import (
+    DRAFT,
+    MANIFEST,
+    check_length,
+    checksum,
+    contents,
+    failures,
+    listed,
+    logger,
+    set_aside,
+    token,
+    use_umask,
+    why,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+READY = f"{DRAFT}ready"
+LAST = ("config.json", "adapter_config.json")  # without them nothing loads
+
+
+# ---- drafts --------------------------------------------------------------------------------------------------------
+
+
+def _lock(file: IO) -> bool | None:
+    """Whether the file could be locked for as long as it is open; None if there are no locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _new_draft(place: Path, prefix: str) -> tuple[Path, IO[str]]:
+    """An empty folder but for its manifest, which is open and locked."""
+    while True:
+        draft = place / token(prefix)
+        draft.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # a process that began just now took it for a leftover
+            manifest = open(draft / MANIFEST, "x", encoding="utf-8")  # noqa: SIM115  # the caller closes it
+            if _lock(manifest) is not False and (draft / MANIFEST).exists():
+                return draft, manifest
+            manifest.close()
+
+
+def _sweep(place: Path, prefix: str) -> None:
+    """Remove the drafts of processes that are gone."""
+    for name in os.listdir(place):
+        draft = place / name
+        if not name.startswith(prefix) or name == READY or draft.is_symlink() or not draft.is_dir():
+            continue
+        try:
+            with open(draft / MANIFEST, "r+") as manifest:
+                locked = _lock(manifest)
+                if locked:
+                    shutil.rmtree(draft, ignore_errors=True)
+        except FileNotFoundError:
+            locked = None
+            with contextlib.suppress(OSError):
+                draft.rmdir()
+        if locked is None and draft.exists():
+            logger.warning(f"note: {str(draft)!r} is a draft that may be left over; remove it if no process writes it")
+
+
+def _prune(folder: Path) -> None:
+    """Remove the empty folders below ``folder``, and itself if it is empty then."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(place)
+
+
+def _move_in(target: Path) -> None:
+    """Move the files of ``.hf_ortho-ready`` into ``target``, which holds it; goes on where an earlier call stopped.
+
+    At each moment what loads is the old content, nothing, or the new content. A file in the way that is neither of the
+    content that is replaced nor of the new one is set aside.
+    """
+    ready = target / READY
+    if not (ready / MANIFEST).exists():  # it was the last to be moved
+        _prune(ready)
+        return
+    about = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
+    new, old = dict(about["files"]), dict(about["replaces"])
+    left = (name for name in contents(ready) if not name.endswith("/"))
+    pending = sorted(left, key=lambda name: (name in LAST, name))
+
+    def known(name: str) -> bool:
+        found = checksum(target / name)
+        return bool(found) and found in (old.get(name), new.get(name))
+
+    def gone(name: str) -> bool:
+        return name in old and name not in new and known(name)
+
+    for name in LAST:
+        if gone(name) or (name in pending and known(name)):
+            (target / name).unlink()
+    for name in pending:
+        file = target / name
+        for parent in [target / part for part in reversed(PurePosixPath(name).parents[:-1])]:
+            if os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir()):  # a link may lead anywhere
+                set_aside(parent)
+        if os.path.lexists(file) and not known(name):
+            set_aside(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(ready / name, file)
+    for name in filter(gone, contents(target)):
+        (target / name).unlink()
+    parents = {f"{parent}/" for name in old for parent in PurePosixPath(name).parents}
+    for name in parents.intersection(contents(target)):  # they are empty now
+        with contextlib.suppress(OSError):
+            os.removedirs(target / name)
+    os.replace(ready / MANIFEST, target / MANIFEST)
+    _prune(ready)
+
+
+# ---- a folder ------------------------------------------------------------------------------------------------------
+
+
+class OutputFolder:
+    """A folder to write, checked before any work is done, and filled at the end::
+
+        output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model])
+        ...  # the work
+        with output.writing() as draft:
+            model.save_pretrained(draft)
+
+    Symlinks are followed. Made anew, it finishes or removes what a killed process has left in the folder.
+
+    Args:
+        folder: must not be the home or the current folder or contain them, nor anything of ``keep``.
+        overwrite: whether the files that were written here before, and are unchanged, may be replaced; there must be no
+            others.
+        keep: paths of inputs; what does not exist, such as the name of a model on the Hub, is skipped.
+        beside: for the folder of a training: other files may be there, and stay. If one has a name that is to be
+            written, it is renamed.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something that would be lost.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        keep: Sequence[str | os.PathLike | None] = (),
+        beside: bool = False,
+    ):
+        self.name, self.overwrite, self.beside = os.fspath(folder), overwrite, beside
+        self._settled = False
+        try:
+            self.path = _place(self.name, keep)
+            self._prefix = f"{DRAFT}{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}-"
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                _sweep(self.path.parent, self._prefix)
+            self._finish_left_over()
+            self._old = listed(self.path)
+            present = contents(self.path) if self.path.is_dir() else []
+            self._foreign = {name for name in present if name not in self._old}
+            self._check()
+            changed = (name for name in present if name in self._old and checksum(self.path / name) != self._old[name])
+            if name := next(changed, None):
+                raise self._error(f"{name} in it was changed since hf_ortho wrote it; move it away, or name another")
+        except HfOrthoError:
+            raise
+        except (OSError, ValueError) as error:
+            raise self._error(why(error)) from error
+
+    def _error(self, reason: str) -> OutputError:
+        return OutputError(f"output folder {self.name}: {reason}")
+
+    def _finish_left_over(self) -> None:
+        if not self.path.is_dir():
+            return
+        _sweep(self.path, DRAFT)
+        try:
+            with open(self.path / READY / MANIFEST, "r+") as manifest:
+                locked = _lock(manifest)
+                if locked is False:
+                    raise self._error("another process is writing it")
+                if locked is None:
+                    raise self._error(
+                        f"a process is writing it, or was killed; if so, move the files of {READY} into it"
+                    )
+                _move_in(self.path)
+                logger.warning(f"note: {self.name!r} was left half in place by a killed process; it is complete now")
+        except FileNotFoundError:
+            _prune(self.path / READY)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass  # the manifest is not what is written here
+        if os.path.lexists(self.path / READY):
+            raise self._error(f"{READY} in it is not what hf_ortho writes; move it away")
+
+    def _check(self) -> None:
+        """Whether the folder is still free, or as it was when it was checked first."""
+        if self.beside or not self.path.is_dir():
+            return
+        if listed(self.path) != self._old:
+            raise self._error("another process has written it meanwhile; name another")
+        present = contents(self.path)
+        if name := next((name for name in present if name not in self._old), None):
+            raise self._error(f"it is not empty: {name} in it was not written by hf_ortho; name another")
+        if present and not self.overwrite:
+            raise self._error("it is not empty; pass --overwrite to replace what hf_ortho wrote there, or name another")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A draft folder, whose files are the content of the folder if the block ends well; else nothing is changed.
+
+        Raises:
+            OutputError: writing failed, for example on a full disk, or the folder is not free any more.
+        """
+        new = [place for place in (self.path, *self.path.parents) if not os.path.lexists(place)]
+        draft = None
+        try:
+            self._check()
+            inside = self.beside or self.path.is_dir()
+            place = self.path if inside else self.path.parent
+            place.mkdir(parents=True, exist_ok=True)
+            draft, manifest = _new_draft(place, DRAFT if inside else self._prefix)
+            with manifest:
+                yield draft
+                self._seal(draft, manifest)
+                if fcntl is None:
+                    manifest.close()  # Windows renames no folder with an open file
+                publish = self._publish_inside if inside else self._publish
+                try:
+                    publish(draft)
+                except KeyboardInterrupt:  # all is written: go on where it was, which takes little time
+                    publish(draft)
+                    raise
+        except HfOrthoError:
+            raise
+        except failures() as error:
+            if self._settled:
+                reason = f"the new content is not all in place, the next run moves the rest out of {READY}"
+            else:
+                reason = "it cannot be written, nothing was changed"
+            raise self._error(f"{reason}: {why(error)}") from error
+        finally:
+            if draft is not None:
+                shutil.rmtree(draft, ignore_errors=True)
+            for place in new:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+
+    def _seal(self, draft: Path, manifest: IO[str]) -> None:
+        _prune(draft)
+        use_umask(draft)
+        files = {name: checksum(draft / name) for name in contents(draft)}
+        replaced = self._old
+        if self.beside:  # what came since the first check was made by the training
+            own = [name for name in files if name not in self._foreign and os.path.lexists(self.path / name)]
+            replaced = {name: checksum(self.path / name) for name in own} | listed(self.path)
+        json.dump({"files": files, "replaces": replaced}, manifest, indent=1)
+        manifest.flush()
+
+    def _publish(self, draft: Path) -> None:
+        if draft.exists():
+            try:
+                os.rename(draft, self.path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise self._error("another process has written it meanwhile; name another") from error
+
+    def _publish_inside(self, draft: Path) -> None:
+        ready = self.path / READY
+        if draft.exists():
+            try:
+                os.rename(draft, ready)  # only one process can
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise self._error("another process is writing it") from error
+        if not self._settled:
+            try:
+                self._check()
+            except (HfOrthoError, OSError):
+                os.rename(ready, draft)
+                raise
+            self._settled = True
+        _move_in(self.path)
+
+
+def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
+    """The folder that ``name`` leads to, if it may be written there; see ``OutputFolder``."""
+    if not name:
+        raise OutputError("the name of the output folder is empty; name a folder")
+    if "\0" in name:
+        raise OutputError(f"output folder {name!r}: a name cannot hold a NUL character")
+    path = Path(os.path.realpath(name))
+    check_length(path, f"{READY}/{'x' * 64}")
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    for part in path.relative_to(there).parts:
+        check_length(there, part)
+    if not there.is_dir():
+        raise OutputError(f"output folder {name}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"output folder {name}: {there} cannot be written")
+    if not path.is_dir():
+        return path
+    places = [(f"the input {place}", place) for place in keep if place and os.path.exists(place)]
+    for what, place in [*places, ("the current folder", os.getcwd()), ("the home folder", os.path.expanduser("~"))]:
+        real = Path(os.path.realpath(place))
+        if real.exists() and os.path.samefile(path, real):
+            raise OutputError(f"output folder {name} is {what}; name another")
+        if any(os.path.samefile(path, parent) for parent in real.parents if parent.exists()):
+            raise OutputError(f"output folder {name} contains {what}; name another")
+    return path

@@ -1,0 +1,11 @@
+"""Text from files and arguments, made safe to print."""
+
+import re
+
+# All controls but tab and line feed, the marks that reorder a line, and bytes that were no text.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""``text`` with controls as escapes, such as the four characters ``\x1b``; tabs and line feeds stay."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
