@@ -37,6 +37,11 @@ def pytest_configure(config):
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    model = transformers.PreTrainedModel
+    if not hasattr(model, "activation_checkpointing_enable"):  # the older name, of transformers 5.20 for example
+        model.activation_checkpointing_enable = model.gradient_checkpointing_enable
+        model.activation_checkpointing_disable = model.gradient_checkpointing_disable
+        model.is_activation_checkpointing = model.is_gradient_checkpointing
 
 
 def pytest_runtest_setup():

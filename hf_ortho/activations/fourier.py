@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import compiled
-from ..kernels.chebyshev import fourier_series
+from ..kernels.taylor import fourier_series
 from .base import LearnableActivation
 from .interpolation import Target, balance, variable_projection, width_bounds
 

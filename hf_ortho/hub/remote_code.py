@@ -90,9 +90,13 @@ class Evaluated(torch.autograd.Function):
         ctx.family = family
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
         activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
-        inputs = x.to(activation.dtype)
-        out = None if x.numel() <= GRAIN else torch.empty_like(inputs)
-        return activation.value(inputs, out, activation.no_rows).to(x.dtype)
+        if x.numel() <= GRAIN:
+            return activation.value(x.to(activation.dtype), None, activation.no_rows).to(x.dtype)
+        y = torch.empty_like(x)
+        for source, out in zip(_flat(x, y.stride()).split(CHUNK), _flat(y, y.stride()).split(CHUNK)):
+            source = source.to(activation.dtype)
+            out.copy_(activation.value(source, torch.empty_like(source), activation.no_rows))
+        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -225,9 +229,10 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
         without=(DOCSTRING, "__init__", "forward"),
         own=LEARNABLE_ACTIVATION,
     )
-    for module, helper in ((dispatch, "_transformed"), (dispatch, "_formula_gradients"), (eager, "_prepare")):
-        parts.add(module, helper)
-    parts.add(eager, "GRAIN")
+    for helper in ("_transformed", "_formula_gradients"):
+        parts.add(dispatch, helper)
+    for helper in ("_prepare", "_flat", "GRAIN", "CHUNK", "LARGE"):
+        parts.add(eager, helper)
     builds, initial = [], {}
     for name in names:
         family, degree = parse(name)

@@ -19,7 +19,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 GRAIN = 32768  # elements; from here on ATen opens an OpenMP region for every operation
-CHUNK = 1 << 17  # large enough that the interpreter's share is small, small enough for the cache
+CHUNK = 1 << 16  # large enough that the interpreter's share is small, small enough for a second-level cache of 2 MB
+LARGE = 1 << 18  # elements; from here on tables pay off that are made anew after each update of the parameters
 DEVICE_CHUNK = 1 << 24  # on an accelerator without kernels of its own launches are what costs
 MAX_THREADS = 16  # beyond, Python's lock is the limit
 
@@ -33,8 +34,8 @@ Rows = Sequence[Tensor | None]
 class Series(Protocol):
     """S of one family with fixed parameters, on chunks of a floating dtype of at least 32 bits.
 
-    ``rows`` are scratch rows of the chunk's length; where one is None the operation allocates. ``out`` may be None for
-    the same reason. ``x`` and ``g`` are not written to.
+    ``rows`` are scratch rows of the chunk's length, one after the other in memory; where one is None the operation
+    allocates. ``out`` may be None for the same reason. ``x`` and ``g`` are not written to.
     """
 
     rows: int
@@ -54,22 +55,23 @@ class Activation:
 
     def __init__(
         self,
-        series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device], Series],
+        series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device, bool], Series],
         parameters: Vectors,
         domain: tuple[float, float],
         slopes: tuple[float, float],
         dtype: torch.dtype,
         device: torch.device,
+        large: bool,
     ):
         parameters = tuple(tuple(rounded(vector, dtype)) for vector in parameters)
         self.build = series
-        self.series = series(parameters, domain, dtype, device)
+        self.series = series(parameters, domain, dtype, device, large)
         self.domain = domain
         self.slopes = slopes
         ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
         self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
         self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
-        self.rows = self.series.rows + (0 if self.pure else 2)
+        self.rows = self.series.rows + (0 if self.pure else 1)
         self.no_rows = (None,) * self.rows
         self.dtype = dtype
         self.parameters = parameters
@@ -79,7 +81,7 @@ class Activation:
             return self.series.value(x, out, rows)
         (lo, hi), (s_lo, s_hi) = self.domain, self.slopes
         inside = torch.clamp(x, lo, hi, out=rows[0])
-        y = self.series.value(inside, out, rows[2:])
+        y = self.series.value(inside, out, rows[1:])
         if s_lo or s_hi:
             beyond = torch.sub(x, inside, out=inside)
             if s_lo:
@@ -96,7 +98,7 @@ class Activation:
             return self.series.gradient(x, g, out, rows, parameters) + [0.0, 0.0] * domain
         s_lo, s_hi = self.slopes
         inside = torch.clamp(x, *self.domain, out=rows[0])
-        sums = self.series.gradient(inside, g, out, rows[2:], parameters)
+        sums = self.series.gradient(inside, g, out, rows[1:], parameters)
         if out is not None:
             within(out, x, *self.bounds, grad_input=out)
         for slope, outside in ((s_lo, self._below), (s_hi, self._above)):
@@ -119,7 +121,7 @@ class Activation:
         # In float64: at a good fit S' and the slope of the tail nearly cancel.
         ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
-        series = self.build(self.parameters, self.domain, ends.dtype, ends.device)
+        series = self.build(self.parameters, self.domain, ends.dtype, ends.device, False)
         series.gradient(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.rows, 2)), False)
         pairs = zip(sums, slopes.tolist(), self.slopes, self.domain, strict=True)
         return [0.0 if abs(end) == torch.inf else total * (s - tail) for total, s, tail, end in pairs]
@@ -138,7 +140,8 @@ _activation = functools.lru_cache(maxsize=512)(Activation)
 def _prepare(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
     vectors = tuple([tuple(p.tolist()) for p in parameters])
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device)
+    large = x.numel() >= LARGE
+    return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device, large)
 
 
 def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
@@ -188,7 +191,7 @@ def backward(
         return sums
 
     by_chunk = _run(body, x, activation, 3)
-    sums = [sum(column) for column in zip(*by_chunk, strict=True)]  # in float64 and in a fixed order
+    sums = [sum(column, np.float64(0.0)) for column in zip(*by_chunk, strict=True)]  # and in a fixed order
     at_domain = _gradient(activation.domain_gradient(sums[-2:]), domain) if needs_domain else None
     at_parameters = None
     if needs_parameters:
@@ -233,7 +236,7 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
     n, size = x.numel(), _chunk_size(x)
     chunks = max(-(-n // size), 1)
     inference = torch.is_inference_mode_enabled()
-    shape = activation.rows + (conversions if x.dtype != activation.dtype else 0), min(size, n)
+    shape = activation.rows + (conversions if x.dtype != activation.dtype else 0), min(size, n + n % 2)
 
     def work(first: int, last: int) -> list:
         # Modes belong to threads. Inside inference mode tensors are made that only it may write to.

@@ -13,34 +13,38 @@ from .eager import rounded
 class FourierSeries:
     """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!; the sums: g, and per k those of g cos, g sin, g x sin."""
 
-    rows = 2
+    rows = 3
 
     def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
-        (self.offset,), a, self.w, p = parameters
+        (offset,), a, self.w, p = parameters
         self.factorials = [math.factorial(k) for k in range(1, len(a) + 1)]
         self.amplitudes = [v / f for v, f in zip(a, self.factorials, strict=True)]
         self.slopes = rounded([-a * w for a, w in zip(self.amplitudes, self.w, strict=True)], dtype)
-        self.phases = torch.tensor([-v for v in p], dtype=dtype, device=device).unbind()
+        self.offset, *self.phases = torch.tensor([offset, *(-v for v in p)], dtype=dtype, device=device).unbind()
 
     def value(self, x: Tensor, out, rows) -> Tensor:
-        y = torch.full_like(x, self.offset) if out is None else out.fill_(self.offset)
+        y = self.offset
         for w, phase, amplitude in zip(self.w, self.phases, self.amplitudes, strict=True):
-            y.add_(torch.add(phase, x, alpha=w, out=rows[0]).cos_(), alpha=amplitude)
+            wave = torch.add(phase, x, alpha=w, out=rows[0]).cos_()
+            y = torch.add(y, wave, alpha=amplitude, out=wave if out is None else out)
         return y
 
     def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
         sums = [g.sum().item()] if reduce else []
         if out is not None:
             out.zero_()
+        step = rows[1].storage_offset() - rows[0].storage_offset()
+        products = rows[0].as_strided((3, len(x)), (step, 1))  # of g with cos, sin and x sin, for one sum of all
         for w, phase, slope in zip(self.w, self.phases, self.slopes, strict=True):
-            angle = torch.add(phase, x, alpha=w, out=rows[0])
+            angle = torch.add(phase, x, alpha=w, out=rows[2])
             if reduce:
-                sums.append(torch.cos(angle, out=rows[1]).mul_(g).sum().item())
-            sine = angle.sin_().mul_(g)
+                torch.cos(angle, out=rows[0]).mul_(g)
+            sine = torch.sin(angle, out=rows[1]).mul_(g)
             if out is not None:
                 out.add_(sine, alpha=slope)
             if reduce:
-                sums += [sine.sum().item(), sine.mul_(x).sum().item()]
+                torch.mul(sine, x, out=rows[2])
+                sums += products.sum(1).tolist()
         return sums
 
     def gradients(self, sums: list[float]) -> list[list[float]]:

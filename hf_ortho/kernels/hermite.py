@@ -113,7 +113,7 @@ class _Recurrence:
         return [sums]
 
 
-def hermite_series(parameters, domain, dtype: torch.dtype, device: torch.device) -> _Horner | _Recurrence:
+def hermite_series(parameters, domain, dtype: torch.dtype, device: torch.device, large: bool) -> _Horner | _Recurrence:
     """S(x) = sum_k c_k He_k(x)/k!."""
     kernel = _Horner if len(parameters[0]) <= HORNER_MAX_DEGREE + 1 else _Recurrence
     return kernel(parameters, dtype, device)

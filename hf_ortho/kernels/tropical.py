@@ -46,29 +46,38 @@ class Maximum:
             self.hull = [(k, -math.inf) for k in range(self.count)]  # NaN must reach the output
         self.slopes = [slopes[k] for k, _ in self.hull]
         self.rises = rounded([b - a for a, b in itertools.pairwise([0.0, *self.slopes])], dtype)
-        self.intercepts = torch.tensor([intercepts[k] for k, _ in self.hull], dtype=dtype, device=device).unbind()
+        *self.floors, last = rounded([intercepts[k] for k, _ in self.hull], dtype)
+        self.last = torch.tensor(last, dtype=dtype, device=device)
 
-    def value(self, x: Tensor, out, row) -> Tensor:
-        y = torch.add(self.intercepts[0], x, alpha=self.slopes[0], out=out)
-        for slope, intercept in zip(self.slopes[1:], self.intercepts[1:], strict=True):
-            line = torch.add(intercept, x, alpha=slope, out=row)
-            torch.maximum(y, line, out=y)  # propagates NaN
-        return y
+    def value(self, x: Tensor, out, least_slope: float | None = None) -> Tensor:
+        """Horner's scheme of max and plus: max(a_0, r_1 x + max(a_1, r_2 x + a_2)) + s_0 x, r_i the rises of the slope.
 
-    def gradient(self, x: Tensor, g: Tensor, out, row, reduce: bool, moments: bool, sign: float = 1.0) -> list[float]:
+        ``least_slope`` takes the place of s_0. No scratch row, and NaN is propagated.
+        """
+        first = self.rises[0] if least_slope is None else least_slope
+        if not self.floors:
+            return torch.add(self.last, x, alpha=first, out=out)
+        y = torch.add(self.last, x, alpha=self.rises[-1], out=out)
+        for floor, rise in zip(self.floors[:0:-1], self.rises[-2:0:-1], strict=True):
+            y.clamp_(min=floor).add_(x, alpha=rise)
+        y.clamp_(min=self.floors[0])
+        return y.add_(x, alpha=first) if first else y
+
+    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool, moments: bool, sign: float = 1.0) -> list[float]:
         """Adds sign g f'(x) to ``out``; returns, per line of the envelope, the sum of g (and, after it, of g x) to the
         right of where it takes over."""
         if not self.defined and out is not None:
             out.fill_(math.nan)
-        sums = []
+        sums, right = [], g
         for i, (rise, (_, start)) in enumerate(zip(self.rises, self.hull, strict=True)):
-            right = g if i == 0 else above(g, x, start, grad_input=row)
+            if i > 0:
+                right = above(right, x, start, grad_input=rows[0])
             if out is not None and rise:
                 out.add_(right, alpha=sign * rise)
             if reduce:
                 sums.append(right.sum().item())
             if reduce and moments:
-                sums.append(torch.mul(right, x, out=row).sum().item())
+                sums.append(torch.mul(right, x, out=rows[1]).sum().item())
         return sums
 
     def per_line(self, sums: list[float]) -> list[float]:
@@ -84,19 +93,19 @@ class TropicalSeries:
 
     rows = 1
 
-    def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device):
+    def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device, large: bool):
         (a,) = parameters
         self.scale = math.sqrt(2) / (len(a) - 1)
         slopes = [self.scale * k for k in range(len(a))]
         self.maximum = Maximum(slopes, [self.scale * v for v in a], dtype, device)
 
     def value(self, x: Tensor, out, rows) -> Tensor:
-        return self.maximum.value(x, out, rows[0])
+        return self.maximum.value(x, out)
 
     def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
         if out is not None:
             out.zero_()
-        return self.maximum.gradient(x, g, out, rows[0], reduce, moments=False)
+        return self.maximum.gradient(x, g, out, rows, reduce, moments=False)
 
     def gradients(self, sums: list[float]) -> list[list[float]]:
         return [[self.scale * v for v in self.maximum.per_line(sums)]]
@@ -107,19 +116,20 @@ class TropicalRationalSeries:
 
     rows = 2
 
-    def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device):
+    def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device, large: bool):
         p, a, q, b = parameters
         self.top, self.bottom = Maximum(p, a, dtype, device), Maximum(q, b, dtype, device)
+        self.least_slope = self.top.rises[0] - self.bottom.rises[0]
 
     def value(self, x: Tensor, out, rows) -> Tensor:
-        y = self.top.value(x, out, rows[0])
-        return y.sub_(self.bottom.value(x, rows[0], rows[1]))
+        y = self.top.value(x, out, self.least_slope)
+        return y.sub_(self.bottom.value(x, rows[0], 0.0))
 
     def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
         if out is not None:
             out.zero_()
-        sums = self.top.gradient(x, g, out, rows[0], reduce, moments=True)
-        return sums + self.bottom.gradient(x, g, out, rows[0], reduce, moments=True, sign=-1.0)
+        sums = self.top.gradient(x, g, out, rows, reduce, moments=True)
+        return sums + self.bottom.gradient(x, g, out, rows, reduce, moments=True, sign=-1.0)
 
     def gradients(self, sums: list[float]) -> list[list[float]]:
         cut = 2 * len(self.top.hull)

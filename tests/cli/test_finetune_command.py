@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -25,6 +26,12 @@ from hf_ortho.files import MANIFEST
 from hf_ortho.training import Recipe
 from hf_ortho.training.data import text_blocks
 
+# The name in transformers 5.23, and the one before.
+CHECKPOINTING = next(
+    key
+    for key in ("activation_checkpointing", "gradient_checkpointing")
+    if key in TrainingArguments.__dataclass_fields__
+)
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
 
 
@@ -520,7 +527,7 @@ def test_activation_checkpointing_changes_no_weight(
         options["model"] = str(save_parts(tmp_path / "vit", model, make_convnext()[1]))
         options["dataset"] = str(three_classes)
     assert finetune(recipe(**options)).code == 0
-    options |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    options |= {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
     assert finetune(recipe(**options, output_dir=str(tmp_path / "less"))).code == 0
     expected, found = (load_file(tmp_path / place / "model.safetensors") for place in ("out", "less"))
     for key in expected:
@@ -542,7 +549,7 @@ def test_fuse_mlp_changes_no_bit_of_the_weights(recipe, finetune, tmp_path, monk
 
 def test_activation_checkpointing_of_a_model_without_it(recipe, finetune, convnext_folder, three_classes, tmp_path):
     places = {"model": str(convnext_folder), "dataset": str(three_classes)}
-    assert "checkpointing" in finetune(recipe(**places, activation_checkpointing=True)).error
+    assert "checkpointing" in finetune(recipe(**places, **{CHECKPOINTING: True})).error
     assert not (tmp_path / "out").exists()
 
 

@@ -183,7 +183,7 @@ def models():
 def values():
     """Inputs of single activations."""
     generator = torch.Generator().manual_seed(2)
-    shapes = {"small": (3, 37), "large": (3, 131, 131)}  # below and above the size where chunks begin
+    shapes = {"small": (3, 37), "large": (3, 300, 300)}  # below and above where chunks and tables begin
     drawn = {size: 2 * torch.randn(shape, generator=generator) for size, shape in shapes.items()}
     return {
         f"{size} {kind}": x.to(getattr(torch, kind)) for size, x in drawn.items() for kind in ("float32", "bfloat16")

@@ -16,6 +16,7 @@ def name(request):
 def small_chunks(monkeypatch):
     """Chunks of 64 elements, so that a few hundred go through all that large tensors do."""
     monkeypatch.setattr(eager, "GRAIN", 50)
+    monkeypatch.setattr(eager, "LARGE", 51)
     monkeypatch.setattr(eager, "CHUNK", 64)
 
 

@@ -315,7 +315,8 @@ def test_every_way_to_write_a_parameter_is_seen(name, randomised):
 
 def test_memory_does_not_grow_with_the_degree(small_chunks):
     domain, device = (-1.0, 1.0), torch.device("cpu")
-    rows = {build(f"hermite_{n}").kernel(((0.5,) * (n + 1),), domain, torch.float32, device).rows for n in (9, 32)}
+    kernels = (build(f"hermite_{n}").kernel(((0.5,) * (n + 1),), domain, torch.float32, device, True) for n in (9, 32))
+    rows = {kernel.rows for kernel in kernels}
     assert len(rows) == 1
 
 

@@ -1,0 +1,151 @@
+"""CPU kernel of the Fourier family for large inputs: expansions about the nodes of a grid, whatever the degree."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fourier import FourierSeries
+
+LEAST_NODES, MOST_NODES = 64, 4096  # the three tables of the most nodes take 48 KB
+ROUNDING = 2.0**-22
+ROUNDER = 1.5 * 2.0**23  # float32 has ulp 1 here: adding it rounds to integers, which the low bits of the sum hold
+
+
+class TaylorSeries:
+    """S by its Taylor polynomial of degree 2 about the nearest node of a grid.
+
+    ``grid``: its middle, its step, its 2^m nodes, and whether there may be an x beyond. In units of the step h from the
+    middle, t = (x - middle)/h, node i stands at t = i and x is d = t - i off,
+    |d| <= 1/2, so that the remainder is at most h^3 max |S'''|/48. Indices count modulo 2^m: node -1 is the last one.
+    A parameter's gradient is a sum of g phi(x) with a smooth phi, of which the same expansion makes
+    sum_i (W0_i phi_i + W1_i h phi_i' + W2_i h^2 phi_i''/2): the sums are Wj_i, those of g d^j over the x near node i,
+    and those of the cosines, which take over the chunks with an x off the grid.
+    """
+
+    rows = 4
+
+    def __init__(self, parameters, grid: tuple[float, float, int, bool], dtype: torch.dtype, device: torch.device):
+        self.cosines = FourierSeries(parameters, dtype, device)
+        (offset,), _, self.w, self.p = (np.array(vector) for vector in parameters)
+        self.middle, self.step, self.nodes, self.open = grid
+        self.scale, self.reach = 1 / self.step, self.step * (self.nodes // 2 - 1)
+        self.shift = torch.tensor(-self.middle / self.step, dtype=dtype, device=device)
+        # S and its derivatives: of A cos(w x - p) = Re A e^(i(w x - p)) the jth is Re A (iw)^j e^(i(w x - p)).
+        orders = np.arange(4)[:, None]
+        amplitudes = np.array(self.cosines.amplitudes) * (1j * self.w) ** orders
+        derivatives = np.einsum("jk,ki->ji", amplitudes, self._waves()).real
+        derivatives[0] += offset
+        terms = derivatives * self.step**orders / [[1], [1], [2], [6]]
+        tables = [terms[:3], terms[1:] * [[1], [2], [3]] / self.step]
+        self.of_value, self.of_slope = (torch.tensor(t, dtype=dtype, device=device).unbind() for t in tables)
+
+    def _waves(self) -> np.ndarray:
+        """e^(i(w_k x - p_k)) at the nodes, shape (n, nodes): products of those at every 32nd node and 32 in a row."""
+        half, step = self.nodes // 2, self.step
+        starts = self.middle + step * np.arange(-half, half, 32)
+        every = np.exp(1j * (np.outer(self.w, starts) - self.p[:, None]))
+        between = np.exp(1j * np.outer(self.w, step * np.arange(32)))
+        return np.fft.ifftshift((every[:, :, None] * between[:, None]).reshape(len(self.w), -1), 1)
+
+    def _off(self, x: Tensor) -> bool:
+        """Whether an x, other than NaN, is off the grid."""
+        if not self.open:
+            return False
+        least, most = (v.item() for v in x.aminmax())
+        if math.isnan(least):
+            least, most = (v.item() for v in x.nan_to_num(0.0).aminmax())
+        return not -self.reach <= least <= most <= self.reach
+
+    def _nearest(self, x: Tensor, rows) -> tuple[Tensor, Tensor]:
+        """d, and the indices of the nodes; that of NaN is 0."""
+        d = torch.add(self.shift, x, alpha=self.scale, out=rows[0])
+        rounded = torch.add(d, ROUNDER, out=rows[1])
+        d.sub_(torch.sub(rounded, ROUNDER, out=rows[2]))
+        return d, rounded.view(torch.int32).bitwise_and_(self.nodes - 1)
+
+    def _evaluate(self, tables, d: Tensor, index: Tensor, out: Tensor, row: Tensor) -> Tensor:
+        zeroth, first, second = tables
+        y = torch.index_select(first, 0, index, out=row)
+        y.addcmul_(d, torch.index_select(second, 0, index, out=out))
+        return torch.index_select(zeroth, 0, index, out=out).addcmul_(d, y)
+
+    def value(self, x: Tensor, out, rows) -> Tensor:
+        if self._off(x):
+            return self.cosines.value(x, out, rows)
+        rows = [torch.empty_like(out) if row is None else row for row in rows]
+        return self._evaluate(self.of_value, *self._nearest(x, rows), out, rows[2])
+
+    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list:
+        if self._off(x):
+            sums = self.cosines.gradient(x, g, out, rows, reduce)
+            return [0.0, 0.0, *sums] if reduce else []
+        d, index = self._nearest(x, rows)
+        if out is not None:
+            self._evaluate(self.of_slope, d, index, out, rows[2]).mul_(g)
+        if not reduce:
+            return []
+        index = _wide(rows[2], torch.int64).copy_(index)
+        higher, product = torch.zeros(2, self.nodes, dtype=x.dtype, device=x.device), g
+        for weights in higher:
+            product = torch.mul(product, d, out=rows[1])
+            weights.scatter_add_(0, index, product)
+        # In float64, for the many equal x that meet in one weight: all those beyond a domain.
+        lowest = torch.zeros(self.nodes, dtype=torch.float64, device=x.device)
+        lowest.scatter_add_(0, index, _wide(rows[0], torch.float64).copy_(g))
+        return [lowest.numpy(), higher.numpy(), *(0.0 for _ in range(1 + 3 * len(self.w)))]
+
+    def gradients(self, sums: list) -> list[list[float]]:
+        with np.errstate(invalid="ignore", over="ignore"):  # of a gradient that has overflowed
+            lowest, higher, *others = sums
+            w0, w1 = lowest + np.zeros(self.nodes), higher + np.zeros((2, self.nodes))
+            w1, w2 = w1 * [[self.step], [self.step**2 / 2]]
+            x = self.middle + self.step * np.fft.fftfreq(self.nodes, 1 / self.nodes)  # 0, 1, .., -2, -1 steps
+            moments = np.stack([w0, w1, w2, x * w0 + w1, x * w1 + 2 * w2, x * w2])  # of d^j and of x d^j
+            # Not by @: the threads of a BLAS for a product this small cost more than it does.
+            terms = np.einsum("mi,ki->mk", moments, self._waves()) * (1j * self.w) ** [[0], [1], [2], [0], [1], [2]]
+            plain, times_x = terms[:3].sum(0), terms[3:].sum(0)
+            each = np.stack([plain.real, plain.imag, times_x.imag], 1)
+            return self.cosines.gradients((np.array([w0.sum(), *each.ravel()]) + others).tolist())
+
+
+def _wide(row: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a row and the next as one row of 64-bit numbers."""
+    return row.as_strided((2 * len(row),), (1,)).view(dtype)
+
+
+def _grid(parameters, domain) -> tuple[float, float, int, bool] | None:
+    """One on which S and its gradients are right to ``ROUNDING``; None if that takes over ``MOST_NODES`` nodes.
+
+    The whole real line gets that many; each chunk then shows whether they reach far enough.
+    """
+    _, a, w, _ = map(np.array, parameters)
+    if not all(math.isfinite(v) for vector in parameters for v in vector):
+        return None
+    relative = 1 / np.cumprod(np.arange(1.0, len(a) + 1))
+    amplitudes, w = np.abs(a) * relative, np.abs(w)
+    weights = np.maximum(amplitudes / (amplitudes.max() or 1.0), relative)
+    slope = (amplitudes * w).max() or 1.0
+    remainder = max(weights @ w**3, amplitudes @ w**4 / slope, 1e-9) / 48  # where the step is 1
+    # The step is a power of two and the middle a multiple of it, so that t is exact: thousands of equal x, as beyond a
+    # domain, would add up one and the same error.
+    step = 2.0 ** math.floor(math.log2(ROUNDING / remainder) / 3)
+    lo, hi = domain
+    if domain == (-math.inf, math.inf):
+        return 0.0, step, MOST_NODES, True
+    if not (lo < hi and (hi - lo) / step <= MOST_NODES - 4):  # an infinite end is refused too
+        return None
+    nodes = max(LEAST_NODES, 2 ** math.ceil(math.log2((hi - lo) / step + 4)))
+    return step * round((lo + hi) / 2 / step), step, nodes, False
+
+
+def fourier_series(
+    parameters, domain, dtype: torch.dtype, device: torch.device, large: bool
+) -> FourierSeries | TaylorSeries:
+    """S(x) = a_0 + sum_k a_k cos(w_k x - p_k)/k!, for ``large`` inputs, on which tables pay off, or for small ones."""
+    tables = large and dtype == torch.float32 and device.type == "cpu"
+    grid = _grid(parameters, domain) if tables else None
+    return FourierSeries(parameters, dtype, device) if grid is None else TaylorSeries(parameters, grid, dtype, device)
