@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import ConfigError, HfOrthoError, OutputError
+from ..errors import ConfigError, HfOrthoError
 from ..text import visible
 
 COMMANDS = {
@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = _run(argv)
         if sys.stdout is not None:
-            _flush()
+            sys.stdout.flush()
         return code
     except HfOrthoError as error:
         _report(f"error: {error}", error)
         return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
-        _discard_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         _report("interrupted; no output was left half-written")
@@ -78,21 +78,6 @@ def _run(argv: list[str]) -> int:
         return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
     except SystemExit as done:  # of --help
         return int(done.code or 0)
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard_output()
-        raise OutputError(f"the output cannot be written: {error.strerror}") from error
-
-
-def _discard_output() -> None:
-    """Let nothing more be written where writing fails, at the exit of the interpreter for example."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, error: Exception | None = None) -> None:

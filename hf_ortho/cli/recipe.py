@@ -135,7 +135,7 @@ def _check_keys(entries: dict[str, Any], argv: list[str], config: str, known: se
         if key in LAUNCH:
             raise ConfigError(f"{key} in {config} is a flag only: give --{key.replace('_', '-')} on the command line")
         if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {config}{nearest(str(key), known)}")
+            raise ConfigError(f"unknown key {str(key)!r} in {config}{nearest(str(key), known)}")
     flags = known | {"config", "help", "help_all", *LAUNCH}
     for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--")):
         if flag != "--" and flag[2:].replace("-", "_").removeprefix("no_") not in flags:

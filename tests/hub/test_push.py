@@ -241,8 +241,7 @@ def test_a_server_that_fails_is_one_sentence(served, converted, hf_ortho_command
 def test_no_network(connect, monkeypatch, converted, hf_ortho_command):
     connect("http://127.0.0.1:9")
     message = hf_ortho_command("push", converted, "me/x").error
-    assert "http://127.0.0.1:9 cannot be reached" in message
-    assert "the same command" in message
+    assert message.startswith("no answer from http://127.0.0.1:9: nothing was pushed; the same command pushes once")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in hf_ortho_command("push", converted, "me/x").error
 

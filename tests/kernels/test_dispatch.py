@@ -166,12 +166,14 @@ def test_a_tensor_that_is_not_strided_is_refused_as_ever(module):
         module(torch.eye(3, dtype=torch.float64).to_sparse())
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*(f"{family}_3" for family in FAMILIES), "hermite_9"])
-def test_compiled_with_any_size(name, x, randomised):
+def test_compiled_with_any_size(name, backend, x, randomised):
+    """Inductor compiles C++."""
     torch._dynamo.reset()
     module = randomised(name, TAILS).float()
     module.domain.requires_grad_()
-    fn = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    fn = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
     for n in (40, 33):
         results = []
         for run in (module, fn):

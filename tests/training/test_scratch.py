@@ -185,7 +185,7 @@ def test_pretrain(hf_ortho_command, text_file, tmp_path, activation, init):
 
 def test_init_must_be_known(hf_ortho_command, text_file, tmp_path):
     ran = hf_ortho_command(
-        "finetune", "--init", "fresh", "--dataset", text_file, "--model", "x", "--output_dir", tmp_path / "out"
+        "finetune", "--init", "fresh", "--dataset", text_file, "--model", tmp_path, "--output_dir", tmp_path / "out"
     )
     assert ran.error == "init 'fresh': must be pretrained or scratch"
     assert not (tmp_path / "out").exists()
