@@ -177,6 +177,10 @@ def _search_interval(target: Target, n: int) -> tuple[float, float, Target]:
             }
             z = minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options).x
         found.append(first_of_least(tried, lambda t: t[2].score))
+    if len(target.source.kinks) > 1:  # where the tails may begin, as those of hardswish do
+        lo, hi = target.source.kinks[0], target.source.kinks[-1]
+        if np.all((np.exp(bounds[:, 0]) <= (-lo, hi)) & ((-lo, hi) <= np.exp(bounds[:, 1]))):
+            found.append((lo, hi, _balance(target, n, lo, hi, rounds=3)))
     lo, hi, best = first_of_least(found, lambda t: t[2].mean_square)
     lo, hi = to_grid(np.array([lo, hi]))
     return lo, hi, best.after

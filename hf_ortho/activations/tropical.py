@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..kernels import compiled
 from ..kernels.tropical import TropicalRationalSeries, TropicalSeries, upper_envelope
 from .base import LearnableActivation
-from .interpolation import Target, balance, first_of_least, gaussian_moments, to_grid, variable_projection
+from .interpolation import Target, balance, clearly_less, first_of_least, gaussian_moments, variable_projection
 from .piecewise_linear import fit_knots, interpolate, lines_through
 
 ROUNDS = 12
+STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of a descent along the parameters, and at each step
 
 
 def max_of_lines(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
@@ -155,15 +156,28 @@ class Tropical(LearnableActivation):
             upper[-2], lower[-1] = -0.6, 0.6
         theta = variable_projection(problem, starts, (lower, upper))
         if target.derivative_weight:  # the slope jumps at each break, which Gauss-Newton does not see
-            from scipy.optimize import minimize
-
-            def cost(theta):
-                residual = problem(np.clip(theta, lower, upper))[0]
-                return residual @ residual
-
-            theta = to_grid(minimize(cost, theta, method="Powell", options={"maxfev": 2000}).x)
-            theta = np.clip(theta, lower, upper)
+            theta = _descend(lambda theta: problem(theta)[0], theta, lower, upper)
         return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
+
+
+def _descend(residual, theta: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """Move one parameter at a time, by steps of powers of two, while |residual|^2 gets clearly less."""
+
+    def square(theta):
+        return float(np.sum(residual(theta) ** 2))
+
+    best = square(theta)
+    for step in STEPS:
+        for _ in range(SWEEPS):
+            before = best
+            for move in step * np.concatenate([np.eye(len(theta)), -np.eye(len(theta))]):
+                there = np.clip(theta + move, lower, upper)
+                value = square(there)
+                if clearly_less(value, best):
+                    theta, best = there, value
+            if best == before:
+                break
+    return theta
 
 
 class TropicalRational(LearnableActivation):

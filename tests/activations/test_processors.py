@@ -15,6 +15,7 @@ from hf_ortho.activations.source import Source
 SCRIPT = Path(__file__).with_name("fit_everywhere.py")
 OTHER = {
     "ATEN_CPU_CAPABILITY": "default",
+    "OMP_NUM_THREADS": "1",
     "OPENBLAS_CORETYPE": "Nehalem",  # SSE alone, which every x86-64 has
     "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
 }

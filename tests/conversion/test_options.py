@@ -242,7 +242,8 @@ def test_distillation_brings_the_outputs_closer(family, gpt2, ids, relative_erro
     (plain, before), (tuned, after) = converted(0), converted(30)
     with torch.no_grad():
         errors = [relative_error(m(held_out).logits, original(held_out).logits) for m in (plain, tuned)]
-    assert errors[1] < (0.95 if family in ("hermite", "fourier") else 0.995) * errors[0]
+    # Nearly all of the error of a convex function is GELU's dip, which no tuning removes: half a percent goes.
+    assert errors[1] < {"tropical": 0.999, "tropical_rational": 0.995}.get(family, 0.95) * errors[0]
     assert before.distillation is None
     assert after.distillation.steps == 30
     assert [after.distillation.error_before, after.distillation.error_after] == pytest.approx(
