@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..kernels import compiled
 from ..kernels.tropical import TropicalRationalSeries, TropicalSeries, upper_envelope
 from .base import LearnableActivation
-from .interpolation import Target, balance, clearly_less, first_of_least, gaussian_moments, variable_projection
+from .interpolation import (
+    Target,
+    balance,
+    clearly_less,
+    first_of_least,
+    gaussian_moments,
+    variable_projection,
+    width_bounds,
+)
 from .piecewise_linear import fit_knots, interpolate, lines_through
 
 ROUNDS = 12
@@ -113,6 +121,8 @@ class Tropical(LearnableActivation):
         step = math.sqrt(2) / n
         breaks = np.sort(theta[1 : n + 1])
         domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
+        if target.domain is None and source.slopes[0] == 0 and domain[0] <= breaks[0]:
+            domain[0] = -width_bounds(n)[0][1]  # S and the tail are one and the same constant there
         grid = np.linspace(-8.0, 8.0, 1601)
         slopes = source.derivative(grid)
         fall = float(np.max(np.maximum.accumulate(slopes) - slopes))
