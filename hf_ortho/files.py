@@ -65,8 +65,8 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
 def written(path: str | os.PathLike) -> Iterator[Path]:
     """An empty draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
 
-    A symlink is followed. The file keeps its mode, or gets the mode of any new file. If its folder has a manifest, that
-    lists the file from then on.
+    A symlink is followed. The file keeps its mode, or gets the mode of any new file. The manifest of its folder is left
+    as it is: who names a single file wants to keep it.
 
     Raises:
         OutputError: the file cannot be written; what was at ``path`` is as before.
@@ -79,7 +79,6 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
         yield draft
         _set_mode(draft, mode)
         os.replace(draft, target)
-        _note(target)
     except HfOrthoError:
         raise
     except failures() as error:
@@ -170,11 +169,3 @@ def listed(folder: Path) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return files if isinstance(files, dict) else {}
-
-
-def _note(file: Path) -> None:
-    """Enter a file that was just written into the manifest beside it, if there is one."""
-    if files := listed(file.parent):
-        draft = file.with_name(token(DRAFT))
-        draft.write_text(json.dumps({"files": files | {file.name: checksum(file)}}, indent=1), encoding="utf-8")
-        os.replace(draft, file.with_name(MANIFEST))

@@ -64,16 +64,15 @@ def test_a_file_with_a_long_name(tmp_path):
     assert contents(tmp_path) == {name: "new"}
 
 
-def test_a_file_written_into_a_folder_belongs_to_it(tmp_path):
+@pytest.mark.parametrize("name", ["mine.png", "config.json"])
+def test_a_file_written_into_a_folder_is_not_overwritten_with_it(tmp_path, name):
     with OutputFolder(tmp_path / "model").writing() as draft:
         (draft / "config.json").write_text("old")
-    for name in ("README.md", "config.json"):
-        with written(tmp_path / "model" / name) as draft:
-            draft.write_text("by written")
-    with OutputFolder(tmp_path / "model", overwrite=True).writing() as draft:
-        (draft / "config.json").write_text("new")
-    assert contents(tmp_path / "model").keys() == {"config.json", ".hf_ortho.json"}
-    assert (tmp_path / "model" / "config.json").read_text() == "new"
+    with written(tmp_path / "model" / name) as draft:
+        draft.write_text("by written")
+    with pytest.raises(OutputError, match=f"{name} in it was"):
+        OutputFolder(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / name).read_text() == "by written"
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
