@@ -45,7 +45,8 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
     """The file that ``path`` leads to, which ``written`` can write as far as is known; for before any work is done.
 
     Raises:
-        OutputError: it is a folder, or in none that can be written, or has a name that cannot be; ``flag`` is named.
+        OutputError: it is a folder or device, or in no folder that can be written, or has a name that cannot be;
+            ``flag`` is named.
     """
     name = f"{flag} {os.fspath(path)}".strip()
     try:
@@ -55,6 +56,8 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
         raise OutputError(f"{name} cannot be written: {why(error)}") from error
     if target.is_dir():
         raise OutputError(f"{name} is a folder; name a file")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{name} is not a regular file; name another")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         reason = "cannot be written" if target.parent.is_dir() else "does not exist"
         raise OutputError(f"{name} cannot be written: the folder {target.parent} {reason}")

@@ -46,11 +46,13 @@ def test_a_linked_file_is_followed(tmp_path, dangling):
         ("missing/file", "missing does not exist"),
         ("file/below", "file does not exist"),
         ("folder", "is a folder; name a file"),
+        ("pipe", "is not a regular file"),
     ],
 )
 def test_files_that_cannot_be(tmp_path, name, reason):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for use in (check_file, lambda path: written(path).__enter__()):
         with pytest.raises(OutputError, match=reason):
             use(f"{tmp_path}/{name}")
