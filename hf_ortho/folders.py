@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -236,8 +236,12 @@ class OutputFolder:
             raise self._error("it is not empty; pass --overwrite to replace what hf_ortho wrote there, or name another")
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Path]:
+    def writing(self, made: Iterable[str] = ()) -> Iterator[Path]:
         """A draft folder, whose files are the content of the folder if the block ends well; else nothing is changed.
+
+        Args:
+            made: names of files that the work before may have put into the folder; they are replaced, unless they were
+                there when it was checked.
 
         Raises:
             OutputError: writing failed, for example on a full disk, or the folder is not free any more.
@@ -252,7 +256,7 @@ class OutputFolder:
             draft, manifest = _new_draft(place, DRAFT if inside else self._prefix)
             with manifest:
                 yield draft
-                self._seal(draft, manifest)
+                self._seal(draft, manifest, made)
                 if fcntl is None:
                     manifest.close()  # Windows renames no folder with an open file
                 publish = self._publish_inside if inside else self._publish
@@ -276,14 +280,12 @@ class OutputFolder:
                 with contextlib.suppress(OSError):
                     place.rmdir()
 
-    def _seal(self, draft: Path, manifest: IO[str]) -> None:
+    def _seal(self, draft: Path, manifest: IO[str], made: Iterable[str]) -> None:
         _prune(draft)
         use_umask(draft)
         files = {name: checksum(draft / name) for name in contents(draft)}
-        replaced = self._old
-        if self.beside:  # what came since the first check was made by the training
-            own = [name for name in files if name not in self._foreign and os.path.lexists(self.path / name)]
-            replaced = {name: checksum(self.path / name) for name in own} | listed(self.path)
+        own = [name for name in made if name in files and name not in self._foreign]
+        replaced = listed(self.path) | {name: checksum(self.path / name) for name in own}
         json.dump({"files": files, "replaces": replaced}, manifest, indent=1)
         manifest.flush()
 

@@ -418,12 +418,14 @@ def test_beside_other_files(tmp_path, caplog):
     kept = {"checkpoint-2/config.json": "2", "runs/events": "log", "train.log": "mine"}
     fill(folder, kept | {"README.md": "mine"})
     output = OutputFolder(folder, beside=True)
-    fill(folder, {"model.safetensors": "of a save"})  # by the training itself
-    with output.writing() as draft:
-        fill(draft, NEW | {"README.md": "card", "model.safetensors": "final"})
-    kept[".README.md.old"] = "mine"
-    assert contents(folder) == kept | NEW | {"README.md": "card", "model.safetensors": "final"}
+    fill(folder, {"model.safetensors": "of a save", "tokenizer.json": "mine"})  # the first by the training itself
+    new = NEW | {"README.md": "card", "model.safetensors": "final", "tokenizer.json": "its"}
+    with output.writing(made=["README.md", "model.safetensors", "optimizer.pt"]) as draft:
+        fill(draft, new)
+    kept |= {".README.md.old": "mine", ".tokenizer.json.old": "mine"}
+    assert contents(folder) == kept | new
     assert "is kept as '.README.md.old'" in caplog.text
+    assert "is kept as '.tokenizer.json.old'" in caplog.text
     write(folder, {"config.json": "newer"}, beside=True)  # the rest of the model goes with the old one
     assert contents(folder) == kept | {"config.json": "newer"}
     (folder / "config.json").write_text("mine")

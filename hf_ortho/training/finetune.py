@@ -20,7 +20,7 @@ from ..folders import OutputFolder
 from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import MANIFEST, is_whole, resume_point, whole_checkpoints
+from .checkpoints import MANIFEST, checkpoints, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
 from .evaluation import metrics_at_start, metrics_of
 from .policies import POLICIES
@@ -108,7 +108,9 @@ def finetune(
     if trainer.is_world_process_zero():
         if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
-        with output.writing() as draft:
+        # Trainer copies a checkpoint that it pushes into the output folder.
+        made = {file.name for place in checkpoints(folder) for file in place.iterdir()} if arguments.push_to_hub else ()
+        with output.writing(made) as draft:
             save_checkpoint(checkpoint, draft, state_dict)
             failure = None
             try:
