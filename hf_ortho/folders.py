@@ -162,7 +162,8 @@ class OutputFolder:
         folder: must not be the home or the current folder or contain them, nor anything of ``keep``.
         overwrite: whether the files that were written here before, and are unchanged, may be replaced; there must be no
             others.
-        keep: paths of inputs; what does not exist, such as the name of a model on the Hub, is skipped.
+        keep: paths of inputs, for an adapter also of its base model; what does not exist, such as the name of a model
+            on the Hub, is skipped.
         beside: for the folder of a training: other files may be there, and stay. If one has a name that is to be
             written, it is renamed.
 
@@ -334,7 +335,8 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         raise OutputError(f"output folder {name}: {there} cannot be written")
     if not path.is_dir():
         return path
-    places = [(f"the input {place}", place) for place in keep if place and os.path.exists(place)]
+    inputs = [place for name in keep if name for place in (name, _base_of(name)) if place and os.path.exists(place)]
+    places = [(f"the input {place}", place) for place in inputs]
     for what, place in [*places, ("the current folder", os.getcwd()), ("the home folder", os.path.expanduser("~"))]:
         real = Path(os.path.realpath(place))
         if real.exists() and os.path.samefile(path, real):
@@ -342,3 +344,11 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         if any(os.path.samefile(path, parent) for parent in real.parents if parent.exists()):
             raise OutputError(f"output folder {name} contains {what}; name another")
     return path
+
+
+def _base_of(model: str | os.PathLike) -> str | None:
+    """The base model that an adapter in a folder is for; None if that is not known."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        base = json.loads(Path(model, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
+    return None

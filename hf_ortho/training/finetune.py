@@ -129,7 +129,7 @@ def output_folder(recipe: Recipe) -> OutputFolder:
     Raises:
         OutputError: it cannot be written, or contains an input.
     """
-    inputs = (recipe.model.model, recipe.data.dataset, recipe.data.eval_dataset)
+    inputs = (recipe.model.model, recipe.model.tokenizer, recipe.data.dataset, recipe.data.eval_dataset)
     return OutputFolder(str(recipe.training.output_dir), keep=inputs, beside=True)
 
 

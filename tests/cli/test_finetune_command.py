@@ -228,6 +228,10 @@ def test_folders_that_no_training_may_write(command, recipe, hf_ortho_command, g
             ran = hf_ortho_command(command, "--config", config, "--resume_from_checkpoint", resume)
             assert reason in ran.error
             assert ran.out == ""
+    scratch = {"model": None, "init": "scratch", "model_type": "gpt2", "tokenizer": str(gpt2_folder)}
+    config = recipe(output_dir=str(gpt2_folder), **scratch, **grid)
+    before[config] = config.stat().st_mtime_ns
+    assert "is the input" in hf_ortho_command(command, "--config", config, "--resume_from_checkpoint", "auto").error
     assert {p: p.stat().st_mtime_ns for p in (*tmp_path.rglob("*"), *gpt2_folder.rglob("*"))} == before
 
 
