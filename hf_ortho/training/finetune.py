@@ -108,8 +108,8 @@ def finetune(
     if trainer.is_world_process_zero():
         if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
-        # Trainer copies a checkpoint that it pushes into the output folder.
-        made = {file.name for place in checkpoints(folder) for file in place.iterdir()} if arguments.push_to_hub else ()
+        copies = arguments.push_to_hub and arguments.hub_strategy != "end"  # Trainer copies what it pushes at each save
+        made = [file.name for place in checkpoints(folder) for file in place.iterdir()] if copies else ()
         with output.writing(made) as draft:
             save_checkpoint(checkpoint, draft, state_dict)
             failure = None
