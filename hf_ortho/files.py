@@ -80,7 +80,7 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
         draft.touch(exist_ok=False)
         mode = _mode(target if target.exists() else draft)
         yield draft
-        _set_mode(draft, mode)
+        set_mode(draft, mode)
         os.replace(draft, target)
     except HfOrthoError:
         raise
@@ -99,7 +99,7 @@ def use_umask(folder: Path) -> None:
     probe.unlink()
     for name in contents(folder):
         if not (folder / name).is_symlink() and (folder / name).is_file():
-            _set_mode(folder / name, mode | (_mode(folder / name) & 0o111))
+            set_mode(folder / name, mode | (_mode(folder / name) & 0o111))
 
 
 def set_aside(path: Path) -> None:
@@ -114,7 +114,7 @@ def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def _set_mode(path: Path, mode: int) -> None:
+def set_mode(path: Path, mode: int) -> None:
     if _mode(path) != mode:  # file systems without modes refuse to change them
         path.chmod(mode)
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -33,6 +34,7 @@ from .files import (
     listed,
     logger,
     set_aside,
+    set_mode,
     token,
     use_umask,
     why,
@@ -123,6 +125,10 @@ def _move_in(target: Path) -> None:
     def gone(name: str) -> bool:
         return name in old and name not in new and known(name)
 
+    for name in pending:  # private weights stay private
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_ISREG(mode := os.lstat(target / name).st_mode):
+                set_mode(ready / name, stat.S_IMODE(mode))
     for name in LAST:
         if gone(name) or (name in pending and known(name)):
             (target / name).unlink()

@@ -449,3 +449,11 @@ def test_the_umask_counts(tmp_path, umask, target):
     modes = {p.name: p.stat().st_mode & 0o777 for p in target.rglob("*")}
     assert modes["config.json"] == modes["weights"] == modes[MANIFEST] == 0o666 & ~umask
     assert modes["sub"] == 0o777 & ~umask
+
+
+def test_a_private_file_stays_private(tmp_path):
+    write(tmp_path / "model")
+    for name in NEW:
+        (tmp_path / "model" / name).chmod(0o600)
+    write(tmp_path / "model", {"config.json": "newer", "sub/weights": "newer"}, overwrite=True)
+    assert [(tmp_path / "model" / name).stat().st_mode & 0o777 for name in NEW] == [0o600, 0o600]
