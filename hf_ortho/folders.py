@@ -254,7 +254,7 @@ class OutputFolder:
             OutputError: writing failed, for example on a full disk, or the folder is not free any more.
         """
         new = [place for place in (self.path, *self.path.parents) if not os.path.lexists(place)]
-        draft = None
+        draft, self._settled = None, False
         try:
             self._check()
             inside = self.beside or self.path.is_dir()

@@ -148,6 +148,10 @@ def test_a_run_that_starts_anew_keeps_the_files_of_others(compare, tmp_path):
     assert "config.json in it was changed since hf_ortho wrote it" in compare(**entries, activations=["gelu"]).error
     assert (ended / "config.json").read_text() == "mine"
 
+    (out / "table.md").write_text("mine")
+    assert "table.md in it was changed since hf_ortho wrote it" in compare(**entries, activations=["gelu"]).error
+    assert (out / "table.md").read_text() == "mine"
+
 
 def test_a_foreign_folder_is_left_alone(compare, tmp_path):
     (tmp_path / "out").mkdir()
