@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +82,7 @@ def _sweep(place: Path, prefix: str) -> None:
     """Remove the drafts of processes that are gone."""
     for name in os.listdir(place):
         draft = place / name
-        if not name.startswith(prefix) or name == READY or draft.is_symlink() or not draft.is_dir():
+        if not re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", name) or draft.is_symlink() or not draft.is_dir():
             continue
         try:
             with open(draft / MANIFEST, "r+") as manifest:
@@ -132,6 +133,12 @@ def _move_in(target: Path) -> None:
     for name in LAST:
         if gone(name) or (name in pending and known(name)):
             (target / name).unlink()
+    for name in filter(gone, contents(target)):
+        (target / name).unlink()
+    parents = {f"{parent}/" for name in old for parent in PurePosixPath(name).parents}
+    for name in parents.intersection(contents(target)):  # they are empty now
+        with contextlib.suppress(OSError):
+            os.removedirs(target / name)
     for name in pending:
         file = target / name
         for parent in [target / part for part in reversed(PurePosixPath(name).parents[:-1])]:
@@ -141,12 +148,6 @@ def _move_in(target: Path) -> None:
             set_aside(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         os.replace(ready / name, file)
-    for name in filter(gone, contents(target)):
-        (target / name).unlink()
-    parents = {f"{parent}/" for name in old for parent in PurePosixPath(name).parents}
-    for name in parents.intersection(contents(target)):  # they are empty now
-        with contextlib.suppress(OSError):
-            os.removedirs(target / name)
     os.replace(ready / MANIFEST, target / MANIFEST)
     _prune(ready)
 
@@ -193,6 +194,8 @@ class OutputFolder:
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 _sweep(self.path.parent, self._prefix)
             self._finish_left_over()
+            if (self.path / MANIFEST).is_dir():
+                raise self._error(f"{MANIFEST} in it is a folder; move it away")
             self._old = listed(self.path)
             present = contents(self.path) if self.path.is_dir() else []
             self._foreign = {name for name in present if name not in self._old}
@@ -225,7 +228,7 @@ class OutputFolder:
                 logger.warning(f"note: {self.name!r} was left half in place by a killed process; it is complete now")
         except FileNotFoundError:
             _prune(self.path / READY)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # the manifest is not what is written here
         if os.path.lexists(self.path / READY):
             raise self._error(f"{READY} in it is not what hf_ortho writes; move it away")

@@ -383,9 +383,11 @@ def test_without_locks_leftovers_are_named(tmp_path, monkeypatch, caplog):
 
 def test_only_own_drafts_are_removed(tmp_path):
     fill(tmp_path / "model" / ".hf_ortho-notes", {"mine.txt": "mine"})
+    fill(tmp_path / "model" / ".hf_ortho-output", {MANIFEST: json.dumps({"files": {}})})
     (tmp_path / "model" / ".hf_ortho-0123abcd").symlink_to(tmp_path)
     write(tmp_path / "model")
     assert (tmp_path / "model" / ".hf_ortho-notes" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "model" / ".hf_ortho-output" / MANIFEST).exists()
     fill(tmp_path / "model" / READY, {"mine.txt": "mine"})
     assert "is not what hf_ortho writes" in refusal(tmp_path / "model", overwrite=True)
     for manifest in ("", "[]", '{"files": []}', '{"files": 1, "replaces": {"sub/weights": 1}}', "[" * 10**5):
@@ -408,6 +410,23 @@ def test_files_are_not_moved_through_a_link(tmp_path, in_the_way, caplog):
     assert list((tmp_path / "home").iterdir()) == []
     assert (tmp_path / "model" / "sub" / "authorized_keys").read_text() == "theirs"
     assert "is kept as '.sub.old'" in caplog.text
+
+
+@pytest.mark.parametrize("old", ["shard", "shard/1"])
+def test_a_file_becomes_a_folder_or_back(tmp_path, old, caplog):
+    (new,) = {"shard", "shard/1"} - {old}
+    write(tmp_path / "model", {"config.json": "old", old: "old"})
+    write(tmp_path / "model", {"config.json": "new", new: "new"}, overwrite=True)
+    assert contents(tmp_path / "model") == {"config.json": "new", new: "new"}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", [MANIFEST, f"{READY}/{MANIFEST}"])
+def test_a_folder_in_the_place_of_a_manifest(tmp_path, name):
+    (tmp_path / "model" / name).mkdir(parents=True)
+    for options in ({"overwrite": True}, {"beside": True}):
+        assert f"{name.split('/')[0]} in it is " in refusal(tmp_path / "model", **options)
+    assert (tmp_path / "model" / name).is_dir()
 
 
 # ---- the folder of a training --------------------------------------------------------------------------------------
