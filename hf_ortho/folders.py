@@ -111,7 +111,7 @@ def _move_in(target: Path) -> None:
     content that is replaced nor of the new one is set aside.
     """
     ready = target / READY
-    if not (ready / MANIFEST).exists():  # it was the last to be moved
+    if not (ready / MANIFEST).exists():  # it goes last
         _prune(ready)
         return
     about = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
@@ -148,7 +148,10 @@ def _move_in(target: Path) -> None:
             set_aside(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         os.replace(ready / name, file)
-    os.replace(ready / MANIFEST, target / MANIFEST)
+    published = ready / f"{DRAFT}manifest"  # without what was replaced
+    published.write_text(json.dumps({"files": new}, indent=1), encoding="utf-8")
+    os.replace(published, target / MANIFEST)
+    (ready / MANIFEST).unlink()
     _prune(ready)
 
 

@@ -418,6 +418,7 @@ def test_a_file_becomes_a_folder_or_back(tmp_path, old, caplog):
     write(tmp_path / "model", {"config.json": "old", old: "old"})
     write(tmp_path / "model", {"config.json": "new", new: "new"}, overwrite=True)
     assert contents(tmp_path / "model") == {"config.json": "new", new: "new"}
+    assert json.loads((tmp_path / "model" / MANIFEST).read_text()).get("replaces", {}) == {}
     assert caplog.text == ""
 
 
