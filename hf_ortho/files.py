@@ -45,7 +45,8 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
     """The file that ``path`` leads to, which ``written`` can write as far as is known; for before any work is done.
 
     Raises:
-        OutputError: it is a folder, or in none that can be written, or has a name that cannot be; ``flag`` is named.
+        OutputError: it is a folder or device, or in no folder that can be written, or has a name that cannot be;
+            ``flag`` is named.
     """
     name = f"{flag} {os.fspath(path)}".strip()
     try:
@@ -55,6 +56,8 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
         raise OutputError(f"{name} cannot be written: {why(error)}") from error
     if target.is_dir():
         raise OutputError(f"{name} is a folder; name a file")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{name} is not a regular file; name another")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         reason = "cannot be written" if target.parent.is_dir() else "does not exist"
         raise OutputError(f"{name} cannot be written: the folder {target.parent} {reason}")
@@ -65,8 +68,8 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
 def written(path: str | os.PathLike) -> Iterator[Path]:
     """An empty draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
 
-    A symlink is followed. The file keeps its mode, or gets the mode of any new file. If its folder has a manifest, that
-    lists the file from then on.
+    A symlink is followed. The file keeps its mode, or gets the mode of any new file. The manifest of its folder is left
+    as it is: who names a single file wants to keep it.
 
     Raises:
         OutputError: the file cannot be written; what was at ``path`` is as before.
@@ -77,9 +80,8 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
         draft.touch(exist_ok=False)
         mode = _mode(target if target.exists() else draft)
         yield draft
-        _set_mode(draft, mode)
+        set_mode(draft, mode)
         os.replace(draft, target)
-        _note(target)
     except HfOrthoError:
         raise
     except failures() as error:
@@ -97,7 +99,7 @@ def use_umask(folder: Path) -> None:
     probe.unlink()
     for name in contents(folder):
         if not (folder / name).is_symlink() and (folder / name).is_file():
-            _set_mode(folder / name, mode | (_mode(folder / name) & 0o111))
+            set_mode(folder / name, mode | (_mode(folder / name) & 0o111))
 
 
 def set_aside(path: Path) -> None:
@@ -112,7 +114,7 @@ def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def _set_mode(path: Path, mode: int) -> None:
+def set_mode(path: Path, mode: int) -> None:
     if _mode(path) != mode:  # file systems without modes refuse to change them
         path.chmod(mode)
 
@@ -170,11 +172,3 @@ def listed(folder: Path) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return files if isinstance(files, dict) else {}
-
-
-def _note(file: Path) -> None:
-    """Enter a file that was just written into the manifest beside it, if there is one."""
-    if files := listed(file.parent):
-        draft = file.with_name(token(DRAFT))
-        draft.write_text(json.dumps({"files": files | {file.name: checksum(file)}}, indent=1), encoding="utf-8")
-        os.replace(draft, file.with_name(MANIFEST))

@@ -17,8 +17,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -33,6 +35,7 @@ from .files import (
     listed,
     logger,
     set_aside,
+    set_mode,
     token,
     use_umask,
     why,
@@ -79,7 +82,7 @@ def _sweep(place: Path, prefix: str) -> None:
     """Remove the drafts of processes that are gone."""
     for name in os.listdir(place):
         draft = place / name
-        if not name.startswith(prefix) or name == READY or draft.is_symlink() or not draft.is_dir():
+        if not re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", name) or draft.is_symlink() or not draft.is_dir():
             continue
         try:
             with open(draft / MANIFEST, "r+") as manifest:
@@ -108,7 +111,7 @@ def _move_in(target: Path) -> None:
     content that is replaced nor of the new one is set aside.
     """
     ready = target / READY
-    if not (ready / MANIFEST).exists():  # it was the last to be moved
+    if not (ready / MANIFEST).exists():  # it goes last
         _prune(ready)
         return
     about = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
@@ -123,9 +126,19 @@ def _move_in(target: Path) -> None:
     def gone(name: str) -> bool:
         return name in old and name not in new and known(name)
 
+    for name in pending:  # private weights stay private
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_ISREG(mode := os.lstat(target / name).st_mode):
+                set_mode(ready / name, stat.S_IMODE(mode))
     for name in LAST:
         if gone(name) or (name in pending and known(name)):
             (target / name).unlink()
+    for name in filter(gone, contents(target)):
+        (target / name).unlink()
+    parents = {f"{parent}/" for name in old for parent in PurePosixPath(name).parents}
+    for name in parents.intersection(contents(target)):  # they are empty now
+        with contextlib.suppress(OSError):
+            os.removedirs(target / name)
     for name in pending:
         file = target / name
         for parent in [target / part for part in reversed(PurePosixPath(name).parents[:-1])]:
@@ -135,13 +148,10 @@ def _move_in(target: Path) -> None:
             set_aside(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         os.replace(ready / name, file)
-    for name in filter(gone, contents(target)):
-        (target / name).unlink()
-    parents = {f"{parent}/" for name in old for parent in PurePosixPath(name).parents}
-    for name in parents.intersection(contents(target)):  # they are empty now
-        with contextlib.suppress(OSError):
-            os.removedirs(target / name)
-    os.replace(ready / MANIFEST, target / MANIFEST)
+    published = ready / f"{DRAFT}manifest"  # without what was replaced
+    published.write_text(json.dumps({"files": new}, indent=1), encoding="utf-8")
+    os.replace(published, target / MANIFEST)
+    (ready / MANIFEST).unlink()
     _prune(ready)
 
 
@@ -162,7 +172,8 @@ class OutputFolder:
         folder: must not be the home or the current folder or contain them, nor anything of ``keep``.
         overwrite: whether the files that were written here before, and are unchanged, may be replaced; there must be no
             others.
-        keep: paths of inputs; what does not exist, such as the name of a model on the Hub, is skipped.
+        keep: paths of inputs, for an adapter also of its base model; what does not exist, such as the name of a model
+            on the Hub, is skipped.
         beside: for the folder of a training: other files may be there, and stay. If one has a name that is to be
             written, it is renamed.
 
@@ -186,6 +197,8 @@ class OutputFolder:
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 _sweep(self.path.parent, self._prefix)
             self._finish_left_over()
+            if (self.path / MANIFEST).is_dir():
+                raise self._error(f"{MANIFEST} in it is a folder; move it away")
             self._old = listed(self.path)
             present = contents(self.path) if self.path.is_dir() else []
             self._foreign = {name for name in present if name not in self._old}
@@ -218,7 +231,7 @@ class OutputFolder:
                 logger.warning(f"note: {self.name!r} was left half in place by a killed process; it is complete now")
         except FileNotFoundError:
             _prune(self.path / READY)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # the manifest is not what is written here
         if os.path.lexists(self.path / READY):
             raise self._error(f"{READY} in it is not what hf_ortho writes; move it away")
@@ -236,14 +249,18 @@ class OutputFolder:
             raise self._error("it is not empty; pass --overwrite to replace what hf_ortho wrote there, or name another")
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Path]:
+    def writing(self, made: Iterable[str] = ()) -> Iterator[Path]:
         """A draft folder, whose files are the content of the folder if the block ends well; else nothing is changed.
+
+        Args:
+            made: names of files that the work before may have put into the folder; they are replaced, unless they were
+                there when it was checked.
 
         Raises:
             OutputError: writing failed, for example on a full disk, or the folder is not free any more.
         """
         new = [place for place in (self.path, *self.path.parents) if not os.path.lexists(place)]
-        draft = None
+        draft, self._settled = None, False
         try:
             self._check()
             inside = self.beside or self.path.is_dir()
@@ -252,7 +269,7 @@ class OutputFolder:
             draft, manifest = _new_draft(place, DRAFT if inside else self._prefix)
             with manifest:
                 yield draft
-                self._seal(draft, manifest)
+                self._seal(draft, manifest, made)
                 if fcntl is None:
                     manifest.close()  # Windows renames no folder with an open file
                 publish = self._publish_inside if inside else self._publish
@@ -276,14 +293,12 @@ class OutputFolder:
                 with contextlib.suppress(OSError):
                     place.rmdir()
 
-    def _seal(self, draft: Path, manifest: IO[str]) -> None:
+    def _seal(self, draft: Path, manifest: IO[str], made: Iterable[str]) -> None:
         _prune(draft)
         use_umask(draft)
         files = {name: checksum(draft / name) for name in contents(draft)}
-        replaced = self._old
-        if self.beside:  # what came since the first check was made by the training
-            own = [name for name in files if name not in self._foreign and os.path.lexists(self.path / name)]
-            replaced = {name: checksum(self.path / name) for name in own} | listed(self.path)
+        own = [name for name in made if name in files and name not in self._foreign]
+        replaced = listed(self.path) | {name: checksum(self.path / name) for name in own}
         json.dump({"files": files, "replaces": replaced}, manifest, indent=1)
         manifest.flush()
 
@@ -332,7 +347,8 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         raise OutputError(f"output folder {name}: {there} cannot be written")
     if not path.is_dir():
         return path
-    places = [(f"the input {place}", place) for place in keep if place and os.path.exists(place)]
+    inputs = [place for name in keep if name for place in (name, _base_of(name)) if place and os.path.exists(place)]
+    places = [(f"the input {place}", place) for place in inputs]
     for what, place in [*places, ("the current folder", os.getcwd()), ("the home folder", os.path.expanduser("~"))]:
         real = Path(os.path.realpath(place))
         if real.exists() and os.path.samefile(path, real):
@@ -340,3 +356,11 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         if any(os.path.samefile(path, parent) for parent in real.parents if parent.exists()):
             raise OutputError(f"output folder {name} contains {what}; name another")
     return path
+
+
+def _base_of(model: str | os.PathLike) -> str | None:
+    """The base model that an adapter in a folder is for; None if that is not known."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        base = json.loads(Path(model, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
+    return None

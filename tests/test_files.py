@@ -46,11 +46,13 @@ def test_a_linked_file_is_followed(tmp_path, dangling):
         ("missing/file", "missing does not exist"),
         ("file/below", "file does not exist"),
         ("folder", "is a folder; name a file"),
+        ("pipe", "is not a regular file"),
     ],
 )
 def test_files_that_cannot_be(tmp_path, name, reason):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for use in (check_file, lambda path: written(path).__enter__()):
         with pytest.raises(OutputError, match=reason):
             use(f"{tmp_path}/{name}")
@@ -64,16 +66,15 @@ def test_a_file_with_a_long_name(tmp_path):
     assert contents(tmp_path) == {name: "new"}
 
 
-def test_a_file_written_into_a_folder_belongs_to_it(tmp_path):
+@pytest.mark.parametrize("name", ["mine.png", "config.json"])
+def test_a_file_written_into_a_folder_is_not_overwritten_with_it(tmp_path, name):
     with OutputFolder(tmp_path / "model").writing() as draft:
         (draft / "config.json").write_text("old")
-    for name in ("README.md", "config.json"):
-        with written(tmp_path / "model" / name) as draft:
-            draft.write_text("by written")
-    with OutputFolder(tmp_path / "model", overwrite=True).writing() as draft:
-        (draft / "config.json").write_text("new")
-    assert contents(tmp_path / "model").keys() == {"config.json", ".hf_ortho.json"}
-    assert (tmp_path / "model" / "config.json").read_text() == "new"
+    with written(tmp_path / "model" / name) as draft:
+        draft.write_text("by written")
+    with pytest.raises(OutputError, match=f"{name} in it was"):
+        OutputFolder(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / name).read_text() == "by written"
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])

@@ -383,9 +383,11 @@ def test_without_locks_leftovers_are_named(tmp_path, monkeypatch, caplog):
 
 def test_only_own_drafts_are_removed(tmp_path):
     fill(tmp_path / "model" / ".hf_ortho-notes", {"mine.txt": "mine"})
+    fill(tmp_path / "model" / ".hf_ortho-output", {MANIFEST: json.dumps({"files": {}})})
     (tmp_path / "model" / ".hf_ortho-0123abcd").symlink_to(tmp_path)
     write(tmp_path / "model")
     assert (tmp_path / "model" / ".hf_ortho-notes" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "model" / ".hf_ortho-output" / MANIFEST).exists()
     fill(tmp_path / "model" / READY, {"mine.txt": "mine"})
     assert "is not what hf_ortho writes" in refusal(tmp_path / "model", overwrite=True)
     for manifest in ("", "[]", '{"files": []}', '{"files": 1, "replaces": {"sub/weights": 1}}', "[" * 10**5):
@@ -410,6 +412,24 @@ def test_files_are_not_moved_through_a_link(tmp_path, in_the_way, caplog):
     assert "is kept as '.sub.old'" in caplog.text
 
 
+@pytest.mark.parametrize("old", ["shard", "shard/1"])
+def test_a_file_becomes_a_folder_or_back(tmp_path, old, caplog):
+    (new,) = {"shard", "shard/1"} - {old}
+    write(tmp_path / "model", {"config.json": "old", old: "old"})
+    write(tmp_path / "model", {"config.json": "new", new: "new"}, overwrite=True)
+    assert contents(tmp_path / "model") == {"config.json": "new", new: "new"}
+    assert json.loads((tmp_path / "model" / MANIFEST).read_text()).get("replaces", {}) == {}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", [MANIFEST, f"{READY}/{MANIFEST}"])
+def test_a_folder_in_the_place_of_a_manifest(tmp_path, name):
+    (tmp_path / "model" / name).mkdir(parents=True)
+    for options in ({"overwrite": True}, {"beside": True}):
+        assert f"{name.split('/')[0]} in it is " in refusal(tmp_path / "model", **options)
+    assert (tmp_path / "model" / name).is_dir()
+
+
 # ---- the folder of a training --------------------------------------------------------------------------------------
 
 
@@ -418,12 +438,14 @@ def test_beside_other_files(tmp_path, caplog):
     kept = {"checkpoint-2/config.json": "2", "runs/events": "log", "train.log": "mine"}
     fill(folder, kept | {"README.md": "mine"})
     output = OutputFolder(folder, beside=True)
-    fill(folder, {"model.safetensors": "of a save"})  # by the training itself
-    with output.writing() as draft:
-        fill(draft, NEW | {"README.md": "card", "model.safetensors": "final"})
-    kept[".README.md.old"] = "mine"
-    assert contents(folder) == kept | NEW | {"README.md": "card", "model.safetensors": "final"}
+    fill(folder, {"model.safetensors": "of a save", "tokenizer.json": "mine"})  # the first by the training itself
+    new = NEW | {"README.md": "card", "model.safetensors": "final", "tokenizer.json": "its"}
+    with output.writing(made=["README.md", "model.safetensors", "optimizer.pt"]) as draft:
+        fill(draft, new)
+    kept |= {".README.md.old": "mine", ".tokenizer.json.old": "mine"}
+    assert contents(folder) == kept | new
     assert "is kept as '.README.md.old'" in caplog.text
+    assert "is kept as '.tokenizer.json.old'" in caplog.text
     write(folder, {"config.json": "newer"}, beside=True)  # the rest of the model goes with the old one
     assert contents(folder) == kept | {"config.json": "newer"}
     (folder / "config.json").write_text("mine")
@@ -447,3 +469,11 @@ def test_the_umask_counts(tmp_path, umask, target):
     modes = {p.name: p.stat().st_mode & 0o777 for p in target.rglob("*")}
     assert modes["config.json"] == modes["weights"] == modes[MANIFEST] == 0o666 & ~umask
     assert modes["sub"] == 0o777 & ~umask
+
+
+def test_a_private_file_stays_private(tmp_path):
+    write(tmp_path / "model")
+    for name in NEW:
+        (tmp_path / "model" / name).chmod(0o600)
+    write(tmp_path / "model", {"config.json": "newer", "sub/weights": "newer"}, overwrite=True)
+    assert [(tmp_path / "model" / name).stat().st_mode & 0o777 for name in NEW] == [0o600, 0o600]

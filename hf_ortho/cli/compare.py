@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, NonFiniteError
-from ..files import written
+from ..folders import OutputFolder
 from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int | None:
     if (code := launch("compare", argv)) is not None:
         return code
     comparison = parse_recipe(Comparison, "compare", DESCRIPTION, argv)
-    grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
+    grid, folder = comparison.compare, str(comparison.training.output_dir)
     if grid.timing_rounds < 0:
         raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to leave the times out")
 
@@ -34,13 +34,15 @@ def run(argv: list[str]) -> int | None:
 
     total = len(grid.activations) * len(grid.seeds)
     runs: list[Run] = []
+    output: OutputFolder | None = None
     for done in run_grid(comparison, lambda name, seed: trainer_log(f"{name}, seed {seed}")):
         runs.append(done)
         if comparison.training.process_index != 0 or not any(run.metrics for run in runs):
             continue
         figures = ", ".join(f"{key} {value:.5f}" for key, value in done.metrics.items())
         console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {done.diverged or figures}")
-        write(folder, comparison, runs, {}, {})
+        output = output or OutputFolder(folder, beside=True)
+        write(output, comparison, runs, {}, {})
     if not any(run.metrics for run in runs):
         raise NonFiniteError(f"all {total} runs diverged, the first at {runs[0].diverged}")
     times: dict[str, Times] = {}
@@ -48,9 +50,9 @@ def run(argv: list[str]) -> int | None:
     if grid.timing_rounds:
         with console.status("Timing steps"):
             times, kept = measure_steps(comparison, grid.timing_rounds)
-    if comparison.training.process_index != 0:
+    if output is None:  # in all processes but the first
         return None
-    caption, columns, rows = write(folder, comparison, runs, times, kept)
+    caption, columns, rows = write(output, comparison, runs, times, kept)
     table(caption, columns, rows)
     console.print(f"Wrote {folder}: results.json, table.md, comparison.png, and a folder per run")
     return None
@@ -71,7 +73,7 @@ def _name(dataset: str | None) -> str:
 
 
 def write(
-    folder: Path, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
+    output: OutputFolder, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
     """The files of what is finished so far; returns the table: caption, columns, rows."""
     from ..hub import hardware
@@ -105,8 +107,6 @@ def write(
     if diverged:
         caption += f"; diverged: {'; '.join(diverged)}"
     lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
-    with written(folder / "table.md") as draft:
-        draft.write_text("\n".join([*lines, "", caption, ""]))
     results = {
         "caption": caption,
         "metric": metric,
@@ -118,14 +118,15 @@ def write(
         "hardware": hardware(),
         "versions": {package: version(package) for package in ("hf_ortho", "torch", "transformers", "accelerate")},
     }
-    with written(folder / "results.json") as draft:
-        draft.write_text(json.dumps(results, indent=1))
     by_name = {s.activation: [run for run in runs if run.activation == s.activation] for s in summaries}
-    plot_comparison(
-        {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},
-        {name: {run.seed: run.metrics[metric] for run in own} for name, own in by_name.items()},
-        METRIC_NAMES[metric],
-        caption,
-        folder / "comparison.png",
-    )
+    with output.writing() as draft:
+        (draft / "table.md").write_text("\n".join([*lines, "", caption, ""]))
+        (draft / "results.json").write_text(json.dumps(results, indent=1))
+        plot_comparison(
+            {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},
+            {name: {run.seed: run.metrics[metric] for run in own} for name, own in by_name.items()},
+            METRIC_NAMES[metric],
+            caption,
+            draft / "comparison.png",
+        )
     return caption, columns, rows

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-from pathlib import Path
 
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
@@ -53,14 +50,6 @@ def parser() -> Parser:
     return p
 
 
-def _base_of(model: str) -> str | None:
-    """The base model that an adapter in a folder is for; None if that is not known."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        base = json.loads(Path(model, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        return base if isinstance(base, str) else None
-    return None
-
-
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.domain and not -math.inf < args.domain[0] < args.domain[1] < math.inf:
@@ -70,8 +59,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} needs --calibration-data")
-    keep = [args.model, _base_of(args.model), args.calibration_data]
-    output = OutputFolder(args.output, overwrite=args.overwrite, keep=keep)
+    output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model, args.calibration_data])
     check_hub([(args.model, args.revision)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree)
 

@@ -65,8 +65,8 @@ def _repository(arguments: TrainingArguments) -> str:
     return arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name
 
 
-def _draw(folder: Path) -> None:
-    """The trained activations as ``activations.png``, if there are any."""
+def _draw(folder: Path, name: str) -> None:
+    """The trained activations of the model ``name`` as ``activations.png``, if there are any."""
     from ..conversion.stored import load_activations
     from ..hub.card import PICTURE
     from ..plotting import plot_stored
@@ -75,7 +75,7 @@ def _draw(folder: Path) -> None:
         stored = load_activations(str(folder))
     except ConfigError:  # it has none
         return
-    plot_stored(stored, folder / PICTURE, folder.absolute().name)
+    plot_stored(stored, folder / PICTURE, name)
 
 
 def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTION) -> int | None:
@@ -92,34 +92,38 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     if arguments.push_to_hub and arguments.process_index == 0:  # rather than find out after the training
         output_folder(recipe)
         find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)
-    result = finetune(recipe, [trainer_log("Training")])
+    folder, line = Path(str(arguments.output_dir)), command_line(command, argv)
+    base = None if recipe.model.init == "scratch" else recipe.model.model
+
+    def finish(draft: Path, result: Result) -> None:
+        """Print what came out, and draw and describe the model."""
+        if result.conversion is not None and base:
+            for part in result.conversion.tables():
+                show(part)
+            for text in result.conversion.summary():
+                console.print(text)
+        results = results_of(result, line, recipe)
+        if results is not None:
+            table(results.caption, ["", *results.columns], results.rows)
+        if result.conversion is None and base:
+            carry_over(base, result.checkpoint.commit, draft)
+        _draw(draft, folder.absolute().name)
+        write_card(
+            draft,
+            place=str(folder),
+            report=result.conversion,
+            results=[results] if results else [],
+            data=[_train(result, recipe)],
+            command=line,
+            arguments=arguments,
+            hyperparameters=_others(recipe),
+            base_model=base,
+            base_revision=result.checkpoint.commit if base else None,
+        )
+
+    result = finetune(recipe, [trainer_log("Training")], finish)
     if arguments.process_index != 0:
         return None
-    if result.conversion is not None and recipe.model.init != "scratch":
-        for part in result.conversion.tables():
-            show(part)
-        for line in result.conversion.summary():
-            console.print(line)
-    line = command_line(command, argv)
-    results = results_of(result, line, recipe)
-    if results is not None:
-        table(results.caption, ["", *results.columns], results.rows)
-    folder = Path(str(arguments.output_dir))
-    scratch = recipe.model.init == "scratch"
-    if result.conversion is None and not scratch:
-        carry_over(str(recipe.model.model), result.checkpoint.commit, folder)
-    _draw(folder)
-    write_card(
-        folder,
-        report=result.conversion,
-        results=[results] if results else [],
-        data=[_train(result, recipe)],
-        command=line,
-        arguments=arguments,
-        hyperparameters=_others(recipe),
-        base_model=None if scratch else recipe.model.model,
-        base_revision=None if scratch else result.checkpoint.commit,
-    )
     console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
     if arguments.push_to_hub:
         url = push(folder, _repository(arguments), revision=arguments.hub_revision, token=arguments.hub_token)

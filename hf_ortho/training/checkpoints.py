@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -17,6 +19,9 @@ from ..files import set_aside, use_umask
 
 MANIFEST = "manifest.json"
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
+START = '{\n "'  # of a manifest
+# What reading a file raises that may be another's: of other bytes, no JSON, nested too deeply, or no object.
+UNREADABLE = (OSError, ValueError, RecursionError, AttributeError, TypeError)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -28,15 +33,18 @@ def is_whole(checkpoint: Path) -> bool:
         sizes = json.loads((checkpoint / MANIFEST).read_text())
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except UNREADABLE:
         return False
 
 
 def write_manifest(checkpoint: Path) -> None:
     """List the files of a checkpoint with their sizes in bytes."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
-    sizes = {file.relative_to(checkpoint).as_posix(): file.stat().st_size for file in files}
-    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    (checkpoint / MANIFEST).write_text(json.dumps(_sizes(checkpoint), indent=1))
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in files if p != checkpoint / MANIFEST}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -93,36 +101,51 @@ def resume_point(folder: Path, whole: list[Path], *, required: bool) -> Path | N
     return None
 
 
-def _was_saved(checkpoint: Path) -> bool:
-    """Whether the save of a checkpoint with a manifest came to its end, whatever was taken out of it later."""
+def _is_own(checkpoint: Path, saved: dict[str, int] | None = None) -> bool:
+    """Whether a checkpoint holds nothing but files of its save, in the sizes of ``saved``, by default its manifest.
+
+    Another content of the same size is taken for the save's; the sums of gigabytes would take too long.
+    """
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text()) if saved is None else saved
+        present = _sizes(checkpoint).items()
+        return not checkpoint.is_symlink() and all(
+            name == TRAINER_STATE_NAME or sizes.get(name) == size for name, size in present
+        )
+    except UNREADABLE:
+        return False
+
+
+def _is_leftover(checkpoint: Path) -> bool:
+    """Whether a killed save left a checkpoint: its manifest is the first one, or it lacks the state.
+
+    Without the state, the manifest must be cut short, or list all that is there.
+    """
+    try:
+        manifest = (checkpoint / MANIFEST).read_text()
+    except UNREADABLE:
+        return False
+    if manifest == "{}":
+        return True
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
         return False
-    return (checkpoint / MANIFEST).read_text() != "{}"
+    except UNREADABLE:
+        cut = START.startswith(manifest[: len(START)]) and not manifest.endswith("}")
+        return cut or _is_own(checkpoint)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed saves left in the output folder of a training; nothing that others wrote or made smaller."""
-    for checkpoint in checkpoints(folder):
-        if (checkpoint / MANIFEST).is_file() and not _was_saved(checkpoint):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+    for checkpoint in filter(_is_leftover, checkpoints(folder)):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def make_way(checkpoint: Path) -> None:
     """Remove an earlier checkpoint of the same step if it holds nothing but the files of its save, else rename it."""
-    if not os.path.lexists(checkpoint):
-        return
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-        files = {p.relative_to(checkpoint).as_posix(): p for p in checkpoint.rglob("*") if not p.is_dir()}
-        others = files.keys() - {MANIFEST, TRAINER_STATE_NAME}
-        unchanged = all(files[name].stat().st_size == sizes.get(name) for name in others)
-    except (OSError, ValueError, AttributeError):
-        unchanged = False
-    if unchanged:
+    if _is_own(checkpoint):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    else:
+    elif os.path.lexists(checkpoint):
         set_aside(checkpoint)
 
 
@@ -130,12 +153,16 @@ class WholeCheckpoints(Trainer):
     """``Trainer`` whose checkpoints carry a manifest, so that only whole ones are resumed from.
 
     ``manifest.json`` lists every file with its size, once all processes have written theirs; ``trainer_state.json``
-    comes after it, and the deletions of ``save_total_limit`` after that. ``train`` starts by removing what killed saves
-    left, and ``resume_from_checkpoint=True`` takes the last whole checkpoint. A training that had ended takes no more
-    steps.
+    comes after it, and the deletions of ``save_total_limit`` after that, which pass over and do not count a checkpoint
+    with files that its save did not write. ``train`` starts by removing what killed saves left, and
+    ``resume_from_checkpoint=True`` takes the last whole checkpoint. A training that had ended takes no more steps.
 
     With several nodes ``output_dir`` must be on a disk that all of them share, or ``save_on_each_node`` be set.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._saved: dict[Path, dict[str, int]] = {}  # the files of checkpoints without manifest, with save_only_model
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         folder = Path(str(self.args.output_dir))
@@ -160,13 +187,45 @@ class WholeCheckpoints(Trainer):
                 (folder / MANIFEST).write_text("{}")
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
+            with self._without_deletions():
+                super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save and not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        if self.args.should_save and folder.is_dir():  # it may have been the one too many
+        if self.args.should_save:
             use_umask(folder)
+            if self.args.save_only_model:
+                self._saved[folder] = _sizes(folder)
+            self._rotate(folder.parent, {folder.name})
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        with self._without_deletions():
+            output = super()._finalize_training(trial, *args, **kwargs)
+        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint:
+            self._rotate(Path(self._get_output_dir(trial)), set())
+        return output
+
+    @contextlib.contextmanager
+    def _without_deletions(self) -> Iterator[None]:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _rotate(self, folder: Path, kept: set[str]) -> None:
+        """Delete the oldest checkpoints beyond ``save_total_limit``, but for ``kept`` and the best."""
+        limit = self.args.save_total_limit or 0
+        if limit <= 0 or not self.args.should_save:
+            return
+        if best := self.state.best_model_checkpoint:
+            kept = kept | {Path(best).name}
+        own = [p for p in checkpoints(folder) if _is_own(p, self._saved.get(p))]
+        own.sort(key=lambda p: (p.stat().st_mtime, step_of(p)))
+        excess = len(own) - max(limit, len(kept))
+        for checkpoint in [p for p in own if p.name not in kept][: max(excess, 0)]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)  # the last file that every process writes

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from accelerate import PartialState
 from torch import nn
@@ -29,6 +29,7 @@ from .distributed import main_decides
 from .finetune import finetune, output_folder
 from .trainer import ActivationTrainer
 
+T = TypeVar("T")
 # What one run of the grid may differ in, and what changes no figure.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
 
@@ -51,7 +52,15 @@ class Run:
 
     @classmethod
     def load(cls, file: Path) -> Run:
-        return cls(**json.loads(file.read_text()))
+        def build(plain: dict) -> Run:
+            run = cls(**plain)
+            metrics = {key: float(value) for key, value in run.metrics.items()}
+            if not run.diverged:
+                metrics["loss"]  # which a finished run has
+            history = [(step, float(loss)) for step, loss in run.history]
+            return dataclasses.replace(run, metrics=metrics, history=history)
+
+        return _read(file, build)
 
 
 def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallback] | None = None) -> Iterator[Run]:
@@ -133,7 +142,7 @@ def _claim(comparison: Comparison, folder: Path) -> None:
     recipe = {key: _plain(value) for group in groups for key, value in group.items() if key not in FREE}
     file = folder / "recipe.json"
     if file.is_file():
-        noted = json.loads(file.read_text())
+        noted = _read(file, lambda plain: {**plain})
         for key in recipe.keys() | noted.keys():
             if recipe.get(key) != noted.get(key):
                 raise ConfigError(
@@ -148,6 +157,13 @@ def _claim(comparison: Comparison, folder: Path) -> None:
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
+
+
+def _read(file: Path, build: Callable[[Any], T]) -> T:
+    try:
+        return build(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} is not what hf-ortho compare writes; move it away") from error
 
 
 def _write(file: Path, text: str) -> None:

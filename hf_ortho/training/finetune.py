@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -20,7 +20,7 @@ from ..folders import OutputFolder
 from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import MANIFEST, is_whole, resume_point, whole_checkpoints
+from .checkpoints import MANIFEST, checkpoints, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
 from .evaluation import metrics_at_start, metrics_of
 from .policies import POLICIES
@@ -45,11 +45,16 @@ class Result:
     held_back: Dataset | None
 
 
-def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+def finetune(
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    finish: Callable[[Path, Result], None] | None = None,
+) -> Result:
     """Load and convert if asked, or start from scratch; train, evaluate, and save into ``output_dir``.
 
     Resumes where ``resume_from_checkpoint`` says so: a folder, ``"true"`` for the last whole checkpoint in the output
-    folder, or ``"auto"`` for that one if there is one, else the start. ``callbacks`` go to the Trainer.
+    folder, or ``"auto"`` for that one if there is one, else the start. ``callbacks`` go to the Trainer. ``finish`` adds
+    files to the draft of the output folder; what it raises is raised once the model is in place.
 
     Raises:
         HfOrthoError: an argument does not fit; nothing is written.
@@ -99,12 +104,23 @@ def finetune(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Resul
     before = metrics_at_start(trainer) if held_back is not None else None
     after = metrics_of(trainer) if held_back is not None else None
     state_dict = full_state_dict(trainer)
+    result = Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)
     if trainer.is_world_process_zero():
         if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
-        with output.writing() as draft:
+        copies = arguments.push_to_hub and arguments.hub_strategy != "end"  # Trainer copies what it pushes at each save
+        made = [file.name for place in checkpoints(folder) for file in place.iterdir()] if copies else ()
+        with output.writing(made) as draft:
             save_checkpoint(checkpoint, draft, state_dict)
-    return Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)
+            failure = None
+            try:
+                if finish is not None:
+                    finish(draft, result)
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
+    return result
 
 
 def output_folder(recipe: Recipe) -> OutputFolder:
@@ -113,7 +129,7 @@ def output_folder(recipe: Recipe) -> OutputFolder:
     Raises:
         OutputError: it cannot be written, or contains an input.
     """
-    inputs = (recipe.model.model, recipe.data.dataset, recipe.data.eval_dataset)
+    inputs = (recipe.model.model, recipe.model.tokenizer, recipe.data.dataset, recipe.data.eval_dataset)
     return OutputFolder(str(recipe.training.output_dir), keep=inputs, beside=True)
 
 

@@ -18,11 +18,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import hf_ortho.hub
 import hf_ortho.plotting
 from hf_ortho import convert, fuse_mlp
 from hf_ortho.cli.recipe import parse_recipe
 from hf_ortho.conversion.checkpoint import load_checkpoint
-from hf_ortho.files import MANIFEST
+from hf_ortho.errors import OutputError
+from hf_ortho.files import MANIFEST, listed
 from hf_ortho.training import Recipe
 from hf_ortho.training.data import text_blocks
 
@@ -233,6 +235,10 @@ def test_folders_that_no_training_may_write(command, recipe, hf_ortho_command, g
             ran = hf_ortho_command(command, "--config", config, "--resume_from_checkpoint", resume)
             assert reason in ran.error
             assert ran.out == ""
+    scratch = {"model": None, "init": "scratch", "model_type": "gpt2", "tokenizer": str(gpt2_folder)}
+    config = recipe(output_dir=str(gpt2_folder), **scratch, **grid)
+    before[config] = config.stat().st_mtime_ns
+    assert "is the input" in hf_ortho_command(command, "--config", config, "--resume_from_checkpoint", "auto").error
     assert {p: p.stat().st_mtime_ns for p in (*tmp_path.rglob("*"), *gpt2_folder.rglob("*"))} == before
 
 
@@ -474,6 +480,31 @@ def test_an_interrupted_run_leaves_no_final_model(recipe, finetune, tmp_path, mo
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"checkpoint-1", "checkpoint-2"}
 
 
+def test_files_of_the_user_are_kept_beside_the_model(recipe, finetune, tmp_path, caplog):
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ("README.md", "activations.png", "conversion.json")
+    for name in names:
+        (out / name).write_text("mine")
+    config, auto = recipe(activation="hermite_3", save_strategy="no"), ("--resume_from_checkpoint", "auto")
+    ran = finetune(config, *auto)
+    assert ran.code == 0, ran.err
+    for name in names:
+        assert (out / f".{name}.old").read_text() == "mine"
+        assert f"is kept as '.{name}.old'" in caplog.text
+    assert listed(out).keys() >= {*names, "config.json"}
+    assert f'from_pretrained("{out}")' in (out / "README.md").read_text()
+
+
+def test_the_model_is_kept_when_its_card_fails(recipe, finetune, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OutputError("no card")
+
+    monkeypatch.setattr(hf_ortho.hub, "write_card", fail)
+    assert finetune(recipe(save_strategy="no")).error == "no card"
+    assert listed(tmp_path / "out").keys() >= {"config.json", "model.safetensors"}
+
+
 # ---- images --------------------------------------------------------------------------------------------------------
 
 
@@ -612,7 +643,7 @@ def test_an_adapter(finetune, recipe, tmp_path, gpt2_folder, hf_ortho_command, d
     assert "20 parameters" in card  # 1 + 3 * 3 in each of two layers
     assert "](activations.png)" in card
     ((stored, path, name),) = drawn
-    assert (path, name) == (out / "activations.png", "out")
+    assert (path.name, name) == ("activations.png", "out")
     tensors = load_file(out / "adapter_model.safetensors")
     assert len(stored.modules) == 2
     for place, module in stored.modules.items():

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import hf_ortho.plotting.comparison
+from hf_ortho.errors import ConfigError
 from hf_ortho.training.compare import Run, summarise
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
@@ -156,12 +157,39 @@ def test_a_run_that_starts_anew_keeps_the_files_of_others(compare, tmp_path):
     assert "config.json in it was changed since hf_ortho wrote it" in compare(**entries, activations=["gelu"]).error
     assert (ended / "config.json").read_text() == "mine"
 
+    (out / "table.md").write_text("mine")
+    assert "table.md in it was changed since hf_ortho wrote it" in compare(**entries, activations=["gelu"]).error
+    assert (out / "table.md").read_text() == "mine"
+
 
 def test_a_foreign_folder_is_left_alone(compare, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     assert "holds no comparison" in compare().error
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("text", ["hello", "[]", "\xff"])
+def test_a_recipe_of_others_is_named(compare, tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.json").write_bytes(text.encode("latin-1"))
+    assert "recipe.json is not what hf-ortho compare writes; move it away" in compare().error
+
+
+RUN = {"activation": "gelu", "seed": 0, "metrics": {"loss": 1.0}, "history": [[1, 2.0]]}
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [[], {"a": 1}, RUN | {"a": 1}, RUN | {"metrics": {}}, RUN | {"metrics": {"loss": "low"}}, RUN | {"history": [1]}],
+)
+def test_a_run_of_others_is_named(tmp_path, plain):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(RUN))
+    assert Run.load(file) == Run("gelu", 0, {"loss": 1.0}, [(1, 2.0)])
+    file.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match=r"run\.json is not what hf-ortho compare writes; move it away"):
+        Run.load(file)
 
 
 def test_summary_pairs_seeds():

@@ -188,6 +188,9 @@ def output(tmp_path):
         ("manifest.json", None),
         ("manifest.json", b"{}"),
         ("manifest.json", b'{"optimizer.pt": '),
+        ("manifest.json", b"[1]"),
+        ("manifest.json", b"\xff"),
+        ("manifest.json", b'{"optimizer.pt": "7"}'),
         ("trainer_state.json", None),
         ("trainer_state.json", b'{"epoch": '),
     ],
@@ -215,8 +218,14 @@ def test_only_what_a_killed_save_left_is_removed(output, tmp_path):
     (output("checkpoint-4") / "manifest.json").write_text("{}")
     (output("checkpoint-5") / "trainer_state.json").unlink()
     (output("checkpoint-6") / "trainer_state.json").write_text('{"epoch": ')
+    for step, manifest in enumerate(("", '{\n "optimizer.pt": ', '{"mine": 1}', "[1]", "mine: 1", "\xff"), 7):
+        folder = output(f"checkpoint-{step}")
+        (folder / "trainer_state.json").unlink()
+        (folder / "manifest.json").write_bytes(manifest.encode("latin-1"))
+    (output("checkpoint-13") / "manifest.json").write_bytes(b"\xff")
     remove_leftovers(tmp_path / "out")
-    assert names(tmp_path / "out") == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    kept = (1, 2, 3, 9, 10, 11, 12, 13)
+    assert names(tmp_path / "out") == {f"checkpoint-{step}" for step in kept}
 
 
 def test_an_earlier_checkpoint_of_the_step_makes_way(output, tmp_path):
@@ -227,10 +236,27 @@ def test_an_earlier_checkpoint_of_the_step_makes_way(output, tmp_path):
     (output("checkpoint-3") / "notes.txt").write_text("mine")
     (output("checkpoint-4") / "manifest.json").unlink()  # of a plain Trainer
     (output("checkpoint-5") / "optimizer.pt").write_text("longer than what was saved")
-    for step in (3, 4, 5, 6):
+    output("checkpoint-6").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "checkpoint-6").symlink_to(tmp_path / "elsewhere")
+    (output("checkpoint-7") / "link").symlink_to(tmp_path)
+    for step in range(3, 9):
         make_way(tmp_path / "out" / f"checkpoint-{step}")
-    assert names(tmp_path / "out") == {".checkpoint-3.old", ".checkpoint-4.old", ".checkpoint-5.old"}
+    assert names(tmp_path / "out") == {f".checkpoint-{step}.old" for step in range(3, 8)}
+    assert is_whole(tmp_path / "elsewhere")
     assert (tmp_path / "out" / ".checkpoint-3.old" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [[], ["--save_only_model", "true"]])
+def test_no_checkpoint_with_a_file_of_others_is_one_too_many(runs, flags, hf_ortho_command, tmp_path, options):
+    out = tmp_path / "out"
+    shutil.copytree(runs / "interrupted", out)
+    (out / "checkpoint-1").mkdir()
+    for step in (1, 2):
+        (out / f"checkpoint-{step}" / "notes.txt").write_text("mine")
+    ran = hf_ortho_command("finetune", *flags(out), *options, "--resume_from_checkpoint", "true")
+    assert ran.code == 0, ran.err
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-6"}
+    assert [(out / f"checkpoint-{step}" / "notes.txt").read_text() for step in (1, 2)] == ["mine", "mine"]
 
 
 def test_checkpoints_can_be_read_by_those_whom_the_umask_lets(runs):
