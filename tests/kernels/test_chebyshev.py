@@ -11,6 +11,7 @@ from hf_ortho.kernels.chebyshev import LEAST_TERMS, TERMS_PER_COSINE, ChebyshevS
 from hf_ortho.kernels.fourier import FourierSeries
 
 CPU = torch.device("cpu")
+INTERPOLATED = ("gelu", 4), ("gelu", 6), ("silu", 6)  # and all of degree 8
 
 
 def kernel(module, dtype=torch.float32):
@@ -35,9 +36,13 @@ def interpolated(monkeypatch):
 def test_fits(source, degree, measured, reference, assert_near, interpolated):
     module = build(f"fourier_{degree}")
     module.fit(source)
-    assert isinstance(kernel(module), ChebyshevSeries) == (degree > 4 or source == "gelu")
+    # the others have frequencies too high for so few cosines
+    assert isinstance(kernel(module), ChebyshevSeries) == (degree == 8 or (source, degree) in INTERPOLATED)
     x, g = data(5000)
-    assert_near(measured(module, x, g), reference(module, x, g), 1e-6, 1e-5)
+    # low frequencies cancel: float32 rounds every term, the largest of which is that many times the result
+    a = module.coefficients.detach() / torch.tensor([math.factorial(k) for k in range(1, degree + 1)])
+    cancels = max(1.0, (a.abs().sum() + module.offset.abs().sum()).item() / module(x).abs().max().item())
+    assert_near(measured(module, x, g), reference(module, x, g), 1e-6 * cancels, 1e-5)
 
 
 @pytest.mark.parametrize("domain", [(-1.5, 1.8), (2.0, 3.0), (-0.1, 0.3), (99.0, 100.0)], ids=str)
