@@ -115,7 +115,8 @@ def test_infinite_inputs_run_along_the_tails(name, dtype, slopes, randomised, sm
     x[0], x[129] = -torch.inf, torch.inf
     module = module.float()
     for y in (module(x), type(module).formula(x, *module._tensors())):
-        assert y[[0, 129]].tolist() == pytest.approx(expected, rel=torch.finfo(dtype).eps * 4)
+        eps = torch.finfo(dtype).eps  # of maxima of order 1, whose difference may be small
+        assert y[[0, 129]].tolist() == pytest.approx(expected, rel=4 * eps, abs=4 * eps)
         assert y[1:129].isfinite().all()
 
 
