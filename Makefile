@@ -5,16 +5,23 @@ PYTEST := $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile --dur
 PYTHON_LOWEST ?= python3.10
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-all test-lowest lint install clean
+.PHONY: demo test test-all test-lowest lint pytest pytest-all install clean
 
 demo: $(VENV)/.core
 	$(BIN)/hf-ortho demo --overwrite
 
-test: lint
+# Lint and tests side by side: the type check is one process, and takes a minute where it has no cache.
+test: install
+	$(MAKE) --jobs=2 lint pytest
+
+# Also what starts processes, compiles C++, or opens a browser.
+test-all: install
+	$(MAKE) --jobs=2 lint pytest-all
+
+pytest: install
 	$(PYTEST) -m "not slow"
 
-# Also the real launcher of several processes, and the pages in a browser.
-test-all: lint
+pytest-all: install
 	$(PYTEST)
 
 lint: install

@@ -378,6 +378,7 @@ def test_missing_arguments(hf_ortho_command):
 # ---- failures while writing ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk(gpt2_folder, output, tmp_path_factory, forked):
     """A real one: the kernel refuses to write more than half of the weights."""
     limit = (gpt2_folder / "model.safetensors").stat().st_size // 2

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import hf_ortho
 from hf_ortho.cli.demo_tasks import byte_tokenizer
 
+pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp2")
 ACTIVATIONS = {
     "all": "hermite_3",

@@ -104,6 +104,7 @@ def names(folder):
     return {p.name for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(runs, flags, hf_ortho_command, steps, name):
     folder, (_, resumed) = runs / name, KILLS[name]
@@ -118,6 +119,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(runs, flags, hf_ort
     assert is_whole(folder / "checkpoint-6")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_when_the_last_is_half_deleted(runs, flags, hf_ortho_command, steps):
     folder = runs / "best"
     assert names(folder) == {"checkpoint-2", "checkpoint-6"}
@@ -128,6 +130,7 @@ def test_the_best_checkpoint_is_kept_when_the_last_is_half_deleted(runs, flags, 
     assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-2"}
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_in_a_save(runs):
     """The other had written its part of the checkpoint of step 4; both go on from step 2."""
     assert same_model(runs / "half pair", runs / "pair")
@@ -136,6 +139,7 @@ def test_two_processes_of_which_one_is_killed_in_a_save(runs):
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= listed.keys()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_for_the_loss_of_one(runs):
     """The second has a loss of nan at step 3; both ended with code 2."""
     lines = [x for x in (runs / "messages.txt").read_text().splitlines() if x.startswith("hf-ortho: error: step 3: ")]
@@ -144,12 +148,14 @@ def test_two_processes_stop_together_for_the_loss_of_one(runs):
     assert names(runs / "nan") == {"checkpoint-2"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_a_save(runs):
     assert "interrupted; no output was left half-written" in (runs / "messages.txt").read_text()
     assert names(runs / "interrupted") == {"checkpoint-2"}
     assert is_whole(runs / "interrupted" / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_a_run_that_had_ended_takes_no_more_steps(runs, flags, hf_ortho_command, steps, tmp_path):
     shutil.copytree(runs / "straight", tmp_path / "out")
     ran = hf_ortho_command("finetune", *flags(tmp_path / "out"), "--resume_from_checkpoint", "auto")
@@ -246,6 +252,7 @@ def test_an_earlier_checkpoint_of_the_step_makes_way(output, tmp_path):
     assert (tmp_path / "out" / ".checkpoint-3.old" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--save_only_model", "true"]])
 def test_no_checkpoint_with_a_file_of_others_is_one_too_many(runs, flags, hf_ortho_command, tmp_path, options):
     out = tmp_path / "out"
@@ -259,6 +266,7 @@ def test_no_checkpoint_with_a_file_of_others_is_one_too_many(runs, flags, hf_ort
     assert [(out / f"checkpoint-{step}" / "notes.txt").read_text() for step in (1, 2)] == ["mine", "mine"]
 
 
+@pytest.mark.slow
 def test_checkpoints_can_be_read_by_those_whom_the_umask_lets(runs):
     mask = os.umask(0)
     os.umask(mask)
