@@ -49,7 +49,7 @@ test-lowest: $(LOWEST)/.installed
 
 $(LOWEST)/.installed: pyproject.toml
 	$(PYTHON_LOWEST) -m venv $(LOWEST)
-	grep -oE '[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' > $(LOWEST)/lowest.txt
+	sed -n '/^\[project\]/,$$p' pyproject.toml | grep -oE '[A-Za-z0-9_-]+>=[0-9.]+' | sed 's/>=/==/' > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/lowest.txt -e '.[dev]'
 	touch $@
 

@@ -40,8 +40,7 @@ class _Horner:
             of_slope = rounded(m[1:] * np.arange(1, len(m)), dtype)
         *lower, last, _ = torch.tensor(m, dtype=dtype, device=device).unbind()
         self.terms = last, float(m[-1]), lower[::-1]
-        *lower, last = torch.tensor(of_slope, dtype=dtype, device=device).unbind()
-        self.slope_terms = last, lower[::-1]
+        self.slope_terms = of_slope[-1], torch.tensor(of_slope[:-1], dtype=dtype, device=device).unbind()[::-1]
 
     def value(self, x: Tensor, out, rows) -> Tensor:
         last, leading, lower = self.terms
@@ -58,9 +57,12 @@ class _Horner:
             for _ in range(2, len(self.table)):
                 sums.append(power.mul_(x).sum().item())
         if out is not None:
-            last, lower = self.slope_terms
-            out.fill_(last)
-            for m in lower:
+            leading, lower = self.slope_terms
+            if lower:
+                torch.add(lower[0], x, alpha=leading, out=out)
+            else:
+                out.fill_(leading)
+            for m in lower[1:]:
                 torch.addcmul(m, x, out, out=out)
             out.mul_(g)
         return sums
