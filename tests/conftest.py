@@ -132,7 +132,7 @@ def make_gpt2():
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from hf_ortho.training.tokenizer import byte_tokenizer
+    from hf_ortho.tasks.tokenizer import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     defaults = {"vocab_size": len(tokenizer), "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hf_ortho
-from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
+from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint
 from hf_ortho.hub.card import hardware
 
 ACTIVATIONS = [f"hermite_{n}" for n in (3, 8, 12, 16)] + ["fourier_6", "tropical_rational_6", "tropical_rational_12"]

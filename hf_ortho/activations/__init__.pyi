@@ -1,8 +1,8 @@
+from .base import FitReport as FitReport
 from .base import LearnableActivation as LearnableActivation
-from .fit_report import FitReport as FitReport
 from .fourier import Fourier as Fourier
 from .hermite import Hermite as Hermite
-from .polynomial import PolynomialForm as PolynomialForm
+from .hermite.polynomial import PolynomialForm as PolynomialForm
 from .registry import FAMILIES as FAMILIES
 from .registry import build as build
 from .registry import named as named

@@ -15,9 +15,9 @@ from transformers import initialization
 from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError
-from ..kernels import dispatch, eager, formula
-from .fit_report import FitReport
-from .interpolation import Nodes, Source, Target, gaussian_moments, is_interval
+from ..fitting.least_squares import Nodes, Source, Target, gaussian_moments, is_interval
+from ..fitting.report import FitReport
+from ..kernels import cpu, dispatch, formula
 from .registry import MAX_DEGREE
 
 logger = logging.get_logger("hf_ortho")
@@ -53,7 +53,7 @@ class LearnableActivation(nn.Module):
 
     family: ClassVar[str]
     default_degree: ClassVar[int]
-    kernel: ClassVar[Callable[..., eager.Series] | None] = None  # on the CPU
+    kernel: ClassVar[Callable[..., cpu.Series] | None] = None  # on the CPU
     compiled: ClassVar[type | None] = None  # under torch.compile
     series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype
     series_derivative: ClassVar[Callable[..., Tensor]]  # likewise, S'(x)

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from transformers.activations import ACT2FN
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..conversion.adapter import ADAPTER_CONFIG, base_revision
-from ..conversion.examine import examine
-from ..conversion.paths import split_shared
-from ..conversion.stored import checked_adapter, load_activations
+from ..checkpoints.activations import checked_adapter, load_activations
+from ..checkpoints.adapter import ADAPTER_CONFIG, base_revision
+from ..conversion.summary import examine
 from ..errors import CheckpointError
 from ..files import explain
+from ..path_patterns import split_shared
 from ..plotting import Panel, draw_activations
 from ..plotting.layout import thin
 

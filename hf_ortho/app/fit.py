@@ -9,8 +9,8 @@ from transformers.activations import ACT2FN
 
 from ..activations import FitReport, LearnableActivation, build, named
 from ..activations.registry import is_learnable
-from ..activations.source import Source
 from ..errors import FitError
+from ..fitting.source import Source
 
 USUAL = ("gelu", "gelu_new", "silu", "relu", "quick_gelu", "mish", "tanh", "sigmoid")
 EXAMPLE = "openai-community/gpt2"

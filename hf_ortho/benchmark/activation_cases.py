@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..activations import FAMILIES
 from ..activations.base import MAX_DEGREE
 from ..files import explain
+from ..profiling.memory import of_each, peak_bytes, saved_bytes
+from ..profiling.timing import Call, interleave
 from .competitors import REFERENCE, compiled, fixed, learnable, third_party
-from .memory import of_each, peak_bytes, saved_bytes
+from .floors import FLOORS, Floor
 from .results import NotRun, Results
 from .settings import Settings
-from .timing import Call, interleave
+from .targets import floor_of
 
 Modules = Mapping[str, nn.Module]
 HERMITE_DEGREES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, MAX_DEGREE)
@@ -98,6 +100,8 @@ def _add_guarded(
 def _large(results: Results, settings: Settings, case: str, shape: tuple[int, ...]) -> None:
     load = Load(shape, settings)
     modules = _make(fixed() | learnable(settings.device), settings)
+    if settings.device == "cpu":
+        modules |= {floor_of(row): Floor(*operations) for row, operations in FLOORS.items()}
     torch.compiler.reset()  # all activations share one forward, of which only some variants are kept
     for name, make in compiled().items():
         if settings.compiled:

@@ -16,10 +16,10 @@ from transformers import (
 
 from .. import fuse_mlp
 from ..conversion import convert
-from .memory import kept_bytes, of_each, peak_bytes
+from ..profiling.memory import kept_bytes, of_each, peak_bytes
+from ..profiling.timing import interleave
 from .results import Results
 from .settings import Settings
-from .timing import interleave
 
 PROMPT = 16
 

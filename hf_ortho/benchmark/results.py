@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .timing import Times
+    from ..profiling.timing import Times
 
 
 @dataclasses.dataclass(frozen=True)

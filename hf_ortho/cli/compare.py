@@ -15,7 +15,7 @@ from .launch import launch
 from .recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from ..benchmark.timing import Times
+    from ..profiling.timing import Times
     from ..training.compare import Run
 
 DESCRIPTION = "Run one recipe with several activations and seeds: table, picture, time per step and memory."

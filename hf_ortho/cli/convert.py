@@ -63,9 +63,9 @@ def run(argv: list[str]) -> None:
     check_hub([(args.model, args.revision)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree)
 
+    from ..checkpoints.load import load_checkpoint, save_checkpoint
+    from ..checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
     from ..conversion import convert
-    from ..conversion.checkpoint import load_checkpoint, save_checkpoint
-    from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
     from ..hub import Results, command_line, hardware, write_card
     from ..training.calibration import calibration_batches
 

@@ -14,15 +14,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, TrainingArguments, set_seed
 from transformers.activations import ACT2FN
 
+from ..checkpoints.load import Checkpoint, save_checkpoint
+from ..checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..conversion import ConversionReport, collect, convert
-from ..conversion.checkpoint import Checkpoint, save_checkpoint
-from ..conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from ..files import MANIFEST
 from ..folders import OutputFolder
 from ..hub import DataSource, Results, hardware, write_card
 from ..plotting import Panel, plot_activations
+from ..tasks.samples import batches
 from ..training.evaluation import change, evaluate_model, make_trainer
-from ..training.samples import batches
 from .console import console, show, table, trainer_progress
 from .demo_tasks import DemoTask
 

@@ -14,11 +14,11 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from ..conversion.checkpoint import Checkpoint
-from ..training import data
+from ..checkpoints.load import Checkpoint
+from ..tasks import data
+from ..tasks.samples import prepare
+from ..tasks.tokenizer import byte_tokenizer
 from ..training.arguments import DataArguments
-from ..training.samples import prepare
-from ..training.tokenizer import byte_tokenizer
 
 BLOCK = 128
 

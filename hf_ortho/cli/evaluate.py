@@ -30,11 +30,11 @@ def parser() -> Parser:
 
 
 def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float]]:
-    from ..conversion.checkpoint import load_checkpoint
-    from ..training import data
+    from ..checkpoints.load import load_checkpoint
+    from ..tasks import data
+    from ..tasks.samples import prepare
     from ..training.arguments import DataArguments
     from ..training.evaluation import evaluate_model
-    from ..training.samples import prepare
 
     checkpoint = load_checkpoint(name, revision=revision, dtype=args.dtype)
     place = args.dataset or ("pydoc_topics" if checkpoint.task == "causal-lm" else None)

@@ -23,9 +23,9 @@ DESCRIPTION = "Fine-tune a checkpoint with transformers' Trainer, from a YAML fi
 
 def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     """The metrics for the screen and the card, also those before the training if there was a model before."""
-    from ..conversion.stored import provenance_of
+    from ..checkpoints.activations import provenance_of
     from ..hub import DataSource, Results, hardware
-    from ..training.data import commit_of, resolved
+    from ..tasks.data import commit_of, resolved
 
     if result.after is None:
         return None
@@ -44,7 +44,7 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
 def _train(result: Result, recipe: Recipe) -> DataSource:
     """What the model was trained on."""
     from ..hub import DataSource
-    from ..training.data import resolved
+    from ..tasks.data import resolved
 
     data = recipe.data
     options = {"config": data.dataset_config, "revision": resolved(data.dataset_revision)}
@@ -67,7 +67,7 @@ def _repository(arguments: TrainingArguments) -> str:
 
 def _draw(folder: Path, name: str) -> None:
     """The trained activations of the model ``name`` as ``activations.png``, if there are any."""
-    from ..conversion.stored import load_activations
+    from ..checkpoints.activations import load_activations
     from ..hub.card import PICTURE
     from ..plotting import plot_stored
 

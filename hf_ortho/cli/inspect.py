@@ -11,7 +11,7 @@ from .console import Parser, console, table
 from .network import check_hub
 
 if TYPE_CHECKING:
-    from ..conversion.stored import StoredActivations
+    from ..checkpoints.activations import StoredActivations
 
 WIDTH = 100
 
@@ -31,9 +31,9 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     check_hub([(args.model, args.revision)])
 
-    from ..conversion.examine import examine
-    from ..conversion.paths import by_kind
-    from ..conversion.stored import load_activations
+    from ..checkpoints.activations import load_activations
+    from ..conversion.summary import examine
+    from ..path_patterns import by_kind
 
     stored = load_activations(args.model, revision=args.revision)
     layers, notes = examine(stored)

@@ -13,8 +13,8 @@ from .network import check_hub
 
 if TYPE_CHECKING:
     from ..activations import LearnableActivation
+    from ..checkpoints.activations import StoredActivations
     from ..conversion import Histogram
-    from ..conversion.stored import StoredActivations
 
 MAX_MOMENTS = 32  # of a recorded history: more curves cannot be told apart
 
@@ -64,7 +64,7 @@ def run(argv: list[str]) -> None:
 
 
 def _shapes(args) -> None:
-    from ..conversion.stored import load_activations
+    from ..checkpoints.activations import load_activations
     from ..plotting import plot_stored
 
     histograms: dict[str, Histogram] = {}
@@ -90,9 +90,9 @@ def _shapes(args) -> None:
 def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     """The activations of the whole model, and the histograms of their pre-activations."""
     from ..activations import LearnableActivation
+    from ..checkpoints.activations import StoredActivations, provenance_of
+    from ..checkpoints.load import load_checkpoint
     from ..conversion import collect
-    from ..conversion.checkpoint import load_checkpoint
-    from ..conversion.stored import StoredActivations, provenance_of
     from ..training.calibration import calibration_batches
 
     checkpoint = load_checkpoint(args.model, revision=args.revision)
@@ -111,7 +111,7 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
 
 
 def _history(args) -> None:
-    from ..conversion.stored import load_activations
+    from ..checkpoints.activations import load_activations
     from ..plotting import Snapshot, animate_history, plot_history
     from ..plotting.layout import thin
     from ..training.checkpoints import step_of

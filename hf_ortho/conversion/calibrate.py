@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
+from ..checkpoints.load import task_of
 from ..errors import CalibrationError
-from .checkpoint import task_of
-from .histogram import Histogram
+from ..fitting.histogram import Histogram
 
 
 def collect(

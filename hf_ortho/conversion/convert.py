@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import activations
+from ..checkpoints.activations import provenance_of
 from ..errors import CalibrationError, FitError, SiteError
+from ..fitting.histogram import Histogram
 from .calibrate import check_batches, collect, has_labels, main_output, mean_loss
 from .distill import distill as distill_activations
-from .fitting import Fitted, fit_site, fit_smallest
-from .histogram import Histogram
+from .fit_sites import Fitted, fit_site, fit_smallest
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites, rebuild, set_field
-from .stored import provenance_of
 
 
 def convert(

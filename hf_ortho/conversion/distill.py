@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
-from ..activations.interpolation import DEFAULT_MEAN, DEFAULT_SIGMA
 from ..errors import CalibrationError
+from ..fitting.least_squares import DEFAULT_MEAN, DEFAULT_SIGMA
 from .calibrate import evaluating, main_output, several_processes
 
 RATE = 0.02  # in root mean square errors of the fit

@@ -10,7 +10,7 @@ from sympy import QQ, Poly, Rational, symbols
 from torch import nn
 
 from ..activations import Hermite, LearnableActivation, PolynomialForm
-from ..activations.polynomial import exact_monomials
+from ..activations.hermite.polynomial import exact_monomials
 from ..errors import PolynomialError
 
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import nn
 
 from ..activations import FitReport, LearnableActivation
+from ..fitting.histogram import Histogram
+from ..path_patterns import by_kind
 from .distill import Distillation
-from .histogram import Histogram
-from .paths import by_kind
 
 WIDTH = 100
 FILE = "conversion.json"

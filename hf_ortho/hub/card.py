@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from ..activations.base import INITIALISATIONS
+from ..checkpoints.activations import provenance_of
+from ..checkpoints.adapter import ADAPTER_CONFIG, LABELS
 from ..conversion import ConversionReport
-from ..conversion.adapter import ADAPTER_CONFIG, LABELS
 from ..conversion.convert import tags_of
-from ..conversion.stored import provenance_of
 from ..errors import CheckpointError
 from ..files import written
 from .base_card import Base

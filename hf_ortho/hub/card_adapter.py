@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..conversion.adapter import ADAPTER_WEIGHTS, PREFIX, base_revision
+from ..checkpoints.adapter import ADAPTER_WEIGHTS, PREFIX, base_revision
 from ..conversion.convert import tags_of
 from ..errors import CheckpointError
 from .base_card import Base

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..activations import FAMILIES
 from ..conversion import ConversionReport
 from ..conversion.convert import families_in
-from ..conversion.paths import by_kind
+from ..path_patterns import by_kind
 
 HEADER = [
     "activation",

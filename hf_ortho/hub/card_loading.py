@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from ..conversion.adapter import base_revision
+from ..checkpoints.adapter import base_revision
 
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
 END = "<!-- end of how to load -->"

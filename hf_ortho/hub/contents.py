@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..conversion.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..conversion.stored import load_activations, provenance_of
+from ..checkpoints.activations import load_activations, provenance_of
+from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import CheckpointError, ConfigError
 from ..files import MANIFEST as WRITTEN
 from ..files import explain

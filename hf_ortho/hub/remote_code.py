@@ -19,11 +19,11 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_mode
 
 from ..activations import base, parse
 from ..activations.registry import is_learnable
-from ..conversion.checkpoint import check_place
+from ..checkpoints.load import check_place
 from ..conversion.sites import activation_fields
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
-from ..kernels import dispatch, eager
+from ..kernels import cpu, dispatch
 from .standalone import DOCSTRING, Standalone
 
 MODULE = "modeling_hf_ortho"
@@ -232,7 +232,7 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
     for helper in ("_transformed", "_formula_gradients"):
         parts.add(dispatch, helper)
     for helper in ("_prepare", "_flat", "GRAIN", "CHUNK", "LARGE"):
-        parts.add(eager, helper)
+        parts.add(cpu, helper)
     builds, initial = [], {}
     for name in names:
         family, degree = parse(name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.utils import logging
 
-from . import eager, formula
+from . import cpu, formula
 
 logger = logging.get_logger("hf_ortho")
 
@@ -23,7 +23,7 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
 
     ``family.formula`` is the oracle, made of differentiable PyTorch operations. Where nothing but the values and the
     first gradients is asked for, a kernel takes its place that keeps nothing for the backward pass but ``x``: Triton's
-    on CUDA, those of ``eager`` elsewhere. The formula itself serves compilers, tracers and exporters, functorch
+    on CUDA, those of ``cpu`` elsewhere. The formula itself serves compilers, tracers and exporters, functorch
     transforms, forward-mode differentiation, tensor subclasses, dispatch modes, and double backward.
 
     Args:
@@ -67,7 +67,7 @@ def _backend(family, x: Tensor) -> ModuleType:
 
         if family.family in triton.FAMILIES:
             return triton
-    return eager
+    return cpu
 
 
 @functools.cache
@@ -92,7 +92,12 @@ def _compiles(family) -> bool:
 
 
 class _Compiled(torch.autograd.Function):
-    """Keeps x and recomputes, as ``Recomputed``, in operations for the compiler to fuse."""
+    """Keeps x and recomputes, as ``Recomputed``, in operations for the compiler to fuse.
+
+    Differentiated automatically, a maximum or a sum of cosines becomes several passes over memory. ``family.compiled``
+    has ``gradients(x, g, *parameters)``: g S'(x) and, for each parameter, the sum of g dS/dparameter; and ``value``
+    where the family's own ``series`` is not the fastest form. All tensors have one dtype, which the results have too.
+    """
 
     @staticmethod
     def forward(ctx, family, x, domain, tail_slopes, *parameters):
@@ -123,7 +128,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class Recomputed(torch.autograd.Function):
-    """f with the kernels of a backend, ``eager`` or ``triton``: keeps x, recomputes the rest."""
+    """f with the kernels of a backend, ``cpu`` or ``triton``: keeps x, recomputes the rest."""
 
     @staticmethod
     def forward(ctx, backend, family, x, domain, tail_slopes, *parameters):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .eager import arranged, dense_stride
+from .cpu import arranged, dense_stride
 from .triton_families import ALL_NAN, FAMILIES, IN_HALF_PRECISION, Family
 
 PROGRAMS = 1024
@@ -221,7 +221,7 @@ def _(g, x, parameters, domain, tail_slopes, family, of_x, of_parameters, of_dom
 
 
 def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
-    """f(x), as ``eager.forward``."""
+    """f(x), as ``cpu.forward``."""
     vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
     return activation(arranged(x, dense_stride(x)), *vectors, family.family)
 
@@ -235,7 +235,7 @@ def backward(
     tail_slopes: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
-    """The gradients of x, of each parameter and of the domain, as ``eager.backward``."""
+    """The gradients of x, of each parameter and of the domain, as ``cpu.backward``."""
     of_x, of_parameters, of_domain = needs
     vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
     gx, sums = activation_backward(g, arranged(x, dense_stride(x)), *vectors, family.family, *needs)

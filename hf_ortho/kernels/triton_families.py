@@ -19,8 +19,8 @@ import math
 import triton
 import triton.language as tl
 
+from ..activations.fourier.triton import FOURIER, HALF_FOURIER
 from .triton_common import Family, constexpr_function, load_scalars, ones
-from .triton_fourier import FOURIER, HALF_FOURIER
 
 ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
 HORNER_MAX_DEGREE = tl.constexpr(8)  # above, Horner's cancellation costs digits in float32

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..activations import LearnableActivation, build, parse
+from ..checkpoints.adapter import fixed_tensors
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
-from ..conversion.adapter import fixed_tensors
 from ..conversion.convert import describe_layer, driving_values, provenance
-from ..conversion.fitting import Fitted, device_of, fit_site
+from ..conversion.fit_sites import Fitted, device_of, fit_site
 from ..conversion.sites import set_field
 from ..errors import AdapterError, SiteError
 from .config import OrthoConfig

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..activations import LearnableActivation
-from ..activations.source import Source
+from ..fitting.source import Source
 from .layout import BLACK, Grid, interval, mark_domain
 from .shapes import POINTS, STYLES
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from torch import nn
 
 from ..activations import LearnableActivation
-from ..conversion.paths import split_shared
+from ..path_patterns import split_shared
 
 FULL_PANELS = 12  # more share their axes in a compact grid
 MAX_PANELS = 64  # more are thinned evenly

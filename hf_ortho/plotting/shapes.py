@@ -14,8 +14,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
+from ..checkpoints.activations import StoredActivations, source_names
 from ..conversion import Histogram
-from ..conversion.stored import StoredActivations, source_names
 from ..files import written
 from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
 

@@ -13,12 +13,12 @@ from .augment import AugmentedImages as AugmentedImages
 from .augment import MixingCollator as MixingCollator
 from .augment import SoftTargetLoss as SoftTargetLoss
 from .ema import ExponentialMovingAverage as ExponentialMovingAverage
+from .evaluation import Perplexity as Perplexity
+from .evaluation import TopKAccuracy as TopKAccuracy
 from .evaluation import evaluate_model as evaluate_model
 from .finetune import Result as Result
 from .finetune import finetune as finetune
 from .guard import FiniteGuard as FiniteGuard
-from .metrics import Perplexity as Perplexity
-from .metrics import TopKAccuracy as TopKAccuracy
 from .policies import activation_parameters as activation_parameters
 from .policies import set_trainable as set_trainable
 from .tensor_parallel import reduce_activation_gradients as reduce_activation_gradients

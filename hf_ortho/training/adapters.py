@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from ..activations import LearnableActivation
-from ..conversion.checkpoint import Checkpoint
+from ..checkpoints.load import Checkpoint
 from ..conversion.sites import rebuild
 from ..errors import ConfigError
 from ..peft import OrthoConfig, calibrate

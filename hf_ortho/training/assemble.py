@@ -11,12 +11,14 @@ from transformers.activations import ACT2FN
 from transformers.distributed.fsdp import is_fsdp_enabled
 
 from ..activations import LearnableActivation
+from ..checkpoints.load import Checkpoint, load_checkpoint
 from ..conversion import ConversionReport, convert
-from ..conversion.checkpoint import Checkpoint, load_checkpoint
 from ..conversion.sites import find_sites
 from ..errors import ConfigError, HfOrthoError
 from ..files import explain
 from ..recompute import fuse_mlp
+from ..tasks.samples import batches, load_splits
+from ..tasks.stream import Stream
 from .adapters import add_adapter, add_lora
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
@@ -24,9 +26,7 @@ from .evaluation import make_trainer
 from .logger import ActivationLogger
 from .penalty import DomainPenalty
 from .policies import freeze_domains, set_trainable
-from .samples import batches, load_splits
 from .scratch import scratch_checkpoint
-from .streaming import Stream
 from .tensor_parallel import reduce_activation_gradients, sharding
 from .trainer import ActivationTrainer
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
-from ..conversion.checkpoint import Checkpoint
+from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError
-from . import data
+from ..tasks import data
 from .arguments import AugmentationArguments
 from .ema import ExponentialMovingAverage
 from .trainer import ActivationTrainer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..conversion.checkpoint import Checkpoint
+from ..checkpoints.load import Checkpoint
 from ..errors import DataError
 from ..hub import DataSource
-from . import data
+from ..tasks import data
+from ..tasks.samples import batches, class_names, prepare
 from .arguments import DataArguments
-from .samples import batches, class_names, prepare
 
 
 def calibration_batches(

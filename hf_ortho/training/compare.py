@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation, parse
-from ..benchmark.memory import kept_bytes, of_each
-from ..benchmark.timing import Times, interleave
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from ..files import written
 from ..folders import OutputFolder
+from ..profiling.memory import kept_bytes, of_each
+from ..profiling.timing import Times, interleave
 from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import remove_leftovers, whole_checkpoints

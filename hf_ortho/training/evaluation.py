@@ -10,10 +10,12 @@ from datasets import Dataset
 from transformers import TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from ..conversion.checkpoint import Checkpoint
+from ..checkpoints.load import Checkpoint
 from ..errors import DataError
-from . import data
-from .metrics import EVALUATORS
+from ..tasks import data
+from ..tasks.metrics import EVALUATORS
+from ..tasks.metrics import Perplexity as Perplexity
+from ..tasks.metrics import TopKAccuracy as TopKAccuracy
 from .trainer import ActivationTrainer
 
 

@@ -13,10 +13,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.activations import ACT2FN
 
 from ..activations import parse
+from ..checkpoints.load import Checkpoint, save_checkpoint
 from ..conversion import ConversionReport
-from ..conversion.checkpoint import Checkpoint, save_checkpoint
 from ..errors import ConfigError, DataError
 from ..folders import OutputFolder
+from ..tasks.stream import Stream, check_stream
 from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
@@ -24,7 +25,6 @@ from .checkpoints import MANIFEST, checkpoints, is_whole, resume_point, whole_ch
 from .distributed import full_state_dict, main_decides
 from .evaluation import metrics_at_start, metrics_of
 from .policies import POLICIES
-from .streaming import Stream, check_stream
 
 
 @dataclasses.dataclass

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..activations import LearnableActivation
-from ..activations.interpolation import is_interval
 from ..errors import ConfigError
+from ..fitting.least_squares import is_interval
 from .optimizer import activations_by_path
 
 

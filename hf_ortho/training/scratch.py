@@ -22,24 +22,17 @@ from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation, build, parse
 from ..activations.base import INITIALISATIONS
+from ..checkpoints.activations import provenance_of
+from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, commit_of, processor_of
 from ..conversion import ConversionReport, convert
-from ..conversion.checkpoint import (
-    IMAGE_FILES,
-    TOKENIZER_FILES,
-    Checkpoint,
-    check_place,
-    commit_of,
-    processor_of,
-)
 from ..conversion.sites import find_sites, set_field
-from ..conversion.stored import provenance_of
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
-from . import data
+from ..tasks import data
+from ..tasks.stream import read, without_rows
+from ..tasks.tokenizer import bpe_tokenizer, byte_tokenizer
 from .arguments import DataArguments, ModelArguments
-from .streaming import read, without_rows
 from .tensor_parallel import sharding
-from .tokenizer import bpe_tokenizer, byte_tokenizer
 
 TASKS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from hf_ortho import convert
+from hf_ortho.checkpoints.load import load_checkpoint, save_checkpoint
 from hf_ortho.cli.recipe import parse_recipe
-from hf_ortho.conversion.checkpoint import load_checkpoint, save_checkpoint
 from hf_ortho.files import written
 from hf_ortho.folders import OutputFolder
 from hf_ortho.training import Recipe, finetune

@@ -10,7 +10,7 @@ import pytest
 from fit_everywhere import DEGREES, fit_everywhere
 
 from hf_ortho.activations import FAMILIES
-from hf_ortho.activations.source import Source
+from hf_ortho.fitting.source import Source
 
 SCRIPT = Path(__file__).with_name("fit_everywhere.py")
 OTHER = {

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_ortho.benchmark import memory
-from hf_ortho.benchmark.memory import kept_bytes, of_each, peak_bytes, saved_bytes
+from hf_ortho.profiling import memory
+from hf_ortho.profiling.memory import kept_bytes, of_each, peak_bytes, saved_bytes
 
 N = 4096
 LARGE = 8 * 2**20  # elements: 32 MiB in float32

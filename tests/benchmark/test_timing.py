@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ortho.benchmark.timing import Times, interleave, measure
+from hf_ortho.profiling.timing import Times, interleave, measure
 
 
 class Clock:

@@ -8,12 +8,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
+from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint
 from hf_ortho.cli import demo_story, demo_tasks
-from hf_ortho.conversion.checkpoint import Checkpoint, load_checkpoint
 from hf_ortho.errors import DataError
 from hf_ortho.files import MANIFEST
 from hf_ortho.folders import OutputFolder
-from hf_ortho.training import data
+from hf_ortho.tasks import data
 from hf_ortho.training.evaluation import evaluate_model
 
 QUICK = ("--steps", "3", "--tune-steps", "2")

@@ -61,7 +61,7 @@ def test_block_size_and_number_of_samples(evaluate, gpt2_folder, text_file):
 
 
 def test_text_is_evaluated_on_help_texts_by_default(evaluate, gpt2_folder):
-    from hf_ortho.training.data import pydoc_topics
+    from hf_ortho.tasks.data import pydoc_topics
 
     loss, _ = text_loss(gpt2_folder, pydoc_topics()["validation"][0]["text"], 32, 4)
     ran = evaluate(gpt2_folder, "--max-samples", 4)
@@ -123,7 +123,7 @@ def image_columns(ran):
 
 
 def test_top_1_and_top_5_on_digits(evaluate, convnext_folder, make_convnext):
-    from hf_ortho.training.data import digits
+    from hf_ortho.tasks.data import digits
 
     pytest.importorskip("sklearn")
     processor = make_convnext()[1]

@@ -21,12 +21,12 @@ from transformers import (
 import hf_ortho.hub
 import hf_ortho.plotting
 from hf_ortho import convert, fuse_mlp
+from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.cli.recipe import parse_recipe
-from hf_ortho.conversion.checkpoint import load_checkpoint
 from hf_ortho.errors import OutputError
 from hf_ortho.files import MANIFEST, listed
+from hf_ortho.tasks.data import text_blocks
 from hf_ortho.training import Recipe
-from hf_ortho.training.data import text_blocks
 
 # The name in transformers 5.23, and the one before.
 CHECKPOINTING = next(

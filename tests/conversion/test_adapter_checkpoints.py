@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_ortho import convert
 from hf_ortho.activations import FAMILIES
-from hf_ortho.conversion.checkpoint import load_checkpoint
-from hf_ortho.conversion.stored import load_activations
+from hf_ortho.checkpoints.activations import load_activations
+from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.errors import CheckpointError, ConfigError, HfOrthoError
 from hf_ortho.peft import OrthoConfig
 

@@ -15,14 +15,9 @@ from transformers import (
 )
 
 import hf_ortho
+from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint, save_checkpoint, task_of
+from hf_ortho.checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
 from hf_ortho.cli.demo_tasks import byte_tokenizer, small_convnext
-from hf_ortho.conversion.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    task_of,
-)
-from hf_ortho.conversion.verify import example_inputs, fingerprint, outputs, verify_reload
 from hf_ortho.errors import CheckpointError, HfOrthoError, OutputError
 
 # ---- loading -------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Model
 
-from hf_ortho.activations.interpolation import Source
 from hf_ortho.conversion import Histogram, collect
 from hf_ortho.errors import CalibrationError, HfOrthoError
+from hf_ortho.fitting.least_squares import Source
 
 BINS = 1024
 EDGES = np.linspace(-math.asinh(2.0**16), math.asinh(2.0**16), BINS + 1)

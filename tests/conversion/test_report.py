@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 import hf_ortho
-from hf_ortho.conversion.paths import by_kind, split_shared
+from hf_ortho.path_patterns import by_kind, split_shared
 
 
 @pytest.fixture

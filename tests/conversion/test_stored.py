@@ -10,8 +10,8 @@ from transformers.activations import ACT2FN
 
 import hf_ortho
 from hf_ortho.activations import FAMILIES, build
-from hf_ortho.conversion import stored
-from hf_ortho.conversion.stored import load_activations, source_names
+from hf_ortho.checkpoints import activations as stored
+from hf_ortho.checkpoints.activations import load_activations, source_names
 from hf_ortho.errors import CheckpointError, ConfigError
 
 

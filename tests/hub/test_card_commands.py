@@ -6,7 +6,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_ortho.training import data
+from hf_ortho.tasks import data
 
 
 @pytest.fixture(scope="module")

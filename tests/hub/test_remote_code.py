@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.activations.base import LearnableActivation
-from hf_ortho.conversion.checkpoint import load_checkpoint
+from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.errors import CheckpointError, ConfigError
 from hf_ortho.hub import add_remote_code, enable_remote_code
 

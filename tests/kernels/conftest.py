@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_ortho.activations import FAMILIES
-from hf_ortho.kernels import eager
+from hf_ortho.kernels import cpu
 
 NAMES = [f"{family}_{degree}" for family in FAMILIES for degree in (1, 3, 8, 9, 12)]
 
@@ -15,9 +15,9 @@ def name(request):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 64 elements, so that a few hundred go through all that large tensors do."""
-    monkeypatch.setattr(eager, "GRAIN", 50)
-    monkeypatch.setattr(eager, "LARGE", 51)
-    monkeypatch.setattr(eager, "CHUNK", 64)
+    monkeypatch.setattr(cpu, "GRAIN", 50)
+    monkeypatch.setattr(cpu, "LARGE", 51)
+    monkeypatch.setattr(cpu, "CHUNK", 64)
 
 
 @pytest.fixture

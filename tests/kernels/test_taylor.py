@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_ortho.activations import build
-from hf_ortho.kernels import eager
-from hf_ortho.kernels.fourier import FourierSeries
-from hf_ortho.kernels.taylor import LEAST_NODES, MOST_NODES, TaylorSeries, fourier_series
+from hf_ortho.activations.fourier.cpu import FourierSeries
+from hf_ortho.activations.fourier.taylor import LEAST_NODES, MOST_NODES, TaylorSeries, fourier_series
+from hf_ortho.kernels import cpu
 
 CPU = torch.device("cpu")
 
@@ -27,8 +27,8 @@ def data(count, scale=3.0):
 @pytest.fixture
 def tables(monkeypatch):
     """For small inputs too, which get the cosines otherwise."""
-    monkeypatch.setattr(eager, "GRAIN", 50)
-    monkeypatch.setattr(eager, "LARGE", 51)
+    monkeypatch.setattr(cpu, "GRAIN", 50)
+    monkeypatch.setattr(cpu, "LARGE", 51)
 
 
 @pytest.mark.parametrize("degree", [4, 6, 8])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, ConvNextForImageClassification, T
 
 from hf_ortho import convert
 from hf_ortho.activations import FAMILIES
-from hf_ortho.conversion.checkpoint import load_checkpoint
+from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.errors import ConfigError
 from hf_ortho.training import DataArguments, LoraArguments, ModelArguments, Recipe, finetune
 

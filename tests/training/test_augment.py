@@ -7,7 +7,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from transformers import default_data_collator
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_ortho.training import AugmentationArguments, AugmentedImages, MixingCollator, SoftTargetLoss, data
+from hf_ortho.tasks import data
+from hf_ortho.training import AugmentationArguments, AugmentedImages, MixingCollator, SoftTargetLoss
 from hf_ortho.training.augment import erase
 
 EVERYTHING = {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_ortho.conversion.checkpoint import Checkpoint
+from hf_ortho.checkpoints.load import Checkpoint
 from hf_ortho.errors import ConfigError
 from hf_ortho.training import ActivationTrainer, AugmentationArguments, MixingCollator, SoftTargetLoss
 from hf_ortho.training.augment import check_augmentation

@@ -10,10 +10,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-from hf_ortho.conversion.checkpoint import Checkpoint
+from hf_ortho.checkpoints.load import Checkpoint
 from hf_ortho.errors import DataError
-from hf_ortho.training import DataArguments, data
-from hf_ortho.training.samples import load_splits
+from hf_ortho.tasks import data
+from hf_ortho.tasks.samples import load_splits
+from hf_ortho.training import DataArguments
 
 TEXTS = ["first line\nsecond line\n", "naïve — \t ✓", 'a,b,"c"']
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from hf_ortho.tasks.data import digits, images, text_blocks
+from hf_ortho.tasks.metrics import EVALUATORS, perplexity, top_k_accuracy
+from hf_ortho.tasks.metrics.compute import token_losses
 from hf_ortho.training import Perplexity, TopKAccuracy
-from hf_ortho.training.data import digits, images, text_blocks
-from hf_ortho.training.metrics import EVALUATORS, perplexity, top_k_accuracy
-from hf_ortho.training.metrics.compute import token_losses
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_
 
 from hf_ortho.activations import FAMILIES, LearnableActivation, build
 from hf_ortho.errors import CheckpointError, ConfigError, HfOrthoError
+from hf_ortho.tasks.tokenizer import bpe_tokenizer, byte_tokenizer
 from hf_ortho.training import DataArguments, ModelArguments
 from hf_ortho.training.scratch import scratch_checkpoint
-from hf_ortho.training.tokenizer import bpe_tokenizer, byte_tokenizer
 
 SIZES = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32}
 

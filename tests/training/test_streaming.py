@@ -16,11 +16,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from hf_ortho.conversion.checkpoint import Checkpoint
+from hf_ortho.checkpoints.load import Checkpoint
 from hf_ortho.errors import ConfigError, DataError
+from hf_ortho.tasks.samples import batches, load_splits
+from hf_ortho.tasks.stream import Stream, mixed
 from hf_ortho.training import DataArguments
-from hf_ortho.training.samples import batches, load_splits
-from hf_ortho.training.streaming import Stream, mixed
 
 # Machines with one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

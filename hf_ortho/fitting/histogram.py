@@ -9,8 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ..activations.interpolation import Nodes, Source
 from ..errors import CalibrationError
+from .least_squares import Nodes, Source
 
 BINS = 1024
 REACH = math.asinh(2.0**16)

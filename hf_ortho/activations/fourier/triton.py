@@ -12,7 +12,7 @@ import triton.language as tl
 from numpy.polynomial import Chebyshev, Polynomial
 from triton.language.extra import libdevice
 
-from .triton_common import Family, constexpr_function
+from ...kernels.triton_common import Family, constexpr_function
 
 INVERSE_PI = tl.constexpr(float(np.float32(1 / math.pi)))
 INVERSE_PI_REST = tl.constexpr(1 / math.pi - float(np.float32(1 / math.pi)))

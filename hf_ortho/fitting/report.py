@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .interpolation import Array, Nodes, Target
+from .least_squares import Array, Nodes, Target
 
 if TYPE_CHECKING:
-    from .base import LearnableActivation
+    from ..activations.base import LearnableActivation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from numpy.polynomial import chebyshev, hermite_e
 from torch import Tensor, nn
 
-from ..errors import PolynomialError
-from ..kernels import compiled
-from ..kernels.hermite import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
-from .base import LearnableActivation
-from .interpolation import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
+from ...errors import PolynomialError
+from ...fitting.least_squares import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
+from ..base import LearnableActivation
+from . import compiled
+from .cpu import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
 from .polynomial import PolynomialForm
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)

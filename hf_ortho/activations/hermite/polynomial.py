@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.polynomial import Chebyshev, HermiteE, Polynomial, chebyshev, hermite_e
 
-from ..errors import PolynomialError
+from ...errors import PolynomialError
 
 
 @dataclasses.dataclass(frozen=True)

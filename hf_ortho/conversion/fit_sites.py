@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from ..activations import FitReport, LearnableActivation
 from ..activations.base import MAX_DEGREE
 from ..errors import FitError
+from ..fitting.histogram import Histogram
 from .calibrate import several_processes
-from .histogram import Histogram
 from .report import LayerReport
 from .sites import Site
 

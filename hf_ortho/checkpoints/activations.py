@@ -19,7 +19,7 @@ from ..activations.base import MAX_DEGREE
 from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain
 from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
-from .checkpoint import check_place, commit_of
+from .load import check_place, commit_of
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
 

@@ -10,11 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
-from ..conversion.checkpoint import Checkpoint
+from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError, DataError
+from ..training.arguments import DataArguments
 from . import data
-from .arguments import DataArguments
-from .streaming import Stream, first_rows, stream_images, stream_text
+from .stream import Stream, first_rows, stream_images, stream_text
 
 logger = logging.get_logger("hf_ortho")
 

@@ -9,10 +9,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor, nn
 
-from ..kernels import compiled
-from ..kernels.tropical import TropicalRationalSeries, TropicalSeries, upper_envelope
-from .base import LearnableActivation
-from .interpolation import (
+from ...fitting.least_squares import (
     Target,
     balance,
     clearly_less,
@@ -21,7 +18,10 @@ from .interpolation import (
     variable_projection,
     width_bounds,
 )
-from .piecewise_linear import fit_knots, interpolate, lines_through
+from ...fitting.piecewise_linear import fit_knots, interpolate, lines_through
+from ..base import LearnableActivation
+from . import compiled
+from .cpu import TropicalRationalSeries, TropicalSeries, upper_envelope
 
 ROUNDS = 12
 STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of a descent along the parameters, and at each step

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_ortho.activations import FAMILIES, build
-from hf_ortho.kernels import eager
-from hf_ortho.kernels.tropical import upper_envelope
+from hf_ortho.activations.tropical.cpu import upper_envelope
+from hf_ortho.kernels import cpu
 
 TAILS = (-1.5, 1.8)
 PRECISION = {
@@ -170,7 +170,7 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype, randomised, meas
 
 def test_threads_work_alone(randomised, measured, threads, monkeypatch):
     """Above ATen's grain size, where its own threads would split the sums, and slow each other down."""
-    monkeypatch.setattr(eager, "CHUNK", 40_000)
+    monkeypatch.setattr(cpu, "CHUNK", 40_000)
     x, g = data(100_003)
     for name in ("hermite_3", "fourier_1"):
         module = make(randomised, name)
@@ -181,7 +181,7 @@ def test_threads_work_alone(randomised, measured, threads, monkeypatch):
             y_again, again = measured(module, x, g)
             assert torch.equal(y, y_again)
             assert all(torch.equal(again[key], value) for key, value in gradients.items())
-            pool = eager._pool(count, os.getpid())
+            pool = cpu._pool(count, os.getpid())
             assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
 
 
@@ -190,8 +190,8 @@ def test_threads_after_a_fork_and_after_the_main_one(tmp_path, forked):
     (tmp_path / "script.py").write_text("""
 import os, threading, torch
 from hf_ortho.activations import build
-from hf_ortho.kernels import eager
-eager.GRAIN, eager.CHUNK = 50, 64
+from hf_ortho.kernels import cpu
+cpu.GRAIN, cpu.CHUNK = 50, 64
 torch.set_num_threads(2)
 module, x = build("hermite_3"), torch.linspace(-2, 2, 1000)
 expected = module(x)
@@ -228,7 +228,7 @@ def test_a_default_device_and_dtype_change_nothing(name, randomised, measured, s
     module = make(randomised, name)
     x, g = data(300)
     y, gradients = measured(module, x, g)
-    eager._activation.cache_clear()
+    cpu._activation.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
@@ -244,7 +244,7 @@ def test_trains_after_a_first_call_in_inference_mode(name, randomised, measured,
     module = make(randomised, name)
     x, g = data(300)
     expected = measured(module, x, g)[1]
-    eager._activation.cache_clear()
+    cpu._activation.cache_clear()
     with torch.inference_mode():
         module(x)
         module(x[:10])
@@ -377,5 +377,5 @@ def test_numbers_that_float32_cannot_hold_become_infinite():
 
 def test_chunks_cover_large_tensors(randomised, measured, reference, assert_near):
     module = make(randomised, "hermite_3")
-    x, g = data(2 * eager.CHUNK + 5)
+    x, g = data(2 * cpu.CHUNK + 5)
     assert_near(measured(module, x, g), reference(module, x, g), 2e-6, 5e-6)

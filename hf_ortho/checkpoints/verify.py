@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..conversion.calibrate import evaluating
 from ..errors import OutputError
-from .calibrate import evaluating
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:

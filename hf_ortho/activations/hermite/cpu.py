@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .eager import rounded
+from ...kernels.cpu import rounded
 
 HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
 

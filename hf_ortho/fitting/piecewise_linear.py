@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .interpolation import Nodes, Target, clearly_less, variable_projection
+from .least_squares import Nodes, Target, clearly_less, variable_projection
 
 INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
 

@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, DataError
+from ..training.arguments import DataArguments
 from . import data
-from .arguments import DataArguments
 from .packing import DOCUMENTS, Packer
 from .shards import why_unreadable
 

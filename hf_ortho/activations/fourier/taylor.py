@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fourier import FourierSeries
+from .cpu import FourierSeries
 
 LEAST_NODES, MOST_NODES = 64, 4096  # the three tables of the most nodes take 48 KB
 ROUNDING = 2.0**-22
@@ -61,11 +61,12 @@ class TaylorSeries:
         return not -self.reach <= least <= most <= self.reach
 
     def _nearest(self, x: Tensor, rows) -> tuple[Tensor, Tensor]:
-        """d, and the indices of the nodes; that of NaN is 0."""
+        """d in the first row, and the indices of the nodes in the last two; that of NaN is 0."""
         d = torch.add(self.shift, x, alpha=self.scale, out=rows[0])
         rounded = torch.add(d, ROUNDER, out=rows[1])
         d.sub_(torch.sub(rounded, ROUNDER, out=rows[2]))
-        return d, rounded.view(torch.int32).bitwise_and_(self.nodes - 1)
+        index = rounded.view(torch.int32).bitwise_and_(self.nodes - 1)
+        return d, _wide(rows[2], torch.int64).copy_(index)  # once here, or ATen does it for each table
 
     def _evaluate(self, tables, d: Tensor, index: Tensor, out: Tensor, row: Tensor) -> Tensor:
         zeroth, first, second = tables
@@ -76,8 +77,8 @@ class TaylorSeries:
     def value(self, x: Tensor, out, rows) -> Tensor:
         if self._off(x):
             return self.cosines.value(x, out, rows)
-        rows = [torch.empty_like(out) if row is None else row for row in rows]
-        return self._evaluate(self.of_value, *self._nearest(x, rows), out, rows[2])
+        rows = x.new_empty(self.rows, len(x)) if rows[0] is None else rows
+        return self._evaluate(self.of_value, *self._nearest(x, rows), out, rows[1])
 
     def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list:
         if self._off(x):
@@ -85,10 +86,9 @@ class TaylorSeries:
             return [0.0, 0.0, *sums] if reduce else []
         d, index = self._nearest(x, rows)
         if out is not None:
-            self._evaluate(self.of_slope, d, index, out, rows[2]).mul_(g)
+            self._evaluate(self.of_slope, d, index, out, rows[1]).mul_(g)
         if not reduce:
             return []
-        index = _wide(rows[2], torch.int64).copy_(index)
         higher, product = torch.zeros(2, self.nodes, dtype=x.dtype, device=x.device), g
         for weights in higher:
             product = torch.mul(product, d, out=rows[1])

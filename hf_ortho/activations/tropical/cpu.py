@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .eager import above, rounded
+from ...kernels.cpu import above, rounded
 
 
 def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:

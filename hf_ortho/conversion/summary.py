@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ..activations import FitReport, LearnableActivation
+from ..checkpoints.activations import StoredActivations, pure_domain, source_names
 from ..errors import FitError
-from .stored import StoredActivations, pure_domain, source_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .eager import rounded
+from ...kernels.cpu import rounded
 
 
 class FourierSeries:

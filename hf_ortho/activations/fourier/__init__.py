@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kernels import compiled
-from ..kernels.taylor import fourier_series
-from .base import LearnableActivation
-from .interpolation import Target, balance, variable_projection, width_bounds
+from ...fitting.least_squares import Target, balance, variable_projection, width_bounds
+from ..base import LearnableActivation
+from . import compiled
+from .taylor import fourier_series
 
 MIN_FREQUENCY, MAX_FREQUENCY = 0.1, 60.0
 ROUNDS = 8

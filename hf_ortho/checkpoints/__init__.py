@@ -1,0 +1,1 @@
+"""Read, verify and write checkpoints and adapters with learnable activations; nothing is fitted here."""

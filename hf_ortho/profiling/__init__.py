@@ -1,0 +1,1 @@
+"""Interleaved timings and peak memory."""

@@ -1,0 +1,1 @@
+"""Data, metrics and tokenizers of the tasks that models are trained for."""
