@@ -11,7 +11,11 @@ TOLERANCE = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The ``ratio`` of the figure (case, row, measure) is to be at most ``limit`` on ``device``."""
+    """The ``ratio`` of the figure (case, row, measure) is to be at most ``limit`` on ``device``.
+
+    On a processor that computes the reference nearly as fast as it copies, the passes of a kernel alone may take
+    longer than that. Where the floor of the row, measured in the same run, is above the limit, it is the limit.
+    """
 
     device: str
     case: str
@@ -22,15 +26,17 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A target and what was measured for it, None if nothing was."""
+    """A target and what was measured for it, None if nothing was; ``floor`` if that is above the target's limit."""
 
     target: Target
     figure: Figure | None
+    floor: Figure | None = None
 
     @property
     def missed_by(self) -> float:
-        """0.2 for a ratio that is 20 % above the limit; 0 if the target is met or was not run."""
-        return 0.0 if self.figure is None else max(0.0, self.figure.ratio / self.target.limit - 1.0)
+        """0.2 for a ratio that is 20 % above the limit, or the floor; 0 if the target is met or was not run."""
+        limit = self.target.limit if self.floor is None else self.floor.ratio
+        return 0.0 if self.figure is None else max(0.0, self.figure.ratio / limit - 1.0)
 
     @property
     def fails(self) -> bool:
@@ -40,7 +46,8 @@ class Outcome:
     def verdict(self) -> str:
         if self.figure is None:
             return "not run"
-        return f"missed by {self.missed_by:.0%}" if self.missed_by >= 0.005 else "met"
+        verdict = f"missed by {self.missed_by:.0%}" if self.missed_by >= 0.005 else "met"
+        return verdict if self.floor is None else f"{verdict}, for the floor of {self.floor.ratio:.2f} measured here"
 
 
 def _activations(device: str, limits: dict[str, tuple[float, float, float]]) -> list[Target]:
@@ -91,6 +98,16 @@ TARGETS: list[Target] = [
 ]
 
 
+def floor_of(row: str) -> str:
+    """The name of the row that measures the floor of ``row``."""
+    return f"floor of {row}"
+
+
 def check(results: Results, device: str, targets: list[Target] = TARGETS) -> list[Outcome]:
     """The targets of ``device``, each with its figure."""
-    return [Outcome(t, results.find(t.case, t.row, t.measure)) for t in targets if t.device == device]
+    return [_outcome(target, results) for target in targets if target.device == device]
+
+
+def _outcome(target: Target, results: Results) -> Outcome:
+    figure, floor = (results.find(target.case, row, target.measure) for row in (target.row, floor_of(target.row)))
+    return Outcome(target, figure, floor if floor is not None and floor.ratio > target.limit else None)

@@ -1,10 +1,14 @@
 """Targets against made-up results."""
 
+import collections
 import dataclasses
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_ortho.benchmark import TARGETS, Figure, Results, Target, check
+from hf_ortho.benchmark.floors import FLOORS, Floor
 
 TARGET = Target("cpu", "sequence", "hermite_3", "forward", 2.0)
 
@@ -29,6 +33,47 @@ def test_tolerance(ratio, fails, verdict):
     found = outcome(ratio)
     assert (found.fails, found.verdict) == (fails, verdict)
     assert found.missed_by == pytest.approx(max(0, ratio / 2 - 1))
+
+
+@pytest.mark.parametrize(
+    ("floor", "ratio", "fails", "verdict"),
+    [
+        (1.9, 2.28, False, "missed by 14%"),  # below the limit, it changes nothing
+        (3.0, 2.9, False, "met, for the floor of 3.00 measured here"),
+        (3.0, 3.3, False, "missed by 10%, for the floor of 3.00 measured here"),
+        (3.0, 3.6, True, "missed by 20%, for the floor of 3.00 measured here"),
+    ],
+)
+def test_a_floor_above_the_limit_takes_its_place(floor, ratio, fails, verdict):
+    figures = [
+        Figure("sequence", row, "forward", 1.0, r) for row, r in (("hermite_3", ratio), ("floor of hermite_3", floor))
+    ]
+    (found,) = check(Results(figures), "cpu", [TARGET])
+    assert (found.fails, found.verdict) == (fails, verdict)
+
+
+@pytest.mark.parametrize("row", FLOORS)
+def test_a_floor_takes_the_operations_that_it_names(row):
+    forward, backward = FLOORS[row]
+    x = torch.randn(3, 50_000, requires_grad=True)  # three chunks, the last one short
+    with Counter() as counter:
+        y = Floor(forward, backward)(x)
+        counted_forward = collections.Counter(counter.calls)
+        counter.calls.clear()
+        y.backward(torch.ones_like(y))
+    for operations, counted in ((forward, counted_forward), (backward, counter.calls)):
+        found = [counted[name] // 3 for name in ("mul", "sum", "index_select", "scatter_add_")]
+        assert found == [operations.passes, operations.sums, operations.gathers, operations.scatters]
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_what_was_not_run_fails():
