@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -16,6 +15,7 @@ from transformers import Trainer
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from ..text import suggestion
 
 # LBFGS takes no groups, SparseAdam no dense gradients, Muon only matrices.
 NAMES: dict[str, type[torch.optim.Optimizer]] = {
@@ -89,8 +89,7 @@ def optimizer(
     cls: Any = name_or_cls
     if isinstance(cls, str):
         if cls not in NAMES:
-            closest = difflib.get_close_matches(cls, NAMES, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"optimizer {cls!r}: no such class in torch.optim; the closest name is {closest!r}")
+            raise ConfigError(f"optimizer {cls!r}: no such class in torch.optim{suggestion(cls, NAMES)}")
         cls = NAMES[cls]
     _check(lr=lr, weight_decay=weight_decay, activation_lr=activation_lr, gradient_scale=gradient_scale)
     try:
