@@ -196,8 +196,8 @@ class OptimizerArguments:
             raise ConfigError(f"domain_penalty_interval {self.domain_penalty_interval}: must be two numbers lo < hi")
 
     @property
-    def apart(self) -> str:
-        """The first of the fields that need parameter groups or steps apart from the others'; empty without one."""
+    def needs_own_groups(self) -> str:
+        """The first field that needs separate parameter groups or steps for activations; empty if none does."""
         own = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return next((key for key in own if getattr(self, key) != defaults[key]), "")

@@ -62,7 +62,7 @@ def param_groups(
     return [{"params": found, "lr": rates[kind][0], "weight_decay": rates[kind][1]} for (kind, _), found in in_order]
 
 
-def optimizer(
+def optimizer_cls_and_kwargs(
     name_or_cls: str | type[torch.optim.Optimizer] = "adamw",
     *,
     lr: float,
@@ -72,7 +72,7 @@ def optimizer(
     natural_steps: bool = False,
     **options,
 ) -> tuple[Any, dict[str, Any]]:
-    """The argument for ``Trainer(..., optimizer_cls_and_kwargs=hf_ortho.optimizer(...))``.
+    """The argument for ``Trainer(..., optimizer_cls_and_kwargs=hf_ortho.optimizer_cls_and_kwargs(...))``.
 
     ``Trainer`` gives such an optimiser none of its own ``TrainingArguments``: learning rate, weight decay and betas are
     those given here. The schedule multiplies the learning rate of each group.
@@ -104,6 +104,9 @@ def optimizer(
         )
 
     return lambda: build, {}
+
+
+optimizer = optimizer_cls_and_kwargs  # its earlier name
 
 
 def scale_steps(

@@ -105,7 +105,7 @@ def test_factory_in_a_plain_trainer(model, tmp_path):
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             rates.append(sorted({group["lr"] for group in optimizer.param_groups}))
 
-    factory = hf_ortho.optimizer("adamw", lr=0.01, activation_lr=0.1, weight_decay=0.1, betas=(0.8, 0.9))
+    factory = hf_ortho.optimizer_cls_and_kwargs("adamw", lr=0.01, activation_lr=0.1, weight_decay=0.1, betas=(0.8, 0.9))
     trainer = Trainer(
         model=model,
         args=arguments(tmp_path, max_steps=4, lr_scheduler_type="linear", save_strategy="no"),
