@@ -41,9 +41,10 @@ def check_registration(family, x, parameters, domain, tail_slopes, gradients):
 
     ``gradients``: triples of whether x, the parameters and the domain need theirs.
     """
+    from hf_ortho.activations import FAMILIES
     from hf_ortho.kernels import triton as kernels
 
-    tensors = x, parameters, domain, tail_slopes, family
+    tensors = x, parameters, domain, tail_slopes, FAMILIES[family].triton
     found = [torch.library.opcheck(kernels.activation, tensors)]
     for needs in gradients:
         found.append(torch.library.opcheck(kernels.activation_backward, (torch.ones_like(x), *tensors, *needs)))

@@ -15,7 +15,7 @@ from ...errors import PolynomialError
 from ...fitting.least_squares import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
 from ..base import LearnableActivation
 from . import compiled
-from .cpu import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
+from .cpu import HORNER_MAX_DEGREE, MONOMIALS, make_hermite_series
 from .polynomial import PolynomialForm
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
@@ -50,9 +50,11 @@ class Hermite(LearnableActivation):
     """
 
     family = "hermite"
+    equation = "S(x) = sum_{k=0..n} c_k He_k(x) / k!,    S'(x) = sum_{k=1..n} c_k He_{k-1}(x) / (k-1)!"
     default_degree = 8
-    kernel = staticmethod(hermite_series)
+    cpu_series = staticmethod(make_hermite_series)
     compiled = compiled.Hermite
+    triton = "hf_ortho.activations.hermite.triton:KERNELS"
     coefficients: nn.Parameter
 
     @classmethod

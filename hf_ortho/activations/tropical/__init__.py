@@ -21,7 +21,7 @@ from ...fitting.least_squares import (
 from ...fitting.piecewise_linear import fit_knots, interpolate, lines_through
 from ..base import LearnableActivation
 from . import compiled
-from .cpu import TropicalRationalSeries, TropicalSeries, upper_envelope
+from .cpu import TropicalRationalSeries, TropicalSeries, line_scale, upper_envelope
 
 ROUNDS = 12
 STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of a descent along the parameters, and at each step
@@ -79,24 +79,26 @@ class Tropical(LearnableActivation):
     """
 
     family = "tropical"
+    equation = "S(x) = (sqrt(2)/n) max_{k=0..n} (k x + a_k)"
     default_degree = 6
-    kernel = TropicalSeries
+    cpu_series = TropicalSeries
     compiled = compiled.Tropical
+    triton = "hf_ortho.activations.tropical.triton:TROPICAL"
     coefficients: nn.Parameter
 
     @classmethod
     def initial_parameters(cls, degree, init):
         if init == "paper":
             return {"coefficients": [1.0] * (degree + 1)}
-        slopes = math.sqrt(2) / degree * np.arange(degree + 1)
+        slopes = line_scale(degree) * np.arange(degree + 1)
         b = _quantile_intercepts(slopes)
         mean, second = _normal_moments(lambda x: np.max(np.outer(x, slopes) + b, axis=1))
         b = b - mean + math.sqrt(mean**2 - second + 1.0)  # E[(F + s)^2] = 1
-        return {"coefficients": (b * degree / math.sqrt(2)).tolist()}
+        return {"coefficients": (b / line_scale(degree)).tolist()}
 
     @staticmethod
     def _lines(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        scale = math.sqrt(2) / (len(coefficients) - 1)
+        scale = line_scale(len(coefficients) - 1)
         slopes = scale * torch.arange(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
         return slopes, scale * coefficients
 
@@ -118,7 +120,7 @@ class Tropical(LearnableActivation):
         """
         theta = balance(self._solve, target, rounds=ROUNDS).solution
         n, source = self.degree, target.source
-        step = math.sqrt(2) / n
+        step = line_scale(n)
         breaks = np.sort(theta[1 : n + 1])
         domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
         if target.domain is None and source.slopes[0] == 0 and domain[0] <= breaks[0]:
@@ -136,7 +138,7 @@ class Tropical(LearnableActivation):
 
     def _solve(self, target: Target, start: np.ndarray | None):
         n, source, x = self.degree, target.source, target.nodes.x
-        step, (s_lo, s_hi) = math.sqrt(2) / n, source.slopes
+        step, (s_lo, s_hi) = line_scale(n), source.slopes
         root = np.sqrt(target.nodes.w)
         root_slope = root * math.sqrt(target.derivative_weight)
 
@@ -204,9 +206,11 @@ class TropicalRational(LearnableActivation):
     """
 
     family = "tropical_rational"
+    equation = "S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k)"
     default_degree = 6
-    kernel = TropicalRationalSeries
+    cpu_series = TropicalRationalSeries
     compiled = compiled.TropicalRational
+    triton = "hf_ortho.activations.tropical.triton:RATIONAL"
     numerator_slopes: nn.Parameter
     numerator_intercepts: nn.Parameter
     denominator_slopes: nn.Parameter
@@ -214,8 +218,8 @@ class TropicalRational(LearnableActivation):
 
     @classmethod
     def initial_parameters(cls, degree, init):
-        p = math.sqrt(2) / degree * np.arange(degree + 1)
-        a, q, b = np.full(degree + 1, math.sqrt(2) / degree), 0 * p, 0 * p
+        p = line_scale(degree) * np.arange(degree + 1)
+        a, q, b = np.full(degree + 1, line_scale(degree)), 0 * p, 0 * p
         if init == "unit":
             q = (p - p.mean()) / 2
             a, b = _quantile_intercepts(p), _quantile_intercepts(q)
