@@ -43,7 +43,7 @@ class LearnableActivation(nn.Module):
     ``series_derivative`` and ``fit_parameters``, and a line in ``registry.FAMILIES``. It may give ``natural_units``;
     ``breaks``, if f' jumps inside the domain; and kernels that evaluate the series faster: ``cpu_series``, ``compiled``
     and ``triton``. Where it has none the formula serves. A subclass that overrides the ``series`` of a family resets
-    all three to None.
+    all three to None. A polynomial family derives from ``polynomial.PolynomialActivation``.
 
     Args:
         degree: 1 to 32; the family's default if None.

@@ -238,6 +238,10 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
 
     The first ``conversions`` scratch rows are there only where the dtype of ``x`` is not that of the arithmetic.
     """
+    # The chunks are cut by the size of x alone. Every thread takes one contiguous range of them, with scratch rows of
+    # its own that it uses again for each chunk, and so keeps in its cache. Results come back per chunk rather than per
+    # thread, and are added up in the order of the chunks: the bits do not depend on the number of threads. Threads of
+    # Python's do, since ATen releases the interpreter's lock inside each operation.
     n, size = x.numel(), _chunk_size(x)
     chunks = max(-(-n // size), 1)
     inference = torch.is_inference_mode_enabled()

@@ -19,6 +19,14 @@ logger = logging.get_logger("hf_ortho")
 
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
+# LearnableActivation.forward(x)
+#   dispatch.activation                    chooses: family.formula, _Compiled, or Recomputed with a backend
+#     Recomputed.forward, .backward        autograd.Function, which keeps x and computes the rest again
+#       cpu.forward, .backward             or those of triton: one launch per direction, and one for the sums
+#         cpu._run                         chunk by chunk, in threads
+#           Activation.value, .backward_chunk    the domain and the tails, around
+#             Series.value, .backward_chunk      the arithmetic of the family
+
 
 def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
     """f(x) of ``LearnableActivation``, in the shape and dtype of ``x``.
@@ -128,7 +136,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class Recomputed(torch.autograd.Function):
-    """f with the kernels of a backend, ``cpu`` or ``triton``: keeps x, recomputes the rest."""
+    """f with the kernels of a backend, the module ``cpu`` or ``triton``: keeps x, recomputes the rest."""
 
     @staticmethod
     def forward(ctx, backend, family, x, domain, tail_slopes, *parameters):

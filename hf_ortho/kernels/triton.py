@@ -63,6 +63,11 @@ def backward_kernel(
     ROWS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Sums FIRST to LAST - 1, of the parameters' TOTAL and then of lo and hi, and the gradient of x if WRITE_GX."""
+    # PROGRAMS programs stride over the tiles of ROWS x LANES elements. Each keeps one vector of LANES partial sums per
+    # gradient in registers from its first tile to its last and reduces it over the lanes once, at the end: a launch
+    # writes (LAST - FIRST) x PROGRAMS numbers, whatever the size of x. Only so many sums fit into registers; the host
+    # splits more of them into several launches, of which the first writes the gradient of x. The loads of all ROWS come
+    # before any arithmetic, so that several are in flight at a time.
     program = tl.program_id(0)
     lo = tl.load(domain).to(tl.float32)
     hi = tl.load(domain + 1).to(tl.float32)

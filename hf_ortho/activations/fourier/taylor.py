@@ -19,12 +19,16 @@ class TaylorSeries:
     """S by its Taylor polynomial of degree 2 about the nearest node of a grid.
 
     ``grid``: its middle, its step, its 2^m nodes, and whether there may be an x beyond. In units of the step h from the
-    middle, t = (x - middle)/h, node i stands at t = i and x is d = t - i off,
-    |d| <= 1/2, so that the remainder is at most h^3 max |S'''|/48. Indices count modulo 2^m: node -1 is the last one.
-    A parameter's gradient is a sum of g phi(x) with a smooth phi, of which the same expansion makes
-    sum_i (W0_i phi_i + W1_i h phi_i' + W2_i h^2 phi_i''/2): the sums are Wj_i, those of g d^j over the x near node i,
-    and those of the cosines, which take over the chunks with an x off the grid.
+    middle, t = (x - middle)/h, node i stands at t = i and x is d = t - i off, |d| <= 1/2, so that the remainder is at
+    most h^3 max |S'''|/48. Indices count modulo 2^m: node -1 is the last one. Chunks with an x off the grid are left to
+    the cosines.
     """
+
+    # Three look-ups and two products replace n cosines, whatever the degree: S(x) = S_i + d h S_i' + d^2 h^2 S_i''/2.
+    # Backward runs the expansion in reverse. A parameter's gradient is the sum of g phi(x), phi = dS/dparameter, and
+    # with phi expanded about the nodes it is sum_i (W0_i phi_i + W1_i h phi_i' + W2_i h^2 phi_i''/2). The weights
+    # Wj_i = sum of g d^j over the x near node i do not depend on phi: three scatters serve all 3n + 1 parameters, and
+    # the products with phi are taken once, over the nodes.
 
     scratch_rows = 4
 
