@@ -120,7 +120,7 @@ class Tropical(LearnableActivation):
         """
         theta = balance(self._solve, target, rounds=ROUNDS).solution
         n, source = self.degree, target.source
-        step = line_scale(n)
+        step = math.sqrt(2) / n
         breaks = np.sort(theta[1 : n + 1])
         domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
         if target.domain is None and source.slopes[0] == 0 and domain[0] <= breaks[0]:
@@ -138,7 +138,7 @@ class Tropical(LearnableActivation):
 
     def _solve(self, target: Target, start: np.ndarray | None):
         n, source, x = self.degree, target.source, target.nodes.x
-        step, (s_lo, s_hi) = line_scale(n), source.slopes
+        step, (s_lo, s_hi) = math.sqrt(2) / n, source.slopes
         root = np.sqrt(target.nodes.w)
         root_slope = root * math.sqrt(target.derivative_weight)
 
