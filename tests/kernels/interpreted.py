@@ -49,3 +49,12 @@ def check_registration(family, x, parameters, domain, tail_slopes, gradients):
     for needs in gradients:
         found.append(torch.library.opcheck(kernels.activation_backward, (torch.ones_like(x), *tensors, *needs)))
     return [result for results in found for result in results.values()]
+
+
+def copied(value):
+    """What the kernel copies that shows whether Triton works."""
+    from hf_ortho.kernels import triton as kernels
+
+    source, target = torch.tensor([value]), torch.zeros(1)
+    kernels.copy_kernel[(1,)](source, target)
+    return target.item()

@@ -227,3 +227,7 @@ def test_the_operators_are_registered_completely(interpreter, family, gradients)
     tensors = arguments(random_module(f"{family}_2"))
     results = interpreter(interpreted.check_registration, family, normal(5), *tensors, gradients)
     assert set(results) == {"SUCCESS"}
+
+
+def test_the_probe_runs(interpreter):
+    assert interpreter(interpreted.copied, 0.75) == 0.75

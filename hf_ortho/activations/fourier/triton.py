@@ -68,7 +68,7 @@ def fourier_scalars(p, DEGREE: tl.constexpr):
 
 @triton.jit
 def resolved(x, fastest):
-    """x; 0 where neighbouring float32 x are too far apart to tell the phase of all terms; NaN where x is infinite."""
+    """x; 0 where neighboring float32 x are too far apart to tell the phase of all terms; NaN where x is infinite."""
     return tl.where(tl.abs(x * fastest) < REACH, x, x - x)
 
 

@@ -54,7 +54,7 @@ def _breaks(module: LearnableActivation, *maxima: tuple[Tensor, Tensor]) -> tupl
 
 
 def _quantile_intercepts(slopes: np.ndarray) -> np.ndarray:
-    """Intercepts that make neighbouring lines meet at the normal quantiles (k + 1/2)/n, so that every line is used."""
+    """Intercepts that make neighboring lines meet at the normal quantiles (k + 1/2)/n, so that every line is used."""
     n = len(slopes) - 1
     meet = ndtri((np.arange(n) + 0.5) / n)
     return np.concatenate([[0.0], np.cumsum(-np.diff(slopes) * meet)])
