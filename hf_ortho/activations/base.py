@@ -39,9 +39,11 @@ class LearnableActivation(nn.Module):
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
-    A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative``,
-    ``fit_parameters``, and may give ``natural_units``, ``breaks``, ``kernel`` and ``compiled``. The last two evaluate
-    the series in its place: who changes the series of a family sets both to None.
+    A subclass must give ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
+    ``series_derivative`` and ``fit_parameters``, and a line in ``registry.FAMILIES``. It may give ``natural_units``;
+    ``breaks``, if f' jumps inside the domain; and kernels that evaluate the series faster: ``cpu_series``, ``compiled``
+    and ``triton``. Where it has none the formula serves. A subclass that overrides the ``series`` of a family resets
+    all three to None. A polynomial family derives from ``polynomial.PolynomialActivation``.
 
     Args:
         degree: 1 to 32; the family's default if None.
@@ -52,9 +54,11 @@ class LearnableActivation(nn.Module):
     """
 
     family: ClassVar[str]
+    equation: ClassVar[str]  # S(x) = ..., as cards show it
     default_degree: ClassVar[int]
-    kernel: ClassVar[Callable[..., cpu.Series] | None] = None  # on the CPU
-    compiled: ClassVar[type | None] = None  # under torch.compile
+    cpu_series: ClassVar[Callable[..., cpu.Series] | None] = None  # on the CPU: makes a Series
+    compiled: ClassVar[type | None] = None  # under torch.compile: has gradients, see dispatch._Compiled
+    triton: ClassVar[str | None] = None  # on CUDA: module:NAME of DeviceFunctions, imported when first used
     series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype
     series_derivative: ClassVar[Callable[..., Tensor]]  # likewise, S'(x)
     domain: nn.Parameter

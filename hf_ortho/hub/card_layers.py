@@ -42,8 +42,7 @@ def stored_table(layers: Sequence[dict]) -> str:
 
 def formulas(activation: str) -> str:
     """The formula of each family in a text such as ``hermite_8, hermite_9``, as indented code."""
-    found = ((FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in families_in(activation))
-    return "\n\n".join(f"    {formula}" for formula in found)
+    return "\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation))
 
 
 def weight_of(calibrated: bool | None) -> str:

@@ -11,12 +11,10 @@ import torch
 from numpy.polynomial import chebyshev, hermite_e
 from torch import Tensor, nn
 
-from ...errors import PolynomialError
 from ...fitting.least_squares import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
-from ..base import LearnableActivation
+from ..polynomial import PolynomialActivation, fractions_of
 from . import compiled
-from .cpu import HORNER_MAX_DEGREE, MONOMIALS, hermite_series
-from .polynomial import PolynomialForm
+from .cpu import HORNER_MAX_DEGREE, MONOMIALS, make_hermite_series
 
 SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
 ROUNDING = 2.0**-25, 2e-6  # of float32: relative, and the error that is not worth a lower degree
@@ -40,7 +38,7 @@ def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
     return y
 
 
-class Hermite(LearnableActivation):
+class Hermite(PolynomialActivation):
     r"""Hermite activation of degree n (arXiv 2502.01247, section 3; DLMF 18.3 for He_k):
 
         S(x) = sum_{k=0..n} c_k He_k(x) / k!,    S'(x) = sum_{k=1..n} c_k He_{k-1}(x) / (k-1)!
@@ -50,9 +48,11 @@ class Hermite(LearnableActivation):
     """
 
     family = "hermite"
+    equation = "S(x) = sum_{k=0..n} c_k He_k(x) / k!,    S'(x) = sum_{k=1..n} c_k He_{k-1}(x) / (k-1)!"
     default_degree = 8
-    kernel = staticmethod(hermite_series)
+    cpu_series = staticmethod(make_hermite_series)
     compiled = compiled.Hermite
+    triton = "hf_ortho.activations.hermite.triton:KERNELS"
     coefficients: nn.Parameter
 
     @classmethod
@@ -75,30 +75,9 @@ class Hermite(LearnableActivation):
         """sqrt(k!) for c_k, since E[(He_k(x)/k!)^2] = 1/k! for x ~ N(0, 1)."""
         return {"coefficients": [math.sqrt(math.factorial(k)) for k in range(self.degree + 1)]}
 
-    def to_polynomial(self, domain: tuple[float, float] | None = None) -> PolynomialForm:
-        """S on [lo, hi] in monomials, He_k and Chebyshev polynomials; the tails are not part of it.
-
-        Args:
-            domain: [lo, hi], finite and inside the module's own domain; that one if None.
-
-        Raises:
-            PolynomialError: the interval is not finite, as for a module without tails unless ``domain`` is given, or
-                reaches beyond the module's domain, where the activation is a straight line; or a coefficient is not
-                finite.
-        """
-        own = self.domain.tolist()
-        lo, hi = map(float, own if domain is None else domain)
-        if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-            raise PolynomialError(
-                f"domain [{lo:g}, {hi:g}] of {self.name}: the polynomial needs a finite interval lo < hi, give one "
-                "with to_polynomial(domain=(lo, hi))"
-            )
-        if not own[0] <= lo < hi <= own[1]:
-            raise PolynomialError(
-                f"domain [{lo:g}, {hi:g}] of {self.name}: beyond its own domain [{own[0]:g}, {own[1]:g}] it is a "
-                "straight line, give an interval inside"
-            )
-        return PolynomialForm.of(self.coefficients.tolist(), (lo, hi))
+    def exact_monomials(self):
+        factorials = [math.factorial(k) for k in range(self.degree + 1)]
+        return hermite_e.herme2poly(fractions_of(self.coefficients.tolist()) / np.array(factorials, dtype=object))
 
     def fit_parameters(self, target: Target):
         """Closed form for the coefficients given [lo, hi]; Nelder-Mead over the two ends.

@@ -21,7 +21,7 @@ from ...fitting.least_squares import (
 from ...fitting.piecewise_linear import fit_knots, interpolate, lines_through
 from ..base import LearnableActivation
 from . import compiled
-from .cpu import TropicalRationalSeries, TropicalSeries, upper_envelope
+from .cpu import TropicalRationalSeries, TropicalSeries, line_scale, upper_envelope
 
 ROUNDS = 12
 STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of a descent along the parameters, and at each step
@@ -54,7 +54,7 @@ def _breaks(module: LearnableActivation, *maxima: tuple[Tensor, Tensor]) -> tupl
 
 
 def _quantile_intercepts(slopes: np.ndarray) -> np.ndarray:
-    """Intercepts that make neighbouring lines meet at the normal quantiles (k + 1/2)/n, so that every line is used."""
+    """Intercepts that make neighboring lines meet at the normal quantiles (k + 1/2)/n, so that every line is used."""
     n = len(slopes) - 1
     meet = ndtri((np.arange(n) + 0.5) / n)
     return np.concatenate([[0.0], np.cumsum(-np.diff(slopes) * meet)])
@@ -79,24 +79,26 @@ class Tropical(LearnableActivation):
     """
 
     family = "tropical"
+    equation = "S(x) = (sqrt(2)/n) max_{k=0..n} (k x + a_k)"
     default_degree = 6
-    kernel = TropicalSeries
+    cpu_series = TropicalSeries
     compiled = compiled.Tropical
+    triton = "hf_ortho.activations.tropical.triton:TROPICAL"
     coefficients: nn.Parameter
 
     @classmethod
     def initial_parameters(cls, degree, init):
         if init == "paper":
             return {"coefficients": [1.0] * (degree + 1)}
-        slopes = math.sqrt(2) / degree * np.arange(degree + 1)
+        slopes = line_scale(degree) * np.arange(degree + 1)
         b = _quantile_intercepts(slopes)
         mean, second = _normal_moments(lambda x: np.max(np.outer(x, slopes) + b, axis=1))
         b = b - mean + math.sqrt(mean**2 - second + 1.0)  # E[(F + s)^2] = 1
-        return {"coefficients": (b * degree / math.sqrt(2)).tolist()}
+        return {"coefficients": (b / line_scale(degree)).tolist()}
 
     @staticmethod
     def _lines(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        scale = math.sqrt(2) / (len(coefficients) - 1)
+        scale = line_scale(len(coefficients) - 1)
         slopes = scale * torch.arange(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
         return slopes, scale * coefficients
 
@@ -204,9 +206,11 @@ class TropicalRational(LearnableActivation):
     """
 
     family = "tropical_rational"
+    equation = "S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k)"
     default_degree = 6
-    kernel = TropicalRationalSeries
+    cpu_series = TropicalRationalSeries
     compiled = compiled.TropicalRational
+    triton = "hf_ortho.activations.tropical.triton:RATIONAL"
     numerator_slopes: nn.Parameter
     numerator_intercepts: nn.Parameter
     denominator_slopes: nn.Parameter
@@ -214,8 +218,8 @@ class TropicalRational(LearnableActivation):
 
     @classmethod
     def initial_parameters(cls, degree, init):
-        p = math.sqrt(2) / degree * np.arange(degree + 1)
-        a, q, b = np.full(degree + 1, math.sqrt(2) / degree), 0 * p, 0 * p
+        p = line_scale(degree) * np.arange(degree + 1)
+        a, q, b = np.full(degree + 1, line_scale(degree)), 0 * p, 0 * p
         if init == "unit":
             q = (p - p.mean()) / 2
             a, b = _quantile_intercepts(p), _quantile_intercepts(q)
