@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..errors import CalibrationError
-from ..fitting.least_squares import DEFAULT_MEAN, DEFAULT_SIGMA
+from ..fitting.density import DATA_FREE
 from .calibrate import evaluating, main_output, several_processes
 
 RATE = 0.02  # in root mean square errors of the fit
@@ -124,8 +124,8 @@ def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]
 
 @torch.no_grad()
 def _scales(module: LearnableActivation, source: nn.Module) -> list[Tensor]:
-    """How far each finite parameter must move to change f by as much as f misses the source, over N(-0.5, 1.5^2)."""
-    x = DEFAULT_MEAN + DEFAULT_SIGMA * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
+    """How far each finite parameter must move to change f by as much as f misses the source, under ``DATA_FREE``."""
+    x = DATA_FREE.mean + DATA_FREE.deviation * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
     x = x.to(module.domain.device)
     state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}
     slopes = torch.func.jacrev(lambda values: torch.func.functional_call(module, values, (x,)))(state)

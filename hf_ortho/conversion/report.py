@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from ..activations import FitReport, LearnableActivation
+from ..fitting.density import DATA_FREE
 from ..fitting.histogram import Histogram
 from ..path_patterns import by_kind
 from .distill import Distillation
@@ -123,10 +124,9 @@ class ConversionReport:
             fit = layer.fit
             lo, hi = fit.domain
             outside = fit.mass_outside * fit.rms_error_outside**2
-            seen = "N(-0.5, 1.5^2)" if fit.minimum is None else "the pre-activations"
             if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error_outside > 1e-3:
                 lines.append(
-                    f"{layer.module}: {fit.mass_outside:.2%} of {seen} lie outside the domain "
+                    f"{layer.module}: {fit.mass_outside:.2%} of {fit.density} lie outside the domain "
                     f"[{lo:.2f}, {hi:.2f}], with an rms error there of {fit.rms_error_outside:.1e}"
                 )
         return lines
@@ -165,7 +165,7 @@ class ConversionReport:
 
     def summary(self) -> list[str]:
         """The lines under the table."""
-        weight = "the data" if self.calibrated else "N(-0.5, 1.5^2), no calibration data"
+        weight = "the data" if self.calibrated else f"{DATA_FREE}, no calibration data"
         lines = [
             f"{len(self.layers)} activations converted in {self.seconds:.1f} s, {self.fit_seconds:.1f} s of it fits; "
             f"rms and outside under {weight}"

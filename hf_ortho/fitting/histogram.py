@@ -10,7 +10,9 @@ import torch.distributed
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .least_squares import Nodes, Source
+from .density import LINE, PRE_ACTIVATIONS
+from .nodes import Nodes
+from .source import Source
 
 BINS = 1024
 REACH = math.asinh(2.0**16)
@@ -63,7 +65,7 @@ class Histogram:
         """Raise CalibrationError if a NaN or an infinity was seen."""
         if self._extremes is not None and not torch.isfinite(self._extremes).all():
             raise CalibrationError(
-                f"the pre-activations of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
+                f"{self} of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
                 "calibration data or the weights hold NaN or infinity"
             )
 
@@ -84,8 +86,12 @@ class Histogram:
         """The 1025 bin edges, in units of x."""
         return np.sinh(np.linspace(-REACH, REACH, BINS + 1))
 
-    def nodes(self, source: Source) -> Nodes:
-        """Bin centres as fit nodes, weighted by the counts."""
+    def nodes(self, source: Source, within: tuple[float, float] | None = None) -> Nodes:
+        """Bin centers as fit nodes, weighted by the counts; see ``Density``."""
         edges = np.linspace(-REACH, REACH, BINS + 1)
-        centres = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
-        return Nodes.of(source, centres, self.counts, self.minimum, self.maximum)
+        centers = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
+        nodes = Nodes.of(source, centers, self.counts, LINE, self.minimum, self.maximum)
+        return nodes if within is None else nodes.within(source, *within)
+
+    def __str__(self) -> str:
+        return PRE_ACTIVATIONS

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from .least_squares import Nodes, Target, clearly_less, variable_projection
+from .least_squares import Target, clearly_less, variable_projection
+from .nodes import Nodes
 
 INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
 

@@ -186,7 +186,7 @@ class OptimizerArguments:
     )
 
     def __post_init__(self):
-        from ..fitting.least_squares import is_interval
+        from ..fitting.options import is_interval
 
         for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
             value = getattr(self, key)

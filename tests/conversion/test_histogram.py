@@ -10,7 +10,7 @@ from transformers import GPT2Model
 
 from hf_ortho.conversion import Histogram, collect
 from hf_ortho.errors import CalibrationError, HfOrthoError
-from hf_ortho.fitting.least_squares import Source
+from hf_ortho.fitting.source import Source
 
 BINS = 1024
 EDGES = np.linspace(-math.asinh(2.0**16), math.asinh(2.0**16), BINS + 1)

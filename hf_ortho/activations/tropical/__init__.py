@@ -9,12 +9,12 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor, nn
 
+from ...fitting.density import gaussian_moments
 from ...fitting.least_squares import (
     Target,
     balance,
     clearly_less,
     first_of_least,
-    gaussian_moments,
     variable_projection,
     width_bounds,
 )
