@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import activations
 from ..checkpoints.activations import provenance_of
-from ..errors import CalibrationError, FitError, SiteError
-from ..fitting.histogram import Histogram
-from .calibrate import check_batches, collect, has_labels, main_output, mean_loss
+from ..errors import FitError, SiteError
+from ..fitting.options import FitOptions
+from .calibrate import Calibration, check_batches
+from .distill import check_steps
 from .distill import distill as distill_activations
 from .fit_sites import Fitted, fit_site, fit_smallest
 from .report import ConversionReport, LayerReport
@@ -73,83 +70,45 @@ def convert(
         In every case the model is as before.
     """
     start = time.perf_counter()
-    if degree is None:
-        family, n = activations.parse(activation)
-    else:
-        family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
+    family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
+    options = FitOptions(derivative_weight, domain, tails)
     if not tolerance > 0:
         raise FitError(f"tolerance {tolerance!r}: must be positive")
-    if distill < 0:
-        raise CalibrationError(f"distill {distill!r}: must be a number of steps, at least 0")
-    if distill and calibration is None:
-        raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
     if calibration is not None:
         check_batches(calibration)
-    again = calibration is not None and iter(calibration) is not calibration
-    if distill and not again:
-        raise CalibrationError("distill reads the calibration batches many times: give a list of them")
+    check_steps(distill, calibration)
     sites, left_alone = find_sites(model, fields)
-    histograms: dict[str, Histogram] = {}
-    loss_before = loss_after = output_error = noise_floor = distillation = None
-    if calibration is not None:
-        batches = iter(calibration)
-        first = list(itertools.islice(batches, 1))
-        histograms, loss_before = collect(
-            model, [name for site in sites for name in site.modules], itertools.chain(first, batches)
-        )
-        histograms = {path: histogram for path, histogram in histograms.items() if histogram.counts.any()}
-        reference, noise_floor = _reference(model, first[0]) if first else (None, None)
-
-    options: dict[str, Any] = {"derivative_weight": derivative_weight, "domain": domain, "tails": tails}
+    source = Calibration.of(model, [name for site in sites for name in site.modules], calibration)
     fitting = time.perf_counter()
     fitted: Fitted = {}
     names: dict[str, str] = {}
     for site in sites:
         if degree == "auto":
-            n, found = fit_smallest(model, site, family, histograms, tolerance, **options)
+            n, found = fit_smallest(model, site, family, source.histograms, options, tolerance)
         else:
-            found = fit_site(model, site, family, n, histograms, **options)
+            found = fit_site(model, site, family, n, source.histograms, options)
         names[site.field] = f"{family.family}_{n}"
         fitted |= found
-    fitting = time.perf_counter() - fitting
-    sources = {path: model.get_submodule(path) for path in fitted}
+    report = ConversionReport.of(
+        model,
+        fitted,
+        source.histograms,
+        time.perf_counter() - fitting,
+        left_alone=left_alone,
+        loss_before=source.loss,
+        noise_floor=source.noise_floor,
+    )
     restore = _replace(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
     try:
-        if calibration is not None:
-            if distill:
-                distillation = distill_activations(model, sources, calibration, distill)
-                for path, (module, layer) in fitted.items():
-                    fit = layer.fit
-                    moved = module.measure(
-                        sources[path],
-                        histogram=histograms.get(path),
-                        domain=None if tails else fit.domain,
-                        name=fit.source,
-                    )
-                    fitted[path] = module, dataclasses.replace(layer, fit=dataclasses.replace(moved, note=fit.note))
-            if reference is not None:
-                with torch.no_grad():
-                    output_error = _relative(main_output(model, first[0], sample=True), reference)
-            if loss_before is not None and again:
-                loss_after = mean_loss(model, (batch for batch in calibration if has_labels(model, batch)))
+        if distill and calibration is not None:
+            replaced = {path: module for path, (_, module, _) in report.modules.items()}
+            report.distillation = distill_activations(model, replaced, calibration, distill)
+            report.layers = _measured_again(report, tails)
+        report.output_error, report.loss_after = source.output_error(model), source.loss_of(model)
     except BaseException:
         restore()
         raise
-    report = ConversionReport(
-        activation=", ".join(dict.fromkeys(names.values())),
-        model=model.name_or_path or type(model).__name__,
-        layers=[layer for _, layer in fitted.values()],
-        left_alone=left_alone,
-        calibrated=bool(histograms),
-        loss_before=loss_before,
-        loss_after=loss_after,
-        output_error=output_error,
-        noise_floor=noise_floor,
-        distillation=distillation,
-        fit_seconds=fitting,
-        seconds=time.perf_counter() - start,
-        modules={path: (module, sources[path], histograms.get(path)) for path, (module, _) in fitted.items()},
-    )
+    report.seconds = time.perf_counter() - start
     model.config.hf_ortho = provenance(
         model,
         report.activation,
@@ -160,6 +119,17 @@ def convert(
     )
     model.add_model_tags(tags_of(report.activation))  # for model.push_to_hub
     return report
+
+
+def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:
+    """The layers of ``report`` with the errors that their modules have by now."""
+    layers = []
+    for layer in report.layers:
+        module, source, histogram = report.modules[layer.module]
+        domain = None if tails else layer.fit.domain
+        fit = module.measure(source, histogram=histogram, domain=domain, name=layer.fit.source)
+        layers.append(dataclasses.replace(layer, fit=dataclasses.replace(fit, note=layer.fit.note)))
+    return layers
 
 
 def revert(model: PreTrainedModel) -> list[str]:
@@ -218,26 +188,6 @@ def _replace(model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Mo
         restore()
         raise
     return restore
-
-
-def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
-    """The output of the source model in float32; and, below float32, how far the model itself is from that."""
-    with torch.no_grad():
-        own = main_output(model, batch, sample=True)
-    if torch.finfo(model.dtype).bits >= 32:
-        return own, None
-    try:
-        with torch.no_grad():
-            exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
-    except torch.OutOfMemoryError:
-        return own, None
-    return exact, _relative(own, exact)
-
-
-def _relative(found: Tensor, expected: Tensor) -> float | None:
-    """|found - expected| / |expected|, in the Euclidean norm over all elements; None if that is no finite number."""
-    ratio = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
-    return float(ratio) if torch.isfinite(ratio) else None
 
 
 def families_in(activation: str) -> list[str]:

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..activations import FitReport, LearnableActivation
 from ..fitting.density import DATA_FREE
@@ -70,16 +71,39 @@ class ConversionReport:
     activation: str
     model: str
     layers: list[LayerReport]
-    left_alone: list[tuple[str, str]]
     calibrated: bool
-    loss_before: float | None
-    loss_after: float | None
-    output_error: float | None
-    noise_floor: float | None
-    distillation: Distillation | None
     fit_seconds: float
     seconds: float
-    modules: dict[str, tuple[LearnableActivation, nn.Module, Histogram | None]] = dataclasses.field(repr=False)
+    left_alone: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    output_error: float | None = None
+    noise_floor: float | None = None
+    distillation: Distillation | None = None
+    modules: dict[str, tuple[LearnableActivation, nn.Module, Histogram | None]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        fitted: Mapping[str, tuple[LearnableActivation, LayerReport]],
+        histograms: Mapping[str, Histogram],
+        fit_seconds: float,
+        **measured,
+    ) -> ConversionReport:
+        """The report of new activations by path, while ``model`` still has those that they were fitted to."""
+        return cls(
+            activation=", ".join(dict.fromkeys(module.name for module, _ in fitted.values())),
+            model=model.name_or_path or type(model).__name__,
+            layers=[layer for _, layer in fitted.values()],
+            calibrated=bool(histograms),
+            fit_seconds=fit_seconds,
+            seconds=fit_seconds,
+            modules={p: (module, model.get_submodule(p), histograms.get(p)) for p, (module, _) in fitted.items()},
+            **measured,
+        )
 
     def to_dict(self) -> dict:
         """Plain JSON values; an infinite end of a domain is None."""
@@ -98,7 +122,7 @@ class ConversionReport:
         ]
         known["left_alone"] = [(field, why) for field, why in plain["left_alone"]]
         known["distillation"] = plain["distillation"] and Distillation(**plain["distillation"])
-        return cls(**known, modules={})
+        return cls(**known)
 
     def to_json(self) -> str:
         """``to_dict`` as JSON text."""

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..processes import max_over_processes, sum_over_processes
 from .density import LINE, PRE_ACTIVATIONS
 from .nodes import Nodes
 from .source import Source
@@ -56,8 +56,7 @@ class Histogram:
             counts, extremes = self._counts.to(device), self._extremes.to(device)
         # a maximum over processes need not pass NaN on, so that infinity stands for it
         bounds = torch.nan_to_num(extremes * torch.tensor([-1.0, 1.0], device=device), nan=math.inf, neginf=-math.inf)
-        torch.distributed.all_reduce(counts)
-        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+        counts, bounds = sum_over_processes(counts), max_over_processes(bounds)
         if counts.any():
             self._counts, self._extremes = counts, bounds * torch.tensor([-1.0, 1.0], device=device)
 

@@ -118,6 +118,12 @@ def test_collect_sees_what_reaches_the_modules(gpt2, ids, inputs_of):
         assert (histograms[name].minimum, histograms[name].maximum) == (values.min(), values.max())
 
 
+def test_collect_leaves_out_modules_that_get_no_input(gpt2, ids):
+    model = gpt2()
+    model.spare = torch.nn.GELU()
+    assert set(collect(model, ["spare", "transformer.h.0.mlp.act"], [ids])[0]) == {"transformer.h.0.mlp.act"}
+
+
 def test_collect_leaves_no_hooks(gpt2, ids, state_of):
     model = gpt2()
     before = state_of(model)
