@@ -157,7 +157,7 @@ class LearnableActivation(nn.Module):
         tails: bool = True,
         name: str | None = None,
     ) -> FitReport:
-        r"""Match ``fn`` and its derivative by weighted Sobolev least squares in float64, in place.
+        r"""Fit ``fn`` by weighted least squares in float64, in place; ``derivative_weight`` adds the derivative.
 
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
 
