@@ -38,8 +38,9 @@ def convert(
 ) -> ConversionReport:
     """Convert ``model`` in place; it then saves and reloads with plain ``from_pretrained``.
 
-    A model that is converted already is fitted anew to its present activations; without tails these grow like a
-    polynomial, so ``revert`` such a model first.
+    Each activation is a weighted least-squares fit to the one that it replaces; ``derivative_weight`` adds the
+    derivative. Converting a converted model refits its present activations; without tails these grow like a polynomial,
+    so ``revert`` such a model first.
 
     Args:
         model: any transformers model whose config names its activation.

@@ -40,8 +40,8 @@ class ModelArguments:
     activation_init: str = dataclasses.field(
         default="gelu",
         metadata={
-            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN whose "
-            "interpolation it is."
+            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN that "
+            "it is fitted to."
         },
     )
     model_type: str | None = dataclasses.field(

@@ -137,8 +137,8 @@ class Fourier(LearnableActivation):
 
     def _expand(self, target: Target, theta: np.ndarray):
         """clamp(x), cosines and sines there, the derivatives of the basis, and the least-squares solution."""
-        # For given frequencies and ends the problem is linear in 2n + 1 amplitudes: cosines and sines are columns of one
-        # design at t = clamp(x, lo, hi), so that the series stands still outside and the tails take over. At low
+        # For given frequencies and ends the problem is linear in 2n + 1 amplitudes: cosines and sines are columns of
+        # one design at t = clamp(x, lo, hi), so that the series stands still outside and the tails take over. At low
         # frequencies the columns are nearly dependent, which RIDGE makes up for.
         n, x = self.degree, target.nodes.x
         w, (lo, hi) = theta[:n], theta[n:] if target.domain is None else target.domain
