@@ -19,8 +19,9 @@ from .calibrate import Calibration, check_batches
 from .distill import check_steps
 from .distill import distill as distill_activations
 from .fit_sites import Fitted, fit_site, fit_smallest
+from .replace import replace_modules
 from .report import ConversionReport, LayerReport
-from .sites import Site, find_sites, rebuild, set_field
+from .sites import Site, find_sites
 
 
 def convert(
@@ -99,7 +100,7 @@ def convert(
         loss_before=source.loss,
         noise_floor=source.noise_floor,
     )
-    restore = _replace(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
+    restore = replace_modules(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
     try:
         if distill and calibration is not None:
             replaced = {path: module for path, (_, module, _) in report.modules.items()}
@@ -156,39 +157,10 @@ def revert(model: PreTrainedModel) -> list[str]:
             new[path] = ACT2FN[names[site.field]].train(model.get_submodule(path).training)
             if next(new[path].parameters(), None) is not None:
                 raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not kept")
-    _replace(model, sites, new, names)
+    replace_modules(model, sites, new, names)
     del model.config.hf_ortho
     model.model_tags = [tag for tag in model.model_tags or [] if tag not in tags_of(provenance["activation"])]
     return list(new)
-
-
-def _replace(model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Module], names: dict[str, str]):
-    """Put the modules in place and rewrite the config, then check that a rebuilt model has the same tensors.
-
-    Returns a function that undoes it.
-    """
-    old = {path: model.get_submodule(path) for path in modules}
-
-    def restore() -> None:
-        for path, module in old.items():
-            model.set_submodule(path, module)
-        for site in sites:
-            set_field(model.config, site.field, site.prefix + site.source)
-
-    try:
-        for path, module in modules.items():
-            model.set_submodule(path, module)
-        for site in sites:
-            set_field(model.config, site.field, site.prefix + names[site.field])
-        expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
-        found = {k: v.shape for k, v in model.state_dict().items()}
-        if expected != found:
-            odd = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-            raise SiteError(f"the converted model would not reload: its config builds other tensors ({odd} ...)")
-    except BaseException:
-        restore()
-        raise
-    return restore
 
 
 def families_in(activation: str) -> list[str]:
