@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,6 +20,9 @@ from wrapt import register_post_import_hook
 
 from ..errors import ConfigError
 from ..text import suggestion, visible
+
+if TYPE_CHECKING:
+    from ..conversion import ConversionReport
 
 
 class PlainConsole(Console):
@@ -127,6 +130,14 @@ def show(table: Table) -> None:
     table.title = None
     wanted = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
     PlainConsole(width=max(console.width, wanted)).print(table)
+
+
+def show_report(report: ConversionReport) -> None:
+    """Print the tables of a conversion and the lines under them."""
+    for part in report.tables():
+        show(part)
+    for line in report.summary():
+        console.print(line)
 
 
 @contextlib.contextmanager

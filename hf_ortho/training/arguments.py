@@ -40,8 +40,8 @@ class ModelArguments:
     activation_init: str = dataclasses.field(
         default="gelu",
         metadata={
-            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN whose "
-            "interpolation it is."
+            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN that "
+            "it is fitted to."
         },
     )
     model_type: str | None = dataclasses.field(
@@ -186,7 +186,7 @@ class OptimizerArguments:
     )
 
     def __post_init__(self):
-        from ..fitting.least_squares import is_interval
+        from ..fitting.options import is_interval
 
         for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
             value = getattr(self, key)

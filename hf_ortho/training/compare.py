@@ -16,7 +16,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.activations import ACT2FN
 
-from ..activations import LearnableActivation, parse
+from ..activations import LearnableActivation
+from ..activations.registry import check_name
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from ..files import written
 from ..folders import OutputFolder
@@ -73,8 +74,7 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
     """
     grid = comparison.compare
     for name in grid.activations:
-        if name not in ACT2FN:
-            parse(name)  # names the closest one
+        check_name(name)
     for key in ("activations", "seeds"):
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
