@@ -1,5 +1,6 @@
-"""Text from files and arguments, made safe to print."""
+"""Text to print: from files and arguments made safe, and figures."""
 
+import math
 import re
 
 # All controls but tab and line feed, the marks that reorder a line, and bytes that were no text.
@@ -9,3 +10,8 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def visible(text: str) -> str:
     r"""``text`` with controls as escapes, such as the four characters ``\x1b``; tabs and line feeds stay."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def change(before: float, after: float) -> str:
+    """``after`` against ``before`` in percent, such as ``+1.250%``; ``-`` where that says nothing."""
+    return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 
 from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError
-from ..tasks import data
+from ..tasks import data, of
 from .arguments import AugmentationArguments
 from .ema import ExponentialMovingAverage
 from .trainer import ActivationTrainer
@@ -49,8 +49,10 @@ def check_augmentation(
             "deviation"
         )
     asked = [key for key in OF_IMAGES if getattr(arguments, key)]
-    if asked and checkpoint.task != "image-classification":
-        raise ConfigError(f"{asked[0]}: augments images, but {type(checkpoint.model).__name__} is no image classifier")
+    if asked and not of(checkpoint.model).augments_images:
+        raise ConfigError(
+            f"{asked[0]}: augments images with a class, which {type(checkpoint.model).__name__} does not take"
+        )
     if asked and not isinstance(train, Dataset):
         raise ConfigError(f"{asked[0]}: needs images in any order, not a stream; set streaming: false")
     if arguments.ema_decay is None:

@@ -39,7 +39,7 @@ class Run:
     """One finished training.
 
     Attributes:
-        metrics: of the evaluation after it: loss (nats) and perplexity, or loss, top1 and top5.
+        metrics: of the evaluation after it: those of the task, by their keys.
         history: (step, mean training loss since the step before) pairs.
         diverged: why it was stopped, with neither metrics nor history; empty if it was not.
     """
