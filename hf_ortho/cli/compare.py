@@ -79,13 +79,13 @@ def write(
     """The files of what is finished so far; returns the table: caption, columns, rows."""
     from ..hub import hardware
     from ..plotting.comparison import plot_comparison
-    from ..training.compare import summarise
+    from ..training.compare import summarize
 
     diverged = [f"{run.activation}, seed {run.seed}" for run in runs if run.diverged]
     runs = [run for run in runs if not run.diverged]
     metric = metric_of(runs)
     title = f"evaluation {metric}"
-    summaries = summarise(runs, metric.key)
+    summaries = summarize(runs, metric.key)
     reference = summaries[0].activation
     columns = ["", "seeds", title, f"minus {reference}, same seed"]
     columns += [f"time of a micro-batch, over {reference}", "ms"] if times else []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["LOSS", "METRICS", "SUPPORTED", "TASKS", "Head", "Metric", "Task", "head_of", "of"]
 
 TASKS: tuple[Task, ...] = (CAUSAL_LM, IMAGE_CLASSIFICATION)
-SUPPORTED = " and ".join(task.title for task in TASKS)
+SUPPORTED = ", ".join(task.title for task in TASKS)
 METRICS = {metric.key: metric for task in TASKS for metric in task.metrics}
 # Heads of models that are converted and described, but not trained.
 OTHERS = (
@@ -48,5 +48,5 @@ def of(model: PreTrainedModel) -> Task:
     """
     head = head_of(model)
     if not isinstance(head, Task):
-        raise ConfigError(f"{type(model).__name__} can be neither trained nor evaluated: the tasks are {SUPPORTED}")
+        raise ConfigError(f"{type(model).__name__} can be neither trained nor evaluated; the tasks are: {SUPPORTED}")
     return head

@@ -71,7 +71,7 @@ class Classification(Task):
         if old == len(names):
             logging.get_logger("hf_ortho").warning(
                 f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) are not those of the dataset "
-                f"({', '.join(names[:2])} ...): its head is made anew"
+                f"({', '.join(names[:2])} ...): its head is replaced by a new one"
             )
         torch.manual_seed(seed)
         new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)

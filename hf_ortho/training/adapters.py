@@ -63,7 +63,7 @@ def add_adapter(
     """Wrap the model with what ``train`` names, to be saved as an adapter: the base model stays as it is.
 
     A head that was made for the classes of the dataset is trained and saved too. ``calibration`` weights the fit of
-    activations; those of the checkpoint ``resume`` are not fitted anew.
+    activations; those of the checkpoint ``resume`` are not fitted again.
 
     Raises:
         HfOrthoError: a value does not fit the model.

@@ -115,7 +115,7 @@ class CompareArguments:
 
 @dataclasses.dataclass
 class OptimizerArguments:
-    """How the activations are optimised.
+    """How the activations are optimized.
 
     Raises:
         ConfigError: a value is out of range.

@@ -157,7 +157,7 @@ class _Epochs(TrainerCallback):
 
 
 def erase(image: Tensor, rng: np.random.Generator) -> None:
-    """Fill a rectangle of a normalised image (C, H, W) with N(0, 1), in place: 2 to 33 % of the area, sides 0.3 to 3.3.
+    """Fill a rectangle of a normalized image (C, H, W) with N(0, 1), in place: 2 to 33 % of the area, sides 0.3 to 3.3.
 
     Source: Zhong et al., Random erasing data augmentation (2020).
     """
@@ -208,8 +208,8 @@ def _box(height: int, width: int, share: float, rng: np.random.Generator) -> tup
     side = math.sqrt(1 - share)
 
     def span(length: int) -> slice:
-        centre, half = int(rng.integers(length)), int(length * side) // 2
-        return slice(max(0, centre - half), min(length, centre + half))
+        center, half = int(rng.integers(length)), int(length * side) // 2
+        return slice(max(0, center - half), min(length, center + half))
 
     return span(height), span(width)
 

@@ -193,7 +193,7 @@ class Summary:
     difference_spread: float
 
 
-def summarise(runs: list[Run], metric: str) -> list[Summary]:
+def summarize(runs: list[Run], metric: str) -> list[Summary]:
     """One row per activation, in the order of the runs; the first is the reference."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:

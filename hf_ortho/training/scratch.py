@@ -54,7 +54,7 @@ def scratch_checkpoint(
     classes = (task.model_class(config) for task in TASKS)
     cls = next((cls for cls in classes if cls is not None), None)
     if cls is None:
-        raise ConfigError(f"model_type {config.model_type!r}: init scratch takes models for {SUPPORTED}")
+        raise ConfigError(f"model_type {config.model_type!r}: the tasks of init scratch are: {SUPPORTED}")
     tokenizer = image_processor = None
     if cls.main_input_name == "input_ids":
         tokenizer = _tokenizer(arguments, data_arguments, commit)

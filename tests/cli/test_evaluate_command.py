@@ -227,7 +227,7 @@ def test_a_model_of_another_task(evaluate, make_gpt2, save_parts, tmp_path):
 
     model, tokenizer = make_gpt2()
     folder = save_parts(tmp_path / "base", GPT2Model(model.config), tokenizer)
-    assert "causal language modeling and image classification" in evaluate(folder, "--dataset", "pydoc_topics").error
+    assert "causal language modeling, image classification" in evaluate(folder, "--dataset", "pydoc_topics").error
 
 
 def test_the_flag_named_for_an_ambiguous_column_works(evaluate, gpt2_folder, tmp_path):

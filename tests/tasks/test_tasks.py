@@ -40,7 +40,7 @@ def test_the_task_of_a_model_and_of_the_one_behind_an_adapter(make_gpt2, make_co
 def test_a_model_without_a_task_is_told_which_ones_there_are():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
-    said = "^BertForMaskedLM can be neither .* the tasks are causal language modeling and image classification$"
+    said = "^BertForMaskedLM can be neither .* the tasks are: causal language modeling, image classification$"
     with pytest.raises(ConfigError, match=said):
         of(model)
 
