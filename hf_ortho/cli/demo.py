@@ -42,9 +42,9 @@ def run(argv: list[str]) -> None:
 
     from ..hub import command_line
     from .demo_story import tell_story
-    from .demo_tasks import TASKS
+    from .demo_tasks import DEMOS
 
-    task = TASKS[args.task]
+    task = DEMOS[args.task]
     steps = task.steps if args.steps is None else args.steps
     tune_steps = task.tune_steps if args.tune_steps is None else args.tune_steps
     tell_story(task, name, output, steps, tune_steps, args.seed, command_line("demo", argv))

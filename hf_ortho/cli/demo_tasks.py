@@ -77,7 +77,7 @@ def small_convnext() -> Checkpoint:
     return Checkpoint(ConvNextForImageClassification(config), None, processor, None)
 
 
-TASKS = {
+DEMOS = {
     "text": DemoTask("pydoc_topics", small_gpt2, 620, 100, 8, 4e-3, 4e-4, 8),
     "vision": DemoTask("digits", small_convnext, 250, 60, 64, 2e-3, 2e-4, 64),
 }

@@ -1,6 +1,7 @@
 """The tasks that models are trained for: one object per file, with its data, metrics and names.
 
-Light to import: the files of the tasks import the libraries when they are used.
+A further task is a file with its object, and an entry in ``TASKS``. Light to import: the files of the tasks import the
+libraries when they are used.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def little_data():
         for name, splits in little.items():
             patch.setitem(built_in.BUILT_IN, name, lambda splits=splits: splits)
         for name, batch in (("text", 1), ("vision", 4)):
-            task = dataclasses.replace(demo_tasks.TASKS[name], batch_size=4, calibration_batch=batch)
-            patch.setitem(demo_tasks.TASKS, name, task)
+            task = dataclasses.replace(demo_tasks.DEMOS[name], batch_size=4, calibration_batch=batch)
+            patch.setitem(demo_tasks.DEMOS, name, task)
         yield
 
 
@@ -112,7 +112,7 @@ def test_the_figures_are_those_of_the_saved_model(vision_demo):
     """The last table is the fine-tuned source against the fine-tuned conversion, which is what was saved."""
     ran, folder = vision_demo
     checkpoint = load_checkpoint(str(folder))
-    _, held_back = demo_tasks.TASKS["vision"].datasets(checkpoint)
+    _, held_back = demo_tasks.DEMOS["vision"].datasets(checkpoint)
     found = evaluate_model(checkpoint, held_back)
     for key in ("loss", "top1", "top5"):
         assert float(ran.figures[key][1]) == pytest.approx(found[key], abs=1e-5)
@@ -127,7 +127,7 @@ def tiny_text(monkeypatch, make_gpt2):
         model, tokenizer = make_gpt2(n_layer=1, n_positions=demo_tasks.BLOCK, initializer_range=0.5)
         return Checkpoint(model, tokenizer, None, None)
 
-    monkeypatch.setitem(demo_tasks.TASKS, "text", dataclasses.replace(demo_tasks.TASKS["text"], build=build))
+    monkeypatch.setitem(demo_tasks.DEMOS, "text", dataclasses.replace(demo_tasks.DEMOS["text"], build=build))
     monkeypatch.setattr(demo_story, "plot_activations", lambda panels, path, title: path.write_bytes(b"png"))
 
 
