@@ -1,6 +1,7 @@
-"""Text from files and arguments, made safe to print."""
+"""Text to print: from files and arguments made safe, and figures."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 
@@ -17,3 +18,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known word that is most like ``word``; empty if none is."""
     closest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {closest[0]}?" if closest else ""
+
+
+def change(before: float, after: float) -> str:
+    """``after`` against ``before`` in percent, such as ``+1.250%``; ``-`` where that says nothing."""
+    return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"

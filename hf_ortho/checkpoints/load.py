@@ -38,7 +38,6 @@ class Checkpoint:
     """A model with what belongs to it.
 
     Attributes:
-        task: ``causal-lm``, ``image-classification``, or empty.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head that was made anew, for the classes of a dataset; empty if there is none.
         merged: whether the model came out of an adapter.
@@ -47,7 +46,6 @@ class Checkpoint:
     model: PreTrainedModel
     tokenizer: Any | None
     image_processor: Any | None
-    task: str
     commit: str | None
     new_head: str = ""
     merged: bool = False
@@ -55,13 +53,6 @@ class Checkpoint:
     @property
     def processor(self):
         return self.tokenizer or self.image_processor
-
-
-def task_of(architecture: str) -> str:
-    """The task behind the name of a model class."""
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal-lm"
-    return "image-classification" if architecture.endswith("ForImageClassification") else ""
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", **overrides) -> Checkpoint:
@@ -102,7 +93,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep it, nor write it
     vars(model.config).pop("auto_map", None)  # it refers to a file that is not loaded, and so not saved again
-    return Checkpoint(model, tokenizer, images, task_of(architecture), commit)
+    return Checkpoint(model, tokenizer, images, commit)
 
 
 def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, NonFiniteError
 from ..folders import OutputFolder
+from ..tasks import LOSS, TASKS, Metric
 from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ..training.compare import Run
 
 DESCRIPTION = "Run one recipe with several activations and seeds: table, picture, time per step and memory."
-METRIC_NAMES = {"loss": "evaluation loss (nats)", "top1": "top-1 accuracy"}
 
 
 def run(argv: list[str]) -> int | None:
@@ -58,9 +58,10 @@ def run(argv: list[str]) -> int | None:
     return None
 
 
-def metric_of(runs: list[Run]) -> str:
-    """The metric of the table: accuracy of a classifier, else the loss."""
-    return "top1" if "top1" in runs[0].metrics else "loss"
+def metric_of(runs: list[Run]) -> Metric:
+    """The metric of the table: that of the task whose metrics the runs have."""
+    found = runs[0].metrics.keys()
+    return next((task.compared for task in TASKS if {metric.key for metric in task.metrics} == found), LOSS)
 
 
 def _figure(mean: str, spread: float, seeds: int) -> str:
@@ -78,14 +79,15 @@ def write(
     """The files of what is finished so far; returns the table: caption, columns, rows."""
     from ..hub import hardware
     from ..plotting.comparison import plot_comparison
-    from ..training.compare import summarise
+    from ..training.compare import summarize
 
     diverged = [f"{run.activation}, seed {run.seed}" for run in runs if run.diverged]
     runs = [run for run in runs if not run.diverged]
     metric = metric_of(runs)
-    summaries = summarise(runs, metric)
+    title = f"evaluation {metric}"
+    summaries = summarize(runs, metric.key)
     reference = summaries[0].activation
-    columns = ["", "seeds", METRIC_NAMES[metric], f"minus {reference}, same seed"]
+    columns = ["", "seeds", title, f"minus {reference}, same seed"]
     columns += [f"time of a micro-batch, over {reference}", "ms"] if times else []
     columns += ["kept, MB"] if kept else []
     rows = []
@@ -109,7 +111,7 @@ def write(
     lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
     results = {
         "caption": caption,
-        "metric": metric,
+        "metric": metric.key,
         "runs": [{"activation": run.activation, "seed": run.seed, **run.metrics} for run in runs],
         "seconds_per_step": {
             name: {"median": t.median, "ratio": t.ratio, "spread": t.spread} for name, t in times.items()
@@ -124,8 +126,8 @@ def write(
         (draft / "results.json").write_text(json.dumps(results, indent=1))
         plot_comparison(
             {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},
-            {name: {run.seed: run.metrics[metric] for run in own} for name, own in by_name.items()},
-            METRIC_NAMES[metric],
+            {name: {run.seed: run.metrics[metric.key] for run in own} for name, own in by_name.items()},
+            title,
             caption,
             draft / "comparison.png",
         )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ..activations import FAMILIES, named, parse
+from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
 from .console import Parser
-
-COMPARED = ("hermite_3", "hermite_6", "hermite_8", "fourier_6", "tropical_6", "tropical_rational_6")
 
 
 def parser() -> Parser:
@@ -30,14 +28,6 @@ def parser() -> Parser:
     p.add_argument("--steps", type=int, help="Steps of the first training. Default: the task's own.")
     p.add_argument("--tune-steps", type=int, help="Steps of the fine-tuning. Default: the task's own.")
     p.add_argument("--seed", type=int, default=0, help="Seed of weights and data order.")
-    p.add_argument(
-        "--compare",
-        nargs="*",
-        metavar="NAME",
-        help="Instead of one conversion, a table of several over --seeds, such as hermite_3 fourier_6. Default without "
-        f"names: {' '.join(COMPARED)}.",
-    )
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of --compare. Default: 0 1 2.")
     return p
 
 
@@ -46,21 +36,15 @@ def run(argv: list[str]) -> None:
     for flag, value in (("--steps", args.steps), ("--tune-steps", args.tune_steps)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
-    names = args.compare or list(COMPARED)
-    for name in names:
-        parse(name)
     name = named(args.family, args.degree)
     folder = f"demo-{args.task}" if args.output is None else args.output
-    output = None if args.compare is not None else OutputFolder(folder, overwrite=args.overwrite)
+    output = OutputFolder(folder, overwrite=args.overwrite)
 
     from ..hub import command_line
-    from .demo_story import compare, tell_story
-    from .demo_tasks import TASKS
+    from .demo_story import tell_story
+    from .demo_tasks import DEMOS
 
-    task = TASKS[args.task]
+    task = DEMOS[args.task]
     steps = task.steps if args.steps is None else args.steps
     tune_steps = task.tune_steps if args.tune_steps is None else args.tune_steps
-    if output is None:
-        compare(task, names, args.seeds, steps, tune_steps)
-        return
     tell_story(task, name, output, steps, tune_steps, args.seed, command_line("demo", argv))

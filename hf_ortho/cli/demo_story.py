@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.activations import ACT2FN
 
 from ..checkpoints.load import Checkpoint, save_checkpoint
@@ -21,8 +21,10 @@ from ..files import MANIFEST
 from ..folders import OutputFolder
 from ..hub import DataSource, Results, hardware, write_card
 from ..plotting import Panel, plot_activations
+from ..tasks import head_of
 from ..tasks.samples import batches
-from ..training.evaluation import change, evaluate_model, make_trainer
+from ..text import change
+from ..training.evaluation import evaluate_model, make_trainer
 from .console import console, show_report, table, trainer_progress
 from .demo_tasks import DemoTask
 
@@ -67,10 +69,6 @@ def _source(checkpoint: Checkpoint) -> str:
     return getattr(config, "activation_function", None) or config.hidden_act
 
 
-def duplicate(checkpoint: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
-
-
 def calibration(task: DemoTask, dataset: Dataset) -> list[dict]:
     return batches(dataset, CALIBRATION_BATCHES * task.calibration_batch, task.calibration_batch)
 
@@ -87,9 +85,7 @@ def tell_story(
     table(f"on {len(held_back)} held-back samples", ["", source], [[k, f"{v:.5f}"] for k, v in at_first.items()])
 
     console.rule(f"2. Convert it to {name}", align="left")
-    converted = Checkpoint(
-        copy.deepcopy(original.model), original.tokenizer, original.image_processor, original.task, None
-    )
+    converted = dataclasses.replace(original, model=copy.deepcopy(original.model))
     with console.status("Calibrating and fitting"):
         report = convert(converted.model, name, calibration=calibration(task, dataset))
     show_report(report)
@@ -130,7 +126,7 @@ def tell_story(
             command=command,
             arguments=arguments,
         )
-    auto = AutoModelForCausalLM if converted.task == "causal-lm" else AutoModelForImageClassification
+    auto = getattr(transformers, head_of(converted.model).auto_class)
     equal = verify_reload(auto, output.path, fingerprint(converted.model), inputs, expected)
     console.print(f"{auto.__name__}.from_pretrained({output.name!r}): logits bit-equal: {equal}")
     reloaded = auto.from_pretrained(output.path)
@@ -154,47 +150,3 @@ def draw(checkpoint, report: ConversionReport, dataset: Dataset, task: DemoTask,
     histograms, _ = collect(checkpoint.model, names, calibration(task, dataset))
     panels = [Panel(n, checkpoint.model.get_submodule(n), ACT2FN[source], histograms[n]) for n in names]
     plot_activations(panels, path, f"{type(checkpoint.model).__name__}: {source} and learned {report.activation}")
-
-
-def compare(task: DemoTask, names: list[str], seeds: list[int], steps: int, tune_steps: int) -> None:
-    """Convert and fine-tune the same checkpoints with several activations; one table, mean and spread over seeds."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for seed in seeds:
-        console.rule(f"seed {seed}", align="left")
-        original, dataset, held_back = pretrain(task, steps, seed)
-        source = _source(original)
-        reference = evaluate_model(original, held_back)[task.metric]
-        for name in (source, *names):
-            checkpoint = duplicate(original)
-            if name != source:
-                with console.status(f"Converting to {name}"):
-                    convert(checkpoint.model, name, calibration=calibration(task, dataset))
-            at_once = evaluate_model(checkpoint, held_back)[task.metric]
-            set_seed(seed + 1)
-            train(checkpoint, task, dataset, tune_steps, task.tune_learning_rate, seed + 1, f"Fine-tuning with {name}")
-            tuned = evaluate_model(checkpoint, held_back)[task.metric]
-            console.print(f"{name}: {task.metric_name} {at_once:.5f} ({change(reference, at_once)}), tuned {tuned:.5f}")
-            found.setdefault(name, []).append((at_once / reference - 1, tuned))
-    rows = []
-    for name, values in found.items():
-        changes, final = [c for c, _ in values], [t for _, t in values]
-        against = [t - g for t, (_, g) in zip(final, found[source], strict=True)]
-        rows.append(
-            [
-                name,
-                f"{statistics.mean(changes):+.4%}",
-                f"{max(changes, key=abs):+.4%}",
-                f"{statistics.mean(final):.4f} ± {_spread(final):.4f}",
-                f"{statistics.mean(against):+.4f} ± {_spread(against):.4f}",
-            ]
-        )
-    title = (
-        f"{task.metric_name} on the held-back part of {task.dataset}, seeds {' '.join(map(str, seeds))}, "
-        f"{steps} + {tune_steps} steps, {hardware()}; ± is the standard deviation"
-    )
-    columns = ["", "change by conversion: mean", "largest", "after fine-tuning", f"minus {source}, same seed"]
-    table(title, columns, rows)
-
-
-def _spread(values) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0

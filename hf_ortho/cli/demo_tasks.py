@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 from datasets import Dataset
 from transformers import (
@@ -15,10 +16,9 @@ from transformers import (
 )
 
 from ..checkpoints.load import Checkpoint
-from ..tasks import data
-from ..tasks.samples import prepare
+from ..tasks import data, of
+from ..tasks.arguments import DataArguments
 from ..tasks.tokenizer import byte_tokenizer
-from ..training.arguments import DataArguments
 
 BLOCK = 128
 
@@ -27,7 +27,7 @@ BLOCK = 128
 class DemoTask:
     """A model to build, the data to train it on, and how long.
 
-    ``steps`` and ``tune_steps`` are optimiser steps of the first training and of the fine-tuning; ``metric`` is shown.
+    ``steps`` and ``tune_steps`` are optimizer steps of the first training and of the fine-tuning.
     """
 
     dataset: str
@@ -37,14 +37,12 @@ class DemoTask:
     batch_size: int
     learning_rate: float
     tune_learning_rate: float
-    metric: str
-    metric_name: str
     calibration_batch: int
 
     def datasets(self, checkpoint: Checkpoint) -> tuple[Dataset, Dataset]:
-        splits = data.load(self.dataset)
-        arguments = DataArguments(block_size=BLOCK)
-        return tuple(prepare(checkpoint, splits[part], arguments, self.dataset) for part in ("train", "validation"))
+        splits, arguments = data.load(self.dataset), DataArguments(block_size=BLOCK)
+        prepare = partial(of(checkpoint.model).prepare, checkpoint, arguments=arguments, name=self.dataset)
+        return prepare(splits["train"]), prepare(splits["validation"])
 
 
 def small_gpt2() -> Checkpoint:
@@ -61,7 +59,7 @@ def small_gpt2() -> Checkpoint:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return Checkpoint(GPT2LMHeadModel(config), tokenizer, None, "causal-lm", None)
+    return Checkpoint(GPT2LMHeadModel(config), tokenizer, None, None)
 
 
 def small_convnext() -> Checkpoint:
@@ -76,10 +74,10 @@ def small_convnext() -> Checkpoint:
         label2id={v: k for k, v in names.items()},
     )
     processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0)
-    return Checkpoint(ConvNextForImageClassification(config), None, processor, "image-classification", None)
+    return Checkpoint(ConvNextForImageClassification(config), None, processor, None)
 
 
-TASKS = {
-    "text": DemoTask("pydoc_topics", small_gpt2, 620, 100, 8, 4e-3, 4e-4, "perplexity", "perplexity", 8),
-    "vision": DemoTask("digits", small_convnext, 250, 60, 64, 2e-3, 2e-4, "top1", "top-1 accuracy", 64),
+DEMOS = {
+    "text": DemoTask("pydoc_topics", small_gpt2, 620, 100, 8, 4e-3, 4e-4, 8),
+    "vision": DemoTask("digits", small_convnext, 250, 60, 64, 2e-3, 2e-4, 64),
 }

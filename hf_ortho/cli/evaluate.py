@@ -1,17 +1,20 @@
-"""``hf-ortho evaluate``: loss and perplexity, or top-1 and top-5, of one checkpoint, or of two with the difference."""
+"""``hf-ortho evaluate``: the metrics of one checkpoint, or of two with the difference."""
 
 from __future__ import annotations
 
 from ..errors import ConfigError
+from ..tasks import TASKS
+from ..tasks.arguments import DataArguments
+from ..text import change
 from .console import DTYPES, Parser, console, table
 from .network import check_hub
 
 
 def parser() -> Parser:
+    metrics = "; ".join(f"{', '.join(metric.name for metric in task.metrics)} for {task.title}" for task in TASKS)
     p = Parser(
         prog="hf-ortho evaluate",
-        description="Print loss and perplexity, or top-1 and top-5 accuracy, of one checkpoint, or of two with the "
-        "difference.",
+        description=f"Print the metrics of one checkpoint, or of two with the difference: {metrics}.",
     )
     p.add_argument("model", help="A folder, or a model on the Hub.")
     p.add_argument("--against", metavar="OTHER", help="A second model, evaluated on the same samples.")
@@ -31,21 +34,20 @@ def parser() -> Parser:
 
 def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float]]:
     from ..checkpoints.load import load_checkpoint
-    from ..tasks import data
-    from ..tasks.samples import prepare
-    from ..training.arguments import DataArguments
+    from ..tasks import data, of
+    from ..tasks.samples import head
     from ..training.evaluation import evaluate_model
 
     checkpoint = load_checkpoint(name, revision=revision, dtype=args.dtype)
-    place = args.dataset or ("pydoc_topics" if checkpoint.task == "causal-lm" else None)
+    task = of(checkpoint.model)
+    place = args.dataset or task.default_dataset
     if place is None:
         raise ConfigError(f"--dataset is needed for {type(checkpoint.model).__name__}")
     splits = data.load(place)
     split = data.pick(splits, args.split, data.HELD_BACK, place)
     columns = {"text_column": args.text_column, "image_column": args.image_column, "label_column": args.label_column}
-    samples = prepare(checkpoint, splits[split], DataArguments(block_size=args.block_size, **columns), place)
-    if args.max_samples is not None:
-        samples = samples.select(range(min(args.max_samples, len(samples))))
+    samples = task.prepare(checkpoint, splits[split], DataArguments(block_size=args.block_size, **columns), place)
+    samples = head(samples, args.max_samples)
     what = f"{place}, {split}, {len(samples)} samples"
     console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {what}")
     return what, evaluate_model(checkpoint, samples, args.batch_size)
@@ -64,8 +66,6 @@ def run(argv: list[str]) -> None:
     other_what, second = measure(args.against, args.against_revision, args)
     if what != other_what:
         console.print(f"note: the two models read the data differently ({what}; {other_what})")
-    from ..training.evaluation import change
-
     rows = [
         [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", change(second[key], value)]
         for key, value in first.items()

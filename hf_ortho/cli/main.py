@@ -20,7 +20,7 @@ COMMANDS = {
     "finetune": "fine-tune a checkpoint, from a YAML file and flags",
     "pretrain": "train a model from scratch, from a YAML file and flags",
     "compare": "one recipe with several activations and seeds: table, picture, time per step and memory",
-    "evaluate": "loss and perplexity, or accuracy, of one checkpoint or two",
+    "evaluate": "loss and other metrics of one checkpoint, or of two with the difference",
     "plot": "draw the activations of a converted checkpoint, of two, or over a training",
     "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
     "push": "upload a model or an adapter to the Hub, with its card",

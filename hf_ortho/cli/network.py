@@ -16,9 +16,9 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import CheckpointError, DataError, HubError
+from ..tasks.built_in import BUILT_IN
 
 SECONDS = 3.0
-BUILT_IN = ("pydoc_topics", "digits")
 CONFIGS = ("config.json", "adapter_config.json")
 
 

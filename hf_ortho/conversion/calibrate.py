@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
-from ..checkpoints.load import task_of
 from ..errors import CalibrationError
 from ..fitting.histogram import Histogram
 from ..processes import collective_device, several_processes, sum_over_processes
@@ -211,8 +210,8 @@ def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
     labels = inputs.get("labels")
     if labels is None:
         return float(loss), len(next(v for v in inputs.values() if isinstance(v, Tensor)))
-    if task_of(type(model).__name__) == "causal-lm":
-        labels = labels[:, 1:]
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # each token is predicted from those before it, the first one from none
     return float(loss), int((labels != -100).sum())
 
 

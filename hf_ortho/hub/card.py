@@ -19,12 +19,13 @@ from ..conversion import ConversionReport
 from ..conversion.convert import tags_of
 from ..errors import CheckpointError
 from ..files import written
+from ..tasks import METRICS, head_of
 from .base_card import Base
 from .card_adapter import adapter_parts
 from .card_layers import formulas, layer_table, stored_table, table, weight_of
-from .card_loading import BEGIN, adapter_loading, model_loading, task_of_class, with_loading
+from .card_loading import BEGIN, adapter_loading, model_loading, with_loading
 from .record import Record
-from .results import METRICS, DataSource, Results, hardware
+from .results import DataSource, Results, hardware
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PICTURE = "activations.png"
@@ -187,7 +188,7 @@ def card_text(
         "pipeline_tag": task,
         "tags": [*parts["tags"], *([tags] if isinstance(tags, str) else tags)],
         "datasets": list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
-        "metrics": sorted({e.metric_type for e in evaluations} & set(METRICS.values())) or None,
+        "metrics": sorted({e.metric_type for e in evaluations} & {m.evaluate_name for m in METRICS.values()}) or None,
         "model_name": title if evaluations else None,
         "eval_results": evaluations or None,
     }
@@ -254,7 +255,7 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
         "base": base,
         "relation": "finetune",
         "library": "transformers",
-        "task": task_of_class(name)[0],
+        "task": head_of(name).pipeline_tag,
         "tags": tags_of(activation),
         "summary": summary,
         "conversion": _conversion(activation, provenance),

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoints.adapter import ADAPTER_WEIGHTS, PREFIX, base_revision
 from ..conversion.convert import tags_of
 from ..errors import CheckpointError
+from ..tasks import head_of
 from .base_card import Base
 from .card_layers import folded, formulas, paths_list, stored_table, weight_of
-from .card_loading import ADAPTED, task_of_class
 
 KINDS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
@@ -50,7 +50,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
         "base": base,
         "relation": "adapter",
         "library": "peft",
-        "task": ADAPTED.get(str(config.get("task_type")), task_of_class(cls))[0],
+        "task": head_of(config.get("task_type") or cls).pipeline_tag,
         "tags": [*tags_of(activation), "peft", "adapter" if activation else kind.lower()],
         "summary": summary,
         "conversion": conversion,

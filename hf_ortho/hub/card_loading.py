@@ -6,38 +6,15 @@ import json
 import re
 
 from ..checkpoints.adapter import base_revision
+from ..tasks import head_of
 
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
 END = "<!-- end of how to load -->"
-# (pipeline tag, auto class) by the end of the name of a model class
-TASKS = {
-    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
-    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
-    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
-    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
-    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
-}
-# The same by peft's task_type, with peft's own auto class where it has one.
-ADAPTED = {
-    "CAUSAL_LM": ("text-generation", "AutoPeftModelForCausalLM"),
-    "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
-    "TOKEN_CLS": ("token-classification", "AutoPeftModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "AutoPeftModelForQuestionAnswering"),
-    "SEQ_2_SEQ_LM": (None, "AutoPeftModelForSeq2SeqLM"),
-    "FEATURE_EXTRACTION": ("feature-extraction", "AutoPeftModelForFeatureExtraction"),
-}
-
-
-def task_of_class(architecture: str) -> tuple[str | None, str]:
-    """The pipeline tag, None if unknown, and the auto class that loads a model class."""
-    return next((task for end, task in TASKS.items() if architecture.endswith(end)), (None, "AutoModel"))
 
 
 def model_loading(config: dict, place: str, remote_code: bool) -> str:
     """How to load a model with and without hf_ortho."""
-    _, auto = task_of_class((config.get("architectures") or [""])[0])
+    auto = head_of((config.get("architectures") or [""])[0]).auto_class
     activation = (config.get("hf_ortho") or {}).get("activation")
     imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
@@ -53,20 +30,22 @@ def model_loading(config: dict, place: str, remote_code: bool) -> str:
 
 def adapter_loading(config: dict, place: str) -> str:
     """How to load a PEFT adapter; ``config`` is ``adapter_config.json``."""
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
     base, task = config.get("base_model_name_or_path") or "BASE_MODEL", config.get("task_type")
     module = "hf_ortho.peft" if config.get("activation") else "hf_ortho"
     why = "registers the adapter type in peft" if config.get("activation") else "registers the activations"
     imports = f"import {module}  # pip install hf-ortho: {why}\n"
     parts = []
-    if task in ADAPTED and not config.get("id2label"):
-        auto = ADAPTED[task][1]
+    if task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING and not config.get("id2label"):
+        auto = f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__}"
         parts.append(_code(f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"))
     revision = base_revision(config)
     at = f", revision={json.dumps(revision)}" if revision else ""
     if labels := config.get("id2label"):  # a head of its own
         at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"
-    known = [auto for tag, auto in TASKS.values() if task in ADAPTED and tag == ADAPTED[task][0] and tag]
-    cls = known[0] if known else (config.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
+    noted = (config.get("auto_mapping") or {}).get("base_model_class")  # by peft, without a task_type
+    cls = head_of(task).auto_class if task else noted or "AutoModel"
     lines = (
         f"{imports}from peft import PeftModel\nfrom transformers import {cls}\n\n"
         f"base = {cls}.from_pretrained({json.dumps(base)}{at})\n"

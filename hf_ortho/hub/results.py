@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, get_token
 
-NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
-METRICS = {"perplexity": "perplexity", "top1": "accuracy", "top5": "accuracy"}  # as `evaluate` calls them
+from ..tasks import METRICS, Metric
+from ..text import change
+
 SECRETS = ("--hub-token", "--push-to-hub-token", "--token")
 
 
@@ -71,9 +72,9 @@ class Results:
     """Figures of the same metrics at several stages, on the same data.
 
     Attributes:
-        values: stage (``source``, ``converted``, ``fine-tuned`` ...) to metric (``loss``, ``perplexity``, ``top1``,
-            ``top5`` or another name) to value, in this order; None where it was not run. The last stage is the model
-            that the card is about.
+        values: stage (``source``, ``converted``, ``fine-tuned`` ...) to metric (a key of ``tasks.METRICS`` or another
+            name) to value, in this order; None where it was not run. The last stage is the model that the card is
+            about.
         data: what they were measured on.
         command: the command, or whatever else measured them.
         hardware: the machine; empty if nothing was run.
@@ -117,8 +118,6 @@ class Results:
     @property
     def rows(self) -> list[list[str]]:
         """One row of texts per metric."""
-        from ..training.evaluation import change  # which needs all of the training
-
         rows = []
         for metric in next(iter(self.values.values())):
             found = [values.get(metric) for values in self.values.values()]
@@ -149,11 +148,12 @@ class Results:
                 dataset_config=self.data.config,
                 dataset_split=self.data.split,
                 dataset_revision=self.data.revision,
-                metric_type=METRICS.get(metric, metric),
-                metric_name=NAMES.get(metric, metric),
+                metric_type=metric.evaluate_name or metric.key,
+                metric_name=metric.name,
                 metric_value=round(value, 5),
             )
-            for metric, value in self.values[stage].items()
+            for key, value in self.values[stage].items()
+            for metric in [METRICS.get(key, Metric(key, key))]
             if value is not None and math.isfinite(value)
         ]
 

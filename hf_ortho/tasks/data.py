@@ -1,4 +1,4 @@
-"""Text and images from local files, the Hub, or what the dependencies carry."""
+"""Text and images from local files, the Hub, or the built-in datasets, as samples."""
 
 from __future__ import annotations
 
@@ -8,50 +8,16 @@ from pathlib import Path
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict, List, Value
 
-from ..errors import DataError
+from ..checkpoints.load import Checkpoint
+from ..errors import ConfigError, DataError
+from .arguments import DataArguments
+from .built_in import BUILT_IN
 from .packing import DOCUMENTS, Packer
 from .shards import BUILDERS, files_of, load_files, why_unreadable
 
 TRAIN, HELD_BACK = ("train",), ("validation", "valid", "dev", "test")
 BLOCK_FEATURES = Features({key: List(Value("int64")) for key in ("input_ids", "labels")})
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-
-
-def pydoc_topics() -> DatasetDict:
-    """CPython's help texts (``pydoc_data.topics``, English): each paragraph once, every tenth held back."""
-    from pydoc_data.topics import topics
-
-    paragraphs = list(
-        dict.fromkeys(p.strip("\n") for _, text in sorted(topics.items()) for p in text.split("\n\n") if p.strip())
-    )
-    held_back = paragraphs[9::10]
-    del paragraphs[9::10]
-
-    def documents(part: list[str]) -> Dataset:
-        return Dataset.from_dict({"text": ["\n\n".join(part[i : i + 50]) for i in range(0, len(part), 50)]})
-
-    return DatasetDict(train=documents(paragraphs), validation=documents(held_back))
-
-
-def digits() -> DatasetDict:
-    """scikit-learn's ``load_digits``: 1,797 real 8 x 8 scans of handwritten digits, every fifth held back."""
-    try:
-        from PIL import Image as PILImage
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(f"the digits dataset needs {error.name}: pip install 'hf-ortho[vision]'") from error
-    data = load_digits()
-    features = datasets.Features({"image": Image(), "label": ClassLabel(names=[str(n) for n in range(10)])})
-
-    def part(rows: list[int]) -> Dataset:
-        images = [PILImage.fromarray((data.images[i] * 15.9375).astype("uint8")).resize((32, 32)) for i in rows]
-        return Dataset.from_dict({"image": images, "label": [int(data.target[i]) for i in rows]}, features=features)
-
-    everything = range(len(data.images))
-    return DatasetDict(train=part([i for i in everything if i % 5 != 4]), validation=part(list(everything)[4::5]))
-
-
-BUILT_IN = {"pydoc_topics": pydoc_topics, "digits": digits}
 
 
 def load(
@@ -130,10 +96,26 @@ def split(splits: DatasetDict, train: str | None, held_back: str | None, name: s
     return splits[first], splits[pick(splits, held_back, usual, name)]
 
 
+def tokens_per_sample(checkpoint: Checkpoint, arguments: DataArguments) -> int:
+    """``block_size``, by default the model's context, at most 1024.
+
+    Raises:
+        DataError: the checkpoint has no tokenizer.
+        ConfigError: ``block_size`` is less than 2, or more than the context.
+    """
+    if checkpoint.tokenizer is None:
+        raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
+    context = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    size = arguments.block_size or min(context, 1024)
+    if not 2 <= size <= context:
+        raise ConfigError(f"block_size {size}: must be from 2 to the model's context of {context}")
+    return size
+
+
 def text_blocks(
     dataset: Dataset, tokenizer, block_size: int, column: str | None = None, name: str = "dataset"
 ) -> Dataset:
-    """Tokenise and pack into blocks of exactly ``block_size`` tokens, documents separated by the EOS token.
+    """Tokenize and pack into blocks of exactly ``block_size`` tokens, documents separated by the EOS token.
 
     Columns of the result: ``input_ids`` and ``labels`` (equal; a causal LM shifts them itself). The last partial block
     is dropped.
@@ -195,7 +177,7 @@ def images(
     image_column = _column(dataset, image_column, ("image", "img"), lambda f: isinstance(f, Image), "image", name)
     label_column = class_column(dataset, label_column, name)
     dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
-    dataset = _with_classes(dataset, label_column, known or [], name)
+    dataset = with_classes(dataset, label_column, known or [], name)
 
     def transform(batch):
         pictures = [picture(row, name) for row in batch[image_column]]
@@ -217,7 +199,8 @@ def class_column(dataset: Dataset, column: str | None, name: str) -> str:
     return _column(dataset, column, ("label", "labels"), lambda f: isinstance(f, ClassLabel), "label", name)
 
 
-def _with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> Dataset:
+def with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> Dataset:
+    """``column`` as ``ClassLabel``: numbered as in ``known`` if that has all classes; integers stay as they are."""
     feature, labels = dataset.features[column], dataset[column][:]
     if isinstance(feature, Value) and "int" in feature.dtype:
         if min(labels) < 0:

@@ -7,13 +7,13 @@ from itertools import chain
 
 import numpy as np
 
-# Documents that are tokenised at once: enough for the threads of a tokenizer, few enough for its memory, which takes
+# Documents that are tokenized at once: enough for the threads of a tokenizer, few enough for its memory, which takes
 # hundreds of bytes per token.
 DOCUMENTS = 16
 
 
 class Packer:
-    """Tokenises documents and cuts them into blocks of exactly ``block_size`` tokens.
+    """Tokenizes documents and cuts them into blocks of exactly ``block_size`` tokens.
 
     Each document is followed by the EOS token, if the tokenizer has one. What remains after the last block begins the
     first block of the next call.

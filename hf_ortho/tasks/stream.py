@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, DataError
-from ..training.arguments import DataArguments
 from . import data
+from .arguments import DataArguments
 from .packing import DOCUMENTS, Packer
 from .shards import why_unreadable
 
@@ -119,8 +119,8 @@ def packed(
             yield {"input_ids": block, "labels": block}
 
 
-def pictures(rows: Iterable[dict], features: Features, prepare: Callable[[Dataset], Dataset]) -> Iterator[dict]:
-    """Processed images and labels; ``prepare`` is what a whole dataset goes through."""
+def prepared(rows: Iterable[dict], features: Features, prepare: Callable[[Dataset], Dataset]) -> Iterator[dict]:
+    """Samples of rows, 32 rows at a time; ``prepare`` is what a whole dataset goes through."""
     rows = iter(rows)
     while batch := list(islice(rows, 32)):
         yield from prepare(Dataset.from_list(batch, features=features))
@@ -188,28 +188,28 @@ def _whole(blocks: Iterable[dict]) -> Dataset:
     return Dataset.from_dict(columns | {"labels": columns["input_ids"]}, data.BLOCK_FEATURES).with_format("torch")
 
 
-def stream_images(
+def stream_classified(
     rows: IterableDataset, prepare: Callable[[Dataset], Dataset], arguments: DataArguments, seed: int
 ) -> Stream | Dataset:
-    """A stream of processed images; a whole dataset of the first ``max_train_samples`` of them if that is given.
+    """A stream of samples with a class; a whole dataset of the first ``max_train_samples`` of them if that is given.
 
     Args:
-        prepare: makes samples of a whole dataset, see ``data.images``.
+        prepare: makes samples of a whole dataset, see ``Task.prepare``.
 
     Raises:
-        DataError: the labels are no ``ClassLabel``, so that the classes are not known before all rows are read.
+        DataError: the labels are not a ``ClassLabel``, so that the classes are not known before all rows are read.
     """
     name, rows = str(arguments.dataset), undecoded(rows)
     empty = without_rows(rows, name)
     column = data.class_column(empty, arguments.label_column, name)
     if not isinstance(empty.features[column], ClassLabel):
         raise DataError(
-            f"streaming: column {column!r} of {name} is no ClassLabel, so its classes are not known before it is read "
-            "whole: leave out streaming"
+            f"streaming: column {column!r} of {name} is not a ClassLabel, so its classes are not known before it is "
+            "read whole: leave out streaming"
         )
     if arguments.max_train_samples is not None:
         return prepare(first_rows(rows, arguments.max_train_samples, name))
-    samples = partial(pictures, features=empty.features, prepare=prepare)
+    samples = partial(prepared, features=empty.features, prepare=prepare)
     return Stream(rows, samples, name, seed, arguments.shuffle_buffer, prepare(empty).features)
 
 

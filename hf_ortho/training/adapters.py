@@ -6,7 +6,7 @@ import warnings
 from typing import Any, cast
 
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
@@ -15,11 +15,11 @@ from ..checkpoints.load import Checkpoint
 from ..conversion.sites import rebuild
 from ..errors import ConfigError
 from ..peft import OrthoConfig, calibrate
+from ..tasks import head_of
 from .arguments import LoraArguments, ModelArguments
 from .policies import NO_ACTIVATIONS, norm_layers
 
 ADAPTERS = ("activations", "norms", "lora", "lora+activations")
-TASK_TYPES = {"causal-lm": TaskType.CAUSAL_LM}
 
 
 def add_lora(
@@ -63,7 +63,7 @@ def add_adapter(
     """Wrap the model with what ``train`` names, to be saved as an adapter: the base model stays as it is.
 
     A head that was made for the classes of the dataset is trained and saved too. ``calibration`` weights the fit of
-    activations; those of the checkpoint ``resume`` are not fitted anew.
+    activations; those of the checkpoint ``resume`` are not fitted again.
 
     Raises:
         HfOrthoError: a value does not fit the model.
@@ -75,7 +75,7 @@ def add_adapter(
         )
     head = [checkpoint.new_head] if checkpoint.new_head else []
     options: dict[str, Any] = {
-        "task_type": TASK_TYPES.get(checkpoint.task),
+        "task_type": head_of(checkpoint.model).peft_type,
         "modules_to_save": head,
         "revision": checkpoint.commit,
     }

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 
 from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError
-from ..tasks import data
+from ..tasks import data, of
 from .arguments import AugmentationArguments
 from .ema import ExponentialMovingAverage
 from .trainer import ActivationTrainer
@@ -49,8 +49,10 @@ def check_augmentation(
             "deviation"
         )
     asked = [key for key in OF_IMAGES if getattr(arguments, key)]
-    if asked and checkpoint.task != "image-classification":
-        raise ConfigError(f"{asked[0]}: augments images, but {type(checkpoint.model).__name__} is no image classifier")
+    if asked and not of(checkpoint.model).augments_images:
+        raise ConfigError(
+            f"{asked[0]}: augments images with a class, which {type(checkpoint.model).__name__} does not take"
+        )
     if asked and not isinstance(train, Dataset):
         raise ConfigError(f"{asked[0]}: needs images in any order, not a stream; set streaming: false")
     if arguments.ema_decay is None:
@@ -155,7 +157,7 @@ class _Epochs(TrainerCallback):
 
 
 def erase(image: Tensor, rng: np.random.Generator) -> None:
-    """Fill a rectangle of a normalised image (C, H, W) with N(0, 1), in place: 2 to 33 % of the area, sides 0.3 to 3.3.
+    """Fill a rectangle of a normalized image (C, H, W) with N(0, 1), in place: 2 to 33 % of the area, sides 0.3 to 3.3.
 
     Source: Zhong et al., Random erasing data augmentation (2020).
     """
@@ -206,8 +208,8 @@ def _box(height: int, width: int, share: float, rng: np.random.Generator) -> tup
     side = math.sqrt(1 - share)
 
     def span(length: int) -> slice:
-        centre, half = int(rng.integers(length)), int(length * side) // 2
-        return slice(max(0, centre - half), min(length, centre + half))
+        center, half = int(rng.integers(length)), int(length * side) // 2
+        return slice(max(0, center - half), min(length, center + half))
 
     return span(height), span(width)
 

@@ -40,7 +40,7 @@ class Run:
     """One finished training.
 
     Attributes:
-        metrics: of the evaluation after it: loss (nats) and perplexity, or loss, top1 and top5.
+        metrics: of the evaluation after it: those of the task, by their keys.
         history: (step, mean training loss since the step before) pairs.
         diverged: why it was stopped, with neither metrics nor history; empty if it was not.
     """
@@ -193,7 +193,7 @@ class Summary:
     difference_spread: float
 
 
-def summarise(runs: list[Run], metric: str) -> list[Summary]:
+def summarize(runs: list[Run], metric: str) -> list[Summary]:
     """One row per activation, in the order of the runs; the first is the reference."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments, default_data_collator
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from .. import tasks
 from ..checkpoints.load import Checkpoint
-from ..errors import DataError
-from ..tasks import data
-from ..tasks.metrics import EVALUATORS
 from ..tasks.metrics import Perplexity as Perplexity
 from ..tasks.metrics import TopKAccuracy as TopKAccuracy
 from .trainer import ActivationTrainer
@@ -23,7 +20,7 @@ def make_trainer(
     checkpoint: Checkpoint, arguments: TrainingArguments, train=None, held_back=None, **options
 ) -> ActivationTrainer:
     """A Trainer with the task's metrics; ``options`` are further arguments of ``ActivationTrainer``."""
-    evaluator = EVALUATORS[checkpoint.task]
+    task = tasks.of(checkpoint.model)
     # Images are processed on access, from columns that the model does not take.
     arguments.remove_unused_columns = False
     trainer = ActivationTrainer(
@@ -31,10 +28,10 @@ def make_trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=held_back,
-        data_collator=default_data_collator,
+        data_collator=task.collator(checkpoint),
         processing_class=checkpoint.processor,
-        compute_metrics=evaluator.compute_metrics,
-        preprocess_logits_for_metrics=evaluator.preprocess_logits_for_metrics,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         **options,
     )
     if arguments.disable_tqdm:
@@ -61,12 +58,16 @@ def metrics_logged(trainer: ActivationTrainer) -> dict[str, float] | None:
 
 def _metrics_in(found: dict) -> dict[str, float]:
     # "loss" of our metrics is the mean over all tokens; the Trainer's own is a mean of batch means.
-    kept = ("loss", "perplexity", "top1", "top5")
-    return {key: float(found[f"eval_{key}"]) for key in kept if f"eval_{key}" in found}
+    return {key: float(found[f"eval_{key}"]) for key in tasks.METRICS if f"eval_{key}" in found}
 
 
 def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
-    """Loss and perplexity, or loss, top-1 and top-5, of a checkpoint on prepared samples."""
+    """The metrics of a checkpoint's task on prepared samples, by their keys.
+
+    Raises:
+        HfOrthoError: the model has no task, or the samples are not for it.
+    """
+    tasks.of(checkpoint.model).check(checkpoint.model, dataset)
     with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -75,13 +76,4 @@ def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        if checkpoint.task == "image-classification":
-            names, classes = data.class_names(dataset), checkpoint.model.config.num_labels or 0
-            if len(names) > classes:
-                raise DataError(f"the dataset has {len(names)} classes, {checkpoint.model.name_or_path} has {classes}")
         return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset))
-
-
-def change(before: float, after: float) -> str:
-    """``after`` against ``before`` in per cent."""
-    return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"

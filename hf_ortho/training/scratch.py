@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     IMAGE_PROCESSOR_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
@@ -29,13 +26,13 @@ from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
-from ..tasks import data
+from ..tasks import SUPPORTED, TASKS, data
 from ..tasks.stream import read, without_rows
 from ..tasks.tokenizer import bpe_tokenizer, byte_tokenizer
+from ..text import suggestion
 from .arguments import DataArguments, ModelArguments
 from .tensor_parallel import sharding
 
-TASKS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_DOCUMENTS = 10_000  # that byte-pair encoding is learned from
 
@@ -55,20 +52,19 @@ def scratch_checkpoint(
     if sharding():
         raise ConfigError("init scratch and tensor parallelism do not go together; take multi_gpu or fsdp2")
     config, commit = _config(arguments)
-    task = next((task for task, mapping in TASKS.items() if type(config) in mapping), None)
-    if task is None:
-        raise ConfigError(
-            f"model_type {config.model_type!r}: init scratch takes causal language models and image classifiers"
-        )
+    classes = (task.model_class(config) for task in TASKS)
+    cls = next((cls for cls in classes if cls is not None), None)
+    if cls is None:
+        raise ConfigError(f"model_type {config.model_type!r}: the tasks of init scratch are: {SUPPORTED}")
     tokenizer = image_processor = None
-    if task == "causal-lm":
+    if cls.main_input_name == "input_ids":
         tokenizer = _tokenizer(arguments, data_arguments, commit)
         if arguments.tokenizer:
             config.vocab_size = max(len(tokenizer), cast(dict, arguments.config_overrides).get("vocab_size", 0))
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         image_processor = _image_processor(arguments, config, commit)
-    model, report = build_model(config, task, arguments.activation, arguments.activation_init, seed)
+    model, report = build_model(cls, config, arguments.activation, arguments.activation_init, seed)
     model.config._commit_hash = commit
     size = config.get_text_config().vocab_size if tokenizer is not None else 0
     if tokenizer is not None and len(tokenizer) > size:
@@ -76,18 +72,17 @@ def scratch_checkpoint(
     if arguments.dtype not in DTYPES:
         raise ConfigError(f"dtype {arguments.dtype!r}: must be one of {', '.join(DTYPES)}")
     torch.nn.Module.to(model, DTYPES[arguments.dtype])
-    return Checkpoint(model, tokenizer, image_processor, task, commit), report
+    return Checkpoint(model, tokenizer, image_processor, commit), report
 
 
 def build_model(
-    config: PreTrainedConfig, task: str, activation: str | None, init: str, seed: int
+    cls: type[PreTrainedModel], config: PreTrainedConfig, activation: str | None, init: str, seed: int
 ) -> tuple[PreTrainedModel, ConversionReport | None]:
-    """A model of ``config`` with ``activation``, any name in ``ACT2FN``, or the config's own if None.
+    """A ``cls`` of ``config`` with ``activation``, any name in ``ACT2FN``, or the config's own if None.
 
     A learnable activation starts as ``init`` says: ``paper`` or ``unit``, or as the fit to another name in
     ``ACT2FN``, whose report is the second result.
     """
-    cls: Any = TASKS[task][type(config)]
 
     def fresh(device: str = "cpu") -> PreTrainedModel:
         set_seed(seed)
@@ -141,8 +136,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
     known = {*config.to_dict(), *config.attribute_map}
     for key in overrides:
         if key not in known:
-            closest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"config_overrides: {type(config).__name__} has no {key!r}; the closest is {closest!r}")
+            raise ConfigError(f"config_overrides: {type(config).__name__} has no {key!r}{suggestion(key, known)}")
     try:
         return type(config).from_dict({**stored, **overrides}), commit  # some fields follow from others
     except (TypeError, ValueError, StrictDataclassError) as error:

@@ -13,7 +13,7 @@ from hf_ortho.cli import demo_story, demo_tasks
 from hf_ortho.errors import DataError
 from hf_ortho.files import MANIFEST
 from hf_ortho.folders import OutputFolder
-from hf_ortho.tasks import data
+from hf_ortho.tasks import built_in
 from hf_ortho.training.evaluation import evaluate_model
 
 QUICK = ("--steps", "3", "--tune-steps", "2")
@@ -30,18 +30,18 @@ def demo(hf_ortho_command):
 @pytest.fixture(scope="module", autouse=True)
 def little_data():
     """A little of the help texts and of the digits, and small batches of them to calibrate with."""
-    texts = data.pydoc_topics()
+    texts = built_in.pydoc_topics()
     held_back = {"text": [texts["validation"][0]["text"][:3000]]}
     little = {"pydoc_topics": DatasetDict(train=texts["train"].select([0, 1]), validation=Dataset.from_dict(held_back))}
     with contextlib.suppress(DataError):  # without scikit-learn
-        digits = data.digits()
+        digits = built_in.digits()
         little["digits"] = DatasetDict({name: split.select(range(64)) for name, split in digits.items()})
     with pytest.MonkeyPatch.context() as patch:
         for name, splits in little.items():
-            patch.setitem(data.BUILT_IN, name, lambda splits=splits: splits)
+            patch.setitem(built_in.BUILT_IN, name, lambda splits=splits: splits)
         for name, batch in (("text", 1), ("vision", 4)):
-            task = dataclasses.replace(demo_tasks.TASKS[name], batch_size=4, calibration_batch=batch)
-            patch.setitem(demo_tasks.TASKS, name, task)
+            task = dataclasses.replace(demo_tasks.DEMOS[name], batch_size=4, calibration_batch=batch)
+            patch.setitem(demo_tasks.DEMOS, name, task)
         yield
 
 
@@ -112,7 +112,7 @@ def test_the_figures_are_those_of_the_saved_model(vision_demo):
     """The last table is the fine-tuned source against the fine-tuned conversion, which is what was saved."""
     ran, folder = vision_demo
     checkpoint = load_checkpoint(str(folder))
-    _, held_back = demo_tasks.TASKS["vision"].datasets(checkpoint)
+    _, held_back = demo_tasks.DEMOS["vision"].datasets(checkpoint)
     found = evaluate_model(checkpoint, held_back)
     for key in ("loss", "top1", "top5"):
         assert float(ran.figures[key][1]) == pytest.approx(found[key], abs=1e-5)
@@ -125,42 +125,10 @@ def tiny_text(monkeypatch, make_gpt2):
     def build():
         # Weights so large that a conversion to a low degree changes the perplexity.
         model, tokenizer = make_gpt2(n_layer=1, n_positions=demo_tasks.BLOCK, initializer_range=0.5)
-        return Checkpoint(model, tokenizer, None, "causal-lm", None)
+        return Checkpoint(model, tokenizer, None, None)
 
-    monkeypatch.setitem(demo_tasks.TASKS, "text", dataclasses.replace(demo_tasks.TASKS["text"], build=build))
+    monkeypatch.setitem(demo_tasks.DEMOS, "text", dataclasses.replace(demo_tasks.DEMOS["text"], build=build))
     monkeypatch.setattr(demo_story, "plot_activations", lambda panels, path, title: path.write_bytes(b"png"))
-
-
-def test_compare_one_activation_over_one_seed(demo, tiny_text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ran = demo(*QUICK, "--compare", "hermite_1", "--seeds", "5")
-    assert ran.code == 0, ran.err
-    lines = dict(re.findall(r"^(\w+): (perplexity .*)", ran.out, re.MULTILINE))
-    (at_first, gelu), (at_once, learned) = (
-        map(float, re.fullmatch(r"perplexity ([\d.]+) \(.*\), tuned ([\d.]+)", lines[name]).groups())
-        for name in ("gelu_new", "hermite_1")
-    )
-    change = 100 * (at_once / at_first - 1)
-    assert abs(change) > 0.5
-    # Columns: change by conversion (mean, largest), after fine-tuning, and minus the source's, both ± spread.
-    figures = ran.figures
-    assert [float(cell.rstrip("%")) for cell in figures["hermite_1"][:2]] == pytest.approx([change] * 2, abs=1e-4)
-    assert figures["gelu_new"][:2] == ["+0.0000%"] * 2
-    for name, tuned in (("gelu_new", gelu), ("hermite_1", learned)):
-        mean, _, spread, against, _, against_spread = figures[name][2:]
-        assert [float(mean), float(against)] == pytest.approx([tuned, tuned - gelu], abs=1e-4)
-        assert [spread, against_spread] == ["0.0000"] * 2
-    assert "seeds 5, 3 + 2 steps" in " ".join(ran.out.split())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_compare_over_two_seeds_gives_mean_and_spread(demo, tiny_text):
-    ran = demo("--steps", "2", "--tune-steps", "1", "--compare", "fourier_2", "--seeds", "0", "1")
-    tuned = [float(v) for v in re.findall(r"fourier_2: perplexity .* tuned ([\d.]+)", ran.out)]
-    assert len(tuned) == 2
-    mean, spread = sum(tuned) / 2, abs(tuned[0] - tuned[1]) / 2**0.5
-    assert spread > 0
-    assert [float(ran.figures["fourier_2"][i]) for i in (2, 4)] == pytest.approx([mean, spread], abs=1e-4)
 
 
 def test_the_same_again_with_overwrite(demo, tiny_text, tmp_path):
@@ -200,8 +168,6 @@ def test_a_full_disk_leaves_the_old_folder(demo, tiny_text, tmp_path, monkeypatc
         (["--tune-steps", "-2"], "--tune-steps -2"),
         (["--steps", "1.5"], "--steps"),
         (["--task", "audio"], "--task"),
-        (["--compare", "hermite_3", "hermite_99"], "degree '99' of hermite"),
-        (["--compare", "hermite_3", "--seeds", "x"], "--seeds"),
         (["--setps", "3"], "--setps"),
         (["words"], "words"),
     ],

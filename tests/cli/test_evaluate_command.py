@@ -61,7 +61,7 @@ def test_block_size_and_number_of_samples(evaluate, gpt2_folder, text_file):
 
 
 def test_text_is_evaluated_on_help_texts_by_default(evaluate, gpt2_folder):
-    from hf_ortho.tasks.data import pydoc_topics
+    from hf_ortho.tasks.built_in import pydoc_topics
 
     loss, _ = text_loss(gpt2_folder, pydoc_topics()["validation"][0]["text"], 32, 4)
     ran = evaluate(gpt2_folder, "--max-samples", 4)
@@ -123,7 +123,7 @@ def image_columns(ran):
 
 
 def test_top_1_and_top_5_on_digits(evaluate, convnext_folder, make_convnext):
-    from hf_ortho.tasks.data import digits
+    from hf_ortho.tasks.built_in import digits
 
     pytest.importorskip("sklearn")
     processor = make_convnext()[1]
@@ -227,7 +227,7 @@ def test_a_model_of_another_task(evaluate, make_gpt2, save_parts, tmp_path):
 
     model, tokenizer = make_gpt2()
     folder = save_parts(tmp_path / "base", GPT2Model(model.config), tokenizer)
-    assert "causal language modelling and image classification" in evaluate(folder, "--dataset", "pydoc_topics").error
+    assert "causal language modeling, image classification" in evaluate(folder, "--dataset", "pydoc_topics").error
 
 
 def test_the_flag_named_for_an_ambiguous_column_works(evaluate, gpt2_folder, tmp_path):

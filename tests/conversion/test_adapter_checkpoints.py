@@ -33,7 +33,7 @@ def check(model, folder, activations):
     """``activations``: the modules in use, by their paths in the base model."""
     model.save_pretrained(folder)
     loaded = load_checkpoint(str(folder))
-    assert loaded.task == "causal-lm"
+    assert type(loaded.model) is type(model.get_base_model())
     assert loaded.tokenizer is not None
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(IDS).logits, model(IDS).logits)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import hf_ortho
-from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint, save_checkpoint, task_of
+from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint, save_checkpoint
 from hf_ortho.checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
 from hf_ortho.cli.demo_tasks import byte_tokenizer, small_convnext
 from hf_ortho.errors import CheckpointError, HfOrthoError, OutputError
@@ -70,12 +70,12 @@ def test_truncated_weights(gpt2, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("cls", "task"), [(GPT2LMHeadModel, "causal-lm"), (GPT2ForSequenceClassification, "")])
-def test_the_head_decides_class_and_task(gpt2, ids, tmp_path, aligned, cls, task):
+@pytest.mark.parametrize("cls", [GPT2LMHeadModel, GPT2ForSequenceClassification])
+def test_the_head_decides_the_class(gpt2, ids, tmp_path, aligned, cls):
     model = gpt2(cls)
     model.save_pretrained(tmp_path)
     found = load_checkpoint(str(tmp_path))
-    assert (type(found.model), found.task, found.tokenizer, found.commit) == (cls, task, None, None)
+    assert (type(found.model), found.tokenizer, found.commit) == (cls, None, None)
     assert not found.model.training
     with torch.no_grad():
         assert torch.equal(aligned(found.model)(ids).logits, model(ids).logits)
@@ -93,24 +93,10 @@ def test_dtype(gpt2, tmp_path, dtype, expected):
     assert found.transformer.h[0].mlp.act.coefficients.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("architecture", "task"),
-    [
-        ("GPT2LMHeadModel", "causal-lm"),
-        ("LlamaForCausalLM", "causal-lm"),
-        ("ConvNextForImageClassification", "image-classification"),
-        ("BertForMaskedLM", ""),
-        ("", ""),
-    ],
-)
-def test_task_of(architecture, task):
-    assert task_of(architecture) == task
-
-
 def test_tokenizer_goes_with_the_model(gpt2, tmp_path):
     tokenizer = byte_tokenizer()
     model = gpt2(vocab_size=len(tokenizer))
-    save_checkpoint(Checkpoint(model, tokenizer, None, "causal-lm", None), tmp_path)
+    save_checkpoint(Checkpoint(model, tokenizer, None, None), tmp_path)
     found = load_checkpoint(str(tmp_path))
     text = "Hermite, déjà vu\n"
     assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -121,7 +107,7 @@ def test_tokenizer_goes_with_the_model(gpt2, tmp_path):
 
 def test_image_processor_goes_with_the_model(convnext, tmp_path):
     processor = small_convnext().image_processor
-    save_checkpoint(Checkpoint(convnext(), None, processor, "image-classification", None), tmp_path)
+    save_checkpoint(Checkpoint(convnext(), None, processor, None), tmp_path)
     found = load_checkpoint(str(tmp_path))
     assert type(found.model) is ConvNextForImageClassification
     picture = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()

@@ -157,7 +157,7 @@ def test_the_loss_is_the_mean_over_the_accumulated_batch(make_convnext, tmp_path
     ],
 )
 def test_values_that_do_not_fit(make_convnext, changes, message):
-    checkpoint = Checkpoint(*make_convnext()[:1], None, None, "image-classification", None)
+    checkpoint = Checkpoint(*make_convnext()[:1], None, None, None)
     stream = Dataset.from_dict({"image": [0]}).to_iterable_dataset()
     with pytest.raises(ConfigError, match=message):
         check_augmentation(AugmentationArguments(**changes), TrainingArguments(report_to="none"), checkpoint, stream)
@@ -178,5 +178,5 @@ def test_an_average_that_cannot_be_taken(finetune, tmp_path, changes, message):
 def test_text_is_not_augmented(finetune, tmp_path, gpt2_folder, text_file):
     changes = {"model": str(gpt2_folder), "dataset": str(text_file), "eval_dataset": None, "random_crop": None}
     message = finetune(tmp_path / "run", **changes).error
-    assert message == "horizontal_flip: augments images, but GPT2LMHeadModel is no image classifier"
+    assert message == "horizontal_flip: augments images with a class, which GPT2LMHeadModel does not take"
     assert not (tmp_path / "run").exists()

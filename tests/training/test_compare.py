@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 import hf_ortho.plotting.comparison
+from hf_ortho.cli.compare import metric_of
 from hf_ortho.errors import ConfigError
-from hf_ortho.training.compare import Run, summarise
+from hf_ortho.training.compare import Run, summarize
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
 NAMES = ["gelu", "hermite_3", "tropical_2"]
@@ -195,10 +196,22 @@ def test_a_run_of_others_is_named(tmp_path, plain):
 def test_summary_pairs_seeds():
     values = {"gelu": [3.0, 2.0, 1.0], "hermite_3": [2.5, 1.9, 0.7]}
     runs = [Run(name, seed, {"loss": own[seed]}, []) for seed in range(3) for name, own in values.items()]
-    first, second = summarise(runs, "loss")
+    first, second = summarize(runs, "loss")
     assert (first.difference, first.difference_spread) == (0.0, 0.0)
     assert (second.mean, second.seeds) == (pytest.approx(1.7), 3)
     assert second.difference == pytest.approx(-0.3)
     assert second.difference_spread == pytest.approx(0.2)
-    (alone, fewer) = summarise([*runs[:1], *runs[1::2]], "loss")
+    (alone, fewer) = summarize([*runs[:1], *runs[1::2]], "loss")
     assert (alone.seeds, fewer.seeds, fewer.difference) == (1, 3, pytest.approx(-0.5))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "compared"),
+    [
+        ({"loss": 2.0, "perplexity": 7.4}, "loss (nats)"),
+        ({"loss": 2.0, "top1": 0.5, "top5": 0.9}, "top-1 accuracy"),
+        ({"loss": 2.0}, "loss (nats)"),  # the figures of who knows what
+    ],
+)
+def test_the_metric_that_is_compared_is_that_of_the_task(metrics, compared):
+    assert str(metric_of([Run("gelu", 0, metrics, [])])) == compared

@@ -51,7 +51,7 @@ def other(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(make_gpt2):
-    return Checkpoint(*make_gpt2(), None, "causal-lm", None)
+    return Checkpoint(*make_gpt2(), None, None)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def image_folder(tmp_path):
 def test_streamed_images_are_those_of_a_whole_dataset(make_convnext, image_folder):
     def load(**options):
         model, processor = make_convnext()
-        checkpoint = Checkpoint(model, None, processor, "image-classification", None)
+        checkpoint = Checkpoint(model, None, processor, None)
         parts = load_splits(checkpoint, DataArguments(dataset=str(image_folder), **options))
         assert list(model.config.id2label.values()) == ["bird", "cat", "dog"]
         return parts
@@ -258,8 +258,8 @@ def test_streamed_images_without_classes(make_convnext, image_folder):
     pa.parquet.write_table(table, image_folder / "rows.parquet")
     place = str(image_folder / "rows.parquet")
     model, processor = make_convnext()
-    checkpoint = Checkpoint(model, None, processor, "image-classification", None)
-    with pytest.raises(DataError, match=r"column 'label' of .*rows.parquet is no ClassLabel"):
+    checkpoint = Checkpoint(model, None, processor, None)
+    with pytest.raises(DataError, match=r"column 'label' of .*rows.parquet is not a ClassLabel"):
         load_splits(checkpoint, DataArguments(dataset=place, eval_dataset=place, streaming=True))
     with pytest.raises(ConfigError, match="no other split to evaluate on"):
         load_splits(checkpoint, DataArguments(dataset=str(image_folder / "train"), streaming=True))

@@ -1,9 +1,8 @@
-"""``compute_metrics`` and ``preprocess_logits_for_metrics`` of the Trainer, per task."""
+"""Metrics from what ``Trainer`` hands to ``compute_metrics`` and ``preprocess_logits_for_metrics``."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import evaluate
 import numpy as np
@@ -14,14 +13,6 @@ from transformers import EvalPrediction
 
 from .perplexity import Perplexity
 from .top_k_accuracy import TopKAccuracy
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """What ``Trainer(compute_metrics=..., preprocess_logits_for_metrics=...)`` takes for one task."""
-
-    compute_metrics: Callable[[EvalPrediction], dict]
-    preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None
 
 
 def _first(logits) -> Tensor:
@@ -40,16 +31,10 @@ def perplexity(prediction: EvalPrediction) -> dict:
     return Perplexity().compute(predictions=np.asarray(prediction.predictions).ravel(), references=labels)
 
 
-def accuracy(prediction: EvalPrediction) -> dict:
-    """Loss, top-1 and top-5 accuracy from logits."""
+def accuracy(prediction: EvalPrediction, ks: Iterable[int]) -> dict:
+    """Loss, and top-k accuracy for each of ``ks``, from logits."""
     logits = np.asarray(_first(prediction.predictions), dtype=np.float32)
     labels = np.asarray(prediction.label_ids)
-    both = evaluate.combine([TopKAccuracy(k=1), TopKAccuracy(k=5)])
+    ranks = evaluate.combine([TopKAccuracy(k=k) for k in ks])
     loss = float(cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)))
-    return {"loss": loss} | both.compute(predictions=logits, references=labels)
-
-
-EVALUATORS = {
-    "causal-lm": Evaluator(perplexity, token_losses),
-    "image-classification": Evaluator(accuracy, None),
-}
+    return {"loss": loss} | ranks.compute(predictions=logits, references=labels)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from hf_ortho.tasks.data import digits, images, text_blocks
-from hf_ortho.tasks.metrics import EVALUATORS, perplexity, top_k_accuracy
+from hf_ortho.tasks import of
+from hf_ortho.tasks.built_in import digits
+from hf_ortho.tasks.data import images, text_blocks
+from hf_ortho.tasks.metrics import perplexity, top_k_accuracy
 from hf_ortho.tasks.metrics.compute import token_losses
 from hf_ortho.training import Perplexity, TopKAccuracy
 
@@ -140,7 +142,7 @@ def test_token_losses_are_those_of_a_loop():
     assert torch.equal(token_losses(halves, labels), token_losses(halves.float(), labels))
 
 
-def trainer_metrics(model, dataset, evaluator, folder, batch_size):
+def trainer_metrics(model, dataset, folder, batch_size):
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_eval_batch_size=batch_size,
@@ -155,8 +157,8 @@ def trainer_metrics(model, dataset, evaluator, folder, batch_size):
         args=arguments,
         eval_dataset=dataset,
         data_collator=default_data_collator,
-        compute_metrics=evaluator.compute_metrics,
-        preprocess_logits_for_metrics=evaluator.preprocess_logits_for_metrics,
+        compute_metrics=of(model).compute_metrics,
+        preprocess_logits_for_metrics=of(model).preprocess_logits_for_metrics,
     ).evaluate()
 
 
@@ -171,7 +173,8 @@ def test_in_a_trainer_the_loss_is_the_language_model_own(make_gpt2, tmp_path):
     with torch.no_grad():
         own = model(**inputs).loss.item()
         mean_of_means = np.mean([model(**default_data_collator(rows[i : i + 2])).loss for i in range(0, len(rows), 2)])
-    found = trainer_metrics(model, rows, EVALUATORS["causal-lm"], tmp_path, 2)
+    found = trainer_metrics(model, rows, tmp_path, 2)
+    assert {f"eval_{metric.key}" for metric in of(model).metrics} == {"eval_loss", "eval_perplexity"} <= found.keys()
     assert abs(mean_of_means - own) > 1e-4
     assert found["eval_loss"] == pytest.approx(own, rel=1e-6)
     assert found["eval_perplexity"] == pytest.approx(np.exp(own), rel=1e-5)
@@ -185,7 +188,8 @@ def test_in_a_trainer_the_accuracy_is_that_of_the_classifier_own_logits(make_con
     pixels, labels = torch.stack([s["pixel_values"] for s in samples]), torch.tensor([s["labels"] for s in samples])
     with torch.no_grad():
         output = copy.deepcopy(model)(pixel_values=pixels, labels=labels)
-    found = trainer_metrics(model, samples, EVALUATORS["image-classification"], tmp_path, 32)
+    found = trainer_metrics(model, samples, tmp_path, 32)
+    assert {f"eval_{metric.key}" for metric in of(model).metrics} == {"eval_loss", "eval_top1", "eval_top5"}
     scores = output.logits.numpy()
     assert found["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     assert found["eval_top1"] == pytest.approx(np.mean(scores.argmax(1) == labels.numpy()))

@@ -313,7 +313,7 @@ def test_the_end_of_a_single_document_is_held_back(make_gpt2, tmp_path, blocks):
     text = "".join(chr(97 + i * i % 26) for i in range(8 * blocks))
     (tmp_path / "one.txt").write_text(text)
     arguments = DataArguments(dataset=str(tmp_path / "one.txt"), block_size=8)
-    train, held_back = load_splits(Checkpoint(model, tokenizer, None, "causal-lm", None), arguments)
+    train, held_back = load_splits(Checkpoint(model, tokenizer, None, None), arguments)
     parts = [tokenizer.decode(block) for part in (train, held_back) if part is not None for block in part["input_ids"]]
     assert "".join(parts) == text
     assert held_back is None if blocks == 1 else len(held_back) == max(1, blocks // 10)

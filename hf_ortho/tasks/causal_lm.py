@@ -1,0 +1,76 @@
+"""Causal language modeling: blocks of tokens, each predicted from those before it; loss and perplexity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .arguments import DataArguments
+from .task import LOSS, Metric, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from torch import Tensor
+    from transformers import EvalPrediction
+
+    from ..checkpoints.load import Checkpoint
+    from .stream import Stream
+
+
+class CausalLM(Task):
+    def prepare(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
+        from .data import text_blocks, tokens_per_sample
+
+        size = tokens_per_sample(checkpoint, arguments)
+        return text_blocks(rows, checkpoint.tokenizer, size, arguments.text_column, name)
+
+    def stream(
+        self,
+        checkpoint: Checkpoint,
+        rows: IterableDataset,
+        held_back_rows: IterableDataset | None,
+        arguments: DataArguments,
+        seed: int,
+    ) -> tuple[Stream | Dataset, Dataset]:
+        from .data import tokens_per_sample
+        from .stream import stream_text
+
+        size = tokens_per_sample(checkpoint, arguments)
+        return stream_text(rows, held_back_rows, checkpoint.tokenizer, size, arguments, seed)
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        from .metrics.compute import perplexity
+
+        return perplexity(prediction)
+
+    def preprocess_logits_for_metrics(self, logits: Any, labels: Tensor) -> Tensor:
+        from .metrics.compute import token_losses
+
+        return token_losses(logits, labels)
+
+    def calibration(
+        self, checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None
+    ) -> list[dict]:
+        """Blocks, a quarter of them with labels and cut into pieces: the logits of a long block outweigh a model."""
+        from .samples import batches
+
+        blocks = batches(self.prepare(checkpoint, rows, DataArguments(block_size=block_size), name), samples)
+        labeled = max(1, len(blocks) // 4)
+        pieces = [
+            {"input_ids": piece, "labels": piece}
+            for block in blocks[:labeled]
+            for piece in block["input_ids"].split(256, 1)
+        ]
+        return pieces + [{"input_ids": block["input_ids"]} for block in blocks[labeled:]]
+
+
+CAUSAL_LM = CausalLM(
+    endings=("ForCausalLM", "LMHeadModel"),
+    auto_class="AutoModelForCausalLM",
+    pipeline_tag="text-generation",
+    peft_type="CAUSAL_LM",
+    title="causal language modeling",
+    metrics=(LOSS, Metric("perplexity", "perplexity", "perplexity")),
+    compared=LOSS,
+    default_dataset="pydoc_topics",
+    random_split=False,  # neighboring blocks overlap in content
+)

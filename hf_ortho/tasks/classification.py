@@ -1,0 +1,89 @@
+"""What tasks have in common whose samples each have one class, of images, texts or whatever else."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, DataError
+from .task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedModel
+
+    from ..checkpoints.load import Checkpoint
+    from .arguments import DataArguments
+    from .stream import Stream
+
+
+class Classification(Task):
+    """A task whose ``prepare`` gives a column of ``ClassLabel``; see ``data.with_classes``."""
+
+    def stream(
+        self,
+        checkpoint: Checkpoint,
+        rows: IterableDataset,
+        held_back_rows: IterableDataset | None,
+        arguments: DataArguments,
+        seed: int,
+    ) -> tuple[Stream | Dataset, Dataset]:
+        from .stream import first_rows, stream_classified
+
+        name = str(arguments.dataset)
+        if held_back_rows is None:
+            raise ConfigError(f"streaming: {name} has no other split to evaluate on: give --eval_dataset")
+        prepare = partial(self.prepare, checkpoint, arguments=arguments)
+        train = stream_classified(rows, partial(prepare, name=name), arguments, seed)
+        self.adapt_head(checkpoint, train, seed)
+        name = arguments.eval_dataset or name
+        return train, prepare(first_rows(held_back_rows, arguments.max_eval_samples, name), name=name)
+
+    def check(self, model: PreTrainedModel, samples: Dataset) -> None:
+        from .data import class_names
+
+        names, classes = class_names(samples), model.config.num_labels or 0
+        if len(names) > classes:
+            raise DataError(f"the dataset has {len(names)} classes, {model.name_or_path} has {classes}")
+
+    def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
+        """Name the classes of the dataset in the config, and make a new head if the model has other ones."""
+        import torch
+        from transformers.utils import logging
+
+        from .data import class_names
+
+        names, model = class_names(train), checkpoint.model
+        known, old = classes_of(model), model.config.num_labels
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+        unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(known))
+        if known == names or (unnamed and old == len(names)):
+            return
+        head = next((m for m in (getattr(model, n, None) for n in ("classifier", "head", "fc")) if m is not None), None)
+        if not isinstance(head, torch.nn.Linear):
+            if old == len(names):
+                return
+            raise ConfigError(
+                f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
+                f"{type(model).__name__} has no linear head to replace"
+            )
+        if old == len(names):
+            logging.get_logger("hf_ortho").warning(
+                f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) are not those of the dataset "
+                f"({', '.join(names[:2])} ...): its head is replaced by a new one"
+            )
+        torch.manual_seed(seed)
+        new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)
+        torch.nn.init.normal_(new.weight, std=getattr(model.config, "initializer_range", 0.02))
+        torch.nn.init.zeros_(new.bias)
+        for name, module in model.named_children():
+            if module is head:
+                setattr(model, name, new)
+                checkpoint.new_head = name
+        setattr(model, "num_labels", len(names))  # noqa: B010
+
+
+def classes_of(model: PreTrainedModel) -> list[str]:
+    """The classes of a classifier, in the order of its logits."""
+    return [name for _, name in sorted((model.config.id2label or {}).items())]
