@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from typing import TYPE_CHECKING
 
+from ..text import json_values
 from .console import Parser, console, table
 from .network import check_hub
 
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> None:
     layers, notes = examine(stored)
     if args.json:
         found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance}
-        print(json.dumps(_finite(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
+        print(json.dumps(json_values(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
         return
     for line in _provenance(args.model, stored):
         console.print(line)
@@ -84,12 +84,3 @@ def _vector(name: str, values: list[float]) -> str:
     return textwrap.fill(
         "".join(f"{value:>11.4g}" for value in values), WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
     )
-
-
-def _finite(value):
-    """JSON has no infinity and no NaN: None in their place."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,9 +19,10 @@ from ..conversion import ConversionReport
 from ..conversion.convert import tags_of
 from ..errors import CheckpointError
 from ..files import written
+from ..text import markdown_table
 from .base_card import Base
 from .card_adapter import adapter_parts
-from .card_layers import formulas, layer_table, stored_table, table, weight_of
+from .card_layers import formulas, layer_table, stored_table, weight_of
 from .card_loading import BEGIN, adapter_loading, model_loading, task_of_class, with_loading
 from .record import Record
 from .results import METRICS, DataSource, Results, hardware
@@ -215,7 +216,7 @@ def card_text(
         layers=parts["layers"],
         weight=parts["weight"],
         notes=[*making.notes, *parts["notes"]],
-        quality=[{"table": table(["", *r.columns], r.rows), "caption": r.caption} for r in record.results],
+        quality=[{"table": markdown_table(["", *r.columns], r.rows), "caption": r.caption} for r in record.results],
         hyperparameters=_hyperparameters(making),
         commands=record.commands,
         made=made,

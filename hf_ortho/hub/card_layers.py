@@ -8,6 +8,7 @@ from ..activations import FAMILIES
 from ..conversion import ConversionReport
 from ..conversion.convert import families_in
 from ..path_patterns import by_kind
+from ..text import markdown_table
 
 HEADER = [
     "activation",
@@ -59,18 +60,12 @@ def paths_list(paths: Sequence[str]) -> list[str]:
 def folded(header: list[str], rows: list[list[str]], what: str) -> str:
     """A Markdown table; of a long one the first and the last row are seen, and all of them when it is opened."""
     if len(rows) <= VISIBLE:
-        return table(header, rows)
+        return markdown_table(header, rows)
     # GitHub and the Hub render Markdown inside HTML only after an empty line.
     return (
-        f"{table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {what}, of which the "
-        f"first and the last are above</summary>\n\n{table(header, rows)}\n\n</details>"
+        f"{markdown_table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {what}, "
+        f"of which the first and the last are above</summary>\n\n{markdown_table(header, rows)}\n\n</details>"
     )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _grouped(rows: list[tuple[str, list[str]]]) -> list[list[str]]:

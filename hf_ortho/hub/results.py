@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, get_token
 
+from ..text import json_values, relative_change
+
 NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 METRICS = {"perplexity": "perplexity", "top1": "accuracy", "top5": "accuracy"}  # as `evaluate` calls them
 SECRETS = ("--hub-token", "--push-to-hub-token", "--token")
@@ -99,10 +101,7 @@ class Results:
 
     def to_dict(self) -> dict:
         """Plain JSON values; what is not finite becomes text."""
-        plain = dataclasses.asdict(self)
-        for found in plain["values"].values():
-            found |= {k: str(v) for k, v in found.items() if v is not None and not math.isfinite(v)}
-        return plain
+        return json_values(dataclasses.asdict(self), not_finite=str)
 
     @property
     def measured(self) -> list[str]:
@@ -117,15 +116,13 @@ class Results:
     @property
     def rows(self) -> list[list[str]]:
         """One row of texts per metric."""
-        from ..training.evaluation import change  # which needs all of the training
-
         rows = []
         for metric in next(iter(self.values.values())):
             found = [values.get(metric) for values in self.values.values()]
             cells = ["not run" if value is None else f"{value:.5f}" for value in found]
             if len(found) == 2:
                 before, after = found
-                cells.append("-" if before is None or after is None else change(before, after))
+                cells.append("-" if before is None or after is None else relative_change(before, after))
             rows.append([metric, *cells])
         return rows
 

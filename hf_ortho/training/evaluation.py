@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 
 import torch
@@ -80,8 +79,3 @@ def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8
             if len(names) > classes:
                 raise DataError(f"the dataset has {len(names)} classes, {checkpoint.model.name_or_path} has {classes}")
         return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset))
-
-
-def change(before: float, after: float) -> str:
-    """``after`` against ``before`` in per cent."""
-    return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"
