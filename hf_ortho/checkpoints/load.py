@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..errors import CheckpointError
 from ..files import explain
 from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
-
-logger = logging.get_logger("hf_ortho")
+from .revision import commit_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -138,35 +134,11 @@ def check_place(name: str) -> None:
     path = Path(name)
     configs = (path / CONFIG_NAME, path / ADAPTER_CONFIG)
     if path.is_file() or (path.is_dir() and not any(file.is_file() for file in configs)):
-        raise CheckpointError(f"{name} is no checkpoint: a folder with config.json and safetensors weights is expected")
+        raise CheckpointError(
+            f"{name} is not a checkpoint: a folder with config.json and safetensors weights is expected"
+        )
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist")
-
-
-def commit_of(name: str, revision: str | None, config: str = CONFIG_NAME) -> str | None:
-    """The commit of a Hub model, None for a folder; if the Hub does not answer that of the cache, which is logged."""
-    moving = not Path(name).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision or "")
-    away = moving and not _answers(name, revision, config)
-    file = Path(str(cached_file(name, config, revision=revision, local_files_only=away)))
-    if file.parent.parent.name != "snapshots":
-        return None
-    commit = file.parent.name
-    if away:
-        logger.warning(f"note: no answer from {constants.ENDPOINT}: using the cached commit {commit} of {name}")
-    return commit
-
-
-def _answers(name: str, revision: str | None, config: str) -> bool:
-    """Whether the Hub says something, be it that there is no such model."""
-    try:
-        get_hf_file_metadata(hf_hub_url(name, config, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError as error:
-        return error.response.status_code < 500
-    except (HTTPError, OSError):
-        return False
-    except ValueError:  # no name of a repository
-        return True
-    return True
 
 
 def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) -> Any | None:

@@ -23,14 +23,14 @@ DESCRIPTION = "Fine-tune a checkpoint with transformers' Trainer, from a YAML fi
 
 def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     """The metrics for the screen and the card, also those before the training if there was a model before."""
-    from ..checkpoints.activations import provenance_of
+    from ..checkpoints.provenance import Provenance
     from ..hub import DataSource, Results, hardware
     from ..tasks.data import commit_of, resolved
 
     if result.after is None:
         return None
     after = {"fine-tuned" if result.before else "after training": result.after}
-    before = "converted" if provenance_of(result.checkpoint.model.config) else "before training"
+    before = "converted" if Provenance.of(result.checkpoint.model.config).activation else "before training"
     values = {before: result.before, **after} if result.before else after
     data, same = recipe.data, recipe.data.eval_dataset is None
     name = str(data.dataset if same else data.eval_dataset)

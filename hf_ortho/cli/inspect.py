@@ -38,7 +38,7 @@ def run(argv: list[str]) -> None:
     stored = load_activations(args.model, revision=args.revision)
     layers, notes = examine(stored)
     if args.json:
-        found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance}
+        found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance.to_dict()}
         print(json.dumps(json_values(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
         return
     for line in _provenance(args.model, stored):
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> None:
         sources = ", ".join(sorted({known[path].source or "unknown" for _, path in rows}))
         cells = [[row, *known[path].cells()] for row, path in rows]
         table(f"{len(rows)} activations at {place}, source {sources}", columns, cells)
-    where = "over the real line" if stored.provenance.get("tails", True) else "on the domain"
+    where = "over the real line" if stored.provenance.has_tails else "on the domain"
     console.print(f"E under N(0, 1); sup {where} and rms under N(-0.5, 1.5^2), from the source activation")
     for note in notes:
         console.print(f"no distance: {note}")
@@ -61,10 +61,10 @@ def run(argv: list[str]) -> None:
 
 def _provenance(name: str, stored: StoredActivations) -> list[str]:
     known = {"model": f"{name} at {stored.commit}" if stored.commit else name}
-    for key, value in stored.provenance.items():
+    for key, value in stored.provenance.to_dict().items():
         if key != "layers" and value is not None:
             known[key.replace("_", " ")] = _plain(value)
-    if not stored.provenance:
+    if stored.provenance.activation is None:
         known["provenance"] = "none: the config has no hf_ortho entry, as after a training from scratch"
     return [
         textwrap.fill(f"{key:20s}{value}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
+
+from ..checkpoints.revision import is_commit
 
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -34,7 +35,7 @@ class Base:
             validate_repo_id(self.name or "")
         except HFValidationError:
             return False
-        if re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+        if is_commit(self.revision):
             return True
         seen = self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
         return seen and not Path(str(self.name)).exists()

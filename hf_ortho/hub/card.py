@@ -13,10 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from ..activations.base import INITIALISATIONS
-from ..checkpoints.activations import provenance_of
 from ..checkpoints.adapter import ADAPTER_CONFIG, LABELS
+from ..checkpoints.provenance import Provenance
 from ..conversion import ConversionReport
-from ..conversion.convert import tags_of
 from ..errors import CheckpointError
 from ..files import written
 from ..text import markdown_table
@@ -227,14 +226,12 @@ def card_text(
 
 def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict[str, Any]:
     """What a card says of a whole model."""
-    provenance, report = provenance_of(config), record.report
-    activation, init = provenance.get("activation"), provenance.get("init")
+    provenance, report = Provenance.of(config), record.report
+    activation, init, layers = provenance.activation, provenance.init, provenance.layers
     name = (config.get("architectures") or ["A model"])[0].removeprefix("FSDP")  # FSDP2 derives a class of its own
-    base = Base(
-        provenance.get("source_model") or making.base_model, provenance.get("source_revision") or making.base_revision
-    )
+    base = Base(provenance.source_model or making.base_model, provenance.source_revision or making.base_revision)
     tuned = making.arguments is not None or any("fine-tuned" in stage for r in record.results for stage in r.measured)
-    sources = ", ".join(sorted(set(provenance.get("source_activations", {}).values())))
+    sources = ", ".join(sorted(set(provenance.source_activations.values())))
     if init:
         base = Base(None, None)
         summary = f"{name} with learnable `{activation}` activations, trained from scratch; they started "
@@ -247,7 +244,6 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
         summary = f"{name}, trained from scratch; its activations are not learnable."
     else:
         summary = f"{name}, fine-tuned from {base}; its activations are not learnable."
-    layers = provenance.get("layers", [])
     notes = report.summary()[1:] if report else []
     if report and tuned:
         notes.insert(0, "The table is of the conversion; the training moved the activations since.")
@@ -256,33 +252,28 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
         "relation": "finetune",
         "library": "transformers",
         "task": task_of_class(name)[0],
-        "tags": tags_of(activation),
+        "tags": provenance.tags,
         "summary": summary,
-        "conversion": _conversion(activation, provenance),
+        "conversion": _conversion(provenance),
         "layers": layer_table(report) if report else stored_table(layers) if layers else "",
-        "weight": weight_of(report.calibrated if report else provenance.get("calibrated")) if layers else "",
+        "weight": weight_of(report.calibrated if report else provenance.calibrated) if layers else "",
         "notes": notes,
-        "versions": provenance.get("versions"),
-        "limits": (REACH[_tails(provenance)] + " ") if activation and init not in INITIALISATIONS else "",
+        "versions": provenance.versions,
+        "limits": (REACH[provenance.has_tails] + " ") if activation and init not in INITIALISATIONS else "",
     }
 
 
-def _conversion(activation: str | None, provenance: dict) -> str:
+def _conversion(provenance: Provenance) -> str:
+    activation, layers = provenance.activation, provenance.layers
     if not activation:
         return "Nothing."
-    layers = provenance.get("layers", [])
     text = f"{len(layers)} activations, " if layers else "All activations, "
     text += f"{activation}:\n\n{formulas(activation)}"
-    if provenance.get("init") in INITIALISATIONS:
+    if provenance.init in INITIALISATIONS:
         return text + "\n\non the whole real line."
-    if _tails(provenance):
+    if provenance.has_tails:
         return text + "\n\nwith straight tails outside the domain."
     return text + "\n\non the whole real line, fitted on the domain: far outside it the values explode."
-
-
-def _tails(provenance: dict) -> bool:
-    """Whether the activations go on straight outside a domain."""
-    return provenance.get("tails", provenance.get("init") not in INITIALISATIONS)
 
 
 def _hyperparameters(making: Making) -> dict[str, object]:

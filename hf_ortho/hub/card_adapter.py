@@ -6,11 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ..checkpoints.adapter import ADAPTER_WEIGHTS, PREFIX, base_revision
-from ..conversion.convert import tags_of
-from ..errors import CheckpointError
+from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, base_revision
+from ..checkpoints.provenance import Provenance
+from ..checkpoints.weights import shapes
 from .base_card import Base
 from .card_layers import folded, formulas, paths_list, stored_table, weight_of
 from .card_loading import ADAPTED, task_of_class
@@ -20,11 +18,13 @@ KINDS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
 def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """What a card says of an adapter."""
-    activation, kind = config.get("activation"), str(config["peft_type"])
+    provenance, kind = Provenance.of_adapter(config, str((folder or Path()) / ADAPTER_CONFIG)), str(config["peft_type"])
+    activation = provenance.activation
     base = Base(config.get("base_model_name_or_path"), base_revision(config))
-    tensors = _tensors(folder / ADAPTER_WEIGHTS) if folder is not None else {}
-    parameters = sum(tensors.values())
-    size = (folder / ADAPTER_WEIGHTS).stat().st_size if folder is not None and tensors else 0
+    weights = (folder or Path()) / ADAPTER_WEIGHTS
+    found = folder is not None and weights.is_file()
+    tensors = {key: math.prod(shape) for key, shape in shapes(weights).items()} if found else {}
+    parameters, size = sum(tensors.values()), weights.stat().st_size if found else 0
     saved = config.get("modules_to_save")
     cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # which peft notes without a task_type
     what = f"learnable `{activation}` activations" if activation else kind
@@ -44,33 +44,22 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> dict[str, Any]
     for path, count in modules.items():
         sizes.setdefault(count, []).append(path)
     rows = [[place, f"{count:,}"] for count, paths in sizes.items() for place in paths_list(paths)]
-    tables = [stored_table(config["layers"])] if activation and config.get("layers") else []
+    tables = [stored_table(provenance.layers)] if activation and provenance.layers else []
     tables += [folded(["module", "parameters each"], rows, "modules")] if rows else []
     return {
         "base": base,
         "relation": "adapter",
         "library": "peft",
         "task": ADAPTED.get(str(config.get("task_type")), task_of_class(cls))[0],
-        "tags": [*tags_of(activation), "peft", "adapter" if activation else kind.lower()],
+        "tags": [*provenance.tags, "peft", "adapter" if activation else kind.lower()],
         "summary": summary,
         "conversion": conversion,
         "layers": "\n\n".join(tables),
-        "weight": weight_of(config.get("calibrated")) if len(tables) == 2 else "",
+        "weight": weight_of(provenance.calibrated) if len(tables) == 2 else "",
         "notes": [],
         "versions": {name: config[f"{name}_version"] for name in ("hf_ortho", "peft") if config.get(f"{name}_version")},
         "limits": "It works with the base model that it was made for, and no other. ",
     }
-
-
-def _tensors(path: Path) -> dict[str, int]:
-    """Name and number of elements of each tensor; empty without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(str(path), "pt") as weights:
-            return {key: math.prod(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _module(key: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..activations import FAMILIES
+from ..checkpoints.provenance import LayerProvenance, families_in
 from ..conversion import ConversionReport
-from ..conversion.convert import families_in
 from ..path_patterns import by_kind
 from ..text import markdown_table
 
@@ -30,14 +31,15 @@ def layer_table(report: ConversionReport) -> str:
     return folded(HEADER, _grouped([(layer.module, layer.cells()) for layer in report.layers]), "activations")
 
 
-def stored_table(layers: Sequence[dict]) -> str:
+def stored_table(layers: Sequence[LayerProvenance]) -> str:
     """What ``config.hf_ortho`` keeps of them, for a folder without ``conversion.json``."""
     rows = []
     for layer in layers:
-        domain = ["" if end is None else f"{end:.2f}" for end in layer["domain"]]
-        errors = [f"{layer[key]:.1e}" for key in ("sup_error", "rms_error")]
-        source = layer.get("source", layer["fitted_to"])  # an adapter's are fitted to nothing else
-        rows.append((layer["module"], [source, "..".join(domain), *errors, f"{layer['mass_outside']:.2%}"]))
+        domain = "..".join(f"{end:.2f}" if math.isfinite(end) else "" for end in layer.domain or ())
+        errors = ["" if error is None else f"{error:.1e}" for error in (layer.sup_error, layer.rms_error)]
+        source = layer.source or layer.fitted_to or ""  # an adapter's are fitted to nothing else
+        outside = "" if layer.mass_outside is None else f"{layer.mass_outside:.2%}"
+        rows.append((layer.module, [source, domain, *errors, outside]))
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
 
 

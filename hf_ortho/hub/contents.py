@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoints.activations import load_activations, provenance_of
+from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..checkpoints.provenance import Provenance
+from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
 from ..files import MANIFEST as WRITTEN
-from ..files import explain
+from ..files import explain, json_object
 from ..training.checkpoints import MANIFEST, PREFIX
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -52,7 +52,7 @@ def contents_of(folder: str | os.PathLike) -> Contents:
     """
     place = Path(folder)
     if not place.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name one that holds a model or an adapter")
+        raise CheckpointError(f"{folder} is not a folder; name one that holds a model or an adapter")
     adapter = (place / ADAPTER_CONFIG).is_file()
     model = (place / CONFIG_NAME).is_file()
     if not adapter and not model:
@@ -76,18 +76,16 @@ def _check_model(folder: Path) -> None:
     if not single.is_file() and not index.is_file():
         raise CheckpointError(f"{folder} is not whole: it has a config, but neither {single.name} nor {index.name}")
     if single.is_file():
-        _tensors(single)
+        shapes(single)
     if index.is_file():
-        places = _json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(f"{index} lists no weights")
+        places = weight_map(index)
         for shard in sorted(set(places.values())):
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{folder} is not whole: {shard}, which {index.name} lists, is missing")
-            lacking = {key for key, file in places.items() if file == shard} - _tensors(folder / shard)
+            lacking = {key for key, file in places.items() if file == shard} - shapes(folder / shard).keys()
             if lacking:
                 raise CheckpointError(f"{folder} is not whole: {shard} lacks {min(lacking)}, which {index.name} lists")
-    if provenance_of(_json(folder / CONFIG_NAME)).get("layers"):
+    if Provenance.of(json_object(folder / CONFIG_NAME), str(folder)).layers:
         try:
             load_activations(str(folder))
         except ConfigError as error:
@@ -97,36 +95,17 @@ def _check_model(folder: Path) -> None:
 
 
 def _check_adapter(folder: Path) -> None:
-    config = _json(folder / ADAPTER_CONFIG)
+    config = json_object(folder / ADAPTER_CONFIG)
     if "peft_type" not in config:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{folder} is not whole: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
-    names = _tensors(folder / ADAPTER_WEIGHTS)
-    for layer in config.get("layers") or []:
-        if not any(f".{layer.get('module')}." in name for name in names):
+    names = shapes(folder / ADAPTER_WEIGHTS)
+    for layer in Provenance.of_adapter(config, str(folder / ADAPTER_CONFIG)).layers:
+        if not any(f".{layer.module}." in name for name in names):
             raise CheckpointError(
-                f"{folder} is not whole: {ADAPTER_WEIGHTS} lacks {layer.get('module')}, which {ADAPTER_CONFIG} lists"
+                f"{folder} is not whole: {ADAPTER_WEIGHTS} lacks {layer.module}, which {ADAPTER_CONFIG} lists"
             )
-
-
-def _json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return found
-
-
-def _tensors(file: Path) -> set[str]:
-    """The names in a safetensors file, whose size is checked against its header."""
-    try:
-        with safe_open(file, "pt") as weights:
-            return set(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short: {explain(error)}") from error
 
 
 def _sort(folder: Path) -> tuple[list[str], list[str]]:

@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, HubError
 from ..files import explain
 from .card import card_of
@@ -74,7 +74,7 @@ def push(
         HubError: no token, no rights, no network, or the Hub refuses. Nothing is committed; a repository that was
             created for it stays, empty.
     """
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+    if is_commit(revision):
         raise ConfigError(f"revision {revision}: is a commit, which nothing can be pushed to; name a branch")
     if create_pr and revision not in (None, "main"):
         raise ConfigError(f"revision {revision}: a pull request is opened against main; leave one of the two out")

@@ -8,6 +8,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .. import activations
+from ..checkpoints.provenance import Provenance
 from ..conversion import ConversionReport
 
 NAME = "HF_ORTHO"
@@ -78,3 +79,12 @@ class OrthoConfig(PeftConfig):
         family, degree = activations.parse(self.activation)
         self.activation = activations.named(family.family, degree)
         self.report: ConversionReport | None = None
+
+    @property
+    def provenance(self) -> Provenance:
+        """What is recorded of the fits.
+
+        Raises:
+            CheckpointError: an entry is not what a fit records.
+        """
+        return Provenance.of_adapter(vars(self), "the OrthoConfig")

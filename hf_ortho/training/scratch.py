@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Any, cast
 
@@ -22,8 +23,9 @@ from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation, build, parse
 from ..activations.base import INITIALISATIONS
-from ..checkpoints.activations import provenance_of
-from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, commit_of, processor_of
+from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, processor_of
+from ..checkpoints.provenance import Provenance
+from ..checkpoints.revision import commit_of
 from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
@@ -115,7 +117,8 @@ def build_model(
         if isinstance(module, LearnableActivation):
             module.load_state_dict(build(module.name, init).state_dict())
     if learnable:
-        model.config.hf_ortho = {**provenance_of(model.config), "activation": activation, "init": init}
+        provenance = dataclasses.replace(Provenance.of(model.config), activation=activation, init=init)
+        model.config.hf_ortho = provenance.to_dict()
     return model, report
 
 

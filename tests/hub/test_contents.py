@@ -74,8 +74,8 @@ BROKEN = {
     ),
     "an adapter of nothing": ("adapter", lambda f: (f / "adapter_config.json").write_text("{}"), "names no peft_type"),
     "half an adapter": ("adapter", lambda f: cut_short(f / "adapter_model.safetensors"), "damaged or cut short"),
-    "a list": ("adapter", lambda f: (f / "adapter_config.json").write_text("[]"), "holds no JSON object"),
-    "no folder": ("adapter", shutil.rmtree, "is no folder"),
+    "a list": ("adapter", lambda f: (f / "adapter_config.json").write_text("[]"), "does not hold a JSON object"),
+    "no folder": ("adapter", shutil.rmtree, "is not a folder"),
 }
 
 
