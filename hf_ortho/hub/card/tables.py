@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..activations import FAMILIES
-from ..checkpoints.provenance import LayerProvenance, families_in
-from ..conversion import ConversionReport
-from ..path_patterns import by_kind
-from ..text import markdown_table
+from ...activations import FAMILIES
+from ...checkpoints.provenance import LayerProvenance, families_in
+from ...conversion import ConversionReport
+from ...path_patterns import by_kind
+from ...text import markdown_table
 
 HEADER = [
     "activation",

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from ..checkpoints.revision import is_commit
+from ...checkpoints.revision import is_commit
 
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -41,7 +41,7 @@ class Base:
         return seen and not Path(str(self.name)).exists()
 
     def inherited(self) -> dict[str, Any]:
-        """Licence and language of the base's card; empty if there is none or it cannot be reached."""
+        """License and language of the base's card; empty if there is none or it cannot be reached."""
         if self.name is None:
             return {}
         path = Path(self.name, "README.md")
