@@ -20,6 +20,7 @@ from .errors import CheckpointError, HfOrthoError, OutputError
 logger = logging.getLogger("hf_ortho")
 
 MANIFEST = ".hf_ortho.json"
+TRAINING_MANIFEST = "manifest.json"  # the sizes of the files of a checkpoint of a training
 DRAFT = ".hf_ortho-"
 
 

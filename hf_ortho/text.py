@@ -22,8 +22,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def relative_change(before: float, after: float) -> str:
-    """``after`` against ``before`` in percent; ``-`` if there is no such number."""
+def change(before: float, after: float) -> str:
+    """``after`` against ``before`` in percent, such as ``+1.250%``; ``-`` where that says nothing."""
     return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from hf_ortho.cli import console as cli
-from hf_ortho.text import interval, json_values, markdown_table, relative_change, visible
+from hf_ortho.text import change, interval, json_values, markdown_table, visible
 
 UNSAFE = {
     "\x1b]0;title\x07": r"\x1b]0;title\x07",
@@ -87,5 +87,5 @@ def test_what_is_not_finite_is_none_in_json():
     ("before", "after", "text"),
     [(2.0, 2.5, "+25.000%"), (4.0, 3.0, "-25.000%"), (0.0, 1.0, "-"), (math.inf, 1.0, "-"), (math.nan, 1.0, "-")],
 )
-def test_a_relative_change_in_percent(before, after, text):
-    assert relative_change(before, after) == text
+def test_a_change_in_percent(before, after, text):
+    assert change(before, after) == text

@@ -19,7 +19,7 @@ from . import weights
 from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
 from .load import check_place
 from .provenance import Provenance
-from .revision import commit_of
+from .revision import model_commit
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
 
@@ -51,7 +51,7 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
     check_place(name)
     try:
         adapter = adapter_config(name, revision)
-        commit = commit_of(name, revision) if adapter is None else commit_of(name, revision, ADAPTER_CONFIG)
+        commit = model_commit(name, revision) if adapter is None else model_commit(name, revision, ADAPTER_CONFIG)
         revision = commit or revision
         if adapter is None:
             config = json_object(_file(name, CONFIG_NAME, revision, needed=True))

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..errors import CheckpointError
 from ..files import explain
 from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
-from .revision import commit_of
+from .revision import model_commit
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -77,7 +77,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
         adapter = adapter_config(name, revision)
         if adapter is not None:
             return _merged(name, adapter, revision, dtype, overrides)
-        commit = commit_of(name, revision)
+        commit = model_commit(name, revision)
         revision = commit or revision  # a branch may move between two downloads
         config = AutoConfig.from_pretrained(name, revision=revision)
         architecture = (config.architectures or [""])[0]
@@ -105,7 +105,7 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
     from peft import PeftModel
 
     base, at = adapter["base_model_name_or_path"], base_revision(adapter)
-    commit = commit_of(name, revision, ADAPTER_CONFIG)
+    commit = model_commit(name, revision, ADAPTER_CONFIG)
     if labels := adapter_labels(name, commit or revision):
         overrides = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **overrides}
         overrides |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}

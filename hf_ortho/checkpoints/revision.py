@@ -17,7 +17,7 @@ def is_commit(revision: str | None) -> bool:
     return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
-def commit_of(name: str, revision: str | None, config: str = CONFIG_NAME) -> str | None:
+def model_commit(name: str, revision: str | None, config: str = CONFIG_NAME) -> str | None:
     """The commit of a Hub model, None for a folder; if the Hub does not answer, that of the cache, which is logged."""
     moving = not Path(name).is_dir() and not is_commit(revision)
     away = moving and not _answers(name, revision, config)

@@ -22,7 +22,7 @@ from ..folders import OutputFolder
 from ..hub import DataSource, Results, TrainingDetails, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..tasks.samples import batches
-from ..text import relative_change
+from ..text import change
 from ..training.evaluation import evaluate_model, make_trainer
 from .console import console, show, table, trainer_progress
 from .demo_tasks import DemoTask
@@ -99,8 +99,7 @@ def tell_story(
         console.print(line)
     at_once = evaluate_model(converted, held_back)
     rows = [
-        [key, f"{value:.5f}", f"{at_once[key]:.5f}", relative_change(value, at_once[key])]
-        for key, value in at_first.items()
+        [key, f"{value:.5f}", f"{at_once[key]:.5f}", change(value, at_once[key])] for key, value in at_first.items()
     ]
     table("before any fine-tuning", ["", source, name, "change"], rows)
 
@@ -112,7 +111,7 @@ def tell_story(
         arguments = train(checkpoint, task, dataset, tune_steps, rate, seed + 1, f"Fine-tuning with {title}")
         tuned[title] = evaluate_model(checkpoint, held_back)
     rows = [
-        [key, f"{value:.5f}", f"{tuned[name][key]:.5f}", relative_change(value, tuned[name][key])]
+        [key, f"{value:.5f}", f"{tuned[name][key]:.5f}", change(value, tuned[name][key])]
         for key, value in tuned[source].items()
     ]
     table("after fine-tuning", ["", source, name, "difference"], rows)
@@ -178,9 +177,7 @@ def compare(task: DemoTask, names: list[str], seeds: list[int], steps: int, tune
             set_seed(seed + 1)
             train(checkpoint, task, dataset, tune_steps, task.tune_learning_rate, seed + 1, f"Fine-tuning with {name}")
             tuned = evaluate_model(checkpoint, held_back)[task.metric]
-            console.print(
-                f"{name}: {task.metric_name} {at_once:.5f} ({relative_change(reference, at_once)}), tuned {tuned:.5f}"
-            )
+            console.print(f"{name}: {task.metric_name} {at_once:.5f} ({change(reference, at_once)}), tuned {tuned:.5f}")
             found.setdefault(name, []).append((at_once / reference - 1, tuned))
     rows = []
     for name, values in found.items():

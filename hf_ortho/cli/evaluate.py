@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ConfigError
-from ..text import relative_change
+from ..text import change
 from .console import DTYPES, Parser, console, table
 from .network import check_hub
 
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> None:
     if what != other_what:
         console.print(f"note: the two models read the data differently ({what}; {other_what})")
     rows = [
-        [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", relative_change(second[key], value)]
+        [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", change(second[key], value)]
         for key, value in first.items()
         if key in second
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints.activations import load_activations
@@ -15,12 +16,11 @@ from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
-from ..files import MANIFEST as WRITTEN
-from ..files import explain, json_object
-from ..training.checkpoints import MANIFEST, PREFIX
+from ..files import MANIFEST, TRAINING_MANIFEST, explain, json_object
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-STATES = (TRAINER_STATE_NAME, MANIFEST)
+STATES = (TRAINER_STATE_NAME, TRAINING_MANIFEST)
+LEFT_OUT = (".", f"{PREFIX_CHECKPOINT_DIR}-")  # how folders begin
 FOLDERS = ("last-checkpoint", "__pycache__")
 UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
 
@@ -114,10 +114,10 @@ def _sort(folder: Path) -> tuple[list[str], list[str]]:
     left_out: list[str] = []
     for place, folders, names in os.walk(folder):
         here = Path(place)
-        for name in [name for name in folders if name.startswith((".", PREFIX)) or name in FOLDERS]:
+        for name in [name for name in folders if name.startswith(LEFT_OUT) or name in FOLDERS]:
             folders.remove(name)
             left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
-        for name in filter(lambda name: name != WRITTEN, names):
+        for name in filter(lambda name: name != MANIFEST, names):
             path = (here / name).relative_to(folder).as_posix()
             unwanted = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
             (left_out if unwanted else files).append(path)

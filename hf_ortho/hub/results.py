@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import EvalResult, get_token
 
-from ..text import json_values, relative_change
+from ..text import change, json_values
 
 NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 METRICS = {"perplexity": "perplexity", "top1": "accuracy", "top5": "accuracy"}  # as `evaluate` calls them
@@ -136,7 +136,7 @@ class Results:
             cells = ["not run" if value is None else f"{value:.5f}" for value in found]
             if len(found) == 2:
                 before, after = found
-                cells.append("-" if before is None or after is None else relative_change(before, after))
+                cells.append("-" if before is None or after is None else change(before, after))
             rows.append([metric, *cells])
         return rows
 

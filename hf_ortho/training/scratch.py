@@ -25,7 +25,7 @@ from ..activations import LearnableActivation, build, parse
 from ..activations.base import INITIALISATIONS
 from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, processor_of
 from ..checkpoints.provenance import Provenance
-from ..checkpoints.revision import commit_of
+from ..checkpoints.revision import model_commit
 from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
@@ -132,7 +132,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
     try:
         if arguments.model:
             check_place(arguments.model)
-            commit = commit_of(arguments.model, arguments.model_revision)
+            commit = model_commit(arguments.model, arguments.model_revision)
             revision = commit or arguments.model_revision
             config = AutoConfig.from_pretrained(arguments.model, revision=revision)
             stored = PreTrainedConfig.get_config_dict(arguments.model, revision=revision)[0]
