@@ -165,4 +165,4 @@ def _build(named: list[list[tuple[str, int]]], shapes: dict[str, tuple[int, ...]
             names = " or ".join(f"{family}_{degree}" for family, degree in fitting)
             raise CheckpointError(f"the tensors of {where} could be {names}: the config does not tell which")
     found = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
-    raise CheckpointError(f"the tensors of {where} ({found}) are those of none of {', '.join(FAMILIES)}")
+    raise CheckpointError(f"the tensors of {where} ({found}) are not those of any of {', '.join(FAMILIES)}")

@@ -75,6 +75,6 @@ def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[st
         tensors.setdefault(path.removesuffix(SUFFIX), {})[leaf] = value
     for layer in Provenance.of_adapter(config, f"{ADAPTER_CONFIG} of {name}").layers:
         if layer.module not in tensors:
-            raise CheckpointError(f"{name} is not whole: {ADAPTER_WEIGHTS} lacks {layer.module}")
+            raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} lacks {layer.module}")
         tensors[layer.module] |= fixed_tensors(layer)
     return tensors

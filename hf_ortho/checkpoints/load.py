@@ -36,7 +36,7 @@ class Checkpoint:
     Attributes:
         task: ``causal-lm``, ``image-classification``, or empty.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
-        new_head: name of a head that was made anew, for the classes of a dataset; empty if there is none.
+        new_head: name of a head with new weights, for the classes of a dataset; empty if there is none.
         merged: whether the model came out of an adapter.
     """
 
@@ -123,7 +123,7 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
             raise CheckpointError(f"{name} is an adapter of peft's {adapter['peft_type']}, which cannot be merged")
         model: Any = wrapped.merge_and_unload(safe_merge=True)
     if missing := next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None):
-        raise CheckpointError(f"{name} is not whole: {missing}")
+        raise CheckpointError(f"{name} is incomplete: {missing}")
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
     return dataclasses.replace(found, model=model.eval(), commit=commit, merged=True)

@@ -30,7 +30,7 @@ class Contents:
     """A folder that can be pushed.
 
     Attributes:
-        adapter: whether it holds an adapter and no model.
+        adapter: whether it holds an adapter, but not a model.
         files: what is uploaded, as paths in the repository.
         left_out: what is not: hidden files, pickles, checkpoints and states of a training; folders end in ``/``. The
             manifest of ``OutputFolder`` is in neither.
@@ -48,7 +48,7 @@ def contents_of(folder: str | os.PathLike) -> Contents:
     ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
 
     Raises:
-        CheckpointError: there is neither, or a file is missing, cut short or does not hold what it should.
+        CheckpointError: there is neither, or a file is missing or cut short, or lacks what another one lists.
     """
     place = Path(folder)
     if not place.is_dir():
@@ -57,8 +57,8 @@ def contents_of(folder: str | os.PathLike) -> Contents:
     model = (place / CONFIG_NAME).is_file()
     if not adapter and not model:
         raise CheckpointError(
-            f"{folder} holds no model and no adapter: {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or {ADAPTER_CONFIG} with "
-            f"{ADAPTER_WEIGHTS}, is expected"
+            f"{folder} holds neither a model nor an adapter: {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or "
+            f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, is expected"
         )
     if adapter:
         _check_adapter(place)
@@ -74,37 +74,37 @@ def _check_model(folder: Path) -> None:
         raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {explain(error)}") from error
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if not single.is_file() and not index.is_file():
-        raise CheckpointError(f"{folder} is not whole: it has a config, but neither {single.name} nor {index.name}")
+        raise CheckpointError(f"{folder} is incomplete: it has a config, but neither {single.name} nor {index.name}")
     if single.is_file():
         shapes(single)
     if index.is_file():
         places = weight_map(index)
         for shard in sorted(set(places.values())):
             if not (folder / shard).is_file():
-                raise CheckpointError(f"{folder} is not whole: {shard}, which {index.name} lists, is missing")
+                raise CheckpointError(f"{folder} is incomplete: {shard}, which {index.name} lists, is missing")
             lacking = {key for key, file in places.items() if file == shard} - shapes(folder / shard).keys()
             if lacking:
-                raise CheckpointError(f"{folder} is not whole: {shard} lacks {min(lacking)}, which {index.name} lists")
+                raise CheckpointError(f"{folder} is incomplete: {shard} lacks {min(lacking)}, which {index.name} lists")
     if Provenance.of(json_object(folder / CONFIG_NAME), str(folder)).layers:
         try:
             load_activations(str(folder))
         except ConfigError as error:
             raise CheckpointError(
-                f"{folder} is not whole: its config names learnable activations, its weights hold none"
+                f"{folder} is incomplete: its config names learnable activations, but its weights hold none"
             ) from error
 
 
 def _check_adapter(folder: Path) -> None:
     config = json_object(folder / ADAPTER_CONFIG)
     if "peft_type" not in config:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no peft_type")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name a peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} is not whole: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
+        raise CheckpointError(f"{folder} is incomplete: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
     names = shapes(folder / ADAPTER_WEIGHTS)
     for layer in Provenance.of_adapter(config, str(folder / ADAPTER_CONFIG)).layers:
         if not any(f".{layer.module}." in name for name in names):
             raise CheckpointError(
-                f"{folder} is not whole: {ADAPTER_WEIGHTS} lacks {layer.module}, which {ADAPTER_CONFIG} lists"
+                f"{folder} is incomplete: {ADAPTER_WEIGHTS} lacks {layer.module}, which {ADAPTER_CONFIG} lists"
             )
 
 
@@ -122,5 +122,5 @@ def _sort(folder: Path) -> tuple[list[str], list[str]]:
             unwanted = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
             (left_out if unwanted else files).append(path)
             if not unwanted and not (here / name).is_file():
-                raise CheckpointError(f"{folder} is not whole: {path} is a link to a file that is not there")
+                raise CheckpointError(f"{folder} is incomplete: {path} is a link to a file that is not there")
     return sorted(files), sorted(left_out)

@@ -30,7 +30,7 @@ class Base:
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is known to be there: by a commit, else it is no folder here and has a revision or is cached."""
+        """Whether it is known to be there: by a commit, else it is not a folder, and has a revision or is cached."""
         try:
             validate_repo_id(self.name or "")
         except HFValidationError:

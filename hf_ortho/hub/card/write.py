@@ -25,7 +25,7 @@ from .parts import TrainingDetails
 TEMPLATE = Path(__file__).with_name("template.md")
 PICTURE = "activations.png"
 PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
-# What a card holds that Trainer or peft wrote and nobody has filled in.
+# Marks of a card that Trainer or peft wrote and that was not filled in.
 TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
 BLANK = "[More Information Needed]"
 NO_TRAINING = TrainingDetails()
