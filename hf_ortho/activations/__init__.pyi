@@ -2,7 +2,7 @@ from .base import FitReport as FitReport
 from .base import LearnableActivation as LearnableActivation
 from .fourier import Fourier as Fourier
 from .hermite import Hermite as Hermite
-from .hermite.polynomial import PolynomialForm as PolynomialForm
+from .polynomial import PolynomialForm as PolynomialForm
 from .registry import FAMILIES as FAMILIES
 from .registry import build as build
 from .registry import named as named

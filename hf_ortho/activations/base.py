@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,8 +16,12 @@ from transformers import initialization
 from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError
-from ..fitting.least_squares import Nodes, Source, Target, gaussian_moments, is_interval
+from ..fitting.density import DATA_FREE, Density, gaussian_moments
+from ..fitting.least_squares import Target
+from ..fitting.nodes import Nodes
+from ..fitting.options import FitOptions
 from ..fitting.report import FitReport
+from ..fitting.source import Source
 from ..kernels import cpu, dispatch, formula
 from .registry import MAX_DEGREE
 
@@ -39,9 +44,11 @@ class LearnableActivation(nn.Module):
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
-    A subclass gives ``family``, ``default_degree``, ``initial_parameters``, ``series``, ``series_derivative``,
-    ``fit_parameters``, and may give ``natural_units``, ``breaks``, ``kernel`` and ``compiled``. The last two evaluate
-    the series in its place: who changes the series of a family sets both to None.
+    A subclass must give ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
+    ``series_derivative`` and ``fit_parameters``, and a line in ``registry.FAMILIES``. It may give ``natural_units``;
+    ``breaks``, if f' jumps inside the domain; and kernels that evaluate the series faster: ``cpu_series``, ``compiled``
+    and ``triton``. Where it has none the formula serves. A subclass that overrides the ``series`` of a family resets
+    all three to None. A polynomial family derives from ``polynomial.PolynomialActivation``.
 
     Args:
         degree: 1 to 32; the family's default if None.
@@ -52,9 +59,11 @@ class LearnableActivation(nn.Module):
     """
 
     family: ClassVar[str]
+    equation: ClassVar[str]  # S(x) = ..., as cards show it
     default_degree: ClassVar[int]
-    kernel: ClassVar[Callable[..., cpu.Series] | None] = None  # on the CPU
-    compiled: ClassVar[type | None] = None  # under torch.compile
+    cpu_series: ClassVar[Callable[..., cpu.Series] | None] = None  # on the CPU: makes a Series
+    compiled: ClassVar[type | None] = None  # under torch.compile: has gradients, see dispatch._Compiled
+    triton: ClassVar[str | None] = None  # on CUDA: module:NAME of DeviceFunctions, imported when first used
     series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype
     series_derivative: ClassVar[Callable[..., Tensor]]  # likewise, S'(x)
     domain: nn.Parameter
@@ -146,13 +155,13 @@ class LearnableActivation(nn.Module):
         self,
         fn: str | Callable[[Tensor], Tensor],
         *,
-        histogram=None,
+        histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
         derivative_weight: float = 0.0,
         tails: bool = True,
         name: str | None = None,
     ) -> FitReport:
-        r"""Match ``fn`` and its derivative by weighted Sobolev least squares in float64, in place.
+        r"""Fit ``fn`` by weighted least squares in float64, in place; ``derivative_weight`` adds the derivative.
 
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
 
@@ -172,16 +181,14 @@ class LearnableActivation(nn.Module):
         Raises:
             FitError: ``fn`` cannot be followed, or an argument is out of range; the module is unchanged.
         """
-        if not 0.0 <= derivative_weight < math.inf:
-            raise FitError(f"derivative_weight {derivative_weight!r}: must be finite and at least 0")
-        if domain is not None and not is_interval(domain):
-            raise FitError(f"domain {domain!r}: must be two finite numbers lo < hi, or None to search")
+        options = FitOptions(derivative_weight, domain, tails)
         source = Source.of(fn, name)
-        nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
+        density = DATA_FREE if histogram is None else histogram
+        nodes = density.nodes(source)
         if not tails:
-            domain = self._domain_of_data(nodes, domain)
-            nodes = nodes.within(source, *domain)
-        target = Target.of(source, nodes, derivative_weight, domain)
+            options = dataclasses.replace(options, domain=self._domain_of_data(nodes, options.domain))
+            nodes = density.nodes(source, options.domain)
+        target = Target.of(source, nodes, options)
         # Matrices this small lose a factor of 50 to a threaded BLAS on a busy machine.
         with threadpool_limits(limits=1, user_api="blas"):
             try:
@@ -206,7 +213,7 @@ class LearnableActivation(nn.Module):
         self,
         fn: str | Callable[[Tensor], Tensor],
         *,
-        histogram=None,
+        histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
         name: str | None = None,
     ) -> FitReport:
@@ -216,9 +223,8 @@ class LearnableActivation(nn.Module):
             FitError: ``fn`` is unknown, or has no straight asymptotes.
         """
         source = Source.of(fn, name)
-        nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
-        nodes = nodes if domain is None else nodes.within(source, *domain)
-        return FitReport.measure(self, Target.of(source, nodes, 0.0, domain))
+        nodes = (DATA_FREE if histogram is None else histogram).nodes(source, domain)
+        return FitReport.measure(self, Target.of(source, nodes, FitOptions(domain=domain)))
 
     def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:
         """The interval of a fit without tails: all data must lie in it."""

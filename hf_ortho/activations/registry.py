@@ -27,7 +27,7 @@ class _Families(Mapping[str, type["LearnableActivation"]]):
 
     def __getitem__(self, family: str) -> type[LearnableActivation]:
         module, _, name = self._places[family].partition(":")
-        return getattr(importlib.import_module(f".{module}", __package__), name)
+        return getattr(importlib.import_module(module, __package__), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -41,10 +41,10 @@ class _Families(Mapping[str, type["LearnableActivation"]]):
 
 FAMILIES = _Families(
     {
-        "hermite": "hermite:Hermite",
-        "fourier": "fourier:Fourier",
-        "tropical": "tropical:Tropical",
-        "tropical_rational": "tropical:TropicalRational",
+        "hermite": ".hermite:Hermite",
+        "fourier": ".fourier:Fourier",
+        "tropical": ".tropical:Tropical",
+        "tropical_rational": ".tropical:TropicalRational",
     }
 )
 
@@ -78,6 +78,14 @@ def is_learnable(name: str) -> bool:
     except ActivationNameError:
         return False
     return True
+
+
+def check_name(name: str) -> None:
+    """Raise ActivationNameError, which names the closest learnable activation, unless ``name`` is in ``ACT2FN``."""
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        parse(name)
 
 
 def named(family: str, degree: str | int | None = None) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..activations import build
+from ..activations import FAMILIES, build
 
 REFERENCE = "F.gelu"
 
@@ -93,16 +93,11 @@ def fixed() -> dict[str, Callable[[], nn.Module]]:
 
 
 def learnable(device: str = "cpu") -> dict[str, Callable[[], nn.Module]]:
-    found: dict[str, Callable[[], nn.Module]] = {
-        "hermite_3": functools.partial(_from_scratch, "hermite_3"),
-        "hermite_8": functools.partial(_from_scratch, "hermite_8"),
-        "hermite_3 with tails": functools.partial(_with_tails, "hermite_3"),
-        "hermite_8 with tails": functools.partial(_with_tails, "hermite_8"),
-        "fourier_6": functools.partial(_from_scratch, "fourier_6"),
-        "fourier_6 with tails": functools.partial(_with_tails, "fourier_6"),
-        "tropical_6": functools.partial(_from_scratch, "tropical_6"),
-        "tropical_rational_6": functools.partial(_from_scratch, "tropical_rational_6"),
-    }
+    """Every family at its default degree, and what else the targets compare."""
+    names = ["hermite_3", *(f"{family}_{cls.default_degree}" for family, cls in FAMILIES.items())]
+    found: dict[str, Callable[[], nn.Module]] = {name: functools.partial(_from_scratch, name) for name in names}
+    for name in ("hermite_3", "hermite_8", "fourier_6"):
+        found[f"{name} with tails"] = functools.partial(_with_tails, name)
     return found if device == "cpu" else found | {"fourier_6 harmonic": _harmonic}
 
 

@@ -1,4 +1,4 @@
-"""The polynomials behind Hermite activations: of every activation of a model, and of a whole small network."""
+"""The polynomials behind polynomial activations: of every activation of a model, and of a whole small network."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import numpy as np
 from sympy import QQ, Poly, Rational, symbols
 from torch import nn
 
-from ..activations import Hermite, LearnableActivation, PolynomialForm
-from ..activations.hermite.polynomial import exact_monomials
+from ..activations import LearnableActivation, PolynomialForm
+from ..activations.polynomial import PolynomialActivation
 from ..checkpoints.provenance import Provenance
 from ..errors import PolynomialError
 
 
 def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
-    """The polynomial of every Hermite activation of ``model``, by module path.
+    """The polynomial of every activation of ``model``, by module path.
 
     Where a module's own domain is infinite, the interval is the ``domain`` of its entry in
-    ``model.config.hf_ortho["layers"]``. A converted model has more that is no polynomial, such as softmax and
-    normalisation; outside its domain an activation is a straight line.
+    ``model.config.hf_ortho["layers"]``. A converted model has more that is not a polynomial, such as softmax and
+    normalization; outside its domain an activation is a straight line.
 
     Raises:
-        PolynomialError: there is no learnable activation, one is of another family, or one has no finite domain.
+        PolynomialError: there is no learnable activation, one is not a polynomial, or one has no finite domain.
     """
     provenance = Provenance.of(getattr(model, "config", None))
     forms: dict[str, PolynomialForm] = {}
     for path, module in model.named_modules():
         if not isinstance(module, LearnableActivation):
             continue
-        if not isinstance(module, Hermite):
-            raise PolynomialError(f"{path} is {module.name}, which is no polynomial: convert to hermite_n")
+        if not isinstance(module, PolynomialActivation):
+            raise PolynomialError(f"{path} is {module.name}, which is not a polynomial: convert to hermite_n")
         finite = module.domain.isfinite().all()
         try:
             forms[path] = module.to_polynomial(None if finite else provenance.layer(path).domain)
@@ -39,18 +39,19 @@ def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
             raise PolynomialError(f"{path}: {error}") from None
     if not forms:
         raise PolynomialError(
-            f"{type(model).__name__} has no Hermite activation: convert it first, hf_ortho.convert(model, 'hermite_8')"
+            f"{type(model).__name__} has no learnable activations: convert it first, "
+            "hf_ortho.convert(model, 'hermite_8')"
         )
     return forms
 
 
 def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = False) -> list[Poly]:
-    """The exact multivariate polynomial of a stack of affine maps and Hermite activations.
+    """The exact multivariate polynomial of a stack of affine maps and polynomial activations.
 
     With L layers of activations of degree n it is a polynomial of total degree n^L in the inputs.
 
     Args:
-        network: ``nn.Sequential``, nested if wanted, of ``nn.Linear`` and ``Hermite`` modules.
+        network: ``nn.Sequential``, nested if wanted, of ``nn.Linear`` and polynomial activations such as ``Hermite``.
         max_terms: the most monomials an output may have. Time grows faster than their number: thousands of terms take
             seconds to minutes.
         ignore_tails: take activations with a finite domain for their polynomials. The expansion then equals the
@@ -97,17 +98,18 @@ def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarr
                     raise PolynomialError(f"{name} of {where} holds NaN or infinity: a polynomial needs finite weights")
             width = module.out_features
             layers.append(module)
-        elif isinstance(module, Hermite):
+        elif isinstance(module, PolynomialActivation):
             if not (ignore_tails or module.domain.isinf().all()):
                 lo, hi = module.domain.tolist()
                 raise PolynomialError(
-                    f"{where} is a straight line outside its domain [{lo:g}, {hi:g}], so it is no polynomial: pass "
+                    f"{where} is a straight line outside its domain [{lo:g}, {hi:g}], so it is not a polynomial: pass "
                     "ignore_tails=True if every pre-activation stays inside"
                 )
-            layers.append(exact_monomials(module.coefficients.tolist()))
+            layers.append(module.exact_monomials())
         elif type(module) is not nn.Sequential:
             raise PolynomialError(
-                f"{where} is {type(module).__name__}: only nn.Sequential of nn.Linear and Hermite modules expands"
+                f"{where} is {type(module).__name__}: only nn.Sequential of nn.Linear and polynomial activations "
+                "expands"
             )
     return layers
 

@@ -74,7 +74,8 @@ LEARNABLE_ACTIVATION = '''\
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = (x, *self._tensors())
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or _transformed(tensors):
+        plain = torch.compiler.is_compiling() or x.device.type != "cpu" or self.cpu_series is None
+        if plain or _transformed(tensors):
             return self.formula(*tensors)
         return Evaluated.apply(type(self), *tensors)
 
@@ -89,18 +90,18 @@ class Evaluated(torch.autograd.Function):
     def forward(ctx, family, x, domain, tail_slopes, *parameters):
         ctx.family = family
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
-        activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
+        activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
         if x.numel() <= GRAIN:
-            return activation.value(x.to(activation.dtype), None, activation.no_rows).to(x.dtype)
+            return activation.value(x.to(activation.dtype), None, activation.no_scratch).to(x.dtype)
         y = torch.empty_like(x)
         for source, out in zip(_flat(x, y.stride()).split(CHUNK), _flat(y, y.stride()).split(CHUNK)):
             source = source.to(activation.dtype)
-            out.copy_(activation.value(source, torch.empty_like(source), activation.no_rows))
+            out.copy_(activation.value(source, torch.empty_like(source), activation.no_scratch))
         return y
 
     @staticmethod
     def backward(ctx, g):
-        return None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[1:], g)
+        return None, *_formula_gradients(ctx.family.formula, ctx.saved_tensors, ctx.needs_input_grad[1:], g)
 
 
 if activations is None:

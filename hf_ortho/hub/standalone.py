@@ -18,7 +18,7 @@ from ..errors import HfOrthoError
 PACKAGE = __name__.split(".")[0]
 DOCSTRING = ""
 # What evaluates a function. Of a class these members are copied, and those that they mention.
-EVALUATION = frozenset({DOCSTRING, "__init__", "value", "rows", "series", "kernel", "family"})
+EVALUATION = frozenset({DOCSTRING, "__init__", "value", "scratch_rows", "series", "cpu_series", "family"})
 
 
 @dataclasses.dataclass(frozen=True)

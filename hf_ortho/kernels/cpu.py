@@ -11,12 +11,15 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .family import Family
 
 GRAIN = 32768  # elements; from here on ATen opens an OpenMP region for every operation
 CHUNK = 1 << 16  # large enough that the interpreter's share is small, small enough for a second-level cache of 2 MB
@@ -28,25 +31,25 @@ within = torch.ops.aten.hardtanh_backward.grad_input  # (g, x, lo, hi): g where 
 above = torch.ops.aten.threshold_backward.grad_input  # (g, x, start): g where x > start, else 0
 
 Vectors = tuple[tuple[float, ...], ...]
-Rows = Sequence[Tensor | None]
+Scratch = Sequence[Tensor | None]
 
 
 class Series(Protocol):
     """S of one family with fixed parameters, on chunks of a floating dtype of at least 32 bits.
 
-    ``rows`` are scratch rows of the chunk's length, one after the other in memory; where one is None the operation
-    allocates. ``out`` may be None for the same reason. ``x`` and ``g`` are not written to.
+    ``scratch`` are ``scratch_rows`` buffers of the chunk's length, one after the other in memory; where one is None the
+    operation allocates. ``out`` may be None for the same reason. ``x`` and ``g`` are not written to.
     """
 
-    rows: int
+    scratch_rows: int
 
-    def value(self, x: Tensor, out: Tensor | None, rows: Rows) -> Tensor:
+    def value(self, x: Tensor, out: Tensor | None, scratch: Scratch) -> Tensor:
         """S(x)."""
 
-    def gradient(self, x: Tensor, g: Tensor, out: Tensor | None, rows: Rows, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, reduce: bool) -> list[float]:
         """g S'(x) into ``out`` unless that is None; returns sums over the chunk if ``reduce``."""
 
-    def gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         """The gradient of each parameter vector, from the sums over all chunks."""
 
 
@@ -64,46 +67,46 @@ class Activation:
         large: bool,
     ):
         parameters = tuple(tuple(rounded(vector, dtype)) for vector in parameters)
-        self.build = series
+        self.make_series = series
         self.series = series(parameters, domain, dtype, device, large)
         self.domain = domain
         self.slopes = slopes
         ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
         self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
         self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
-        self.rows = self.series.rows + (0 if self.pure else 1)
-        self.no_rows = (None,) * self.rows
+        self.scratch_rows = self.series.scratch_rows + (0 if self.pure else 1)
+        self.no_scratch = (None,) * self.scratch_rows
         self.dtype = dtype
         self.parameters = parameters
 
-    def value(self, x: Tensor, out: Tensor | None, rows: Rows) -> Tensor:
+    def value(self, x: Tensor, out: Tensor | None, scratch: Scratch) -> Tensor:
         if self.pure:
-            return self.series.value(x, out, rows)
+            return self.series.value(x, out, scratch)
         (lo, hi), (s_lo, s_hi) = self.domain, self.slopes
-        inside = torch.clamp(x, lo, hi, out=rows[0])
-        y = self.series.value(inside, out, rows[1:])
+        inside = torch.clamp(x, lo, hi, out=scratch[0])
+        y = self.series.value(inside, out, scratch[1:])
         if s_lo or s_hi:
             beyond = torch.sub(x, inside, out=inside)
             if s_lo:
-                y.add_(torch.clamp_max(beyond, 0.0, out=rows[1]), alpha=s_lo)
+                y.add_(torch.clamp_max(beyond, 0.0, out=scratch[1]), alpha=s_lo)
             if s_hi:
                 y.add_(beyond.clamp_(min=0.0), alpha=s_hi)
         return y
 
-    def gradient(
-        self, x: Tensor, g: Tensor, out: Tensor | None, rows: Rows, parameters: bool, domain: bool
+    def backward_chunk(
+        self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, parameters: bool, domain: bool
     ) -> list[float]:
         """g f'(x) into ``out`` unless that is None; returns the sums that ``parameters`` and ``domain`` ask for."""
         if self.pure:
-            return self.series.gradient(x, g, out, rows, parameters) + [0.0, 0.0] * domain
+            return self.series.backward_chunk(x, g, out, scratch, parameters) + [0.0, 0.0] * domain
         s_lo, s_hi = self.slopes
-        inside = torch.clamp(x, *self.domain, out=rows[0])
-        sums = self.series.gradient(inside, g, out, rows[1:], parameters)
+        inside = torch.clamp(x, *self.domain, out=scratch[0])
+        sums = self.series.backward_chunk(inside, g, out, scratch[1:], parameters)
         if out is not None:
             within(out, x, *self.bounds, grad_input=out)
         for slope, outside in ((s_lo, self._below), (s_hi, self._above)):
             if domain or (slope and out is not None):
-                part = outside(x, g, rows[1])
+                part = outside(x, g, scratch[1])
                 if domain:
                     sums.append(part.sum().item())
                 if slope and out is not None:
@@ -121,8 +124,8 @@ class Activation:
         # In float64: at a good fit S' and the slope of the tail nearly cancel.
         ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
-        series = self.build(self.parameters, self.domain, ends.dtype, ends.device, False)
-        series.gradient(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.rows, 2)), False)
+        series = self.make_series(self.parameters, self.domain, ends.dtype, ends.device, False)
+        series.backward_chunk(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.scratch_rows, 2)), False)
         pairs = zip(sums, slopes.tolist(), self.slopes, self.domain, strict=True)
         return [0.0 if abs(end) == torch.inf else total * (s - tail) for total, s, tail, end in pairs]
 
@@ -144,28 +147,28 @@ def _prepare(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, ta
     return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device, large)
 
 
-def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
+def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
     """f(x), in the shape, strides and dtype of ``x``."""
-    activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
+    activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
     if x.numel() <= GRAIN:
         converts = x.dtype != activation.dtype
-        y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_rows)
+        y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_scratch)
         return y.to(x.dtype) if converts else y
     y = torch.empty_like(x)
     source, out = _flat(x, y.stride()), _flat(y, y.stride())
 
-    def body(rows: list[Tensor], span: slice) -> None:
+    def body(scratch: list[Tensor], span: slice) -> None:
         if x.dtype == activation.dtype:
-            activation.value(source[span], out[span], rows)
+            activation.value(source[span], out[span], scratch)
         else:
-            out[span] = activation.value(rows[0].copy_(source[span]), rows[1], rows[2:])
+            out[span] = activation.value(scratch[0].copy_(source[span]), scratch[1], scratch[2:])
 
     _run(body, x, activation, 2)
     return y
 
 
 def backward(
-    family,
+    family: Family,
     g: Tensor,
     x: Tensor,
     parameters: Sequence[Tensor],
@@ -175,17 +178,19 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
     """The gradients of x, of each parameter and of the domain, each where ``needs`` asks for it."""
     needs_x, needs_parameters, needs_domain = needs
-    activation = _prepare(family.kernel, x, parameters, domain, tail_slopes)
+    activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
     gx = torch.empty_like(x) if needs_x else None
     stride = dense_stride(x)
     source, upstream, out = _flat(x, stride), _flat(g, stride), None if gx is None else _flat(gx, stride)
 
-    def body(rows: list[Tensor], span: slice) -> list[float]:
+    def body(scratch: list[Tensor], span: slice) -> list[float]:
         if x.dtype == activation.dtype:
             target = None if out is None else out[span]
-            return activation.gradient(source[span], upstream[span], target, rows, needs_parameters, needs_domain)
-        inputs, target = (rows[0].copy_(source[span]), rows[1].copy_(upstream[span])), rows[2]
-        sums = activation.gradient(*inputs, target, rows[3:], needs_parameters, needs_domain)
+            return activation.backward_chunk(
+                source[span], upstream[span], target, scratch, needs_parameters, needs_domain
+            )
+        inputs, target = (scratch[0].copy_(source[span]), scratch[1].copy_(upstream[span])), scratch[2]
+        sums = activation.backward_chunk(*inputs, target, scratch[3:], needs_parameters, needs_domain)
         if out is not None:
             out[span] = target
         return sums
@@ -195,7 +200,7 @@ def backward(
     at_domain = _gradient(activation.domain_gradient(sums[-2:]), domain) if needs_domain else None
     at_parameters = None
     if needs_parameters:
-        vectors = activation.series.gradients(sums[:-2] if needs_domain else sums)
+        vectors = activation.series.parameter_gradients(sums[:-2] if needs_domain else sums)
         at_parameters = [_gradient(v, p) for v, p in zip(vectors, parameters, strict=True)]
     return gx, at_parameters, at_domain
 
@@ -229,23 +234,27 @@ def _flat(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) -> list:
-    """``body(rows, span)`` for every chunk; its results in the order of the chunks, whatever thread ran it.
+    """``body(scratch, span)`` for every chunk; its results in the order of the chunks, whatever thread ran it.
 
-    The first rows, ``conversions`` of them, are there only where the dtype of ``x`` is not that of the arithmetic.
+    The first ``conversions`` scratch rows are there only where the dtype of ``x`` is not that of the arithmetic.
     """
+    # The chunks are cut by the size of x alone. Every thread takes one contiguous range of them, with scratch rows of
+    # its own that it uses again for each chunk, and so keeps in its cache. Results come back per chunk rather than per
+    # thread, and are added up in the order of the chunks: the bits do not depend on the number of threads. Threads of
+    # Python's do, since ATen releases the interpreter's lock inside each operation.
     n, size = x.numel(), _chunk_size(x)
     chunks = max(-(-n // size), 1)
     inference = torch.is_inference_mode_enabled()
-    shape = activation.rows + (conversions if x.dtype != activation.dtype else 0), min(size, n + n % 2)
+    shape = activation.scratch_rows + (conversions if x.dtype != activation.dtype else 0), min(size, n + n % 2)
 
     def work(first: int, last: int) -> list:
         # Modes belong to threads. Inside inference mode tensors are made that only it may write to.
         with torch.inference_mode() if inference else contextlib.nullcontext(), torch.no_grad():
-            rows = list(torch.empty(shape, dtype=activation.dtype, device=x.device))
+            scratch = list(torch.empty(shape, dtype=activation.dtype, device=x.device))
             spans = [slice(i * size, min((i + 1) * size, n)) for i in range(first, last)]
-            results = [body(rows, span) for span in spans[:-1]]
+            results = [body(scratch, span) for span in spans[:-1]]
             rest = spans[-1].stop - spans[-1].start
-            return [*results, body([row[:rest] for row in rows], spans[-1])]
+            return [*results, body([row[:rest] for row in scratch], spans[-1])]
 
     threads = min(torch.get_num_threads(), MAX_THREADS)
     if threads == 1 or n <= GRAIN or x.device.type != "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -12,13 +13,22 @@ from torch.autograd import forward_ad
 from transformers.utils import logging
 
 from . import cpu, formula
+from .family import Family
 
 logger = logging.get_logger("hf_ortho")
 
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
+# LearnableActivation.forward(x)
+#   dispatch.activation                    chooses: family.formula, _Compiled, or Recomputed with a backend
+#     Recomputed.forward, .backward        autograd.Function, which keeps x and computes the rest again
+#       cpu.forward, .backward             or those of triton: one launch per direction, and one for the sums
+#         cpu._run                         chunk by chunk, in threads
+#           Activation.value, .backward_chunk    the domain and the tails, around
+#             Series.value, .backward_chunk      the arithmetic of the family
 
-def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
+
+def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
     """f(x) of ``LearnableActivation``, in the shape and dtype of ``x``.
 
     ``family.formula`` is the oracle, made of differentiable PyTorch operations. Where nothing but the values and the
@@ -27,7 +37,7 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
     transforms, forward-mode differentiation, tensor subclasses, dispatch modes, and double backward.
 
     Args:
-        family: a subclass of ``LearnableActivation``; its formula and kernels are used.
+        family: a subclass of ``LearnableActivation``; its formula and the kernels that it has are used.
         x: any shape and strides, a floating dtype.
         domain: [lo, hi].
         tail_slopes: [s_lo, s_hi].
@@ -37,9 +47,9 @@ def activation(family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *paramete
     if torch.compiler.is_compiling():
         explicit = _compiles(family) and not tail_slopes.requires_grad
         return _Compiled.apply(family, *tensors) if explicit else family.formula(*tensors)
-    if family.kernel is None or _transformed(tensors):
+    backend = None if _transformed(tensors) else _backend(family, x)
+    if backend is None:
         return family.formula(*tensors)
-    backend = _backend(family, x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return Recomputed.apply(backend, family, *tensors)
     return backend.forward(family, x, parameters, domain, tail_slopes)
@@ -61,13 +71,12 @@ def _transformed(tensors) -> bool:
     )
 
 
-def _backend(family, x: Tensor) -> ModuleType:
-    if x.is_cuda and x.dtype != torch.float64 and _triton_works(x.device):
+def _backend(family: Family, x: Tensor) -> ModuleType | None:
+    if family.triton and x.is_cuda and x.dtype != torch.float64 and _triton_works(x.device):
         from . import triton
 
-        if family.family in triton.FAMILIES:
-            return triton
-    return cpu
+        return triton
+    return cpu if family.cpu_series else None
 
 
 @functools.cache
@@ -78,15 +87,14 @@ def _triton_works(device: torch.device) -> bool:
     try:
         from . import triton
 
-        ends, line = torch.zeros(2, device=device), torch.zeros(2, device=device)
-        triton.activation(torch.zeros(1, device=device), [line], ends, ends, "hermite")
+        triton.probe(device)
     except Exception as error:  # of Triton, of the C compiler, of the driver
         logger.warning_once(f"Triton does not work on {device}, slower kernels take over: {error}")
         return False
     return True
 
 
-def _compiles(family) -> bool:
+def _compiles(family: Family) -> bool:
     transformed = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
     return family.compiled is not None and not transformed
 
@@ -128,7 +136,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class Recomputed(torch.autograd.Function):
-    """f with the kernels of a backend, ``cpu`` or ``triton``: keeps x, recomputes the rest."""
+    """f with the kernels of a backend, the module ``cpu`` or ``triton``: keeps x, recomputes the rest."""
 
     @staticmethod
     def forward(ctx, backend, family, x, domain, tail_slopes, *parameters):
@@ -142,16 +150,16 @@ class Recomputed(torch.autograd.Function):
         _, _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
         batched = torch._C._functorch.is_legacy_batchedtensor(g)  # by is_grads_batched
         if torch.is_grad_enabled() or needs_slopes or batched or _transformed((g, domain)):
-            return None, None, *_formula_gradients(ctx.family, ctx.saved_tensors, ctx.needs_input_grad[2:], g)
+            return None, None, *_formula_gradients(ctx.family.formula, ctx.saved_tensors, ctx.needs_input_grad[2:], g)
         needs = needs_x, any(needs_parameters), needs_domain
         gx, at_parameters, at_domain = ctx.backend.backward(ctx.family, g, x, parameters, domain, tail_slopes, needs)
         return None, None, gx, at_domain, None, *(at_parameters or (None for _ in parameters))
 
 
-def _formula_gradients(family, tensors, needs, g):
+def _formula_gradients(plain: Callable[..., Tensor], tensors, needs, g):
     """Gradients that can be differentiated again."""
     with torch.enable_grad():
-        y = family.formula(*tensors)
+        y = plain(*tensors)
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -12,6 +12,8 @@ are no atomics, and the split depends on the number of elements only: results ar
 # mypy: disable-error-code="assignment, var-annotated"
 
 import contextlib
+import functools
+import pkgutil
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .cpu import arranged, dense_stride
-from .triton_families import ALL_NAN, FAMILIES, IN_HALF_PRECISION, Family
+from .family import Family
+from .triton_common import ALL_NAN, DeviceFunctions
 
 PROGRAMS = 1024
 WARPS = 4
@@ -60,6 +63,11 @@ def backward_kernel(
     ROWS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Sums FIRST to LAST - 1, of the parameters' TOTAL and then of lo and hi, and the gradient of x if WRITE_GX."""
+    # PROGRAMS programs stride over the tiles of ROWS x LANES elements. Each keeps one vector of LANES partial sums per
+    # gradient in registers from its first tile to its last and reduces it over the lanes once, at the end: a launch
+    # writes (LAST - FIRST) x PROGRAMS numbers, whatever the size of x. Only so many sums fit into registers; the host
+    # splits more of them into several launches, of which the first writes the gradient of x. The loads of all ROWS come
+    # before any arithmetic, so that several are in flight at a time.
     program = tl.program_id(0)
     lo = tl.load(domain).to(tl.float32)
     hi = tl.load(domain + 1).to(tl.float32)
@@ -120,12 +128,28 @@ def sum_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(values, 0).to(sums.dtype.element_ty))
 
 
-def kernels_for(family: str, x: Tensor) -> Family:
-    return (FAMILIES if x.dtype == torch.float32 else IN_HALF_PRECISION)[family]
+@triton.jit
+def copy_kernel(source, target):
+    tl.store(target, tl.load(source))
 
 
-def degree_of(family: Family, parameters: Sequence[Tensor]) -> int:
-    return parameters[-1].numel() - family.beyond_degree
+def probe(device: torch.device) -> None:
+    """Compile and launch the least kernel; raises what Triton, the C compiler or the driver raise."""
+    source = torch.zeros(1, device=device)
+    with on_device_of(source):
+        copy_kernel[(1,)](source, torch.empty_like(source))
+
+
+_resolve = functools.cache(pkgutil.resolve_name)
+
+
+def functions_for(place: str, x: Tensor) -> DeviceFunctions:
+    functions = _resolve(place)
+    return functions if x.dtype == torch.float32 else functions.half_precision or functions
+
+
+def degree_of(functions: DeviceFunctions, parameters: Sequence[Tensor]) -> int:
+    return parameters[-1].numel() - functions.beyond_degree
 
 
 def on_device_of(x: Tensor):
@@ -133,7 +157,7 @@ def on_device_of(x: Tensor):
 
 
 @torch.library.custom_op("hf_ortho::activation", mutates_args=())
-def activation(x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor, family: str) -> Tensor:
+def activation(x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor, place: str) -> Tensor:
     """f(x) on the GPU. ``dispatch`` makes it differentiable.
 
     Args:
@@ -142,13 +166,14 @@ def activation(x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slo
         parameters: the family's parameter vectors in the order of ``LearnableActivation.initial_parameters``, float32
             or float64 (read as float32), on the device of ``x``. Gradients come back in their dtype.
         domain, tail_slopes: [lo, hi] and [s_lo, s_hi], as the parameters.
-        family: a key of ``FAMILIES``; the degree follows from the parameters' shapes.
+        place: where the family's ``DeviceFunctions`` are, as ``module:NAME``; the degree follows from the
+            parameters' shapes.
 
     Returns:
         Tensor with the shape, dtype and strides of ``x``.
     """
-    kernels = kernels_for(family, x)
-    degree = degree_of(kernels, parameters)
+    functions = functions_for(place, x)
+    degree = degree_of(functions, parameters)
     tile = 2048 if degree <= HIGH_DEGREE else 1024
     y = torch.empty_like(x)
     n = x.numel()
@@ -156,7 +181,7 @@ def activation(x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slo
         with on_device_of(x):
             forward_kernel[(triton.cdiv(n, tile),)](
                 x, y, tuple(parameters), domain, tail_slopes, n,
-                scalars=kernels.scalars, value=kernels.value, DEGREE=degree, TILE=tile,
+                scalars=functions.scalars, value=functions.value, DEGREE=degree, TILE=tile,
                 num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return y
@@ -169,14 +194,14 @@ def activation_backward(
     parameters: Sequence[Tensor],
     domain: Tensor,
     tail_slopes: Tensor,
-    family: str,
+    place: str,
     of_x: bool,
     of_parameters: bool,
     of_domain: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and in one vector those of the parameters and of [lo, hi]; each empty if not asked for."""
-    kernels = kernels_for(family, x)
-    degree = degree_of(kernels, parameters)
+    functions = functions_for(place, x)
+    degree = degree_of(functions, parameters)
     total = sum(p.numel() for p in parameters)
     first = 0 if of_parameters else total
     last = total + 2 if of_domain else total
@@ -196,38 +221,38 @@ def activation_backward(
         for start in range(first, last, per_pass) if last > first else (first,):
             backward_kernel[(programs,)](
                 x, g, gx, partial, tuple(parameters), domain, tail_slopes, n, tiles,
-                scalars=kernels.scalars, gradient=kernels.gradient, scales=kernels.scales, DEGREE=degree,
+                scalars=functions.scalars, gradient=functions.gradient, scales=functions.scales, DEGREE=degree,
                 HOIST=degree <= HIGH_DEGREE, WRITE_GX=of_x and start == first, TOTAL=total,
                 FIRST=start, LAST=min(start + per_pass, last), ROWS=ROWS, LANES=lanes, PROGRAMS=programs,
                 num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         if last > first:
             sum_kernel[(last - first,)](
-                partial, sums, FIRST=first, TOTAL=total, LENGTH=parameters[0].numel() if kernels.cumulative else 0,
+                partial, sums, FIRST=first, TOTAL=total, LENGTH=parameters[0].numel() if functions.cumulative else 0,
                 PROGRAMS=programs, WIDTH=triton.next_power_of_2(programs), num_warps=WARPS,
             )  # fmt: skip
     return gx, sums
 
 
 @activation.register_fake
-def _(x, parameters, domain, tail_slopes, family):
+def _(x, parameters, domain, tail_slopes, place):
     return torch.empty_like(x)
 
 
 @activation_backward.register_fake
-def _(g, x, parameters, domain, tail_slopes, family, of_x, of_parameters, of_domain):
+def _(g, x, parameters, domain, tail_slopes, place, of_x, of_parameters, of_domain):
     count = sum(p.numel() for p in parameters if of_parameters) + (2 if of_domain else 0)
     return torch.empty_like(x) if of_x else x.new_empty(0), parameters[0].new_empty(count)
 
 
-def forward(family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
+def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
     """f(x), as ``cpu.forward``."""
     vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
-    return activation(arranged(x, dense_stride(x)), *vectors, family.family)
+    return activation(arranged(x, dense_stride(x)), *vectors, family.triton)
 
 
 def backward(
-    family,
+    family: Family,
     g: Tensor,
     x: Tensor,
     parameters: Sequence[Tensor],
@@ -238,6 +263,6 @@ def backward(
     """The gradients of x, of each parameter and of the domain, as ``cpu.backward``."""
     of_x, of_parameters, of_domain = needs
     vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
-    gx, sums = activation_backward(g, arranged(x, dense_stride(x)), *vectors, family.family, *needs)
+    gx, sums = activation_backward(g, arranged(x, dense_stride(x)), *vectors, family.triton, *needs)
     *of_each, at_domain = sums.split([p.numel() * of_parameters for p in parameters] + [2 * of_domain])
     return gx if of_x else None, of_each if of_parameters else None, at_domain.to(domain.dtype) if of_domain else None

@@ -26,6 +26,11 @@ def test_names_survive_configs_that_split_on_dashes(family):
     assert FAMILIES[family].family == family
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_an_equation_for_cards(family):
+    assert FAMILIES[family].equation.startswith("S(x) = ")
+
+
 def test_each_look_up_builds_a_fresh_module():
     assert ACT2FN["hermite_8"] is not ACT2FN["hermite_8"]
     assert ACT2FN["hermite_8"].coefficients is not ACT2FN["hermite_8"].coefficients

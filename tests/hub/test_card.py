@@ -313,7 +313,7 @@ def test_the_record_keeps_that_a_figure_is_of_a_training(make_gpt2, tmp_path):
     [
         ("paper", "they started from the paper's initialization.", "None known."),
         ("unit", "they started with E[f(x)^2] = 1 under N(0, 1).", "None known."),
-        ("gelu", "they started as the Hermite interpolation of gelu.", "Beyond its domain an activation is a"),
+        ("gelu", "they started as weighted least-squares fits to gelu.", "Beyond its domain an activation is a"),
     ],
 )
 def test_a_model_from_scratch(card, make_gpt2, init, started, reach):

@@ -1,6 +1,7 @@
 """The cards in model_cards are what the recipe writes."""
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from hf_ortho.activations import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
+
+
+def folder_of(name, family):
+    return ROOT / "model_cards" / f"{name}-{family}_{FAMILIES[family].default_degree}"
+
+
+PAIRS = itertools.product(("gpt2", "convnext-tiny-224"), FAMILIES)
+COMMITTED = [pair for pair in PAIRS if folder_of(*pair).is_dir()]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +36,9 @@ def skeleton(text):
     return re.sub(NUMBER, "#", text), [float(number) for number in re.findall(NUMBER, text)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["gpt2", "convnext-tiny-224"])
+@pytest.mark.parametrize(("name", "family"), COMMITTED)
 def test_the_committed_cards_are_those_of_the_recipe(recipe, name, family):
-    folder = ROOT / "model_cards" / f"{name}-{family}_{FAMILIES[family].default_degree}"
+    folder = folder_of(name, family)
     report, config = recipe.reference(name, family)
     text, numbers = skeleton(recipe.reference_card(name, report, config, folder))
     committed = (folder / "README.md").read_text()

@@ -41,10 +41,20 @@ def check_registration(family, x, parameters, domain, tail_slopes, gradients):
 
     ``gradients``: triples of whether x, the parameters and the domain need theirs.
     """
+    from hf_ortho.activations import FAMILIES
     from hf_ortho.kernels import triton as kernels
 
-    tensors = x, parameters, domain, tail_slopes, family
+    tensors = x, parameters, domain, tail_slopes, FAMILIES[family].triton
     found = [torch.library.opcheck(kernels.activation, tensors)]
     for needs in gradients:
         found.append(torch.library.opcheck(kernels.activation_backward, (torch.ones_like(x), *tensors, *needs)))
     return [result for results in found for result in results.values()]
+
+
+def copied(value):
+    """What the kernel copies that shows whether Triton works."""
+    from hf_ortho.kernels import triton as kernels
+
+    source, target = torch.tensor([value]), torch.zeros(1)
+    kernels.copy_kernel[(1,)](source, target)
+    return target.item()

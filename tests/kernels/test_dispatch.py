@@ -1,5 +1,7 @@
 """Where a kernel would be wrong the formula takes its place, and both give the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,16 +9,22 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_ortho.activations import FAMILIES, LearnableActivation, build
+from hf_ortho.activations import FAMILIES, build
 from hf_ortho.activations.fourier import compiled
 from hf_ortho.kernels import cpu, dispatch
 
-NAMES = [f"{family}_{degree}" for family in FAMILIES for degree in (3, 9)]
+
+def names(has=lambda cls: True):
+    return [f"{family}_{degree}" for family, cls in FAMILIES.items() if has(cls) for degree in (3, 9)]
+
+
+with_cpu_series = pytest.mark.parametrize("module", names(lambda cls: cls.cpu_series), indirect=True)
+with_compiled = pytest.mark.parametrize("module", names(lambda cls: cls.compiled), indirect=True)
 TAILS = (-1.5, 1.8)
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own imports, and its tracer
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=names())
 def module(request, randomised):
     return randomised(request.param, TAILS)
 
@@ -40,6 +48,7 @@ def parameters_of(module):
     return {key: p for key, p in module.named_parameters() if p.requires_grad}
 
 
+@with_cpu_series
 def test_kernels_serve_plain_calls(module, x, kernels_used):
     module(x.requires_grad_()).sum().backward()
     with torch.no_grad():
@@ -47,6 +56,7 @@ def test_kernels_serve_plain_calls(module, x, kernels_used):
     assert kernels_used == ["forward", "backward", "forward"]
 
 
+@with_cpu_series
 def test_double_backward(module, x, kernels_used):
     module.domain.requires_grad_()
     tensors = x[:6].requires_grad_(), *module._tensors()
@@ -94,6 +104,7 @@ def test_forward_mode_gives_the_true_tangent(module, x, kernels_used):
     assert not kernels_used
 
 
+@with_cpu_series
 def test_functional_call_differentiates_the_parameters_given(module, x, kernels_used):
     given = {key: (p.detach() + 0.1).requires_grad_() for key, p in parameters_of(module).items()}
     functional_call(module, given, (x,)).square().sum().backward()
@@ -105,6 +116,7 @@ def test_functional_call_differentiates_the_parameters_given(module, x, kernels_
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@with_cpu_series
 def test_checkpointing(module, x, reentrant, kernels_used):
     results = []
     for run in (module, lambda t: checkpoint(module, t, use_reentrant=reentrant)):
@@ -187,6 +199,7 @@ def test_compiled_with_any_size(name, backend, x, randomised):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-5)
 
 
+@with_compiled
 def test_the_compiler_sees_explicit_gradients(module, x):
     torch._dynamo.reset()
     graphs = []
@@ -195,6 +208,7 @@ def test_the_compiler_sees_explicit_gradients(module, x):
     assert any("autograd_function_apply" in str(node.target) for node in graphs[0].graph.nodes)
 
 
+@with_compiled
 def test_compiled_gradients_in_float64(module, x):
     """What the compiler differentiates, run uncompiled."""
     data = x.requires_grad_(), *module._tensors()
@@ -235,22 +249,32 @@ def test_slopes_of_the_tails_can_be_learnt_too(module, x):
         torch.testing.assert_close(found, results[2])
 
 
-def test_a_family_without_kernels_works(x, kernels_used):
-    class Sine(LearnableActivation):
-        family = "sine"
-        default_degree = 1
+@pytest.mark.parametrize("module", ["hermite_3", "tropical_9"], indirect=True)
+@pytest.mark.parametrize("missing", ["cpu_series", "compiled", "triton"])
+def test_without_one_of_its_kernels_a_family_is_not_wrong(module, missing, x):
+    torch._dynamo.reset()
+    module.__class__ = type("Slow", (type(module),), {missing: None})
+    module.domain.requires_grad_()
+    results = []
+    for run in (module, torch.compile(module, backend="eager"), lambda x: module.formula(x, *module._tensors())):
+        y = run(x.requires_grad_())
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])])
+    for found in results[:2]:
+        for ours, theirs in zip(found, results[2], strict=True):
+            torch.testing.assert_close(ours, theirs)
 
-        @classmethod
-        def initial_parameters(cls, degree, init):
-            return {"amplitude": [0.7]}
 
-        @staticmethod
-        def series(x, amplitude):
-            return amplitude * torch.sin(x)
-
-    module = Sine()
-    y = module(x)
-    torch.testing.assert_close(y, 0.7 * x.sin(), rtol=1e-6, atol=1e-6)
-    y.sum().backward()
-    torch.testing.assert_close(module.amplitude.grad.double(), x.sin().sum().reshape(1), rtol=1e-5, atol=1e-5)
-    assert not kernels_used
+def test_the_backend_is_the_fastest_that_a_family_has(monkeypatch):
+    triton = pytest.importorskip("hf_ortho.kernels.triton", exc_type=ImportError)
+    monkeypatch.setattr(dispatch, "_triton_works", lambda device: True)
+    without = (), ("cpu_series",), ("triton",), ("cpu_series", "triton")
+    cases = {
+        ("cuda", torch.bfloat16): (triton, triton, cpu, None),
+        ("cuda", torch.float64): (cpu, None, cpu, None),
+        ("cpu", torch.float32): (cpu, None, cpu, None),
+    }
+    for (device, dtype), expected in cases.items():
+        x = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, device=device)
+        for missing, backend in zip(without, expected, strict=True):
+            variant = type("Variant", (FAMILIES["hermite"],), dict.fromkeys(missing))
+            assert dispatch._backend(variant, x) is backend, (device, dtype, missing)

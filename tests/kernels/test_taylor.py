@@ -7,7 +7,7 @@ import torch
 
 from hf_ortho.activations import build
 from hf_ortho.activations.fourier.cpu import FourierSeries
-from hf_ortho.activations.fourier.taylor import LEAST_NODES, MOST_NODES, TaylorSeries, fourier_series
+from hf_ortho.activations.fourier.taylor import LEAST_NODES, MOST_NODES, TaylorSeries, make_fourier_series
 from hf_ortho.kernels import cpu
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def kernel(module, dtype=torch.float32, large=True):
     vectors = tuple(tuple(p.tolist()) for key, p in module.named_parameters() if key != "domain")
-    return fourier_series(vectors, tuple(module.domain.tolist()), dtype, CPU, large)
+    return make_fourier_series(vectors, tuple(module.domain.tolist()), dtype, CPU, large)
 
 
 def data(count, scale=3.0):
@@ -66,21 +66,21 @@ def test_the_remainder_is_that_of_taylors_theorem(nodes, reduce):
     series = TaylorSeries(((0.5,), (2.0,), (1.5,), (0.3,)), grid, torch.float32, CPU)
     x = torch.linspace(lo, hi, 1001)
     g = 1 + x**2
-    rows = list(torch.empty(series.rows, 1002)[:, :1001])
+    scratch = list(torch.empty(series.scratch_rows, 1002)[:, :1001])
     out = torch.empty_like(x)
     angle = 1.5 * x.double() - 0.3
     remainder = (1.5 * step) ** 3 / 48  # of cos and of sin
-    value = series.value(x, out, rows)
+    value = series.value(x, out, scratch)
     error = (value - (0.5 + 2 * torch.cos(angle))).abs().max()
     rounding = 1e-6  # a few ulp of values up to 2.5
     assert remainder <= error <= 2 * remainder + rounding
-    sums = series.gradient(x, g, out, rows, reduce)
+    sums = series.backward_chunk(x, g, out, scratch, reduce)
     assert (out + 3 * g * torch.sin(angle)).abs().max() <= 10 * (3 * remainder + rounding)
     assert bool(sums) == reduce
     if reduce:
         cosine, sine = torch.cos(angle), torch.sin(angle)
         expected = [g.double().sum(), (g * cosine).sum(), -2 * (g * x * sine).sum(), 2 * (g * sine).sum()]
-        found = [v for vector in series.gradients(sums) for v in vector]
+        found = [v for vector in series.parameter_gradients(sums) for v in vector]
         assert found == pytest.approx(
             [v.item() for v in expected], rel=0, abs=g.sum().item() * 6 * (remainder + rounding)
         )
@@ -90,7 +90,7 @@ def test_nodes_follow_the_curvature():
     """Twice the frequency, or twice the domain, takes twice the nodes."""
     parameters, twice = ((0.0,), (1.0,), (2.0,), (0.0,)), ((0.0,), (1.0,), (4.0,), (0.0,))
     nodes = [
-        fourier_series(p, (-end, end), torch.float32, CPU, True).nodes
+        make_fourier_series(p, (-end, end), torch.float32, CPU, True).nodes
         for p, end in ((parameters, 3.0), (twice, 3.0), (parameters, 6.0))
     ]
     assert nodes[1] == nodes[2] == 2 * nodes[0]

@@ -37,15 +37,15 @@ class Fourier:
         return g * slope, g.sum().reshape(1), torch.stack(of_cosine), at_frequencies, at_phases
 
 
-def _in_turns(fn, degree: int) -> list[float]:
-    """Monomial coefficients in u = r^2 of the interpolant of ``fn(r)`` in Chebyshev nodes on 0 <= u <= 1/4."""
+def in_square(fn, degree: int) -> list[float]:
+    """Monomial coefficients in u = r^2 of the interpolant of an even ``fn(r)`` in Chebyshev nodes on 0 <= u <= 1/4."""
     found = Chebyshev.interpolate(lambda u: fn(np.sqrt(u)), degree, domain=[0, 0.25])
     return found.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef.tolist()
 
 
 # cos(2 pi r) and sin(2 pi r)/r for |r| <= 1/2, both within 1e-8: a third of the time of the compiler's own.
-COSINE = _in_turns(lambda r: np.cos(2 * np.pi * r), 7)
-SINE = _in_turns(lambda r: 2 * np.pi * np.sinc(2 * r), 6)
+COSINE = in_square(lambda r: np.cos(2 * np.pi * r), 7)
+SINE = in_square(lambda r: 2 * np.pi * np.sinc(2 * r), 6)
 
 
 def cosine_and_sine(x: Tensor, frequency: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ...kernels.cpu import rounded
 class FourierSeries:
     """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!; the sums: g, and per k those of g cos, g sin, g x sin."""
 
-    rows = 3
+    scratch_rows = 3
 
     def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
         (offset,), a, self.w, p = parameters
@@ -22,32 +22,32 @@ class FourierSeries:
         self.slopes = rounded([-a * w for a, w in zip(self.amplitudes, self.w, strict=True)], dtype)
         self.offset, *self.phases = torch.tensor([offset, *(-v for v in p)], dtype=dtype, device=device).unbind()
 
-    def value(self, x: Tensor, out, rows) -> Tensor:
+    def value(self, x: Tensor, out, scratch) -> Tensor:
         y = self.offset
         for w, phase, amplitude in zip(self.w, self.phases, self.amplitudes, strict=True):
-            wave = torch.add(phase, x, alpha=w, out=rows[0]).cos_()
+            wave = torch.add(phase, x, alpha=w, out=scratch[0]).cos_()
             y = torch.add(y, wave, alpha=amplitude, out=wave if out is None else out)
         return y
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
         sums = [g.sum().item()] if reduce else []
         if out is not None:
             out.zero_()
-        step = rows[1].storage_offset() - rows[0].storage_offset()
-        products = rows[0].as_strided((3, len(x)), (step, 1))  # of g with cos, sin and x sin, for one sum of all
+        step = scratch[1].storage_offset() - scratch[0].storage_offset()
+        products = scratch[0].as_strided((3, len(x)), (step, 1))  # of g with cos, sin and x sin, for one sum of all
         for w, phase, slope in zip(self.w, self.phases, self.slopes, strict=True):
-            angle = torch.add(phase, x, alpha=w, out=rows[2])
+            angle = torch.add(phase, x, alpha=w, out=scratch[2])
             if reduce:
-                torch.cos(angle, out=rows[0]).mul_(g)
-            sine = torch.sin(angle, out=rows[1]).mul_(g)
+                torch.cos(angle, out=scratch[0]).mul_(g)
+            sine = torch.sin(angle, out=scratch[1]).mul_(g)
             if out is not None:
                 out.add_(sine, alpha=slope)
             if reduce:
-                torch.mul(sine, x, out=rows[2])
+                torch.mul(sine, x, out=scratch[2])
                 sums += products.sum(1).tolist()
         return sums
 
-    def gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         cosines, sines, moments = (sums[1 + i :: 3] for i in range(3))
         return [
             sums[:1],

@@ -19,14 +19,18 @@ class TaylorSeries:
     """S by its Taylor polynomial of degree 2 about the nearest node of a grid.
 
     ``grid``: its middle, its step, its 2^m nodes, and whether there may be an x beyond. In units of the step h from the
-    middle, t = (x - middle)/h, node i stands at t = i and x is d = t - i off,
-    |d| <= 1/2, so that the remainder is at most h^3 max |S'''|/48. Indices count modulo 2^m: node -1 is the last one.
-    A parameter's gradient is a sum of g phi(x) with a smooth phi, of which the same expansion makes
-    sum_i (W0_i phi_i + W1_i h phi_i' + W2_i h^2 phi_i''/2): the sums are Wj_i, those of g d^j over the x near node i,
-    and those of the cosines, which take over the chunks with an x off the grid.
+    middle, t = (x - middle)/h, node i stands at t = i and x is d = t - i off, |d| <= 1/2, so that the remainder is at
+    most h^3 max |S'''|/48. Indices count modulo 2^m: node -1 is the last one. Chunks with an x off the grid are left to
+    the cosines.
     """
 
-    rows = 4
+    # Three look-ups and two products replace n cosines, whatever the degree: S(x) = S_i + d h S_i' + d^2 h^2 S_i''/2.
+    # Backward runs the expansion in reverse. A parameter's gradient is the sum of g phi(x), phi = dS/dparameter, and
+    # with phi expanded about the nodes it is sum_i (W0_i phi_i + W1_i h phi_i' + W2_i h^2 phi_i''/2). The weights
+    # Wj_i = sum of g d^j over the x near node i do not depend on phi: three scatters serve all 3n + 1 parameters, and
+    # the products with phi are taken once, over the nodes.
+
+    scratch_rows = 4
 
     def __init__(self, parameters, grid: tuple[float, float, int, bool], dtype: torch.dtype, device: torch.device):
         self.cosines = FourierSeries(parameters, dtype, device)
@@ -60,13 +64,13 @@ class TaylorSeries:
             least, most = (v.item() for v in x.nan_to_num(0.0).aminmax())
         return not -self.reach <= least <= most <= self.reach
 
-    def _nearest(self, x: Tensor, rows) -> tuple[Tensor, Tensor]:
+    def _nearest(self, x: Tensor, scratch) -> tuple[Tensor, Tensor]:
         """d in the first row, and the indices of the nodes in the last two; that of NaN is 0."""
-        d = torch.add(self.shift, x, alpha=self.scale, out=rows[0])
-        rounded = torch.add(d, ROUNDER, out=rows[1])
-        d.sub_(torch.sub(rounded, ROUNDER, out=rows[2]))
+        d = torch.add(self.shift, x, alpha=self.scale, out=scratch[0])
+        rounded = torch.add(d, ROUNDER, out=scratch[1])
+        d.sub_(torch.sub(rounded, ROUNDER, out=scratch[2]))
         index = rounded.view(torch.int32).bitwise_and_(self.nodes - 1)
-        return d, _wide(rows[2], torch.int64).copy_(index)  # once here, or ATen does it for each table
+        return d, _wide(scratch[2], torch.int64).copy_(index)  # once here, or ATen does it for each table
 
     def _evaluate(self, tables, d: Tensor, index: Tensor, out: Tensor, row: Tensor) -> Tensor:
         zeroth, first, second = tables
@@ -74,31 +78,31 @@ class TaylorSeries:
         y.addcmul_(d, torch.index_select(second, 0, index, out=out))
         return torch.index_select(zeroth, 0, index, out=out).addcmul_(d, y)
 
-    def value(self, x: Tensor, out, rows) -> Tensor:
+    def value(self, x: Tensor, out, scratch) -> Tensor:
         if self._off(x):
-            return self.cosines.value(x, out, rows)
-        rows = x.new_empty(self.rows, len(x)) if rows[0] is None else rows
-        return self._evaluate(self.of_value, *self._nearest(x, rows), out, rows[1])
+            return self.cosines.value(x, out, scratch)
+        scratch = x.new_empty(self.scratch_rows, len(x)) if scratch[0] is None else scratch
+        return self._evaluate(self.of_value, *self._nearest(x, scratch), out, scratch[1])
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list:
         if self._off(x):
-            sums = self.cosines.gradient(x, g, out, rows, reduce)
+            sums = self.cosines.backward_chunk(x, g, out, scratch, reduce)
             return [0.0, 0.0, *sums] if reduce else []
-        d, index = self._nearest(x, rows)
+        d, index = self._nearest(x, scratch)
         if out is not None:
-            self._evaluate(self.of_slope, d, index, out, rows[1]).mul_(g)
+            self._evaluate(self.of_slope, d, index, out, scratch[1]).mul_(g)
         if not reduce:
             return []
         higher, product = torch.zeros(2, self.nodes, dtype=x.dtype, device=x.device), g
         for weights in higher:
-            product = torch.mul(product, d, out=rows[1])
+            product = torch.mul(product, d, out=scratch[1])
             weights.scatter_add_(0, index, product)
         # In float64, for the many equal x that meet in one weight: all those beyond a domain.
         lowest = torch.zeros(self.nodes, dtype=torch.float64, device=x.device)
-        lowest.scatter_add_(0, index, _wide(rows[0], torch.float64).copy_(g))
+        lowest.scatter_add_(0, index, _wide(scratch[0], torch.float64).copy_(g))
         return [lowest.numpy(), higher.numpy(), *(0.0 for _ in range(1 + 3 * len(self.w)))]
 
-    def gradients(self, sums: list) -> list[list[float]]:
+    def parameter_gradients(self, sums: list) -> list[list[float]]:
         with np.errstate(invalid="ignore", over="ignore"):  # of a gradient that has overflowed
             lowest, higher, *others = sums
             w0, w1 = lowest + np.zeros(self.nodes), higher + np.zeros((2, self.nodes))
@@ -109,7 +113,7 @@ class TaylorSeries:
             terms = np.einsum("mi,ki->mk", moments, self._waves()) * (1j * self.w) ** [[0], [1], [2], [0], [1], [2]]
             plain, times_x = terms[:3].sum(0), terms[3:].sum(0)
             each = np.stack([plain.real, plain.imag, times_x.imag], 1)
-            return self.cosines.gradients((np.array([w0.sum(), *each.ravel()]) + others).tolist())
+            return self.cosines.parameter_gradients((np.array([w0.sum(), *each.ravel()]) + others).tolist())
 
 
 def _wide(row: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +146,7 @@ def _grid(parameters, domain) -> tuple[float, float, int, bool] | None:
     return step * round((lo + hi) / 2 / step), step, nodes, False
 
 
-def fourier_series(
+def make_fourier_series(
     parameters, domain, dtype: torch.dtype, device: torch.device, large: bool
 ) -> FourierSeries | TaylorSeries:
     """S(x) = a_0 + sum_k a_k cos(w_k x - p_k)/k!, for ``large`` inputs, on which tables pay off, or for small ones."""

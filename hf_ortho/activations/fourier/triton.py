@@ -9,10 +9,10 @@ import math
 import numpy as np
 import triton
 import triton.language as tl
-from numpy.polynomial import Chebyshev, Polynomial
 from triton.language.extra import libdevice
 
-from ...kernels.triton_common import Family, constexpr_function
+from ...kernels.triton_common import DeviceFunctions, constexpr_function
+from .compiled import in_square
 
 INVERSE_PI = tl.constexpr(float(np.float32(1 / math.pi)))
 INVERSE_PI_REST = tl.constexpr(1 / math.pi - float(np.float32(1 / math.pi)))
@@ -23,14 +23,8 @@ ROUND = tl.constexpr(1.5 * 2**23)
 REACH = tl.constexpr(2.0**22)
 
 
-def interpolate(fn, degree):
-    """The coefficients of the polynomial that meets ``fn`` at the Chebyshev points of [0, 1/4]."""
-    on_interval = Chebyshev.interpolate(fn, degree, domain=[0, 0.25])
-    return on_interval.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef.tolist()
-
-
-COSINE = interpolate(lambda u: np.cos(math.pi * np.sqrt(u)), 5)  # of cos(pi r) in u = r^2; error 2.3e-10
-SINE = interpolate(lambda u: math.pi * np.sinc(np.sqrt(u)), 4)  # of sin(pi r)/r; error 7e-9 of sin(pi r)
+COSINE = in_square(lambda r: np.cos(math.pi * r), 5)  # of cos(pi r); error 2.3e-10
+SINE = in_square(lambda r: math.pi * np.sinc(r), 4)  # of sin(pi r)/r; error 7e-9 of sin(pi r)
 
 
 @constexpr_function
@@ -74,7 +68,7 @@ def fourier_scalars(p, DEGREE: tl.constexpr):
 
 @triton.jit
 def resolved(x, fastest):
-    """x; 0 where neighbouring float32 x are too far apart to tell the phase of all terms; NaN where x is infinite."""
+    """x; 0 where neighboring float32 x are too far apart to tell the phase of all terms; NaN where x is infinite."""
     return tl.where(tl.abs(x * fastest) < REACH, x, x - x)
 
 
@@ -212,7 +206,9 @@ def half_fourier_scales(scalars, DEGREE: tl.constexpr):
     return scales_of(scalars, DEGREE, True)
 
 
-FOURIER = Family(fourier_scalars, fourier_value, fourier_gradient, fourier_scales, beyond_degree=0)
-HALF_FOURIER = Family(
+HALF_PRECISION = DeviceFunctions(
     half_fourier_scalars, half_fourier_value, half_fourier_gradient, half_fourier_scales, beyond_degree=0
+)
+KERNELS = DeviceFunctions(
+    fourier_scalars, fourier_value, fourier_gradient, fourier_scales, beyond_degree=0, half_precision=HALF_PRECISION
 )

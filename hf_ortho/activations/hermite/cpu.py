@@ -13,25 +13,22 @@ from ...kernels.cpu import rounded
 HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
 
 
-def _monomials(degree: int) -> list[list[float]]:
-    """Row j, column k: the coefficient of x^j in He_k(x)/k! = sum_m (-1)^m x^(k-2m) / (m! (k-2m)! 2^m).
-
-    (DLMF 18.5.13, rescaled.)
-    """
-    table = [[0.0] * (degree + 1) for _ in range(degree + 1)]
-    for k in range(degree + 1):
-        for m in range(k // 2 + 1):
-            table[k - 2 * m][k] = (-1) ** m / (math.factorial(m) * math.factorial(k - 2 * m) * 2**m)
-    return table
+def monomial(j: int, k: int) -> float:
+    """The coefficient of x^j in He_k(x)/k! = sum_m (-1)^m x^(k-2m) / (m! (k-2m)! 2^m) (DLMF 18.5.13, rescaled)."""
+    if j > k or (k - j) % 2:
+        return 0.0
+    m = (k - j) // 2
+    return (-1) ** m / (math.factorial(m) * math.factorial(j) * 2**m)
 
 
-MONOMIALS = [_monomials(n) for n in range(HORNER_MAX_DEGREE + 1)]
+# For each degree n the matrix, row j and column k, that takes the coefficients of He_k/k! to those of x^j.
+MONOMIALS = [[[monomial(j, k) for k in range(n + 1)] for j in range(n + 1)] for n in range(HORNER_MAX_DEGREE + 1)]
 
 
 class _Horner:
     """S(x) = sum_j m_j x^j; the sums are those of g x^k."""
 
-    rows = 1
+    scratch_rows = 1
 
     def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
         self.table = np.array(MONOMIALS[len(parameters[0]) - 1])
@@ -42,17 +39,17 @@ class _Horner:
         self.terms = last, float(m[-1]), lower[::-1]
         self.slope_terms = of_slope[-1], torch.tensor(of_slope[:-1], dtype=dtype, device=device).unbind()[::-1]
 
-    def value(self, x: Tensor, out, rows) -> Tensor:
+    def value(self, x: Tensor, out, scratch) -> Tensor:
         last, leading, lower = self.terms
         y = torch.add(last, x, alpha=leading, out=out)
         for m in lower:
             torch.addcmul(m, x, y, out=y)
         return y
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
         sums = []
         if reduce:
-            power = torch.mul(g, x, out=rows[0])  # g x^k
+            power = torch.mul(g, x, out=scratch[0])  # g x^k
             sums = [g.sum().item(), power.sum().item()]
             for _ in range(2, len(self.table)):
                 sums.append(power.mul_(x).sum().item())
@@ -67,7 +64,7 @@ class _Horner:
             out.mul_(g)
         return sums
 
-    def gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         with np.errstate(invalid="ignore", over="ignore"):  # of a gradient that has overflowed
             return [(self.table.T @ sums).tolist()]
 
@@ -75,7 +72,7 @@ class _Horner:
 class _Recurrence:
     """S(x) = sum_k c_k h_k(x) with (k+1) h_{k+1} = x h_k - h_{k-1} (DLMF 18.9.1); the sums are those of g h_k."""
 
-    rows = 2
+    scratch_rows = 2
 
     def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
         (self.c,) = parameters
@@ -83,10 +80,10 @@ class _Recurrence:
         terms[-3] -= terms[-1] / (len(terms) - 1)
         self.terms = torch.tensor(terms, dtype=dtype, device=device).unbind()
 
-    def value(self, x: Tensor, out, rows) -> Tensor:
+    def value(self, x: Tensor, out, scratch) -> Tensor:
         """Clenshaw: b_k = c_k - b_{k+2}/(k+2) + x b_{k+1}/(k+1), S = b_0."""
         terms, n = self.terms, len(self.c) - 1
-        first, second = (rows[0], out) if n % 2 == 0 else (out, rows[0])  # so that b_0 ends in ``out``
+        first, second = (scratch[0], out) if n % 2 == 0 else (out, scratch[0])  # so that b_0 ends in ``out``
         after = torch.add(terms[n - 1], x, alpha=self.c[n] / n, out=first)
         y = torch.addcmul(terms[n - 2], x, after, value=1 / (n - 1), out=second)
         for k in range(n - 3, -1, -1):
@@ -94,12 +91,12 @@ class _Recurrence:
             y, after = torch.addcmul(spare, x, y, value=1 / (k + 1), out=spare), y
         return y
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
         """u_k = g h_k: sum_k c_{k+1} u_k is g S'(x), since h_k' = h_{k-1}."""
         sums = [g.sum().item()] if reduce else []
         if out is not None:
             torch.mul(g, self.c[1], out=out)
-        before, now = g, torch.mul(g, x, out=rows[0])
+        before, now = g, torch.mul(g, x, out=scratch[0])
         for k in range(1, len(self.c)):
             if reduce:
                 sums.append(now.sum().item())
@@ -107,15 +104,17 @@ class _Recurrence:
                 break
             if out is not None:
                 out.add_(now, alpha=self.c[k + 1])
-            spare = torch.mul(before, -1 / (k + 1), out=rows[1] if before is g else before)
+            spare = torch.mul(before, -1 / (k + 1), out=scratch[1] if before is g else before)
             before, now = now, torch.addcmul(spare, x, now, value=1 / (k + 1), out=spare)
         return sums
 
-    def gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         return [sums]
 
 
-def hermite_series(parameters, domain, dtype: torch.dtype, device: torch.device, large: bool) -> _Horner | _Recurrence:
+def make_hermite_series(
+    parameters, domain, dtype: torch.dtype, device: torch.device, large: bool
+) -> _Horner | _Recurrence:
     """S(x) = sum_k c_k He_k(x)/k!."""
-    kernel = _Horner if len(parameters[0]) <= HORNER_MAX_DEGREE + 1 else _Recurrence
-    return kernel(parameters, dtype, device)
+    series = _Horner if len(parameters[0]) <= HORNER_MAX_DEGREE + 1 else _Recurrence
+    return series(parameters, dtype, device)

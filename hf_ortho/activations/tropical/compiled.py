@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from .cpu import line_scale
 
 
 class Tropical:
@@ -14,7 +14,7 @@ class Tropical:
     @staticmethod
     def gradients(x: Tensor, g: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         lines = len(coefficients)
-        scale = math.sqrt(2) / (lines - 1)
+        scale = line_scale(lines - 1)
         index = _winner(x, [scale * k for k in range(lines)], scale * coefficients)[0]
         return scale * index * g, scale * _per_line(index, g, lines)
 

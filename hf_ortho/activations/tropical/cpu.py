@@ -11,6 +11,11 @@ from torch import Tensor
 from ...kernels.cpu import above, rounded
 
 
+def line_scale(degree: int) -> float:
+    """The factor sqrt(2)/n of the tropical polynomial of degree n."""
+    return math.sqrt(2) / degree
+
+
 def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:
     """The lines that attain max_k (slopes_k x + intercepts_k), left to right, each with the x where it takes over.
 
@@ -77,7 +82,9 @@ class Maximum:
         y.clamp_(min=self.floors[0])
         return y.add_(x, alpha=first) if first else y
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool, moments: bool, sign: float = 1.0) -> list[float]:
+    def add_gradient(
+        self, x: Tensor, g: Tensor, out, scratch, reduce: bool, moments: bool, sign: float = 1.0
+    ) -> list[float]:
         """Adds sign g f'(x) to ``out``; returns, per line of the envelope, the sum of g (and, after it, of g x) to the
         right of where it takes over."""
         if not self.defined and out is not None:
@@ -85,13 +92,13 @@ class Maximum:
         sums, right = [], g
         for i, (rise, (_, start)) in enumerate(zip(self.rises, self.hull, strict=True)):
             if i > 0:
-                right = above(right, x, start, grad_input=rows[0])
+                right = above(right, x, start, grad_input=scratch[0])
             if out is not None and rise:
                 out.add_(right, alpha=sign * rise)
             if reduce:
                 sums.append(right.sum().item())
             if reduce and moments:
-                sums.append(torch.mul(right, x, out=rows[1]).sum().item())
+                sums.append(torch.mul(right, x, out=scratch[1]).sum().item())
         return sums
 
     def per_line(self, sums: list[float]) -> list[float]:
@@ -105,48 +112,48 @@ class Maximum:
 class TropicalSeries:
     """S(x) = (sqrt(2)/n) max_k (k x + a_k)."""
 
-    rows = 1
+    scratch_rows = 1
 
     def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device, large: bool):
         (a,) = parameters
-        self.scale = math.sqrt(2) / (len(a) - 1)
+        self.scale = line_scale(len(a) - 1)
         slopes = [self.scale * k for k in range(len(a))]
         self.maximum = Maximum(slopes, [self.scale * v for v in a], dtype, device)
 
-    def value(self, x: Tensor, out, rows) -> Tensor:
-        return self.maximum.value(x, out, rows[0])
+    def value(self, x: Tensor, out, scratch) -> Tensor:
+        return self.maximum.value(x, out, scratch[0])
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
         if out is not None:
             out.zero_()
-        return self.maximum.gradient(x, g, out, rows, reduce, moments=False)
+        return self.maximum.add_gradient(x, g, out, scratch, reduce, moments=False)
 
-    def gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         return [[self.scale * v for v in self.maximum.per_line(sums)]]
 
 
 class TropicalRationalSeries:
     """S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k)."""
 
-    rows = 2
+    scratch_rows = 2
 
     def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device, large: bool):
         p, a, q, b = parameters
         self.top, self.bottom = Maximum(p, a, dtype, device), Maximum(q, b, dtype, device)
         self.least_slope = self.top.rises[0] - self.bottom.rises[0]
 
-    def value(self, x: Tensor, out, rows) -> Tensor:
+    def value(self, x: Tensor, out, scratch) -> Tensor:
         exact = self.top.short and self.bottom.short
-        y = self.top.value(x, out, rows[0], None if exact else self.least_slope)
-        return y.sub_(self.bottom.value(x, rows[0], rows[1], None if exact else 0.0))
+        y = self.top.value(x, out, scratch[0], None if exact else self.least_slope)
+        return y.sub_(self.bottom.value(x, scratch[0], scratch[1], None if exact else 0.0))
 
-    def gradient(self, x: Tensor, g: Tensor, out, rows, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
         if out is not None:
             out.zero_()
-        sums = self.top.gradient(x, g, out, rows, reduce, moments=True)
-        return sums + self.bottom.gradient(x, g, out, rows, reduce, moments=True, sign=-1.0)
+        sums = self.top.add_gradient(x, g, out, scratch, reduce, moments=True)
+        return sums + self.bottom.add_gradient(x, g, out, scratch, reduce, moments=True, sign=-1.0)
 
-    def gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         cut = 2 * len(self.top.hull)
         top, bottom = sums[:cut], [-v for v in sums[cut:]]
         return [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ...activations import FAMILIES
 from ...checkpoints.provenance import LayerProvenance, families_in
 from ...conversion import ConversionReport
+from ...fitting.density import DATA_FREE
 from ...path_patterns import by_kind
 from ...text import markdown_table
 
@@ -45,13 +46,12 @@ def stored_table(layers: Sequence[LayerProvenance]) -> str:
 
 def formulas(activation: str) -> str:
     """The formula of each family in a text such as ``hermite_8, hermite_9``, as indented code."""
-    found = ((FAMILIES[name].__doc__ or "").split("\n\n")[1].strip() for name in families_in(activation))
-    return "\n\n".join(f"    {formula}" for formula in found)
+    return "\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation))
 
 
 def weight_of(calibrated: bool | None) -> str:
     """What the errors of a fit are weighted by."""
-    return "the calibration data" if calibrated else "the density of N(-0.5, 1.5^2), without data"
+    return "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
 
 
 def paths_list(paths: Sequence[str]) -> list[str]:
