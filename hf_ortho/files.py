@@ -15,17 +15,33 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import HfOrthoError, OutputError
+from .errors import CheckpointError, HfOrthoError, OutputError
 
 logger = logging.getLogger("hf_ortho")
 
 MANIFEST = ".hf_ortho.json"
+TRAINING_MANIFEST = "manifest.json"  # the sizes of the files of a checkpoint of a training
 DRAFT = ".hf_ortho-"
 
 
 def explain(error: BaseException) -> str:
     """The first line that an exception has to say."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def json_object(file: str | os.PathLike) -> dict:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object")
+    return found
 
 
 def why(error: BaseException) -> str:

@@ -1,9 +1,12 @@
-"""Text to print: from files and arguments made safe, and figures."""
+"""Text: safe to print, as a Markdown table, as JSON."""
+
+from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 # All controls but tab and line feed, the marks that reorder a line, and bytes that were no text.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -20,6 +23,27 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {closest[0]}?" if closest else ""
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a ``|`` in a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
 def change(before: float, after: float) -> str:
     """``after`` against ``before`` in percent, such as ``+1.250%``; ``-`` where that says nothing."""
     return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"
+
+
+def json_values(value: Any, not_finite: Callable[[float], Any] = lambda _: None) -> Any:
+    """``value`` for JSON, which has no infinity and no NaN: None, or what ``not_finite`` gives, in their place."""
+    if isinstance(value, Mapping):
+        return {key: json_values(item, not_finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item, not_finite) for item in value]
+    return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def interval(ends: Sequence[float | None]) -> tuple[float, float]:
+    """The interval that ``json_values`` wrote: an end that is None is infinite."""
+    lo, hi = ends
+    return -math.inf if lo is None else lo, math.inf if hi is None else hi

@@ -14,7 +14,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, GPT2Con
 import hf_ortho
 from hf_ortho.activations import FAMILIES
 from hf_ortho.hub import DataSource, Results
-from hf_ortho.hub.card import PICTURE, Making, card_text
+from hf_ortho.hub.card import PICTURE, card_text
 from hf_ortho.hub.record import Record
 
 WIKITEXT = DataSource("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")
@@ -66,8 +66,8 @@ def reference_card(name: str, report: hf_ortho.ConversionReport, config: dict, f
         f"The fits are data-free: they depend on {report.layers[0].fit.source} and the family alone. They were "
         f"computed in a network with the layers of {base} and random weights; the pretrained weights were not loaded."
     )
-    making = Making(notes=[note], metadata={"base_model": base, "base_model_relation": "finetune"})
-    return card_text(config, Record(report, [results], [command]), folder.name, making, folder)
+    metadata = {"base_model": base, "base_model_relation": "finetune"}
+    return card_text(config, Record(report, [results], [command]), folder.name, folder, metadata=metadata, notes=[note])
 
 
 def main(folder: Path) -> None:

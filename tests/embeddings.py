@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hf_ortho
 from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint
-from hf_ortho.hub.card import hardware
+from hf_ortho.hub import hardware
 
 ACTIVATIONS = [f"hermite_{n}" for n in (3, 8, 12, 16)] + ["fourier_6", "tropical_rational_6", "tropical_rational_12"]
 

@@ -1,9 +1,11 @@
 import io
+import json
+import math
 
 import pytest
 
 from hf_ortho.cli import console as cli
-from hf_ortho.text import visible
+from hf_ortho.text import change, interval, json_values, markdown_table, visible
 
 UNSAFE = {
     "\x1b]0;title\x07": r"\x1b]0;title\x07",
@@ -66,3 +68,24 @@ def test_every_way_to_the_screen(screen, way):
             assert text not in screen.getvalue()
         screen.seek(0)
         screen.truncate()
+
+
+def test_a_bar_in_a_cell_of_a_table_is_escaped():
+    assert markdown_table(["", "a|b"], [["1", "2"]]) == "|  | a\\|b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_what_is_not_finite_is_none_in_json():
+    value = {"ends": (-math.inf, 2.0), "deep": [{"nan": math.nan}], "whole": 3, "none": None, "yes": True}
+    found = json.loads(json.dumps(json_values(value), allow_nan=False))
+    assert found == {"ends": [None, 2.0], "deep": [{"nan": None}], "whole": 3, "none": None, "yes": True}
+    assert json_values([math.inf, 1.0], not_finite=str) == ["inf", 1.0]
+    assert interval(found["ends"]) == (-math.inf, 2.0)
+    assert interval([1.5, None]) == (1.5, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [(2.0, 2.5, "+25.000%"), (4.0, 3.0, "-25.000%"), (0.0, 1.0, "-"), (math.inf, 1.0, "-"), (math.nan, 1.0, "-")],
+)
+def test_a_change_in_percent(before, after, text):
+    assert change(before, after) == text

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from transformers.activations import ACT2FN
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..checkpoints.activations import checked_adapter, load_activations
-from ..checkpoints.adapter import ADAPTER_CONFIG, base_revision
+from ..checkpoints.activations import load_activations
+from ..checkpoints.adapter import ADAPTER_CONFIG, adapter_config, base_revision
 from ..conversion.summary import examine
 from ..errors import CheckpointError
 from ..files import explain
@@ -86,7 +86,7 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
 
 def _check_base(name: str, revision: str | None) -> None:
     """The base model of an adapter, of which only JSON files are read, must be on the Hub too."""
-    adapter = checked_adapter(name, revision) or {}
+    adapter = adapter_config(name, revision) or {}
     base = adapter.get("base_model_name_or_path")
     if not base:
         return
@@ -99,9 +99,9 @@ def _check_base(name: str, revision: str | None) -> None:
 def _check_public(name: str, revision: str, weights: bool = True) -> str | None:
     """Raise CheckpointError unless it is on the Hub and small; make room for it, and return its commit."""
     if not HUB_NAME.fullmatch(name) or Path(name).exists():
-        raise CheckpointError(f"{name!r} is no model on the Hub: give OWNER/NAME, such as openai-community/gpt2")
+        raise CheckpointError(f"{name!r} is not a model on the Hub: give OWNER/NAME, such as openai-community/gpt2")
     if revision and not REVISION.fullmatch(revision):
-        raise CheckpointError(f"{revision!r} is no revision: give a branch, a tag or a commit")
+        raise CheckpointError(f"{revision!r} is not a revision: give a branch, a tag or a commit")
     try:
         found = model_info(name, revision=revision or None, files_metadata=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from ..activations.base import MAX_DEGREE
 from ..errors import HfOrthoError
 from ..fitting.density import DATA_FREE
 from ..plotting import draw_fit
+from ..text import markdown_table
 from .checkpoint import COLUMNS, Shapes, shapes
 from .fit import Fit, fit, sources
 
@@ -139,13 +140,12 @@ def _sentence(text: object = "") -> dict:
 
 def _show_fit(found: Fit) -> list:
     ends = None if found.tails else found.domain
-    table = ["| | f | f' |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in found.figures())]
     note = f"\n\n{found.report.note}" if found.report.note else ""
     return [
         _sentence(),
         gr.update(visible=True),
         *draw_fit(found.module, found.source, ends),
-        "\n".join(table) + note,
+        markdown_table(["", "f", "f'"], found.figures()) + note,
         found.parameters(),
         found.command(),
         found.python(),

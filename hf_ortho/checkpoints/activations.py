@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE
 from ..errors import ActivationNameError, CheckpointError, ConfigError
-from ..files import explain
+from ..files import explain, json_object
+from . import weights
 from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
-from .load import check_place, commit_of
+from .load import check_place
+from .provenance import Provenance
+from .revision import model_commit
 
 SHARED = ("domain", "tail_slopes")  # the tensors that every family has
 
@@ -30,12 +30,12 @@ class StoredActivations:
 
     Attributes:
         modules: the activations by the path of their tensors, in the order of the layers.
-        provenance: ``hf_ortho`` of the config, empty if the model was not converted.
+        provenance: what its config records of them, empty if it records nothing.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
     """
 
     modules: dict[str, LearnableActivation]
-    provenance: dict
+    provenance: Provenance
     commit: str | None
 
 
@@ -45,119 +45,62 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
     Of an adapter of peft those that it holds, whatever its base model has.
 
     Raises:
-        CheckpointError: there is no checkpoint with safetensors weights, or its activations are of no known family.
+        CheckpointError: there is no checkpoint with safetensors weights, or its activations are not of a known family.
         ConfigError: it has no learnable activations.
     """
     check_place(name)
     try:
-        adapter = checked_adapter(name, revision)
-        commit = commit_of(name, revision) if adapter is None else commit_of(name, revision, ADAPTER_CONFIG)
+        adapter = adapter_config(name, revision)
+        commit = model_commit(name, revision) if adapter is None else model_commit(name, revision, ADAPTER_CONFIG)
         revision = commit or revision
         if adapter is None:
-            config = json.loads(Path(_file(name, "config.json", revision)).read_text(encoding="utf-8"))
-            tensors = _read(name, revision)
+            config = json_object(_file(name, CONFIG_NAME, revision, needed=True))
+            provenance, tensors = Provenance.of(config, name), _read(name, revision)
         else:
-            config, tensors = _of_adapter(name, adapter, revision)
+            config, provenance, tensors = _of_adapter(name, adapter, revision)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
     if not tensors:
         raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
-    provenance = provenance_of(config)
-    _check(provenance, f"hf_ortho in the config of {name}", ("module",))
-    layers = _layers(provenance)
     modules = {}
     for path in sorted(tensors, key=_natural):
         shapes = {key: tuple(value.shape) for key, value in tensors[path].items()}
-        field = layers.get(path, {}).get("field")
+        field = provenance.layer(path).field
         named = [list(_names(_at(config, field))) if field else [], list(_names(config))]
         modules[path] = _build(named, shapes, f"{path} of {name}")
         modules[path].load_state_dict(tensors[path])
     return StoredActivations(modules, provenance, commit)
 
 
-def checked_adapter(name: str, revision: str | None) -> dict | None:
-    """``adapter_config.json`` of a folder or a Hub repository; None if it is not an adapter.
-
-    Raises:
-        CheckpointError: it cannot be read, or its layers are not what hf_ortho writes.
-    """
-    try:
-        adapter = adapter_config(name, revision)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
-    if adapter is None:
-        return None
-    where = f"{ADAPTER_CONFIG} of {name}"
-    for key in ("revision", "base_commit"):
-        if not _is_text(adapter.get(key)):
-            raise CheckpointError(f"{where}: {key} is {adapter[key]!r:.80}, where text is expected")
-    _check(adapter, where, ("module", "domain", "tail_slopes"))
-    return adapter
-
-
-def _check(entry: dict, where: str, needed: tuple[str, ...]) -> None:
-    """Raise CheckpointError if ``layers`` or ``source_activations`` are not what hf_ortho writes."""
-    layers, sources = entry.get("layers") or [], entry.get("source_activations") or {}
-    if not isinstance(sources, dict) or not all(isinstance(value, str) for value in sources.values()):
-        expected = "a dictionary of fields and names"
-        raise CheckpointError(f"{where}: source_activations is {sources!r:.80}, where {expected} is expected")
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if (
-            not isinstance(layer, dict)
-            or any(layer.get(key) is None for key in needed)
-            or not all(_is_text(layer.get(key)) for key in ("module", "field", "source"))
-            or not all(_is_pair(layer.get(key, [None, None])) for key in ("domain", "tail_slopes"))
-        ):
-            expected = f"a dictionary with {', '.join(needed)}"
-            raise CheckpointError(f"{where}: layers holds {layer!r:.80}, where {expected} is expected")
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_pair(value: Any) -> bool:
-    numbers = isinstance(value, list) and all(end is None or isinstance(end, int | float) for end in value)
-    return numbers and len(value) == 2
-
-
-def _of_adapter(name: str, adapter: dict, revision: str | None) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The config that tells of the activations of an adapter, and their tensors."""
+def _of_adapter(
+    name: str, adapter: dict, revision: str | None
+) -> tuple[dict, Provenance, dict[str, dict[str, Tensor]]]:
+    """The config that names the activations of an adapter, their provenance and their tensors."""
     tensors = adapter_tensors(name, adapter, revision)
     tensors = {path: found for path, found in tensors.items() if all(key in found for key in SHARED)}
     base = adapter["base_model_name_or_path"]
-    if "activation" not in adapter:  # the base model is the converted one
-        file = _file(base, "config.json", base_revision(adapter)) if tensors else ""
-        return (json.loads(Path(file).read_text(encoding="utf-8")) if file else {}), tensors
-    provenance = {key: adapter[key] for key in ("activation", "source_activations", "calibrated", "layers")}
-    provenance |= {"source_model": base, "source_revision": adapter["base_commit"], "tails": True}
-    return {"activation": adapter["activation"], "hf_ortho": provenance}, tensors
+    if "activation" in adapter:
+        provenance = Provenance.of_adapter(adapter, f"{ADAPTER_CONFIG} of {name}")
+        return {"activation": adapter["activation"]}, provenance, tensors
+    config = json_object(_file(base, CONFIG_NAME, base_revision(adapter), needed=True)) if tensors else {}
+    return config, Provenance.of(config, base), tensors  # the base model is the converted one
 
 
-def _file(name: str, file: str, revision: str | None) -> str:
-    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return str(found or "")
+def _file(name: str, file: str, revision: str | None, needed: bool = False) -> str:
+    """Where a file of a model is; empty if there is none and it is not needed."""
+    return str(cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=needed) or "")
 
 
 def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
     """The tensors of each activation, by its path and their own names."""
-    index = _file(name, SAFE_WEIGHTS_INDEX_NAME, revision)
-    if index:
-        content = json.loads(Path(index).read_text(encoding="utf-8"))
-        places: Any = content.get("weight_map") if isinstance(content, dict) else None
+    if index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
+        places = weights.weight_map(index)
+    elif single := _file(name, SAFE_WEIGHTS_NAME, revision):
+        places = dict.fromkeys(weights.shapes(single), SAFE_WEIGHTS_NAME)
     else:
-        single = _file(name, SAFE_WEIGHTS_NAME, revision)
-        if not single:
-            raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-        with safe_open(single, "pt") as weights:
-            places = dict.fromkeys(weights.keys(), SAFE_WEIGHTS_NAME)
-    files = places.values() if isinstance(places, dict) else [places]
-    if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
-        raise CheckpointError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} must name files that end in .safetensors")
+        raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     paths = {path for path in map(_parent, places) if all(_join(path, key) in places for key in SHARED)}
     wanted = defaultdict(list)
     for key, file in places.items():
@@ -165,9 +108,8 @@ def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
             wanted[file].append(key)
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file, keys in wanted.items():
-        with safe_open(_file(name, file, revision), "pt") as weights:
-            for key in keys:
-                tensors[_parent(key)][key.rpartition(".")[2]] = weights.get_tensor(key)
+        for key, value in weights.tensors(_file(name, file, revision, needed=True), keys).items():
+            tensors[_parent(key)][key.rpartition(".")[2]] = value
     return tensors
 
 
@@ -223,33 +165,4 @@ def _build(named: list[list[tuple[str, int]]], shapes: dict[str, tuple[int, ...]
             names = " or ".join(f"{family}_{degree}" for family, degree in fitting)
             raise CheckpointError(f"the tensors of {where} could be {names}: the config does not tell which")
     found = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
-    raise CheckpointError(f"the tensors of {where} ({found}) are those of none of {', '.join(FAMILIES)}")
-
-
-def provenance_of(config: Any) -> dict:
-    """The dictionary ``hf_ortho`` of a config, which may be a dictionary itself; empty without one."""
-    found = config.get("hf_ortho") if isinstance(config, Mapping) else getattr(config, "hf_ortho", None)
-    return found if isinstance(found, dict) else {}
-
-
-def _layers(provenance: dict) -> dict[str, dict]:
-    return {layer["module"]: layer for layer in provenance.get("layers") or []}
-
-
-def pure_domain(provenance: dict, module: str) -> tuple[float, float] | None:
-    """The interval that an activation without tails was fitted on, None for others."""
-    domain = _layers(provenance).get(module, {}).get("domain")
-    return None if provenance.get("tails", True) or not domain or None in domain else tuple(domain)
-
-
-def source_names(provenance: dict, modules: Iterable[str]) -> dict[str, str | None]:
-    """The name in ``ACT2FN`` of what each module replaced: as noted for it, else the one that all have in common."""
-    layers = _layers(provenance)
-    fields = {field: value.rpartition("-")[2] for field, value in (provenance.get("source_activations") or {}).items()}
-    common = next(iter(fields.values())) if len(set(fields.values())) == 1 else None
-
-    def of(module: str) -> str | None:
-        layer = layers.get(module, {})
-        return layer.get("source") or fields.get(layer.get("field", ""), common)
-
-    return {module: of(module) for module in modules}
+    raise CheckpointError(f"the tensors of {where} ({found}) are not those of any of {', '.join(FAMILIES)}")

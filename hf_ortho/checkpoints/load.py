@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..errors import CheckpointError
 from ..files import explain
 from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
-
-logger = logging.get_logger("hf_ortho")
+from .revision import model_commit
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,7 +35,7 @@ class Checkpoint:
 
     Attributes:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
-        new_head: name of a head that was made anew, for the classes of a dataset; empty if there is none.
+        new_head: name of a head with new weights, for the classes of a dataset; empty if there is none.
         merged: whether the model came out of an adapter.
     """
 
@@ -72,7 +68,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
         adapter = adapter_config(name, revision)
         if adapter is not None:
             return _merged(name, adapter, revision, dtype, overrides)
-        commit = commit_of(name, revision)
+        commit = model_commit(name, revision)
         revision = commit or revision  # a branch may move between two downloads
         config = AutoConfig.from_pretrained(name, revision=revision)
         architecture = (config.architectures or [""])[0]
@@ -100,7 +96,7 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
     from peft import PeftModel
 
     base, at = adapter["base_model_name_or_path"], base_revision(adapter)
-    commit = commit_of(name, revision, ADAPTER_CONFIG)
+    commit = model_commit(name, revision, ADAPTER_CONFIG)
     if labels := adapter_labels(name, commit or revision):
         overrides = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **overrides}
         overrides |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
@@ -118,7 +114,7 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
             raise CheckpointError(f"{name} is an adapter of peft's {adapter['peft_type']}, which cannot be merged")
         model: Any = wrapped.merge_and_unload(safe_merge=True)
     if missing := next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None):
-        raise CheckpointError(f"{name} is not whole: {missing}")
+        raise CheckpointError(f"{name} is incomplete: {missing}")
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
     return dataclasses.replace(found, model=model.eval(), commit=commit, merged=True)
@@ -129,35 +125,11 @@ def check_place(name: str) -> None:
     path = Path(name)
     configs = (path / CONFIG_NAME, path / ADAPTER_CONFIG)
     if path.is_file() or (path.is_dir() and not any(file.is_file() for file in configs)):
-        raise CheckpointError(f"{name} is no checkpoint: a folder with config.json and safetensors weights is expected")
+        raise CheckpointError(
+            f"{name} is not a checkpoint: a folder with config.json and safetensors weights is expected"
+        )
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist")
-
-
-def commit_of(name: str, revision: str | None, config: str = CONFIG_NAME) -> str | None:
-    """The commit of a Hub model, None for a folder; if the Hub does not answer that of the cache, which is logged."""
-    moving = not Path(name).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision or "")
-    away = moving and not _answers(name, revision, config)
-    file = Path(str(cached_file(name, config, revision=revision, local_files_only=away)))
-    if file.parent.parent.name != "snapshots":
-        return None
-    commit = file.parent.name
-    if away:
-        logger.warning(f"note: no answer from {constants.ENDPOINT}: using the cached commit {commit} of {name}")
-    return commit
-
-
-def _answers(name: str, revision: str | None, config: str) -> bool:
-    """Whether the Hub says something, be it that there is no such model."""
-    try:
-        get_hf_file_metadata(hf_hub_url(name, config, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError as error:
-        return error.response.status_code < 500
-    except (HTTPError, OSError):
-        return False
-    except ValueError:  # no name of a repository
-        return True
-    return True
 
 
 def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) -> Any | None:

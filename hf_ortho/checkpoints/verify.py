@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..conversion.calibrate import evaluating
 from ..errors import OutputError
 
 
@@ -60,6 +59,21 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor] | None) -> list[Te
     with evaluating(model), _aligned(model):
         values = model(**inputs).to_tuple()
     return [v.cpu() for v in values if isinstance(v, Tensor)]
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel):
+    """Evaluation mode; afterwards modes and config are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    settings = dict(vars(model.config))  # a classifier notes its problem_type there when it first sees labels
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        vars(model.config).clear()
+        vars(model.config).update(settings)
 
 
 @contextlib.contextmanager

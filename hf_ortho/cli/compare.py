@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, NonFiniteError
 from ..folders import OutputFolder
 from ..tasks import LOSS, TASKS, Metric
+from ..text import markdown_table
 from ..training.arguments import Comparison
 from .console import console, table, trainer_log
 from .launch import launch
@@ -108,7 +109,6 @@ def write(
     )
     if diverged:
         caption += f"; diverged: {'; '.join(diverged)}"
-    lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
     results = {
         "caption": caption,
         "metric": metric.key,
@@ -122,7 +122,7 @@ def write(
     }
     by_name = {s.activation: [run for run in runs if run.activation == s.activation] for s in summaries}
     with output.writing() as draft:
-        (draft / "table.md").write_text("\n".join([*lines, "", caption, ""]))
+        (draft / "table.md").write_text(f"{markdown_table(columns, rows)}\n\n{caption}\n")
         (draft / "results.json").write_text(json.dumps(results, indent=1))
         plot_comparison(
             {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},

@@ -97,7 +97,7 @@ def run(argv: list[str]) -> None:
     results = []
     if source is not None and report.loss_before is not None and report.loss_after is not None:
         values = {"source": {"loss": report.loss_before}, "converted": {"loss": report.loss_after}}
-        note = "the labelled part of the calibration data"
+        note = "the labeled part of the calibration data"
         results = [Results(values, source, command, hardware(), note=note)]
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)

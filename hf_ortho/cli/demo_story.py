@@ -19,7 +19,7 @@ from ..checkpoints.verify import example_inputs, fingerprint, outputs, verify_re
 from ..conversion import ConversionReport, collect, convert
 from ..files import MANIFEST
 from ..folders import OutputFolder
-from ..hub import DataSource, Results, hardware, write_card
+from ..hub import DataSource, Results, TrainingDetails, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..tasks import head_of
 from ..tasks.samples import batches
@@ -121,10 +121,10 @@ def tell_story(
             draft,
             place=output.name,
             report=report,
-            results=[Results(values, samples, command, hardware(), seed)],
+            results=[Results(values, samples, command, hardware(), seed, kind="training")],
             data=[DataSource(task.dataset, split="train", samples=len(dataset))],
             command=command,
-            arguments=arguments,
+            training=TrainingDetails(arguments),
         )
     auto = getattr(transformers, head_of(converted.model).auto_class)
     equal = verify_reload(auto, output.path, fingerprint(converted.model), inputs, expected)

@@ -23,14 +23,14 @@ DESCRIPTION = "Fine-tune a checkpoint with transformers' Trainer, from a YAML fi
 
 def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     """The metrics for the screen and the card, also those before the training if there was a model before."""
-    from ..checkpoints.activations import provenance_of
+    from ..checkpoints.provenance import Provenance
     from ..hub import DataSource, Results, hardware
     from ..tasks.data import commit_of, resolved
 
     if result.after is None:
         return None
     after = {"fine-tuned" if result.before else "after training": result.after}
-    before = "converted" if provenance_of(result.checkpoint.model.config) else "before training"
+    before = "converted" if Provenance.of(result.checkpoint.model.config).activation else "before training"
     values = {before: result.before, **after} if result.before else after
     data, same = recipe.data, recipe.data.eval_dataset is None
     name = str(data.dataset if same else data.eval_dataset)
@@ -38,7 +38,7 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     config = data.dataset_config if same else None
     source = DataSource.of(result.held_back, name, config=config, revision=revision)
     note = "held back from the training" if same and source.split == _train(result, recipe).split else ""
-    return Results(values, source, command, hardware(), recipe.training.seed, note)
+    return Results(values, source, command, hardware(), recipe.training.seed, note, "training")
 
 
 def _train(result: Result, recipe: Recipe) -> DataSource:
@@ -83,7 +83,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
         return code
     recipe = parse_recipe(Recipe, command, description, argv)
 
-    from ..hub import command_line, write_card
+    from ..hub import TrainingDetails, command_line, write_card
     from ..hub.push import find_or_create, push
     from ..hub.record import carry_over
     from ..training.finetune import finetune, output_folder
@@ -112,10 +112,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
             results=[results] if results else [],
             data=[_train(result, recipe)],
             command=line,
-            arguments=arguments,
-            hyperparameters=_others(recipe),
-            base_model=base,
-            base_revision=result.checkpoint.commit if base else None,
+            training=TrainingDetails(arguments, _others(recipe), base, result.checkpoint.commit if base else None),
         )
 
     result = finetune(recipe, [trainer_log("Training")], finish)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from typing import TYPE_CHECKING
 
+from ..text import json_values
 from .console import Parser, console, table
 from .network import check_hub
 
@@ -39,8 +39,8 @@ def run(argv: list[str]) -> None:
     stored = load_activations(args.model, revision=args.revision)
     layers, notes = examine(stored)
     if args.json:
-        found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance}
-        print(json.dumps(_finite(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
+        found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance.to_dict()}
+        print(json.dumps(json_values(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
         return
     for line in _provenance(args.model, stored):
         console.print(line)
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
         sources = ", ".join(sorted({known[path].source or "unknown" for _, path in rows}))
         cells = [[row, *known[path].cells()] for row, path in rows]
         table(f"{len(rows)} activations at {place}, source {sources}", columns, cells)
-    where = "over the real line" if stored.provenance.get("tails", True) else "on the domain"
+    where = "over the real line" if stored.provenance.has_tails else "on the domain"
     console.print(f"E under N(0, 1); sup {where} and rms under {DATA_FREE}, from the source activation")
     for note in notes:
         console.print(f"no distance: {note}")
@@ -62,10 +62,10 @@ def run(argv: list[str]) -> None:
 
 def _provenance(name: str, stored: StoredActivations) -> list[str]:
     known = {"model": f"{name} at {stored.commit}" if stored.commit else name}
-    for key, value in stored.provenance.items():
+    for key, value in stored.provenance.to_dict().items():
         if key != "layers" and value is not None:
             known[key.replace("_", " ")] = _plain(value)
-    if not stored.provenance:
+    if stored.provenance.activation is None:
         known["provenance"] = "none: the config has no hf_ortho entry, as after a training from scratch"
     return [
         textwrap.fill(f"{key:20s}{value}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)
@@ -85,12 +85,3 @@ def _vector(name: str, values: list[float]) -> str:
     return textwrap.fill(
         "".join(f"{value:>11.4g}" for value in values), WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
     )
-
-
-def _finite(value):
-    """JSON has no infinity and no NaN: None in their place."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,8 +90,9 @@ def _shapes(args) -> None:
 def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     """The activations of the whole model, and the histograms of their pre-activations."""
     from ..activations import LearnableActivation
-    from ..checkpoints.activations import StoredActivations, provenance_of
+    from ..checkpoints.activations import StoredActivations
     from ..checkpoints.load import load_checkpoint
+    from ..checkpoints.provenance import Provenance
     from ..conversion import collect
     from ..training.calibration import calibration_batches
 
@@ -106,7 +107,7 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
         split=args.calibration_split,
         block_size=args.block_size,
     )
-    stored = StoredActivations(modules, provenance_of(checkpoint.model.config), checkpoint.commit)
+    stored = StoredActivations(modules, Provenance.of(checkpoint.model.config), checkpoint.commit)
     return stored, collect(checkpoint.model, modules, batches)[0]
 
 

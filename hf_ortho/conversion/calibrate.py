@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import inspect
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
+from ..checkpoints.verify import evaluating
 from ..errors import CalibrationError
 from ..fitting.histogram import Histogram
 from ..processes import collective_device, several_processes, sum_over_processes
@@ -180,21 +180,6 @@ def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
     values = [found.get("logits"), *found.values()] if isinstance(found, Mapping) else list(found)
     output = next(v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim)
     return _unmasked(output, None if model.config.is_encoder_decoder else inputs.get("attention_mask"))
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel):
-    """Evaluation mode; afterwards modes and config are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    settings = dict(vars(model.config))  # a classifier notes its problem_type there when it first sees labels
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        vars(model.config).clear()
-        vars(model.config).update(settings)
 
 
 def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:

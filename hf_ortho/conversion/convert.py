@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import activations
-from ..checkpoints.activations import provenance_of
+from ..checkpoints.provenance import LayerProvenance, Provenance
 from ..errors import FitError, SiteError
 from ..fitting.options import FitOptions
 from .calibrate import Calibration, check_batches
@@ -69,6 +68,7 @@ def convert(
         SiteError: the config drives no activation.
         CalibrationError: the calibration data is empty, of the wrong kind, or not finite, or ``distill`` has none.
         FitError: an activation of the model cannot be followed, or no degree keeps to ``tolerance``.
+        CheckpointError: ``hf_ortho`` in the config of the model is not what a conversion writes.
         In every case the model is as before.
     """
     start = time.perf_counter()
@@ -80,6 +80,7 @@ def convert(
         check_batches(calibration)
     check_steps(distill, calibration)
     sites, left_alone = find_sites(model, fields)
+    Provenance.of(model.config)  # refuses what cannot be kept, before any work is done
     source = Calibration.of(model, [name for site in sites for name in site.modules], calibration)
     fitting = time.perf_counter()
     fitted: Fitted = {}
@@ -111,15 +112,16 @@ def convert(
         restore()
         raise
     report.seconds = time.perf_counter() - start
-    model.config.hf_ortho = provenance(
-        model,
+    provenance = Provenance.of_conversion(
+        model.config,
         report.activation,
         driving_values(sites),
-        [describe_layer(layer) for layer in report.layers],
-        report.calibrated,
-        tails,
+        [LayerProvenance.of_fit(layer.module, layer.field, layer.fit) for layer in report.layers],
+        calibrated=report.calibrated,
+        tails=tails,
     )
-    model.add_model_tags(tags_of(report.activation))  # for model.push_to_hub
+    model.config.hf_ortho = provenance.to_dict()
+    model.add_model_tags(provenance.tags)  # for model.push_to_hub
     return report
 
 
@@ -141,8 +143,8 @@ def revert(model: PreTrainedModel) -> list[str]:
         SiteError: the config does not name them, or they had parameters of their own, which a conversion drops; the
             model is as before.
     """
-    provenance = provenance_of(model.config)
-    known = provenance.get("source_activations")
+    provenance = Provenance.of(model.config)
+    known = provenance.source_activations
     if not known:
         raise SiteError(
             f"the config of {type(model).__name__} names no source activations (hf_ortho.source_activations): "
@@ -159,58 +161,10 @@ def revert(model: PreTrainedModel) -> list[str]:
                 raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not kept")
     replace_modules(model, sites, new, names)
     del model.config.hf_ortho
-    model.model_tags = [tag for tag in model.model_tags or [] if tag not in tags_of(provenance["activation"])]
+    model.model_tags = [tag for tag in model.model_tags or [] if tag not in provenance.tags]
     return list(new)
-
-
-def families_in(activation: str) -> list[str]:
-    """The families in a text such as ``hermite_8, hermite_9``, each once."""
-    return list(dict.fromkeys(activations.parse(name)[0].family for name in activation.split(", ")))
-
-
-def tags_of(activation: str | None) -> list[str]:
-    """The tags on the Hub of a model with these activations."""
-    return ["hf_ortho", "learnable-activations", *(families_in(activation) if activation else [])]
 
 
 def driving_values(sites: list[Site]) -> dict[str, str]:
     """The value of each driving field in the config."""
     return {site.field: site.prefix + site.source for site in sites}
-
-
-def describe_layer(layer: LayerReport) -> dict:
-    """What is kept of one activation, beside its parameters."""
-    return {
-        "module": layer.module,
-        "field": layer.field,
-        "domain": layer.fit.to_dict()["domain"],
-        "fitted_to": layer.fit.source,
-        "sup_error": layer.fit.sup_error,
-        "rms_error": layer.fit.rms_error,
-        "mass_outside": layer.fit.mass_outside,
-    }
-
-
-def provenance(
-    model: PreTrainedModel, activation: str, sources: dict[str, str], layers: list[dict], calibrated: bool, tails: bool
-) -> dict:
-    """The dictionary ``hf_ortho`` of a config; ``sources`` are the values of the driving fields, prefix included."""
-    earlier = provenance_of(model.config)
-    sources = sources | earlier.get("source_activations", {})  # a second conversion keeps what the first one found
-    modules = {layer["module"] for layer in layers}
-    return {
-        "activation": activation,
-        "source_model": earlier.get("source_model", model.config._name_or_path or None),
-        "source_revision": earlier.get("source_revision", getattr(model.config, "_commit_hash", None)),
-        "source_activations": sources,
-        "calibrated": calibrated,
-        "tails": tails,
-        "layers": [
-            {key: layer[key] for key in ("module", "field")}
-            | {"source": sources[layer["field"]].rpartition("-")[2]}
-            | layer
-            for layer in layers
-        ]
-        + [layer for layer in earlier.get("layers", []) if layer["module"] not in modules],
-        "versions": {package: version(package) for package in ("hf_ortho", "torch", "transformers")},
-    }

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..activations import LearnableActivation, PolynomialForm
 from ..activations.polynomial import PolynomialActivation
+from ..checkpoints.provenance import Provenance
 from ..errors import PolynomialError
 
 
@@ -24,8 +25,7 @@ def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
     Raises:
         PolynomialError: there is no learnable activation, one is not a polynomial, or one has no finite domain.
     """
-    provenance = getattr(getattr(model, "config", None), "hf_ortho", None) or {}
-    recorded = {layer["module"]: layer.get("domain") for layer in provenance.get("layers", [])}
+    provenance = Provenance.of(getattr(model, "config", None))
     forms: dict[str, PolynomialForm] = {}
     for path, module in model.named_modules():
         if not isinstance(module, LearnableActivation):
@@ -34,7 +34,7 @@ def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
             raise PolynomialError(f"{path} is {module.name}, which is not a polynomial: convert to hermite_n")
         finite = module.domain.isfinite().all()
         try:
-            forms[path] = module.to_polynomial(None if finite else recorded.get(path))
+            forms[path] = module.to_polynomial(None if finite else provenance.layer(path).domain)
         except PolynomialError as error:
             raise PolynomialError(f"{path}: {error}") from None
     if not forms:

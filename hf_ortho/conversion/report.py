@@ -190,14 +190,19 @@ class ConversionReport:
     def summary(self) -> list[str]:
         """The lines under the table."""
         weight = "the data" if self.calibrated else f"{DATA_FREE}, no calibration data"
-        lines = [
+        first = (
             f"{len(self.layers)} activations converted in {self.seconds:.1f} s, {self.fit_seconds:.1f} s of it fits; "
             f"rms and outside under {weight}"
-        ]
+        )
+        return [first, *self.remarks()]
+
+    def remarks(self) -> list[str]:
+        """What the conversion did to the model, which the table does not show, and what is to be noted of the fits."""
+        lines = []
         if self.loss_before is not None and self.loss_after is not None:
             change = math.expm1(self.loss_after - self.loss_before)
             lines.append(
-                f"loss on the labelled calibration data {self.loss_before:.5f} -> {self.loss_after:.5f} "
+                f"loss on the labeled calibration data {self.loss_before:.5f} -> {self.loss_after:.5f} "
                 f"(exp(loss) {change:+.4%})"
             )
         if self.output_error is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..activations import FitReport, LearnableActivation
-from ..checkpoints.activations import StoredActivations, pure_domain, source_names
+from ..checkpoints.activations import StoredActivations
 from ..errors import FitError
 
 
@@ -57,11 +57,11 @@ def examine(stored: StoredActivations) -> tuple[list[Layer], list[str]]:
     """One entry per activation, and why a distance is missing where a source is known."""
     layers: list[Layer] = []
     notes: list[str] = []
-    for path, source in source_names(stored.provenance, stored.modules).items():
+    for path, source in stored.provenance.source_names(stored.modules).items():
         fit = None
         module = stored.modules[path]
         try:
-            fit = None if source is None else module.measure(source, domain=pure_domain(stored.provenance, path))
+            fit = None if source is None else module.measure(source, domain=stored.provenance.pure_domain(path))
         except FitError as error:
             notes.append(str(error))
         layers.append(Layer(path, module, module.gain(), source, fit))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from ..text import interval, json_values
 from .density import DATA_FREE, PRE_ACTIVATIONS
 from .least_squares import Target
 from .nodes import Array
@@ -114,19 +115,12 @@ class FitReport:
 
     def to_dict(self) -> dict:
         """Plain JSON values; infinity becomes None."""
-
-        def plain(value):
-            if isinstance(value, tuple):
-                return [plain(v) for v in value]
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        return {k: plain(v) for k, v in dataclasses.asdict(self).items()}
+        return json_values(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> FitReport:
         """What ``to_dict`` gave; further keys are left out."""
         known = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
-        lo, hi = known["domain"]
-        known["domain"] = (-math.inf if lo is None else lo, math.inf if hi is None else hi)
+        known["domain"] = interval(known["domain"])
         known["tail_slopes"] = tuple(known["tail_slopes"])
         return cls(**known)

@@ -1,3 +1,4 @@
+from .card import TrainingDetails as TrainingDetails
 from .card import card_of as card_of
 from .card import write_card as write_card
 from .remote_code import add_remote_code as add_remote_code

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoints.activations import load_activations, provenance_of
+from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..checkpoints.provenance import Provenance
+from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
-from ..files import MANIFEST as WRITTEN
-from ..files import explain
-from ..training.checkpoints import MANIFEST, PREFIX
+from ..files import MANIFEST, TRAINING_MANIFEST, explain, json_object
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-STATES = (TRAINER_STATE_NAME, MANIFEST)
+STATES = (TRAINER_STATE_NAME, TRAINING_MANIFEST)
+LEFT_OUT = (".", f"{PREFIX_CHECKPOINT_DIR}-")  # how folders begin
 FOLDERS = ("last-checkpoint", "__pycache__")
 UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
 
@@ -30,7 +30,7 @@ class Contents:
     """A folder that can be pushed.
 
     Attributes:
-        adapter: whether it holds an adapter and no model.
+        adapter: whether it holds an adapter, but not a model.
         files: what is uploaded, as paths in the repository.
         left_out: what is not: hidden files, pickles, checkpoints and states of a training; folders end in ``/``. The
             manifest of ``OutputFolder`` is in neither.
@@ -48,17 +48,17 @@ def contents_of(folder: str | os.PathLike) -> Contents:
     ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
 
     Raises:
-        CheckpointError: there is neither, or a file is missing, cut short or does not hold what it should.
+        CheckpointError: there is neither, or a file is missing or cut short, or lacks what another one lists.
     """
     place = Path(folder)
     if not place.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name one that holds a model or an adapter")
+        raise CheckpointError(f"{folder} is not a folder; name one that holds a model or an adapter")
     adapter = (place / ADAPTER_CONFIG).is_file()
     model = (place / CONFIG_NAME).is_file()
     if not adapter and not model:
         raise CheckpointError(
-            f"{folder} holds no model and no adapter: {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or {ADAPTER_CONFIG} with "
-            f"{ADAPTER_WEIGHTS}, is expected"
+            f"{folder} holds neither a model nor an adapter: {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or "
+            f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, is expected"
         )
     if adapter:
         _check_adapter(place)
@@ -74,59 +74,38 @@ def _check_model(folder: Path) -> None:
         raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {explain(error)}") from error
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if not single.is_file() and not index.is_file():
-        raise CheckpointError(f"{folder} is not whole: it has a config, but neither {single.name} nor {index.name}")
+        raise CheckpointError(f"{folder} is incomplete: it has a config, but neither {single.name} nor {index.name}")
     if single.is_file():
-        _tensors(single)
+        shapes(single)
     if index.is_file():
-        places = _json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(f"{index} lists no weights")
+        places = weight_map(index)
         for shard in sorted(set(places.values())):
             if not (folder / shard).is_file():
-                raise CheckpointError(f"{folder} is not whole: {shard}, which {index.name} lists, is missing")
-            lacking = {key for key, file in places.items() if file == shard} - _tensors(folder / shard)
+                raise CheckpointError(f"{folder} is incomplete: {shard}, which {index.name} lists, is missing")
+            lacking = {key for key, file in places.items() if file == shard} - shapes(folder / shard).keys()
             if lacking:
-                raise CheckpointError(f"{folder} is not whole: {shard} lacks {min(lacking)}, which {index.name} lists")
-    if provenance_of(_json(folder / CONFIG_NAME)).get("layers"):
+                raise CheckpointError(f"{folder} is incomplete: {shard} lacks {min(lacking)}, which {index.name} lists")
+    if Provenance.of(json_object(folder / CONFIG_NAME), str(folder)).layers:
         try:
             load_activations(str(folder))
         except ConfigError as error:
             raise CheckpointError(
-                f"{folder} is not whole: its config names learnable activations, its weights hold none"
+                f"{folder} is incomplete: its config names learnable activations, but its weights hold none"
             ) from error
 
 
 def _check_adapter(folder: Path) -> None:
-    config = _json(folder / ADAPTER_CONFIG)
+    config = json_object(folder / ADAPTER_CONFIG)
     if "peft_type" not in config:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no peft_type")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name a peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} is not whole: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
-    names = _tensors(folder / ADAPTER_WEIGHTS)
-    for layer in config.get("layers") or []:
-        if not any(f".{layer.get('module')}." in name for name in names):
+        raise CheckpointError(f"{folder} is incomplete: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
+    names = shapes(folder / ADAPTER_WEIGHTS)
+    for layer in Provenance.of_adapter(config, str(folder / ADAPTER_CONFIG)).layers:
+        if not any(f".{layer.module}." in name for name in names):
             raise CheckpointError(
-                f"{folder} is not whole: {ADAPTER_WEIGHTS} lacks {layer.get('module')}, which {ADAPTER_CONFIG} lists"
+                f"{folder} is incomplete: {ADAPTER_WEIGHTS} lacks {layer.module}, which {ADAPTER_CONFIG} lists"
             )
-
-
-def _json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return found
-
-
-def _tensors(file: Path) -> set[str]:
-    """The names in a safetensors file, whose size is checked against its header."""
-    try:
-        with safe_open(file, "pt") as weights:
-            return set(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short: {explain(error)}") from error
 
 
 def _sort(folder: Path) -> tuple[list[str], list[str]]:
@@ -135,13 +114,13 @@ def _sort(folder: Path) -> tuple[list[str], list[str]]:
     left_out: list[str] = []
     for place, folders, names in os.walk(folder):
         here = Path(place)
-        for name in [name for name in folders if name.startswith((".", PREFIX)) or name in FOLDERS]:
+        for name in [name for name in folders if name.startswith(LEFT_OUT) or name in FOLDERS]:
             folders.remove(name)
             left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
-        for name in filter(lambda name: name != WRITTEN, names):
+        for name in filter(lambda name: name != MANIFEST, names):
             path = (here / name).relative_to(folder).as_posix()
             unwanted = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
             (left_out if unwanted else files).append(path)
             if not unwanted and not (here / name).is_file():
-                raise CheckpointError(f"{folder} is not whole: {path} is a link to a file that is not there")
+                raise CheckpointError(f"{folder} is incomplete: {path} is a link to a file that is not there")
     return sorted(files), sorted(left_out)

@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, HubError
 from ..files import explain
 from .card import card_of
@@ -53,7 +53,7 @@ def push(
     repository goes from one whole model to the next, with files that are not in the folder (the card as it reads on the
     Hub, the remote code) and without weights of an earlier push that ``from_pretrained`` would prefer. huggingface_hub
     retries the requests that carry the data (5 times, for 408, 429, 5xx and lost connections). After an interruption
-    the same call resumes: data that the Hub has is not sent again, and files that did not change are no part of the
+    the same call resumes: data that the Hub has is not sent again, and files that did not change are not part of the
     commit.
 
     Args:
@@ -69,12 +69,12 @@ def push(
         The URL of the pull request or commit; of the last commit if nothing has changed.
 
     Raises:
-        CheckpointError: the folder holds no whole model or adapter.
+        CheckpointError: the folder does not hold a whole model or adapter.
         ConfigError: the arguments do not fit each other, or ``repo_id`` is malformed.
         HubError: no token, no rights, no network, or the Hub refuses. Nothing is committed; a repository that was
             created for it stays, empty.
     """
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+    if is_commit(revision):
         raise ConfigError(f"revision {revision}: is a commit, which nothing can be pushed to; name a branch")
     if create_pr and revision not in (None, "main"):
         raise ConfigError(f"revision {revision}: a pull request is opened against main; leave one of the two out")

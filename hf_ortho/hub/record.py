@@ -51,7 +51,9 @@ class Record:
                 [DataSource(**entry) for entry in plain.get("data", [])],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not what hf-ortho writes ({error}); delete it or convert anew") from error
+            raise CheckpointError(
+                f"{path} is not what hf-ortho writes ({error}); delete it or convert again"
+            ) from error
 
     def add(
         self, results: Sequence[Results] = (), commands: Sequence[str] = (), data: Sequence[DataSource] = ()

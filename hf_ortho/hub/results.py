@@ -9,13 +9,13 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import EvalResult, get_token
 
 from ..tasks import METRICS, Metric
-from ..text import change
+from ..text import change, json_values
 
 SECRETS = ("--hub-token", "--push-to-hub-token", "--token")
 
@@ -80,6 +80,7 @@ class Results:
         hardware: the machine; empty if nothing was run.
         seed: of the run, if it has one.
         note: what else a reader must know of the data, for example that it is a part.
+        kind: ``training`` if the last stage was trained after the first, else ``conversion``.
     """
 
     values: Mapping[str, Mapping[str, float | None]]
@@ -88,6 +89,7 @@ class Results:
     hardware: str
     seed: int | None = None
     note: str = ""
+    kind: Literal["conversion", "training"] = "conversion"
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Results:
@@ -96,19 +98,28 @@ class Results:
             stage: {metric: None if value is None else float(value) for metric, value in found.items()}
             for stage, found in plain["values"].items()
         }
-        return cls(**{**plain, "values": values, "data": DataSource(**plain["data"])})
+        trained = any("fine-tuned" in stage for stage in values)  # what tells it in a file without the kind
+        kind = plain.get("kind", "training" if trained else "conversion")
+        if kind not in ("conversion", "training"):
+            raise ValueError(f"kind {kind!r}: must be conversion or training")
+        return cls(**{**plain, "values": values, "data": DataSource(**plain["data"]), "kind": kind})
 
     def to_dict(self) -> dict:
         """Plain JSON values; what is not finite becomes text."""
-        plain = dataclasses.asdict(self)
-        for found in plain["values"].values():
-            found |= {k: str(v) for k, v in found.items() if v is not None and not math.isfinite(v)}
+        plain = json_values(dataclasses.asdict(self), not_finite=str)
+        if self.kind == "conversion":
+            del plain["kind"]
         return plain
 
     @property
     def measured(self) -> list[str]:
         """The stages with a figure."""
         return [stage for stage, found in self.values.items() if any(value is not None for value in found.values())]
+
+    @property
+    def of_training(self) -> bool:
+        """Whether a training was measured."""
+        return self.kind == "training" and bool(self.measured)
 
     @property
     def columns(self) -> list[str]:

@@ -8,6 +8,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .. import activations
+from ..checkpoints.provenance import Provenance
 from ..conversion import ConversionReport
 from ..errors import AdapterError, FitError
 from ..fitting.options import FitOptions
@@ -97,3 +98,12 @@ class OrthoConfig(PeftConfig):
     def options(self) -> FitOptions:
         """The options of the fits."""
         return FitOptions(self.derivative_weight, self.domain)
+
+    @property
+    def provenance(self) -> Provenance:
+        """What is recorded of the fits.
+
+        Raises:
+            CheckpointError: an entry is not what a fit records.
+        """
+        return Provenance.of_adapter(vars(self), "the OrthoConfig")

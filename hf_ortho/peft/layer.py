@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..activations import LearnableActivation, build
 from ..checkpoints.activations import SHARED
+from ..checkpoints.adapter import ATTRIBUTE
 from ..errors import AdapterError
 
 
@@ -21,37 +22,42 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         base_layer: the activation of the base model.
     """
 
-    adapter_layer_names = ("hf_ortho_act",)
+    adapter_layer_names = (ATTRIBUTE,)
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.hf_ortho_act = nn.ModuleDict()
+        setattr(self, ATTRIBUTE, nn.ModuleDict())
         self.merged_adapters: list[str] = []
+
+    @property
+    def activations(self) -> nn.ModuleDict:
+        """The learnable activations by the names of their adapters."""
+        return getattr(self, ATTRIBUTE)
 
     def update_layer(self, adapter_name: str, activation: LearnableActivation, fixed: dict[str, Tensor]) -> None:
         """Add an adapter; ``fixed`` is its domain and tail slopes, which are not saved: the config holds them."""
         for name in SHARED:
             delattr(activation, name)
             activation.register_buffer(name, fixed[name], persistent=False)
-        self.hf_ortho_act[adapter_name] = activation
+        self.activations[adapter_name] = activation
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self.merged_adapters or ([] if self.disable_adapters else self.active_adapters)
-        active = [name for name in names if name in self.hf_ortho_act]
+        active = [name for name in names if name in self.activations]
         if len(active) > 1:
             raise AdapterError(f"adapters {', '.join(active)} are active at once: an activation can follow one only")
-        return (self.hf_ortho_act[active[0]] if active else self.base_layer)(x)
+        return (self.activations[active[0]] if active else self.base_layer)(x)
 
     def check_merge(self, adapter_names: list[str], safe_merge: bool) -> list[str]:
         """Those of the adapters that are here; raises as ``merge``."""
-        names = [name for name in adapter_names if name in self.hf_ortho_act]
+        names = [name for name in adapter_names if name in self.activations]
         together = list(dict.fromkeys([*self.merged_adapters, *names]))
         if len(together) > 1:
             raise AdapterError(f"adapters {', '.join(together)} cannot be merged together: merge one of them")
-        if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.hf_ortho_act[n].parameters()):
+        if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.activations[n].parameters()):
             raise AdapterError(f"adapter {names[0]} has parameters that are not finite: it was not merged")
         return names
 
@@ -77,14 +83,14 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
             self.merge(safe_merge, adapter_names)
         if not merge or not self.merged:
             return self.base_layer
-        learned = cast(LearnableActivation, self.hf_ortho_act[self.merged_adapters[0]])
+        learned = cast(LearnableActivation, self.activations[self.merged_adapters[0]])
         plain = build(learned.name).to(learned.domain.device).train(self.training)
         plain.load_state_dict({**learned.state_dict(), **{name: getattr(learned, name) for name in SHARED}})
         return plain
 
     def _get_base_layer_device_and_dtype(self, base_layer):
         # An activation of the base model has no weight that could tell.
-        return next(self.hf_ortho_act.buffers()).device, None
+        return next(self.activations.buffers()).device, None
 
     def __repr__(self) -> str:
         return f"hf_ortho.{super().__repr__()}"

@@ -22,8 +22,9 @@ from transformers.utils import CONFIG_NAME
 
 from ..activations import LearnableActivation, build, parse
 from ..checkpoints.adapter import fixed_tensors
+from ..checkpoints.provenance import LayerProvenance, Provenance
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
-from ..conversion.convert import describe_layer, driving_values, provenance
+from ..conversion.convert import driving_values
 from ..conversion.fit_sites import Fitted, device_of, fit_site
 from ..conversion.sites import set_field
 from ..errors import AdapterError, SiteError
@@ -78,9 +79,10 @@ class OrthoModel(BaseTuner):
         if not isinstance(target, OrthoLayer):
             layer = OrthoLayer(target).train(target.training)
             self._replace_module(parent, target_name, layer, target)
-        known = next(entry for entry in peft_config.layers if entry["module"] == current_key)
         device = device_of(self.model, current_key)
-        fixed = {name: value.to(device) for name, value in fixed_tensors(known).items()}
+        fixed = {
+            name: value.to(device) for name, value in fixed_tensors(peft_config.provenance.layer(current_key)).items()
+        }
         layer.update_layer(adapter_name, self._new[current_key], fixed)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -102,8 +104,8 @@ class OrthoModel(BaseTuner):
         model: Any = self.model
         with unwrapped(model):
             sites, _ = find_sites(model, list(config.source_activations or ()))
-        layers = [{k: v for k, v in layer.items() if k != "tail_slopes"} for layer in config.layers or ()]
-        chosen = {layer["module"] for layer in layers}
+        layers = [dataclasses.replace(layer, tail_slopes=None) for layer in config.provenance.layers]
+        chosen = {layer.module for layer in layers}
         if left := [path for site in sites for path in site.modules if path not in chosen]:
             raise AdapterError(
                 f"adapter {names[0]} leaves {left[0]} as it is, but the config drives it together with the others, so "
@@ -113,10 +115,11 @@ class OrthoModel(BaseTuner):
             if isinstance(module, OrthoLayer):
                 module.check_merge(names, safe_merge)  # all of them, before the first is gone
         model = super()._unload_and_optionally_merge(True, progressbar, safe_merge, names)
-        model.config.hf_ortho = provenance(
-            model, config.activation, driving_values(sites), layers, config.calibrated, tails=True
+        provenance = Provenance.of_conversion(
+            model.config, config.activation, driving_values(sites), layers, calibrated=config.calibrated, tails=True
         )
-        model.config.hf_ortho["source_revision"] = model.config.hf_ortho["source_revision"] or config.base_commit
+        commit = provenance.source_revision or config.base_commit
+        model.config.hf_ortho = dataclasses.replace(provenance, source_revision=commit).to_dict()
         for site in sites:
             set_field(model.config, site.field, site.prefix + config.activation)
         return model
@@ -173,7 +176,10 @@ def _fit(
     for site in sites:
         fitted |= fit_site(model, site, family, degree, histograms, config.options)
     config.report = ConversionReport.of(model, fitted, histograms, time.perf_counter() - start)
-    config.layers = [describe_layer(v) | {"tail_slopes": list(v.fit.tail_slopes)} for v in config.report.layers]
+    config.layers = [
+        LayerProvenance.of_fit(layer.module, layer.field, layer.fit, tail_slopes=True).to_dict()
+        for layer in config.report.layers
+    ]
     config.source_activations = driving_values(sites)
     config.calibrated = bool(histograms)
     config.base_commit = _commit(model, config)
@@ -195,7 +201,7 @@ def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
 
 def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> dict[str, LearnableActivation]:
     """The activations that ``config`` describes by path, their parameters NaN: the adapter's weights are to come."""
-    known = {layer["module"] for layer in config.layers or []}
+    known = {layer.module for layer in config.provenance.layers}
     made_for = f"the adapter was made for {config.base_model_name_or_path or 'another model'}"
     if (found := driving_values(sites)) != config.source_activations:
         raise AdapterError(
@@ -250,7 +256,7 @@ def calibrate(
         fitted = _fit(base, sites, config, histograms)
     report = cast(ConversionReport, config.report)
     for path, new in fitted.items():
-        learned = base.get_submodule(path).hf_ortho_act[adapter_name]
+        learned = base.get_submodule(path).activations[adapter_name]
         with torch.no_grad():
             for name, value in new.state_dict().items():  # in place, an optimizer may have them
                 getattr(learned, name).copy_(value)

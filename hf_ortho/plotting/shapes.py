@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
-from ..checkpoints.activations import StoredActivations, source_names
+from ..checkpoints.activations import StoredActivations
 from ..conversion import Histogram
 from ..files import written
 from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
@@ -94,7 +94,7 @@ def plot_stored(
     Raises:
         OutputError: ``path`` cannot be written.
     """
-    names = source_names(stored.provenance, stored.modules)
+    names = stored.provenance.source_names(stored.modules)
     sources = {source: ACT2FN[source] for source in names.values() if source in ACT2FN}
     panels = [
         Panel(place, module, sources.get(names[place]), (histograms or {}).get(place), (others or {}).get(place))

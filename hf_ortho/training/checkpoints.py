@@ -15,9 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ConfigError
+from ..files import TRAINING_MANIFEST as MANIFEST
 from ..files import set_aside, use_umask
 
-MANIFEST = "manifest.json"
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 START = '{\n "'  # of a manifest
 # What reading a file raises that may be another's: of other bytes, no JSON, nested too deeply, or no object.

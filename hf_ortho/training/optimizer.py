@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..activations import LearnableActivation
+from ..checkpoints.adapter import ATTRIBUTE
 from ..errors import ConfigError
 from ..text import suggestion
 
@@ -189,7 +190,7 @@ def activations_by_path(model: nn.Module) -> dict[str, LearnableActivation]:
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return {
-        re.sub(r"\.(modules_to_save|hf_ortho_act)\.default\b|\b_orig_mod\.|\._orig_mod$", "", path): module
+        re.sub(rf"\.(modules_to_save|{ATTRIBUTE})\.default\b|\b_orig_mod\.|\._orig_mod$", "", path): module
         for path, module in inner.named_modules()
         if isinstance(module, LearnableActivation) and not {"original_module", "base_layer"} & set(path.split("."))
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import torch
@@ -20,8 +21,9 @@ from transformers.activations import ACT2FN
 from ..activations import LearnableActivation, build
 from ..activations.base import INITIALISATIONS
 from ..activations.registry import check_name
-from ..checkpoints.activations import provenance_of
-from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, commit_of, processor_of
+from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, processor_of
+from ..checkpoints.provenance import Provenance
+from ..checkpoints.revision import model_commit
 from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
@@ -110,7 +112,8 @@ def build_model(
         if isinstance(module, LearnableActivation):
             module.load_state_dict(build(module.name, init).state_dict())
     if learnable:
-        model.config.hf_ortho = {**provenance_of(model.config), "activation": activation, "init": init}
+        provenance = dataclasses.replace(Provenance.of(model.config), activation=activation, init=init)
+        model.config.hf_ortho = provenance.to_dict()
     return model, report
 
 
@@ -124,7 +127,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
     try:
         if arguments.model:
             check_place(arguments.model)
-            commit = commit_of(arguments.model, arguments.model_revision)
+            commit = model_commit(arguments.model, arguments.model_revision)
             revision = commit or arguments.model_revision
             config = AutoConfig.from_pretrained(arguments.model, revision=revision)
             stored = PreTrainedConfig.get_config_dict(arguments.model, revision=revision)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub import DataSource, Results, hardware, write_card
+from ..hub import DataSource, Results, TrainingDetails, hardware, write_card
 from .evaluation import metrics_at_start, metrics_logged
 
 if TYPE_CHECKING:
@@ -28,14 +28,13 @@ def write_trainer_card(
         named = [dataset] if isinstance(dataset, str) else dataset or [_name(trainer.eval_dataset)]
         stages = ({"before training": before} if before else {}) | {"after training": after}
         source = DataSource.of(trainer.eval_dataset, ", ".join(named))
-        results.append(Results(stages, source, "Trainer.evaluate", hardware(), arguments.seed))
+        results.append(Results(stages, source, "Trainer.evaluate", hardware(), arguments.seed, kind="training"))
     metadata: dict[str, Any] = {"language": language, "license": license, "tags": tags}
     write_card(
         Path(str(arguments.output_dir)),
         place=arguments.hub_model_id or str(arguments.output_dir),
         results=results,
-        arguments=arguments,
-        base_model=getattr(model, "name_or_path", None) or None,
+        training=TrainingDetails(arguments, base_model=getattr(model, "name_or_path", None) or None),
         metadata={key: value for key, value in metadata.items() if value},
     )
 

@@ -75,7 +75,7 @@ def test_visitors_read_no_folder(converted_folder, monkeypatch, name):
     monkeypatch.chdir(converted_folder.parent)
     monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", None)
     name = name.format(folder=converted_folder, name=converted_folder.name)
-    with pytest.raises(HfOrthoError, match="is no model on the Hub: give OWNER/NAME"):
+    with pytest.raises(HfOrthoError, match="is not a model on the Hub: give OWNER/NAME"):
         shapes(name, public=True)
 
 
@@ -94,7 +94,7 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     load = hf_ortho.app.checkpoint.load_activations
     monkeypatch.setattr(hf_ortho.app.checkpoint, "model_info", model_info)
     monkeypatch.setattr(hf_ortho.app.checkpoint, "scan_cache_dir", lambda: cache)
-    monkeypatch.setattr(hf_ortho.app.checkpoint, "checked_adapter", lambda name, revision: adapter)
+    monkeypatch.setattr(hf_ortho.app.checkpoint, "adapter_config", lambda name, revision: adapter)
     monkeypatch.setattr(
         hf_ortho.app.checkpoint,
         "load_activations",
@@ -108,7 +108,7 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder))
     assert shapes("gpt2", public=True).commands.splitlines()[0] == "hf-ortho inspect gpt2 --json"
     assert deleted == ["a", "b"]
-    with pytest.raises(HfOrthoError, match="is no revision: give a branch"):
+    with pytest.raises(HfOrthoError, match="is not a revision: give a branch"):
         shapes("owner/name", "../../x", public=True)
     size = 3e9
     with pytest.raises(HfOrthoError, match=r"owner/name has 3.0 GB of weights, and this page reads at most 2 GB"):
@@ -122,7 +122,7 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     for base in (str(converted_folder), "../x", "~/x", "/etc", converted_folder.name):
         adapter = {"base_model_name_or_path": base}
         monkeypatch.chdir(converted_folder.parent)
-        with pytest.raises(HfOrthoError, match=r"owner/name is an adapter; its base model .* is no model on the Hub"):
+        with pytest.raises(HfOrthoError, match=r"owner/name is an adapter; its base model .* is not a model on"):
             shapes("owner/name", public=True)
     assert len(loaded) == count
     adapter = {"base_model_name_or_path": "owner/base", "revision": "v2"}

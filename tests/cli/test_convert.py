@@ -339,8 +339,8 @@ def test_images_for_a_language_model(convert, gpt2_folder, image_folder, output)
     ("files", "message"),
     [
         (None, "does not exist"),
-        ({}, "is no checkpoint"),
-        ({"model.safetensors": ""}, "is no checkpoint"),
+        ({}, "is not a checkpoint"),
+        ({"model.safetensors": ""}, "is not a checkpoint"),
         ({"config.json": "{}"}, "cannot be loaded"),
         ({"config.json": '{"model_type": "gpt2", "architectures": ["GPT9Model"]}'}, "GPT9Model"),
         ({"config.json": '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'}, "cannot be loaded"),

@@ -53,8 +53,8 @@ def test_an_adapter_of_activations(gpt2_folder, tmp_path, family):
     model = moved(get_peft_model(base, OrthoConfig(activation=f"{family}_4")))
     layers = {path: model.base_model.model.get_submodule(path).hf_ortho_act["default"] for path in PATHS}
     provenance = check(model, tmp_path / "adapter", layers)
-    assert provenance["source_model"] == str(gpt2_folder)
-    assert provenance["source_activations"] == {"activation_function": "gelu_new"}
+    assert provenance.source_model == str(gpt2_folder)
+    assert provenance.source_activations == {"activation_function": "gelu_new"}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft's, who then sets it
@@ -85,7 +85,7 @@ def test_a_spoiled_adapter(tmp_path, spoiled):
         json.dumps({"peft_type": "HF_ORTHO", "base_model_name_or_path": "x"} | spoiled)
     )
     (key,) = spoiled
-    with pytest.raises(CheckpointError, match=f"adapter_config.json of .*: {key} ") as caught:
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json of .*: {key}(\[0\]: \w+)? is ") as caught:
         load_activations(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -106,7 +106,7 @@ def test_an_adapter_that_is_not_whole(gpt2_folder, tmp_path, dropped):
     if dropped is None:
         tensors["base_model.model.transformer.h.1.mlp.act.hf_ortho_act.coefficients"][0] = torch.nan
     save_file({k: v for k, v in tensors.items() if not dropped or dropped not in k}, weights)
-    with pytest.raises(HfOrthoError, match="not finite" if dropped is None else "not whole|not finite"):
+    with pytest.raises(HfOrthoError, match="not finite" if dropped is None else "incomplete|not finite"):
         load_checkpoint(str(tmp_path))
 
 
@@ -122,7 +122,7 @@ def test_an_adapter_that_cannot_be_merged(gpt2_folder, tmp_path):
 def test_a_config_that_is_none(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text)
     for load in (load_checkpoint, load_activations):
-        with pytest.raises(CheckpointError, match=r"none of peft's|does not name its base"):
+        with pytest.raises(CheckpointError, match=r"not one of peft's|does not name its base|not hold a JSON object"):
             load(str(tmp_path))
 
 

@@ -40,8 +40,8 @@ def _config(text):
     ("make", "message"),
     [
         (lambda path: None, "does not exist"),
-        (_folder_without_config, "is no checkpoint"),
-        (lambda path: path.write_text("{}"), "is no checkpoint"),
+        (_folder_without_config, "is not a checkpoint"),
+        (lambda path: path.write_text("{}"), "is not a checkpoint"),
         (_config(json.dumps({"model_type": "gpt2", "architectures": ["NoSuchModel"]})), "'NoSuchModel'"),
         (_config(json.dumps({"model_type": "gpt2"})), "'none' under architectures"),
         (_config(json.dumps({"model_type": "no_such_type", "architectures": ["GPT2LMHeadModel"]})), "no_such_type"),

@@ -1,6 +1,7 @@
 """Activations read from a saved checkpoint, against those of the loaded model."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from transformers.activations import ACT2FN
 
 import hf_ortho
 from hf_ortho.activations import FAMILIES, build
-from hf_ortho.checkpoints import activations as stored
-from hf_ortho.checkpoints.activations import load_activations, source_names
+from hf_ortho.checkpoints import weights
+from hf_ortho.checkpoints.activations import load_activations
+from hf_ortho.checkpoints.provenance import Provenance
 from hf_ortho.errors import CheckpointError, ConfigError
 
 
@@ -61,7 +63,7 @@ def test_the_model_s_own(saved, family):
     model, folder = saved(f"{family}_5")
     found = load_activations(str(folder))
     equal(found.modules, model)
-    assert found.provenance == model.config.hf_ortho
+    assert found.provenance.to_dict() == model.config.hf_ortho
     assert found.commit is None
 
 
@@ -71,14 +73,14 @@ def test_from_scratch(tmp_path, gpt2, family):
     model.save_pretrained(tmp_path)
     found = load_activations(str(tmp_path))
     equal(found.modules, model)
-    assert found.provenance == {}
+    assert found.provenance == Provenance()
 
 
 def test_only_shards_with_activations_are_opened(saved, monkeypatch):
     model, folder = saved("hermite_3", max_shard_size="10KB")
     opened = []
-    real = stored.safe_open
-    monkeypatch.setattr(stored, "safe_open", lambda file, *rest: opened.append(file) or real(file, *rest))
+    real = weights.safe_open
+    monkeypatch.setattr(weights, "safe_open", lambda file, *rest: opened.append(file) or real(file, *rest))
     equal(load_activations(str(folder)).modules, model)
     assert 0 < len(set(opened)) < len(list(folder.glob("model-*.safetensors")))
 
@@ -109,7 +111,7 @@ def test_without_a_name_in_the_config_the_shapes_decide(saved):
 def test_tensors_of_no_family(saved):
     _, folder = saved("hermite_4")
     rewrite(folder, lambda tensors: tensors.update({"transformer.h.1.mlp.act.more": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.act of .*more \[2\].* of none of hermite, fourier"):
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.act of .*more \[2\].* of any of hermite, fourier"):
         load_activations(str(folder))
 
 
@@ -123,9 +125,9 @@ def test_a_foreign_module_with_a_domain_is_none(saved):
     ("spoil", "error", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "has neither model.safetensors nor"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 50), CheckpointError, "cannot be loaded"),
-        (lambda f: (f / "config.json").write_text("{"), CheckpointError, "cannot be loaded"),
-        (lambda f: (f / "config.json").unlink(), CheckpointError, "is no checkpoint"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 50), CheckpointError, "is damaged or cut short"),
+        (lambda f: (f / "config.json").write_text("{"), CheckpointError, "config.json cannot be read"),
+        (lambda f: (f / "config.json").unlink(), CheckpointError, "is not a checkpoint"),
         (
             lambda f: rewrite(f, lambda t: [t.pop(k) for k in list(t) if ".act." in k]),
             ConfigError,
@@ -152,6 +154,16 @@ def test_refuses(saved, spoil, error, message):
         {"layers": [{"module": "x", "field": 1}]},
         {"layers": [{"module": "x", "domain": 3}]},
         {"layers": [{"module": "x", "domain": [1, "y"]}]},
+        {"layers": [{"module": "x", "domain": [1, 2, 3]}]},
+        {"layers": [{"module": "x", "domain": [1, math.nan]}]},
+        {"layers": [{"module": "x", "tail_slopes": [0, None]}]},
+        {"layers": [{"module": "x", "sup_error": math.inf}]},
+        {"layers": [{"module": "x", "mass_outside": True}]},
+        {"activation": 3},
+        {"calibrated": "yes"},
+        {"tails": 1},
+        {"versions": {"torch": 2.13}},
+        {"source_model": ["x"]},
         {"source_activations": ["a"]},
         {"source_activations": {"a": ["b"]}},
     ],
@@ -161,21 +173,31 @@ def test_a_spoiled_provenance(spoiled, tmp_path, scratch_tensors):
     (tmp_path / "config.json").write_text(json.dumps({"activation_function": "hermite_2", "hf_ortho": spoiled}))
     save_file(scratch_tensors, tmp_path / "model.safetensors")
     (key,) = spoiled
-    with pytest.raises(CheckpointError, match=f"hf_ortho in the config of .*: {key} ") as caught:
+    with pytest.raises(CheckpointError, match=rf"hf_ortho in the config of .*: {key}(\[0\])?( is|: \w+ is) ") as caught:
         load_activations(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "weight_map",
-    [None, ["a"], {"act.domain": 3}, {"act.domain": "weights.bin"}, {"act.domain": "../x.safetensors"}],
+    [None, ["a"], {}, {"act.domain": 3}, {"act.domain": "weights.bin"}, {"act.domain": "../x.safetensors"}],
     ids=str,
 )
 def test_an_index_of_other_files(tmp_path, weight_map):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="must name files that end in"):
+    with pytest.raises(CheckpointError, match=r"index.json.*weight_map .* where .* expected"):
         load_activations(str(tmp_path))
+
+
+def test_a_conversion_refuses_a_spoiled_provenance_and_leaves_the_model_as_it_is(gpt2):
+    model = gpt2()
+    model.config.hf_ortho = {"layers": [{"module": 3}]}
+    before = model.config.to_dict()
+    with pytest.raises(CheckpointError, match=r"hf_ortho in the config of \w+: layers\[0\]: module is 3, where text"):
+        hf_ortho.convert(model, "hermite_3")
+    assert model.config.to_dict() == before
+    assert not any(isinstance(module, hf_ortho.activations.LearnableActivation) for module in model.modules())
 
 
 @pytest.mark.parametrize("nothing", [{}, {"layers": None, "source_activations": None}], ids=str)
@@ -183,16 +205,32 @@ def test_a_provenance_that_says_nothing(nothing, tmp_path, scratch_tensors):
     (tmp_path / "config.json").write_text(json.dumps({"activation_function": "hermite_2", "hf_ortho": nothing}))
     save_file(scratch_tensors, tmp_path / "model.safetensors")
     stored = load_activations(str(tmp_path))
-    assert source_names(stored.provenance, stored.modules) == {"h.0.act": None}
+    assert stored.provenance.source_names(stored.modules) == {"h.0.act": None}
 
 
 def test_source_names():
     fields = {"act": "gelu", "vision.act": "gated-silu"}
     layers = [{"module": "a", "field": "act", "source": "gelu_new"}, {"module": "b", "field": "vision.act"}]
-    found = source_names({"source_activations": fields, "layers": layers}, ["a", "b", "c"])
-    assert found == {"a": "gelu_new", "b": "silu", "c": None}
-    assert source_names({"source_activations": {"act": "gelu"}}, ["a"]) == {"a": "gelu"}
-    assert source_names({}, ["a"]) == {"a": None}
+    found = Provenance.from_dict({"source_activations": fields, "layers": layers}, "here")
+    assert found.source_names(["a", "b", "c"]) == {"a": "gelu_new", "b": "silu", "c": None}
+    assert Provenance(source_activations={"act": "gelu"}).source_names(["a"]) == {"a": "gelu"}
+    assert Provenance().source_names(["a"]) == {"a": None}
+
+
+@pytest.mark.parametrize(
+    ("plain", "tails"),
+    [({}, True), ({"init": "gelu"}, True), ({"init": "paper"}, False), ({"init": "unit", "tails": True}, True)],
+    ids=str,
+)
+def test_a_series_that_was_not_fitted_has_no_tails_unless_it_is_said(plain, tails):
+    assert Provenance.from_dict(plain, "here").has_tails is tails
+
+
+def test_the_domain_of_a_fit_without_tails():
+    layers = [{"module": "a", "domain": [-2.0, 3.0]}, {"module": "b", "domain": [None, None]}]
+    pure = Provenance.from_dict({"tails": False, "layers": layers}, "here")
+    assert [pure.pure_domain(module) for module in "abc"] == [(-2.0, 3.0), None, None]
+    assert Provenance.from_dict({"layers": layers}, "here").pure_domain("a") is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ import hf_ortho
 from hf_ortho.activations import FAMILIES
 from hf_ortho.conversion.report import LayerReport
 from hf_ortho.errors import CheckpointError
-from hf_ortho.hub import DataSource, Results, card_of, command_line, write_card
+from hf_ortho.hub import DataSource, Results, TrainingDetails, card_of, command_line, write_card
 from hf_ortho.hub.record import Record, carry_over
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -189,7 +189,7 @@ def test_base_model_is_a_hub_id(card, make_gpt2, tmp_path, monkeypatch, source, 
     (tmp_path / "runs" / "gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     cached = {"me/cached": "config.json"}
-    monkeypatch.setattr("hf_ortho.hub.base_card.try_to_load_from_cache", lambda name, file: cached.get(name))
+    monkeypatch.setattr("hf_ortho.hub.card.base.try_to_load_from_cache", lambda name, file: cached.get(name))
     model, _ = make_gpt2()
     model.config._name_or_path = source
     model.config._commit_hash = COMMIT if base and source not in cached else None
@@ -215,7 +215,7 @@ def test_base_model_is_a_hub_id(card, make_gpt2, tmp_path, monkeypatch, source, 
         (None, {}),
     ],
 )
-def test_the_licence_is_that_of_the_base(card, make_gpt2, tmp_path, head, inherited):
+def test_the_license_is_that_of_the_base(card, make_gpt2, tmp_path, head, inherited):
     base = tmp_path / "base"
     base.mkdir()
     if head is not None:
@@ -226,7 +226,7 @@ def test_the_licence_is_that_of_the_base(card, make_gpt2, tmp_path, head, inheri
     found = card(model)
     keys = ("license", "license_name", "license_link", "language")
     assert {key: found.data.get(key) for key in keys if found.data.get(key)} == inherited
-    assert ("so does its licence" in found.text) == ("license" not in inherited)
+    assert ("so does its license" in found.text) == ("license" not in inherited)
 
 
 def test_further_metadata_wins(card, make_gpt2):
@@ -271,10 +271,9 @@ def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, folder, tmp_path):
     for _ in range(2):  # the second time replaces the figures
         write_card(
             tuned,
-            results=[Results(values, TEXT, "hf-ortho finetune y", "here")],
+            results=[Results(values, TEXT, "hf-ortho finetune y", "here", kind="training")],
             command="hf-ortho finetune y",
-            arguments=arguments,
-            hyperparameters={"train": "all"},
+            training=TrainingDetails(arguments, {"train": "all"}),
         )
     text = (tuned / "README.md").read_text()
     shown = tables(section(text, "Quality"))
@@ -285,6 +284,46 @@ def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, folder, tmp_path):
     assert {"- learning_rate: 0.0003", "- max_steps: 7", "- lr_scheduler_type: linear", "- train: all"} <= set(training)
     (evaluation,) = ModelCard(text).data.eval_results
     assert evaluation.metric_value == 4.0
+
+
+def test_the_record_keeps_that_a_figure_is_of_a_training(make_gpt2, tmp_path):
+    model, _ = make_gpt2()
+    report = hf_ortho.convert(model, "hermite_3")
+    assert report.remarks() == report.summary()[1:]
+    values = {"before": {"loss": 5.0}, "now": {"loss": 4.0}}
+    for kind in ("conversion", "training"):
+        Record(report, [Results(values, TEXT, "c", "h", kind=kind)]).save(tmp_path)
+        assert Record.load(tmp_path).results[0].of_training == (kind == "training")
+    file = tmp_path / "conversion.json"
+    plain = json.loads(file.read_text())
+    assert plain["results"][0].pop("kind") == "training"
+    file.write_text(json.dumps(plain))
+    assert not Record.load(tmp_path).results[0].of_training
+    plain["results"][0]["values"] = {"source": {"loss": 5.0}, "gelu, fine-tuned": {"loss": 4.0}}
+    file.write_text(json.dumps(plain))
+    assert Record.load(tmp_path).results[0].of_training  # a file from before the kind was kept
+    plain["results"][0]["kind"] = "holiday"
+    file.write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError, match=r"conversion\.json .*kind 'holiday'"):
+        Record.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("init", "started", "reach"),
+    [
+        ("paper", "they started from the paper's initialization.", "None known."),
+        ("unit", "they started with E[f(x)^2] = 1 under N(0, 1).", "None known."),
+        ("gelu", "they started as weighted least-squares fits to gelu.", "Beyond its domain an activation is a"),
+    ],
+)
+def test_a_model_from_scratch(card, make_gpt2, init, started, reach):
+    model, _ = make_gpt2(activation_function="hermite_3")
+    model.config.hf_ortho = {"activation": "hermite_3", "init": init}
+    found = card(model, training=TrainingDetails(base_model="someone/gpt2"))
+    assert f"activations, trained from scratch; {started}\n" in found.text
+    assert section(found.text, "Limits").strip().startswith(reach)
+    assert ("with straight tails" in found.text) == (init == "gelu")
+    assert "someone/gpt2" not in str(found)
 
 
 def test_the_picture_is_shown_if_it_is_there(card, make_gpt2, folder):
@@ -321,7 +360,7 @@ def test_the_example_in_the_card_runs(make_gpt2, save_parts, tmp_path):
 
 def test_not_converted(card, make_gpt2):
     model, _ = make_gpt2()
-    found = card(model, base_model="someone/gpt2", base_revision=COMMIT)
+    found = card(model, training=TrainingDetails(base_model="someone/gpt2", base_revision=COMMIT))
     assert found.data.tags == ["hf_ortho", "learnable-activations"]
     assert (found.data.base_model, found.data.get("base_model_relation")) == ("someone/gpt2", "finetune")
     assert "not learnable" in found.text

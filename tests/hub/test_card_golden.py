@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 import hf_ortho
-from hf_ortho.hub import DataSource, Results, card_of, write_card
+from hf_ortho.hub import DataSource, Results, TrainingDetails, card_of, write_card
 from hf_ortho.hub.record import carry_over
 
 BASE_COMMIT, DATA_COMMIT = "a" * 40, "b" * 40
@@ -45,7 +45,7 @@ def base_card(tmp_path, monkeypatch):
         assert (repo, file, revision) == ("openai-community/gpt2", "README.md", BASE_COMMIT)
         return str(card)
 
-    monkeypatch.setattr("hf_ortho.hub.base_card.hf_hub_download", download)
+    monkeypatch.setattr("hf_ortho.hub.card.base.hf_hub_download", download)
 
 
 def test_a_converted_and_fine_tuned_model(base_card, make_gpt2, save_parts, tmp_path):
@@ -69,11 +69,13 @@ def test_a_converted_and_fine_tuned_model(base_card, make_gpt2, save_parts, tmp_
     values = {"converted": {"loss": 3.6, "perplexity": 36.5982}, "fine-tuned": {"loss": 3.1, "perplexity": 22.1979}}
     write_card(
         second,
-        results=[Results(values, held_back, commands[1], "2 CPU cores (x86_64)", seed=7)],
+        results=[Results(values, held_back, commands[1], "2 CPU cores (x86_64)", seed=7, kind="training")],
         data=[train],
         command=commands[1],
-        arguments=TrainingArguments(str(second), max_steps=7, seed=7, optim="sgd", use_cpu=True, report_to="none"),
-        hyperparameters={"train": "activations"},
+        training=TrainingDetails(
+            TrainingArguments(str(second), max_steps=7, seed=7, optim="sgd", use_cpu=True, report_to="none"),
+            {"train": "activations"},
+        ),
     )
     text = card_of(second, repo_id="me/gpt2-tuned", remote_code=True)
     assert_like(text, "fine_tuned.txt")

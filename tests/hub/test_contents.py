@@ -60,11 +60,11 @@ BROKEN = {
     ),
     "half a config": ("single", lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "no model type": ("single", lambda f: (f / "config.json").write_text("{}"), "config.json cannot be read"),
-    "no config": ("single", lambda f: (f / "config.json").unlink(), "holds no model and no adapter"),
+    "no config": ("single", lambda f: (f / "config.json").unlink(), "holds neither a model nor an adapter"),
     "the source's weights": (
         "single",
         lambda f: shutil.copy(f.parent / "source.safetensors", f / "model.safetensors"),
-        "its config names learnable activations, its weights hold none",
+        "its config names learnable activations, but its weights hold none",
     ),
     "a broken link": ("single", lambda f: (f / "vocab.json").symlink_to(f / "blob"), "vocab.json is a link to a file"),
     "an adapter without weights": (
@@ -72,10 +72,14 @@ BROKEN = {
         lambda f: (f / "adapter_model.safetensors").unlink(),
         "it has adapter_config.json, but no adapter_model.safetensors",
     ),
-    "an adapter of nothing": ("adapter", lambda f: (f / "adapter_config.json").write_text("{}"), "names no peft_type"),
+    "an adapter of nothing": (
+        "adapter",
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "does not name a peft_type",
+    ),
     "half an adapter": ("adapter", lambda f: cut_short(f / "adapter_model.safetensors"), "damaged or cut short"),
-    "a list": ("adapter", lambda f: (f / "adapter_config.json").write_text("[]"), "holds no JSON object"),
-    "no folder": ("adapter", shutil.rmtree, "is no folder"),
+    "a list": ("adapter", lambda f: (f / "adapter_config.json").write_text("[]"), "does not hold a JSON object"),
+    "no folder": ("adapter", shutil.rmtree, "is not a folder"),
 }
 
 

@@ -303,7 +303,7 @@ def test_the_base_of_an_adapter_on_this_machine_is_noted(served, tmp_path, conve
 
 def test_nothing_is_sent_of_what_is_not_whole(served, tmp_path, shards):
     min(shards.glob("model-*")).unlink()
-    with pytest.raises(CheckpointError, match="is not whole"):
+    with pytest.raises(CheckpointError, match="is incomplete"):
         push(shards, "me/x")
     assert served.requests == []
 

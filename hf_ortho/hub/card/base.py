@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
+
+from ...checkpoints.revision import is_commit
 
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -29,18 +30,18 @@ class Base:
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is known to be there: by a commit, else it is no folder here and has a revision or is cached."""
+        """Whether it is known to be there: by a commit, else it is not a folder, and has a revision or is cached."""
         try:
             validate_repo_id(self.name or "")
         except HFValidationError:
             return False
-        if re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+        if is_commit(self.revision):
             return True
         seen = self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
         return seen and not Path(str(self.name)).exists()
 
     def inherited(self) -> dict[str, Any]:
-        """Licence and language of the base's card; empty if there is none or it cannot be reached."""
+        """License and language of the base's card; empty if there is none or it cannot be reached."""
         if self.name is None:
             return {}
         path = Path(self.name, "README.md")

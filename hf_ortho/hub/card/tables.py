@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from ..activations import FAMILIES
-from ..conversion import ConversionReport
-from ..conversion.convert import families_in
-from ..fitting.density import DATA_FREE
-from ..path_patterns import by_kind
+from ...activations import FAMILIES
+from ...checkpoints.provenance import LayerProvenance, families_in
+from ...conversion import ConversionReport
+from ...fitting.density import DATA_FREE
+from ...path_patterns import by_kind
+from ...text import markdown_table
 
 HEADER = [
     "activation",
@@ -30,14 +32,15 @@ def layer_table(report: ConversionReport) -> str:
     return folded(HEADER, _grouped([(layer.module, layer.cells()) for layer in report.layers]), "activations")
 
 
-def stored_table(layers: Sequence[dict]) -> str:
+def stored_table(layers: Sequence[LayerProvenance]) -> str:
     """What ``config.hf_ortho`` keeps of them, for a folder without ``conversion.json``."""
     rows = []
     for layer in layers:
-        domain = ["" if end is None else f"{end:.2f}" for end in layer["domain"]]
-        errors = [f"{layer[key]:.1e}" for key in ("sup_error", "rms_error")]
-        source = layer.get("source", layer["fitted_to"])  # an adapter's are fitted to nothing else
-        rows.append((layer["module"], [source, "..".join(domain), *errors, f"{layer['mass_outside']:.2%}"]))
+        domain = "..".join(f"{end:.2f}" if math.isfinite(end) else "" for end in layer.domain or ())
+        errors = ["" if error is None else f"{error:.1e}" for error in (layer.sup_error, layer.rms_error)]
+        source = layer.source or layer.fitted_to or ""  # an adapter's are fitted to nothing else
+        outside = "" if layer.mass_outside is None else f"{layer.mass_outside:.2%}"
+        rows.append((layer.module, [source, domain, *errors, outside]))
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
 
 
@@ -59,18 +62,12 @@ def paths_list(paths: Sequence[str]) -> list[str]:
 def folded(header: list[str], rows: list[list[str]], what: str) -> str:
     """A Markdown table; of a long one the first and the last row are seen, and all of them when it is opened."""
     if len(rows) <= VISIBLE:
-        return table(header, rows)
+        return markdown_table(header, rows)
     # GitHub and the Hub render Markdown inside HTML only after an empty line.
     return (
-        f"{table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {what}, of which the "
-        f"first and the last are above</summary>\n\n{table(header, rows)}\n\n</details>"
+        f"{markdown_table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {what}, "
+        f"of which the first and the last are above</summary>\n\n{markdown_table(header, rows)}\n\n</details>"
     )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _grouped(rows: list[tuple[str, list[str]]]) -> list[list[str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from ..checkpoints.adapter import base_revision
-from ..tasks import head_of
+from ...checkpoints.adapter import base_revision
+from ...tasks import head_of
 
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
 END = "<!-- end of how to load -->"

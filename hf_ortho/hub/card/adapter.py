@@ -1,0 +1,56 @@
+"""What a card says of an adapter of peft, from its config and the header of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, base_revision
+from ...checkpoints.provenance import Provenance
+from ...checkpoints.weights import shapes
+from ...tasks import head_of
+from .base import Base
+from .parts import CardParts
+from .tables import folded, formulas, paths_list, stored_table, weight_of
+
+METHODS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
+
+
+def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
+    """What a card says of the adapter with this ``adapter_config.json``, and with the weights in ``folder``."""
+    provenance = Provenance.of_adapter(config, str((folder or Path()) / ADAPTER_CONFIG))
+    activation, kind = provenance.activation, str(config["peft_type"])
+    weights = None if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() else folder / ADAPTER_WEIGHTS
+    modules: dict[str, int] = defaultdict(int)
+    for key, shape in (shapes(weights) if weights else {}).items():
+        modules[key.removeprefix(PREFIX).rpartition(".")[0]] += math.prod(shape)
+    sizes: dict[int, list[str]] = defaultdict(list)
+    for path, count in modules.items():
+        sizes[count].append(path)
+    rows = [[place, f"{count:,}"] for count, paths in sizes.items() for place in paths_list(paths)]
+    fitted = bool(activation and provenance.layers)
+    tables = [stored_table(provenance.layers)] if fitted else []
+    tables += [folded(["module", "parameters each"], rows, "modules")] if rows else []
+    cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # which peft notes without a task_type
+    return CardParts(
+        kind="adapter",
+        name=METHODS.get(kind, kind),
+        base=Base(config.get("base_model_name_or_path"), base_revision(config)),
+        task=head_of(config.get("task_type") or cls).pipeline_tag,
+        tags=[*provenance.tags, "peft", "adapter" if activation else kind.lower()],
+        activation=activation,
+        formulas=formulas(activation) if activation else "",
+        tables=tables,
+        weight=weight_of(provenance.calibrated) if fitted else "",
+        parameters=sum(modules.values()),
+        size=weights.stat().st_size if weights else 0,
+        targets=_names(config.get("target_modules")),
+        saved=_names(config.get("modules_to_save")) if config.get("modules_to_save") else "",
+        versions={name: config[f"{name}_version"] for name in ("hf_ortho", "peft") if config.get(f"{name}_version")},
+    )
+
+
+def _names(names: Any) -> str:
+    return ", ".join(paths_list(sorted(names)) if isinstance(names, list) else [f"`{names}`"])

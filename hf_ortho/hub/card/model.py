@@ -1,0 +1,42 @@
+"""What a card says of a whole model, from its config and its record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...activations.base import INITIALISATIONS
+from ...checkpoints.provenance import Provenance
+from ...tasks import head_of
+from ..record import Record
+from .base import Base
+from .parts import CardParts, TrainingDetails
+from .tables import formulas, layer_table, stored_table, weight_of
+
+
+def model_parts(config: dict[str, Any], place: str, record: Record, training: TrainingDetails) -> CardParts:
+    """What a card says of the model with this ``config.json``; ``place`` is named in an error."""
+    provenance, report = Provenance.of(config, place), record.report
+    activation, init, layers = provenance.activation, provenance.init, provenance.layers
+    name = (config.get("architectures") or ["A model"])[0].removeprefix("FSDP")  # FSDP2 derives a class of its own
+    base = Base(provenance.source_model or training.base_model, provenance.source_revision or training.base_revision)
+    tuned = training.arguments is not None or any(results.of_training for results in record.results)
+    table = layer_table(report) if report else stored_table(layers) if layers else ""
+    return CardParts(
+        kind="scratch" if init else "converted" if activation else "plain",
+        name=name,
+        base=Base(None, None) if init else base,
+        task=head_of(name).pipeline_tag,
+        tags=provenance.tags,
+        activation=activation,
+        count=len(layers),
+        sources=sorted(set(provenance.source_activations.values())),
+        init=init,
+        tails=None if init in INITIALISATIONS or not activation else provenance.has_tails,
+        formulas=formulas(activation) if activation else "",
+        tables=[table] if table else [],
+        weight=weight_of(report.calibrated if report else provenance.calibrated) if layers else "",
+        tuned=tuned,
+        outdated=tuned and report is not None,
+        remarks=report.remarks() if report else (),
+        versions=provenance.versions,
+    )

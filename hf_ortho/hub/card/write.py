@@ -1,0 +1,189 @@
+"""The model card (README.md) of a converted or trained model, or of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS
+from ...conversion import ConversionReport
+from ...errors import CheckpointError
+from ...files import json_object, written
+from ...tasks import METRICS
+from ...text import markdown_table
+from ..record import Record
+from ..results import DataSource, Results, hardware
+from .adapter import adapter_parts
+from .loading import BEGIN, adapter_loading, model_loading, with_loading
+from .model import model_parts
+from .parts import TrainingDetails
+
+TEMPLATE = Path(__file__).with_name("template.md")
+PICTURE = "activations.png"
+PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
+# Marks of a card that Trainer or peft wrote and that was not filled in.
+TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
+BLANK = "[More Information Needed]"
+NO_TRAINING = TrainingDetails()
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    place: str | None = None,
+    report: ConversionReport | None = None,
+    results: Sequence[Results] = (),
+    data: Sequence[DataSource] = (),
+    command: str | None = None,
+    training: TrainingDetails | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write README.md for a model or an adapter that is saved in ``folder``; what was not measured is said to be so.
+
+    The rest comes from ``config.json`` or ``adapter_config.json``, and from ``conversion.json``, to which ``report``,
+    ``results``, ``data`` and ``command`` are added, so that the figures of each stage are kept. ``activations.png`` is
+    shown if it is there.
+
+    Args:
+        place: what the examples load; ``folder`` by default, and a push puts the repository's name there.
+        report: of ``hf_ortho.convert``, if the model has just been converted.
+        results: figures that were measured.
+        data: what it was calibrated or trained on.
+        command: what made it.
+        training: how it was trained, if it was.
+        metadata: further fields of the YAML head, which win; ``tags`` come on top.
+
+    Raises:
+        CheckpointError: the folder holds neither a model nor an adapter.
+        OutputError: it cannot be written to.
+    """
+    folder = Path(folder)
+    record = Record.load(folder) if report is None else Record(report)
+    record.add(results, [command] if command else [], data)
+    text = card_text(
+        _config(folder),
+        record,
+        place or str(folder),
+        folder,
+        training=training or NO_TRAINING,
+        machine=hardware(),
+        metadata=metadata or {},
+    )
+    record.save(folder)
+    with written(folder / "README.md") as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
+    """The text of README.md for a folder that is pushed to ``repo_id``.
+
+    The folder's own card with the repository in the examples, or a new one if it has none, or only the unfilled form
+    that Trainer or peft writes. A card of someone else's is left as it is.
+
+    Raises:
+        CheckpointError: the folder holds neither a model nor an adapter.
+    """
+    path, config = folder / "README.md", _config(folder)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not text or _is_form(text):
+        return card_text(config, Record.load(folder), repo_id, folder, remote_code=remote_code)
+    if BEGIN not in text:
+        return text
+    old, new = folder.absolute().name, repo_id.rpartition("/")[2]
+    for line in ("\n# {}\n", "\nmodel-index:\n- name: {}\n"):
+        text = text.replace(line.format(old), line.format(new), 1)
+    return with_loading(text, _loading(config, repo_id, remote_code))
+
+
+def _is_form(text: str) -> bool:
+    blanks = ModelCard.from_template(ModelCardData()).text.count(BLANK)
+    return TRAINER_CARD in text or text.count(BLANK) >= blanks
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config of the adapter, with the classes of a head of its own as ``id2label``, or of the model in a folder."""
+    names = [name for name in (ADAPTER_CONFIG, LABELS, "config.json") if (folder / name).is_file()]
+    found = {name: json_object(folder / name) for name in names}
+    if ADAPTER_CONFIG in found:
+        return found[ADAPTER_CONFIG] | ({"id2label": found[LABELS]} if LABELS in found else {})
+    if "config.json" in found:
+        return found["config.json"]
+    raise CheckpointError(
+        f"{folder} holds neither config.json nor {ADAPTER_CONFIG}: save a model or an adapter there first"
+    )
+
+
+def _loading(config: dict, place: str, remote_code: bool) -> str:
+    return adapter_loading(config, place) if "peft_type" in config else model_loading(config, place, remote_code)
+
+
+def card_text(
+    config: dict[str, Any],
+    record: Record,
+    place: str,
+    folder: Path | None = None,
+    *,
+    training: TrainingDetails = NO_TRAINING,
+    machine: str | None = None,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+    remote_code: bool = False,
+) -> str:
+    """The card of a model with this ``config.json``, or of an adapter with this ``adapter_config.json``.
+
+    Args:
+        record: of how it was made.
+        place: what the examples load.
+        folder: where its weights and its picture are, None if they are not looked at.
+        training: how it was trained, if it was.
+        machine: that made it, if that is this one; the versions are then those installed here.
+        metadata: further fields of the YAML head, which win; ``tags`` come on top.
+        notes: what a reader must know of the conversion.
+        remote_code: whether the model also loads by code beside it.
+    """
+    adapter = "peft_type" in config
+    parts = adapter_parts(config, folder) if adapter else model_parts(config, place, record, training)
+    title, task, base = Path(place).name, parts.task, parts.base
+    evaluations = [entry for results in record.results[-1:] for entry in results.evaluations(task)] if task else []
+    extra = {**base.inherited(), **metadata}
+    tags = extra.pop("tags", [])
+    fields = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": task,
+        "tags": [*parts.tags, *([tags] if isinstance(tags, str) else tags)],
+        "datasets": list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
+        "metrics": sorted({e.metric_type for e in evaluations} & {m.evaluate_name for m in METRICS.values()}) or None,
+        "model_name": title if evaluations else None,
+        "eval_results": evaluations or None,
+    }
+    if base.on_hub:
+        fields |= {"base_model": base.name, "base_model_relation": "adapter" if adapter else "finetune"}
+    card = ModelCard.from_template(
+        ModelCardData(**(fields | extra)),  # whose fields the template knows too, such as license
+        template_path=str(TEMPLATE),
+        title=title,
+        parts=parts,
+        loading=_loading(config, place, remote_code),
+        picture=PICTURE if folder is not None and (folder / PICTURE).is_file() else None,
+        notes=notes,
+        results=record.results,
+        markdown_table=markdown_table,
+        hyperparameters=training.hyperparameters,
+        commands=record.commands,
+        data=record.data,
+        machine=machine,
+        versions={package: version(package) for package in PACKAGES} if machine else parts.versions,
+    )
+    return _tidy(str(card))
+
+
+def _tidy(text: str) -> str:
+    """At most one empty line in a row."""
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.rstrip() + "\n"
