@@ -85,9 +85,10 @@ def test_a_spoiled_adapter(tmp_path, spoiled):
         json.dumps({"peft_type": "HF_ORTHO", "base_model_name_or_path": "x"} | spoiled)
     )
     (key,) = spoiled
-    with pytest.raises(CheckpointError, match=rf"adapter_config.json of .*: {key}(\[0\]: \w+)? is ") as caught:
-        load_activations(str(tmp_path))
-    assert "\n" not in str(caught.value)
+    for load in (load_checkpoint, load_activations):
+        with pytest.raises(CheckpointError, match=rf"adapter_config.json of .*: {key}(\[0\]: \w+)? is ") as caught:
+            load(str(tmp_path))
+        assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_without_activations(gpt2_folder, tmp_path):

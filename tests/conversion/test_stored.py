@@ -190,6 +190,13 @@ def test_an_index_of_other_files(tmp_path, weight_map):
         load_activations(str(tmp_path))
 
 
+def test_a_provenance_that_is_not_a_dictionary(tmp_path, scratch_tensors):
+    (tmp_path / "config.json").write_text(json.dumps({"activation_function": "hermite_2", "hf_ortho": "yes"}))
+    save_file(scratch_tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is 'yes', where a dictionary is expected"):
+        load_activations(str(tmp_path))
+
+
 def test_a_conversion_refuses_a_spoiled_provenance_and_leaves_the_model_as_it_is(gpt2):
     model = gpt2()
     model.config.hf_ortho = {"layers": [{"module": 3}]}
