@@ -11,6 +11,7 @@ from .recompute import fuse_mlp as fuse_mlp
 from .training.guard import FiniteGuard as FiniteGuard
 from .training.logger import ActivationLogger as ActivationLogger
 from .training.optimizer import optimizer as optimizer
+from .training.optimizer import optimizer_cls_and_kwargs as optimizer_cls_and_kwargs
 from .training.optimizer import param_groups as param_groups
 from .training.optimizer import scale_steps as scale_steps
 from .training.penalty import DomainPenalty as DomainPenalty

@@ -10,7 +10,7 @@ class ActivationNameError(HfOrthoError, ValueError):
 
 
 class FitError(HfOrthoError, ValueError):
-    """A function cannot be interpolated: not element-wise, not finite, or without asymptotic slopes."""
+    """A function cannot be fitted: not element-wise, not finite, or without asymptotic slopes."""
 
 
 class PolynomialError(HfOrthoError, ValueError):

@@ -5,9 +5,6 @@ Else, be it empty, the draft lies inside: once complete it is renamed to ``.hf_o
 moved into place, those without which nothing loads last. A process that is killed before this rename leaves the old
 content and a draft, which the next one removes; killed after it, it leaves the whole new content, and the next one
 moves the rest.
-
-The process that writes or moves a draft holds a lock on the draft's manifest, so that a draft without a lock is a
-leftover.
 """
 
 from __future__ import annotations
@@ -17,13 +14,14 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from . import drafts
+from .drafts import lock, new_draft, prune, sweep
 from .errors import HfOrthoError, OutputError
 from .files import (
     DRAFT,
@@ -36,72 +34,12 @@ from .files import (
     logger,
     set_aside,
     set_mode,
-    token,
     use_umask,
     why,
 )
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 READY = f"{DRAFT}ready"
 LAST = ("config.json", "adapter_config.json")  # without them nothing loads
-
-
-# ---- drafts --------------------------------------------------------------------------------------------------------
-
-
-def _lock(file: IO) -> bool | None:
-    """Whether the file could be locked for as long as it is open; None if there are no locks here."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _new_draft(place: Path, prefix: str) -> tuple[Path, IO[str]]:
-    """An empty folder but for its manifest, which is open and locked."""
-    while True:
-        draft = place / token(prefix)
-        draft.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # a process that began just now took it for a leftover
-            manifest = open(draft / MANIFEST, "x", encoding="utf-8")  # noqa: SIM115  # the caller closes it
-            if _lock(manifest) is not False and (draft / MANIFEST).exists():
-                return draft, manifest
-            manifest.close()
-
-
-def _sweep(place: Path, prefix: str) -> None:
-    """Remove the drafts of processes that are gone."""
-    for name in os.listdir(place):
-        draft = place / name
-        if not re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", name) or draft.is_symlink() or not draft.is_dir():
-            continue
-        try:
-            with open(draft / MANIFEST, "r+") as manifest:
-                locked = _lock(manifest)
-                if locked:
-                    shutil.rmtree(draft, ignore_errors=True)
-        except FileNotFoundError:
-            locked = None
-            with contextlib.suppress(OSError):
-                draft.rmdir()
-        if locked is None and draft.exists():
-            logger.warning(f"note: {str(draft)!r} is a draft that may be left over; remove it if no process writes it")
-
-
-def _prune(folder: Path) -> None:
-    """Remove the empty folders below ``folder``, and itself if it is empty then."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(place)
 
 
 def _move_in(target: Path) -> None:
@@ -112,7 +50,7 @@ def _move_in(target: Path) -> None:
     """
     ready = target / READY
     if not (ready / MANIFEST).exists():  # it goes last
-        _prune(ready)
+        prune(ready)
         return
     about = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
     new, old = dict(about["files"]), dict(about["replaces"])
@@ -152,10 +90,7 @@ def _move_in(target: Path) -> None:
     published.write_text(json.dumps({"files": new}, indent=1), encoding="utf-8")
     os.replace(published, target / MANIFEST)
     (ready / MANIFEST).unlink()
-    _prune(ready)
-
-
-# ---- a folder ------------------------------------------------------------------------------------------------------
+    prune(ready)
 
 
 class OutputFolder:
@@ -195,7 +130,7 @@ class OutputFolder:
             self.path = _place(self.name, keep)
             self._prefix = f"{DRAFT}{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}-"
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                _sweep(self.path.parent, self._prefix)
+                sweep(self.path.parent, self._prefix)
             self._finish_left_over()
             if (self.path / MANIFEST).is_dir():
                 raise self._error(f"{MANIFEST} in it is a folder; move it away")
@@ -217,10 +152,10 @@ class OutputFolder:
     def _finish_left_over(self) -> None:
         if not self.path.is_dir():
             return
-        _sweep(self.path, DRAFT)
+        sweep(self.path, DRAFT)
         try:
             with open(self.path / READY / MANIFEST, "r+") as manifest:
-                locked = _lock(manifest)
+                locked = lock(manifest)
                 if locked is False:
                     raise self._error("another process is writing it")
                 if locked is None:
@@ -230,7 +165,7 @@ class OutputFolder:
                 _move_in(self.path)
                 logger.warning(f"note: {self.name!r} was left half in place by a killed process; it is complete now")
         except FileNotFoundError:
-            _prune(self.path / READY)
+            prune(self.path / READY)
         except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # the manifest is not what is written here
         if os.path.lexists(self.path / READY):
@@ -266,11 +201,11 @@ class OutputFolder:
             inside = self.beside or self.path.is_dir()
             place = self.path if inside else self.path.parent
             place.mkdir(parents=True, exist_ok=True)
-            draft, manifest = _new_draft(place, DRAFT if inside else self._prefix)
+            draft, manifest = new_draft(place, DRAFT if inside else self._prefix)
             with manifest:
                 yield draft
                 self._seal(draft, manifest, made)
-                if fcntl is None:
+                if drafts.fcntl is None:
                     manifest.close()  # Windows renames no folder with an open file
                 publish = self._publish_inside if inside else self._publish
                 try:
@@ -294,7 +229,7 @@ class OutputFolder:
                     place.rmdir()
 
     def _seal(self, draft: Path, manifest: IO[str], made: Iterable[str]) -> None:
-        _prune(draft)
+        prune(draft)
         use_umask(draft)
         files = {name: checksum(draft / name) for name in contents(draft)}
         own = [name for name in made if name in files and name not in self._foreign]

@@ -106,11 +106,11 @@ def _drop_input(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> N
         return
     y = args[0]
     source = _sources.get(y)
-    if source is None or y._version != source.y_version or _others_keep():
+    if source is None or y._version != source.y_version or _saved_tensors_are_hooked():
         return
     for node in _nodes(output.grad_fn, y.grad_fn):
         for raw, saved in _saved_tensors(node):
-            if _is_all_of(saved, y):
+            if _holds_whole(saved, y):
                 unpack = functools.partial(_Source.output, dtype=saved.dtype, shape=saved.shape)
                 raw.register_hooks(lambda _: source, unpack)
 
@@ -119,7 +119,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _others_keep() -> bool:
+def _saved_tensors_are_hooked() -> bool:
     """Whether other hooks decide what is saved (checkpointing, offloading), or hooks are forbidden (torch.func)."""
     forbidden = not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     return forbidden or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -152,7 +152,7 @@ def _saved_tensors(node: Node) -> Iterator[tuple]:
                 yield getattr(node, raw), saved
 
 
-def _is_all_of(saved: Tensor, y: Tensor) -> bool:
+def _holds_whole(saved: Tensor, y: Tensor) -> bool:
     """Whether ``saved`` is ``y``, flattened or not, or a cast of it as autocast makes."""
     if saved.numel() != y.numel() or saved.device != y.device or not saved.is_contiguous() or not y.is_contiguous():
         return False

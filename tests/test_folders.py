@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ortho import folders
+from hf_ortho import drafts
 from hf_ortho.errors import OutputError
 from hf_ortho.files import MANIFEST
 from hf_ortho.folders import READY, OutputFolder
@@ -371,7 +371,7 @@ def test_a_draft_that_is_being_written_is_left_alone(target):
 
 
 def test_without_locks_leftovers_are_named(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(folders, "fcntl", None)
+    monkeypatch.setattr(drafts, "fcntl", None)
     (tmp_path / "model" / ".hf_ortho-0123abcd").mkdir(parents=True)
     (tmp_path / "model" / ".hf_ortho-0123abcd" / MANIFEST).write_text("")
     write(tmp_path / "model")

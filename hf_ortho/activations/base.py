@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,8 +16,12 @@ from transformers import initialization
 from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError
-from ..fitting.least_squares import Nodes, Source, Target, gaussian_moments, is_interval
+from ..fitting.density import DATA_FREE, Density, gaussian_moments
+from ..fitting.least_squares import Target
+from ..fitting.nodes import Nodes
+from ..fitting.options import FitOptions
 from ..fitting.report import FitReport
+from ..fitting.source import Source
 from ..kernels import cpu, dispatch, formula
 from .registry import MAX_DEGREE
 
@@ -150,13 +155,13 @@ class LearnableActivation(nn.Module):
         self,
         fn: str | Callable[[Tensor], Tensor],
         *,
-        histogram=None,
+        histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
         derivative_weight: float = 0.0,
         tails: bool = True,
         name: str | None = None,
     ) -> FitReport:
-        r"""Match ``fn`` and its derivative by weighted Sobolev least squares in float64, in place.
+        r"""Fit ``fn`` by weighted least squares in float64, in place; ``derivative_weight`` adds the derivative.
 
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
 
@@ -176,16 +181,14 @@ class LearnableActivation(nn.Module):
         Raises:
             FitError: ``fn`` cannot be followed, or an argument is out of range; the module is unchanged.
         """
-        if not 0.0 <= derivative_weight < math.inf:
-            raise FitError(f"derivative_weight {derivative_weight!r}: must be finite and at least 0")
-        if domain is not None and not is_interval(domain):
-            raise FitError(f"domain {domain!r}: must be two finite numbers lo < hi, or None to search")
+        options = FitOptions(derivative_weight, domain, tails)
         source = Source.of(fn, name)
-        nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
+        density = DATA_FREE if histogram is None else histogram
+        nodes = density.nodes(source)
         if not tails:
-            domain = self._domain_of_data(nodes, domain)
-            nodes = nodes.within(source, *domain)
-        target = Target.of(source, nodes, derivative_weight, domain)
+            options = dataclasses.replace(options, domain=self._domain_of_data(nodes, options.domain))
+            nodes = density.nodes(source, options.domain)
+        target = Target.of(source, nodes, options)
         # Matrices this small lose a factor of 50 to a threaded BLAS on a busy machine.
         with threadpool_limits(limits=1, user_api="blas"):
             try:
@@ -210,7 +213,7 @@ class LearnableActivation(nn.Module):
         self,
         fn: str | Callable[[Tensor], Tensor],
         *,
-        histogram=None,
+        histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
         name: str | None = None,
     ) -> FitReport:
@@ -220,9 +223,8 @@ class LearnableActivation(nn.Module):
             FitError: ``fn`` is unknown, or has no straight asymptotes.
         """
         source = Source.of(fn, name)
-        nodes = Nodes.gaussian(source) if histogram is None else histogram.nodes(source)
-        nodes = nodes if domain is None else nodes.within(source, *domain)
-        return FitReport.measure(self, Target.of(source, nodes, 0.0, domain))
+        nodes = (DATA_FREE if histogram is None else histogram).nodes(source, domain)
+        return FitReport.measure(self, Target.of(source, nodes, FitOptions(domain=domain)))
 
     def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:
         """The interval of a fit without tails: all data must lie in it."""

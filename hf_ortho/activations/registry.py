@@ -80,6 +80,14 @@ def is_learnable(name: str) -> bool:
     return True
 
 
+def check_name(name: str) -> None:
+    """Raise ActivationNameError, which names the closest learnable activation, unless ``name`` is in ``ACT2FN``."""
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        parse(name)
+
+
 def named(family: str, degree: str | int | None = None) -> str:
     """``("hermite", 8)`` to ``"hermite_8"``; the family's default degree if None.
 

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from ..activations import FitReport, LearnableActivation, build, named
 from ..activations.registry import is_learnable
 from ..errors import FitError
+from ..fitting.density import DATA_FREE
 from ..fitting.source import Source
 
 USUAL = ("gelu", "gelu_new", "silu", "relu", "quick_gelu", "mish", "tanh", "sigmoid")
@@ -54,7 +55,7 @@ class Fit:
         where = "the real line" if self.tails else "the domain"
         return [
             (f"largest error on {where}", f"{report.sup_error:.3e}", f"{report.sup_derivative_error:.3e}"),
-            ("rms error under N(-0.5, 1.5²)", f"{report.rms_error:.3e}", f"{report.rms_derivative_error:.3e}"),
+            (f"rms error under {DATA_FREE}", f"{report.rms_error:.3e}", f"{report.rms_derivative_error:.3e}"),
             ("gain: mean square under N(0, 1)", f"{value:.4g}", f"{slope:.4g}"),
             ("domain [lo, hi]", *(f"{end:.4f}" for end in report.domain)),
             ("slopes of the tails", *(f"{s:.4g}" if self.tails else "none" for s in report.tail_slopes)),

@@ -10,6 +10,7 @@ import gradio as gr
 from ..activations import FAMILIES
 from ..activations.base import MAX_DEGREE
 from ..errors import HfOrthoError
+from ..fitting.density import DATA_FREE
 from ..plotting import draw_fit
 from .checkpoint import COLUMNS, Shapes, shapes
 from .fit import Fit, fit, sources
@@ -113,7 +114,7 @@ def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blo
                 table = gr.Dataframe(shown[4], headers=COLUMNS, interactive=False, max_height=420, elem_id="layers")
                 gr.Markdown(
                     "E under N(0, 1). Distance from the source: sup on the real line (without tails on the domain), "
-                    "rms under N(-0.5, 1.5²)."
+                    f"rms under {DATA_FREE}."
                 )
                 commands = gr.Code(shown[5], "shell", label="The same on your machine", **CODE)
         kind.change(lambda kind: gr.update(visible=kind == GIVEN), kind, ends, api_visibility="private")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..activations import FAMILIES
 from ..activations.base import MAX_DEGREE
 from ..files import explain
-from ..profiling.memory import of_each, peak_bytes, saved_bytes
+from ..profiling.memory import measure_each, peak_bytes, saved_bytes
 from ..profiling.timing import Call, interleave
 from .competitors import REFERENCE, compiled, fixed, learnable, third_party
 from .floors import FLOORS, Floor
@@ -72,7 +72,7 @@ def _add_saved(results: Results, case: str, modules: Modules, load: Load) -> Non
 
 def _add_peak(results: Results, case: str, modules: Modules, load: Load, device: str) -> None:
     """Bytes per element that a forward and a backward pass take beside x and the upstream gradient."""
-    found = of_each(peak_bytes, load.steps(modules), device)
+    found = measure_each(peak_bytes, load.steps(modules), device)
     results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in found.items()})
 
 
@@ -147,7 +147,7 @@ def elements(results: Results, settings: Settings) -> None:
         modules = {f"{name} {n}": module for name, module in _make(makers, settings).items()}
         _add_times(results, "elements", modules, load, settings, settings.sample)
         _add_saved(results, "elements", modules, load)
-        peaks = of_each(peak_bytes, load.steps(modules), settings.device)
+        peaks = measure_each(peak_bytes, load.steps(modules), settings.device)
         room = 2 * load.x.element_size() + max(peaks.values(), default=ROOM * n) / n
 
 

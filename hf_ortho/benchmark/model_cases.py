@@ -16,7 +16,7 @@ from transformers import (
 
 from .. import fuse_mlp
 from ..conversion import convert
-from ..profiling.memory import kept_bytes, of_each, peak_bytes
+from ..profiling.memory import kept_bytes, measure_each, peak_bytes
 from ..profiling.timing import interleave
 from .results import Results
 from .settings import Settings
@@ -61,8 +61,8 @@ def _train_step(results: Results, settings: Settings, case: str, models: dict[st
     times = interleave(calls, rounds=settings.rounds, device=settings.device)
     results.add_times(case, "step", times)
     forwards = {name: lambda model=model: model(**batch).loss for name, model in models.items()}
-    results.add_memory(case, "kept", of_each(kept_bytes, forwards, settings.device))
-    results.add_memory(case, "peak", of_each(peak_bytes, calls, settings.device))
+    results.add_memory(case, "kept", measure_each(kept_bytes, forwards, settings.device))
+    results.add_memory(case, "peak", measure_each(peak_bytes, calls, settings.device))
 
 
 def gpt2(results: Results, settings: Settings) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,7 +19,10 @@ from rich.table import Table
 from wrapt import register_post_import_hook
 
 from ..errors import ConfigError
-from ..text import visible
+from ..text import suggestion, visible
+
+if TYPE_CHECKING:
+    from ..conversion import ConversionReport
 
 
 class PlainConsole(Console):
@@ -79,18 +81,12 @@ class Parser(argparse.ArgumentParser):
         flag = next((arg.split("=")[0] for arg in rest if arg.startswith("-")), None)
         if flag is not None:
             known = [dashed(name) for name in self._option_string_actions if name not in ("-h", "--help")]
-            self.error(f"unknown flag {flag}{nearest(flag, known)}")
+            self.error(f"unknown flag {flag}{suggestion(flag, known)}")
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that is most like ``word``; empty if there is none."""
-    closest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; the closest one is {closest[0]}" if closest else ""
 
 
 def dashed(arg: str) -> str:
@@ -134,6 +130,14 @@ def show(table: Table) -> None:
     table.title = None
     wanted = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
     PlainConsole(width=max(console.width, wanted)).print(table)
+
+
+def show_report(report: ConversionReport) -> None:
+    """Print the tables of a conversion and the lines under them."""
+    for part in report.tables():
+        show(part)
+    for line in report.summary():
+        console.print(line)
 
 
 @contextlib.contextmanager

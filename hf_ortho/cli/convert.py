@@ -7,7 +7,7 @@ import math
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import DTYPES, Parser, console, show
+from .console import DTYPES, Parser, console, show_report
 from .network import check_hub
 
 
@@ -92,10 +92,7 @@ def run(argv: list[str]) -> None:
         tails=not args.no_tails,
         distill=args.distill,
     )
-    for part in report.tables():
-        show(part)
-    for line in report.summary():
-        console.print(line)
+    show_report(report)
     command = command_line("convert", argv)
     results = []
     if source is not None and report.loss_before is not None and report.loss_after is not None:

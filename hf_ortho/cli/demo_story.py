@@ -23,7 +23,7 @@ from ..hub import DataSource, Results, hardware, write_card
 from ..plotting import Panel, plot_activations
 from ..tasks.samples import batches
 from ..training.evaluation import change, evaluate_model, make_trainer
-from .console import console, show, table, trainer_progress
+from .console import console, show_report, table, trainer_progress
 from .demo_tasks import DemoTask
 
 CALIBRATION_BATCHES = 16
@@ -92,10 +92,7 @@ def tell_story(
     )
     with console.status("Calibrating and fitting"):
         report = convert(converted.model, name, calibration=calibration(task, dataset))
-    for part in report.tables():
-        show(part)
-    for line in report.summary():
-        console.print(line)
+    show_report(report)
     at_once = evaluate_model(converted, held_back)
     rows = [
         [key, f"{value:.5f}", f"{at_once[key]:.5f}", change(value, at_once[key])] for key, value in at_first.items()

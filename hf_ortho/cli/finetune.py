@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..training.arguments import Recipe
-from .console import console, show, table, trainer_log
+from .console import console, show_report, table, trainer_log
 from .launch import launch
 from .recipe import parse_recipe
 
@@ -98,10 +98,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     def finish(draft: Path, result: Result) -> None:
         """Print what came out, and draw and describe the model."""
         if result.conversion is not None and base:
-            for part in result.conversion.tables():
-                show(part)
-            for text in result.conversion.summary():
-                console.print(text)
+            show_report(result.conversion)
         results = results_of(result, line, recipe)
         if results is not None:
             table(results.caption, ["", *results.columns], results.rows)

@@ -33,6 +33,7 @@ def run(argv: list[str]) -> None:
 
     from ..checkpoints.activations import load_activations
     from ..conversion.summary import examine
+    from ..fitting.density import DATA_FREE
     from ..path_patterns import by_kind
 
     stored = load_activations(args.model, revision=args.revision)
@@ -50,7 +51,7 @@ def run(argv: list[str]) -> None:
         cells = [[row, *known[path].cells()] for row, path in rows]
         table(f"{len(rows)} activations at {place}, source {sources}", columns, cells)
     where = "over the real line" if stored.provenance.get("tails", True) else "on the domain"
-    console.print(f"E under N(0, 1); sup {where} and rms under N(-0.5, 1.5^2), from the source activation")
+    console.print(f"E under N(0, 1); sup {where} and rms under {DATA_FREE}, from the source activation")
     for note in notes:
         console.print(f"no distance: {note}")
     for layer in layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
@@ -13,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import ConfigError, HfOrthoError
-from ..text import visible
+from ..text import suggestion, visible
 
 COMMANDS = {
     "demo": "the whole story on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
@@ -68,8 +67,7 @@ def _run(argv: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
     if argv[0] not in COMMANDS:
-        closest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"; did you mean {closest[0]}?" if closest else ""
+        hint = suggestion(argv[0], COMMANDS)
         raise ConfigError(f"unknown command {argv[0]!r}: must be one of {', '.join(COMMANDS)}{hint}")
     from .console import quiet
 

@@ -11,8 +11,9 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from ..errors import ConfigError
 from ..files import why
+from ..text import suggestion
 from ..training.arguments import Recipe
-from .console import Parser, dashed, nearest
+from .console import Parser, dashed
 from .launch import add_arguments
 from .network import check_hub
 
@@ -135,11 +136,11 @@ def _check_keys(entries: dict[str, Any], argv: list[str], config: str, known: se
         if key in LAUNCH:
             raise ConfigError(f"{key} in {config} is a flag only: give --{key.replace('_', '-')} on the command line")
         if key not in known:
-            raise ConfigError(f"unknown key {str(key)!r} in {config}{nearest(str(key), known)}")
+            raise ConfigError(f"unknown key {str(key)!r} in {config}{suggestion(str(key), known)}")
     flags = known | {"config", "help", "help_all", *LAUNCH}
     for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--")):
         if flag != "--" and flag[2:].replace("-", "_").removeprefix("no_") not in flags:
-            hint = nearest(dashed(flag), [f"--{name.replace('_', '-')}" for name in flags])
+            hint = suggestion(dashed(flag), [f"--{name.replace('_', '-')}" for name in flags])
             raise ConfigError(f"unknown flag {dashed(flag)}{hint} (see hf-ortho {command} --help)")
 
 

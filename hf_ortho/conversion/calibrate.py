@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
@@ -15,12 +17,79 @@ from transformers.utils.generic import find_labels
 from ..checkpoints.load import task_of
 from ..errors import CalibrationError
 from ..fitting.histogram import Histogram
+from ..processes import collective_device, several_processes, sum_over_processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What the source model does on the calibration batches, to compare the converted model with.
+
+    Attributes:
+        batches: as given, None without calibration.
+        histograms: the pre-activations of each module that had any, by path.
+        loss: the mean loss, None without labels.
+        first: the first batch, or nothing in a process without batches.
+        reference: the output on the first samples in float32.
+        noise_floor: relative error of the model's own dtype there; None for float32.
+    """
+
+    batches: Iterable | None = None
+    histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
+    loss: float | None = None
+    first: tuple = ()
+    reference: Tensor | None = None
+    noise_floor: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, modules: Iterable[str], batches: Iterable | None) -> Calibration:
+        """Run ``model`` over ``batches``; raises as ``collect``."""
+        if batches is None:
+            return cls()
+        rest = iter(batches)
+        first = tuple(itertools.islice(rest, 1))
+        histograms, loss = collect(model, modules, itertools.chain(first, rest))
+        reference, noise_floor = _reference(model, first[0]) if first else (None, None)
+        return cls(batches, histograms, loss, first, reference, noise_floor)
+
+    def output_error(self, model: PreTrainedModel) -> float | None:
+        """Relative error of the output of ``model`` on the first samples."""
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return _relative(main_output(model, self.first[0], sample=True), self.reference)
+
+    def loss_of(self, model: PreTrainedModel) -> float | None:
+        """The mean loss of ``model``; None without labels, or if the batches cannot be read again."""
+        if self.batches is None or self.loss is None or not readable_again(self.batches):
+            return None
+        return mean_loss(model, (batch for batch in self.batches if has_labels(model, batch)))
+
+
+def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
+    """The output of the source model in float32; and, below float32, how far the model itself is from that."""
+    with torch.no_grad():
+        own = main_output(model, batch, sample=True)
+    if torch.finfo(model.dtype).bits >= 32:
+        return own, None
+    try:
+        with torch.no_grad():
+            exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
+    except torch.OutOfMemoryError:
+        return own, None
+    return exact, _relative(own, exact)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float | None:
+    """|found - expected| / |expected|, in the Euclidean norm over all elements; None if that is not a finite number."""
+    ratio = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
+    return float(ratio) if torch.isfinite(ratio) else None
 
 
 def collect(
     model: PreTrainedModel, modules: Iterable[str], batches: Iterable
 ) -> tuple[dict[str, Histogram], float | None]:
-    """Run ``model`` over ``batches``; histograms of the inputs of ``modules``, and the mean loss if labels came.
+    """Run ``model`` over ``batches``; histograms of the inputs of those ``modules`` that had any, and the mean loss if
+    labels came.
 
     Under ``torch.distributed`` each process gives its own batches and gets the sums over all.
 
@@ -46,11 +115,11 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    for histogram in histograms.values() if several_processes() else ():
-        histogram.reduce(collective_device(model))
     for name, histogram in histograms.items():
+        if several_processes():
+            histogram.reduce(collective_device(model.device))
         histogram.check(name)
-    return histograms, loss
+    return {name: histogram for name, histogram in histograms.items() if histogram.counts.any()}, loss
 
 
 def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -58,19 +127,14 @@ def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x[mask.bool()] if mask is not None and mask.ndim == 2 and x.shape[:2] == mask.shape else x
 
 
-def several_processes() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def collective_device(model: PreTrainedModel) -> torch.device:
-    """Where the tensors of a collective must lie: NCCL takes none from the CPU."""
-    nccl = torch.distributed.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else model.device
-
-
 def has_labels(model: PreTrainedModel, batch) -> bool:
     """Whether ``model`` returns a loss for ``batch``."""
     return isinstance(batch, Mapping) and any(key in batch for key in find_labels(type(model)))
+
+
+def readable_again(batches: Iterable) -> bool:
+    """Whether ``batches`` gives them from the start each time, as a list does and a generator does not."""
+    return iter(batches) is not batches
 
 
 def check_batches(batches: Iterable) -> None:
@@ -96,10 +160,8 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
             loss, labels = _loss(model, batch, f"calibration batch {count}")
             if labels:
                 total, weight = total + loss * labels, weight + labels
-    if several_processes():
-        sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(model))
-        torch.distributed.all_reduce(sums)
-        total, weight, count = sums.tolist()
+    sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(model.device))
+    total, weight, count = sum_over_processes(sums).tolist()
     if not count:
         raise CalibrationError("calibration is empty: give at least one batch of model inputs")
     return total / weight if weight else None

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import activations
 from ..checkpoints.activations import provenance_of
-from ..errors import CalibrationError, FitError, SiteError
-from ..fitting.histogram import Histogram
-from .calibrate import check_batches, collect, has_labels, main_output, mean_loss
+from ..errors import FitError, SiteError
+from ..fitting.options import FitOptions
+from .calibrate import Calibration, check_batches
+from .distill import check_steps
 from .distill import distill as distill_activations
 from .fit_sites import Fitted, fit_site, fit_smallest
+from .replace import replace_modules
 from .report import ConversionReport, LayerReport
-from .sites import Site, find_sites, rebuild, set_field
+from .sites import Site, find_sites
 
 
 def convert(
@@ -41,8 +39,9 @@ def convert(
 ) -> ConversionReport:
     """Convert ``model`` in place; it then saves and reloads with plain ``from_pretrained``.
 
-    A model that is converted already is fitted anew to its present activations; without tails these grow like a
-    polynomial, so ``revert`` such a model first.
+    Each activation is a weighted least-squares fit to the one that it replaces; ``derivative_weight`` adds the
+    derivative. Converting a converted model refits its present activations; without tails these grow like a polynomial,
+    so ``revert`` such a model first.
 
     Args:
         model: any transformers model whose config names its activation.
@@ -73,83 +72,45 @@ def convert(
         In every case the model is as before.
     """
     start = time.perf_counter()
-    if degree is None:
-        family, n = activations.parse(activation)
-    else:
-        family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
+    family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
+    options = FitOptions(derivative_weight, domain, tails)
     if not tolerance > 0:
         raise FitError(f"tolerance {tolerance!r}: must be positive")
-    if distill < 0:
-        raise CalibrationError(f"distill {distill!r}: must be a number of steps, at least 0")
-    if distill and calibration is None:
-        raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
     if calibration is not None:
         check_batches(calibration)
-    again = calibration is not None and iter(calibration) is not calibration
-    if distill and not again:
-        raise CalibrationError("distill reads the calibration batches many times: give a list of them")
+    check_steps(distill, calibration)
     sites, left_alone = find_sites(model, fields)
-    histograms: dict[str, Histogram] = {}
-    loss_before = loss_after = output_error = noise_floor = distillation = None
-    if calibration is not None:
-        batches = iter(calibration)
-        first = list(itertools.islice(batches, 1))
-        histograms, loss_before = collect(
-            model, [name for site in sites for name in site.modules], itertools.chain(first, batches)
-        )
-        histograms = {path: histogram for path, histogram in histograms.items() if histogram.counts.any()}
-        reference, noise_floor = _reference(model, first[0]) if first else (None, None)
-
-    options: dict[str, Any] = {"derivative_weight": derivative_weight, "domain": domain, "tails": tails}
+    source = Calibration.of(model, [name for site in sites for name in site.modules], calibration)
     fitting = time.perf_counter()
     fitted: Fitted = {}
     names: dict[str, str] = {}
     for site in sites:
         if degree == "auto":
-            n, found = fit_smallest(model, site, family, histograms, tolerance, **options)
+            n, found = fit_smallest(model, site, family, source.histograms, options, tolerance)
         else:
-            found = fit_site(model, site, family, n, histograms, **options)
+            found = fit_site(model, site, family, n, source.histograms, options)
         names[site.field] = f"{family.family}_{n}"
         fitted |= found
-    fitting = time.perf_counter() - fitting
-    sources = {path: model.get_submodule(path) for path in fitted}
-    restore = _replace(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
+    report = ConversionReport.of(
+        model,
+        fitted,
+        source.histograms,
+        time.perf_counter() - fitting,
+        left_alone=left_alone,
+        loss_before=source.loss,
+        noise_floor=source.noise_floor,
+    )
+    restore = replace_modules(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
     try:
-        if calibration is not None:
-            if distill:
-                distillation = distill_activations(model, sources, calibration, distill)
-                for path, (module, layer) in fitted.items():
-                    fit = layer.fit
-                    moved = module.measure(
-                        sources[path],
-                        histogram=histograms.get(path),
-                        domain=None if tails else fit.domain,
-                        name=fit.source,
-                    )
-                    fitted[path] = module, dataclasses.replace(layer, fit=dataclasses.replace(moved, note=fit.note))
-            if reference is not None:
-                with torch.no_grad():
-                    output_error = _relative(main_output(model, first[0], sample=True), reference)
-            if loss_before is not None and again:
-                loss_after = mean_loss(model, (batch for batch in calibration if has_labels(model, batch)))
+        if distill and calibration is not None:
+            replaced = {path: module for path, (_, module, _) in report.modules.items()}
+            report.distillation = distill_activations(model, replaced, calibration, distill)
+            report.layers = _measured_again(report, tails)
+        report.output_error, report.loss_after = source.output_error(model), source.loss_of(model)
     except BaseException:
         restore()
         raise
-    report = ConversionReport(
-        activation=", ".join(dict.fromkeys(names.values())),
-        model=model.name_or_path or type(model).__name__,
-        layers=[layer for _, layer in fitted.values()],
-        left_alone=left_alone,
-        calibrated=bool(histograms),
-        loss_before=loss_before,
-        loss_after=loss_after,
-        output_error=output_error,
-        noise_floor=noise_floor,
-        distillation=distillation,
-        fit_seconds=fitting,
-        seconds=time.perf_counter() - start,
-        modules={path: (module, sources[path], histograms.get(path)) for path, (module, _) in fitted.items()},
-    )
+    report.seconds = time.perf_counter() - start
     model.config.hf_ortho = provenance(
         model,
         report.activation,
@@ -160,6 +121,17 @@ def convert(
     )
     model.add_model_tags(tags_of(report.activation))  # for model.push_to_hub
     return report
+
+
+def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:
+    """The layers of ``report`` with the errors that their modules have by now."""
+    layers = []
+    for layer in report.layers:
+        module, source, histogram = report.modules[layer.module]
+        domain = None if tails else layer.fit.domain
+        fit = module.measure(source, histogram=histogram, domain=domain, name=layer.fit.source)
+        layers.append(dataclasses.replace(layer, fit=dataclasses.replace(fit, note=layer.fit.note)))
+    return layers
 
 
 def revert(model: PreTrainedModel) -> list[str]:
@@ -185,59 +157,10 @@ def revert(model: PreTrainedModel) -> list[str]:
             new[path] = ACT2FN[names[site.field]].train(model.get_submodule(path).training)
             if next(new[path].parameters(), None) is not None:
                 raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not kept")
-    _replace(model, sites, new, names)
+    replace_modules(model, sites, new, names)
     del model.config.hf_ortho
     model.model_tags = [tag for tag in model.model_tags or [] if tag not in tags_of(provenance["activation"])]
     return list(new)
-
-
-def _replace(model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Module], names: dict[str, str]):
-    """Put the modules in place and rewrite the config, then check that a rebuilt model has the same tensors.
-
-    Returns a function that undoes it.
-    """
-    old = {path: model.get_submodule(path) for path in modules}
-
-    def restore() -> None:
-        for path, module in old.items():
-            model.set_submodule(path, module)
-        for site in sites:
-            set_field(model.config, site.field, site.prefix + site.source)
-
-    try:
-        for path, module in modules.items():
-            model.set_submodule(path, module)
-        for site in sites:
-            set_field(model.config, site.field, site.prefix + names[site.field])
-        expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
-        found = {k: v.shape for k, v in model.state_dict().items()}
-        if expected != found:
-            odd = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-            raise SiteError(f"the converted model would not reload: its config builds other tensors ({odd} ...)")
-    except BaseException:
-        restore()
-        raise
-    return restore
-
-
-def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
-    """The output of the source model in float32; and, below float32, how far the model itself is from that."""
-    with torch.no_grad():
-        own = main_output(model, batch, sample=True)
-    if torch.finfo(model.dtype).bits >= 32:
-        return own, None
-    try:
-        with torch.no_grad():
-            exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
-    except torch.OutOfMemoryError:
-        return own, None
-    return exact, _relative(own, exact)
-
-
-def _relative(found: Tensor, expected: Tensor) -> float | None:
-    """|found - expected| / |expected|, in the Euclidean norm over all elements; None if that is no finite number."""
-    ratio = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
-    return float(ratio) if torch.isfinite(ratio) else None
 
 
 def families_in(activation: str) -> list[str]:

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..errors import CalibrationError
-from ..fitting.least_squares import DEFAULT_MEAN, DEFAULT_SIGMA
-from .calibrate import evaluating, main_output, several_processes
+from ..fitting.density import DATA_FREE
+from ..processes import mean_over_processes, min_over_processes
+from .calibrate import evaluating, main_output, readable_again
 
 RATE = 0.02  # in root mean square errors of the fit
 
@@ -35,6 +35,16 @@ class Distillation:
     held_out: bool
 
 
+def check_steps(steps: int, batches: Iterable | None) -> None:
+    """Raise CalibrationError unless ``steps`` of distillation over ``batches`` can be made."""
+    if steps < 0:
+        raise CalibrationError(f"distill {steps!r}: must be a number of steps, at least 0")
+    if steps and batches is None:
+        raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
+    if steps and batches is not None and not readable_again(batches):
+        raise CalibrationError("distill reads the calibration batches many times: give a list of them")
+
+
 def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iterable, steps: int) -> Distillation:
     """``steps`` of Adam on the parameters and the domains of the activations at the paths of ``sources``.
 
@@ -47,12 +57,9 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
         batches: model inputs, of which the first ``steps`` + 1 are read; the last is held out if there are several.
     """
     seen = list(itertools.islice(batches, steps + 1))
-    if several_processes():
-        least = torch.tensor(len(seen), device=model.device)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-        seen = seen[: int(least)]
-        if not seen:
-            raise CalibrationError("distill needs calibration batches in every process")
+    seen = seen[: int(min_over_processes(torch.tensor(len(seen), device=model.device)))]
+    if not seen:
+        raise CalibrationError("distill needs calibration batches in every process")
     several = len(seen) > 1
     held_out = seen.pop() if several else seen[0]
     moving = [cast(LearnableActivation, model.get_submodule(path)) for path in sources]
@@ -65,7 +72,7 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
 
     with evaluating(model), _only(model, moving) as parameters:
         with torch.no_grad():
-            error_before = float(_mean_over_processes(error(held_out)))
+            error_before = float(mean_over_processes(error(held_out)))
         if not 0 < error_before < math.inf:
             return Distillation(0, 0.0, 0.0, several)
         scales = [s for module, source in zip(moving, sources.values(), strict=True) for s in _scales(module, source)]
@@ -76,25 +83,18 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
         for step in range(steps):
             gradients = torch.autograd.grad(error(seen[step % len(seen)]), parameters, materialize_grads=True)
             for offset, gradient, scale in zip(offsets, gradients, scales, strict=True):
-                offset.grad = _mean_over_processes(gradient) * scale
+                offset.grad = mean_over_processes(gradient) * scale
             optimizer.step()
             decay.step()
             with torch.no_grad():
                 for p, start, scale, offset in zip(parameters, starts, scales, offsets, strict=True):
                     p.copy_(start + scale * offset)
         with torch.no_grad():
-            error_after = float(_mean_over_processes(error(held_out)))
+            error_after = float(mean_over_processes(error(held_out)))
     if not error_after < error_before:
         for module in moving:
             module.load_state_dict(before[id(module)])
     return Distillation(steps, error_before, min(error_before, error_after), several)
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    if several_processes():
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value
 
 
 @contextlib.contextmanager
@@ -124,8 +124,8 @@ def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]
 
 @torch.no_grad()
 def _scales(module: LearnableActivation, source: nn.Module) -> list[Tensor]:
-    """How far each finite parameter must move to change f by as much as f misses the source, over N(-0.5, 1.5^2)."""
-    x = DEFAULT_MEAN + DEFAULT_SIGMA * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
+    """How far each finite parameter must move to change f by as much as f misses the source, under ``DATA_FREE``."""
+    x = DATA_FREE.mean + DATA_FREE.deviation * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
     x = x.to(module.domain.device)
     state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}
     slopes = torch.func.jacrev(lambda values: torch.func.functional_call(module, values, (x,)))(state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.distributed
 from transformers import PreTrainedModel
@@ -10,19 +12,12 @@ from ..activations import FitReport, LearnableActivation
 from ..activations.base import MAX_DEGREE
 from ..errors import FitError
 from ..fitting.histogram import Histogram
-from .calibrate import several_processes
+from ..fitting.options import FitOptions
+from ..processes import several_processes
 from .report import LayerReport
 from .sites import Site
 
 Fitted = dict[str, tuple[LearnableActivation, LayerReport]]
-
-
-class TooFar(Exception):
-    """The fit of the module ``path`` misses the tolerance by its ``error``."""
-
-    def __init__(self, path: str, error: float):
-        super().__init__(path, error)
-        self.path, self.error = path, error
 
 
 def fit_site(
@@ -31,19 +26,61 @@ def fit_site(
     family: type[LearnableActivation],
     degree: int,
     histograms: dict[str, Histogram],
-    tolerance: float | None = None,
-    first: str | None = None,
-    **options,
+    options: FitOptions,
 ) -> Fitted:
-    """One module and its report for each path of ``site``; the module ``first`` is fitted before the others.
+    """One module and its report for each path of ``site``.
 
     Raises:
-        TooFar: a root mean square error exceeds ``tolerance``.
         FitError: an activation of the model cannot be followed.
     """
-    found: Fitted = {}
+    fits = _fits(model, site.modules, site, family, degree, histograms, options)
+    return {layer.module: (module, layer) for module, layer in fits}
+
+
+def fit_smallest(
+    model: PreTrainedModel,
+    site: Site,
+    family: type[LearnableActivation],
+    histograms: dict[str, Histogram],
+    options: FitOptions,
+    tolerance: float,
+) -> tuple[int, Fitted]:
+    """The smallest degree at which every module of ``site`` keeps to ``tolerance``, and its fits.
+
+    Raises:
+        FitError: no degree does, or an activation of the model cannot be followed.
+    """
+    worst, least = "", float("inf")
+    for degree in range(1, MAX_DEGREE + 1):
+        fitted: Fitted = {}
+        # What missed the tolerance at the degree before is tried first: it most likely misses it again.
+        for module, layer in _fits(
+            model, sorted(site.modules, key=lambda p: p != worst), site, family, degree, histograms, options
+        ):
+            if not layer.fit.rms_error <= tolerance:
+                worst, least = layer.module, min(least, layer.fit.rms_error)
+                break
+            fitted[layer.module] = module, layer
+        else:
+            return degree, {path: fitted[path] for path in site.modules}
+    raise FitError(
+        f"tolerance {tolerance:g}: no {family.family} up to degree {MAX_DEGREE} comes closer to {site.source} at "
+        f"{worst} than {least:.1e} (root mean square); allow more or choose another family"
+    )
+
+
+def _fits(
+    model: PreTrainedModel,
+    paths: Iterable[str],
+    site: Site,
+    family: type[LearnableActivation],
+    degree: int,
+    histograms: dict[str, Histogram],
+    options: FitOptions,
+) -> Iterator[tuple[LearnableActivation, LayerReport]]:
+    """Fit the modules of ``site`` at ``paths`` one after the other; equal fits are made once."""
     data_free: tuple[LearnableActivation, FitReport] | None = None
-    for path in sorted(site.modules, key=lambda p: p != first):
+    for path in paths:
         source, histogram = model.get_submodule(path), histograms.get(path)
         plain = next(source.parameters(), None) is None
         new = family(degree)
@@ -52,41 +89,13 @@ def fit_site(
             fit = data_free[1]
         else:
             try:
-                fit = new.fit(source, histogram=histogram, name=site.source, **options)
+                fit = new.fit(source, histogram=histogram, name=site.source, **vars(options))
             except FitError as error:
                 raise FitError(f"{path}: {error}") from error
             if histogram is None and plain:
                 data_free = new, fit
-        if tolerance is not None and not fit.rms_error <= tolerance:
-            raise TooFar(path, fit.rms_error)
         _agree(new)
-        found[path] = new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
-    return {path: found[path] for path in site.modules}
-
-
-def fit_smallest(
-    model: PreTrainedModel,
-    site: Site,
-    family: type[LearnableActivation],
-    histograms: dict[str, Histogram],
-    tolerance: float,
-    **options,
-) -> tuple[int, Fitted]:
-    """The smallest degree at which every module of ``site`` keeps to ``tolerance``, and its fits.
-
-    Raises:
-        FitError: no degree does.
-    """
-    worst, least = "", float("inf")
-    for degree in range(1, MAX_DEGREE + 1):
-        try:
-            return degree, fit_site(model, site, family, degree, histograms, tolerance, worst, **options)
-        except TooFar as miss:
-            worst, least = miss.path, min(least, miss.error)
-    raise FitError(
-        f"tolerance {tolerance:g}: no {family.family} up to degree {MAX_DEGREE} comes closer to {site.source} at "
-        f"{worst} than {least:.1e} (root mean square); allow more or choose another family"
-    )
+        yield new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
 
 
 def _agree(module: LearnableActivation) -> None:

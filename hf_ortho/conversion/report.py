@@ -15,8 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..activations import FitReport, LearnableActivation
+from ..fitting.density import DATA_FREE
 from ..fitting.histogram import Histogram
 from ..path_patterns import by_kind
 from .distill import Distillation
@@ -69,16 +71,39 @@ class ConversionReport:
     activation: str
     model: str
     layers: list[LayerReport]
-    left_alone: list[tuple[str, str]]
     calibrated: bool
-    loss_before: float | None
-    loss_after: float | None
-    output_error: float | None
-    noise_floor: float | None
-    distillation: Distillation | None
     fit_seconds: float
     seconds: float
-    modules: dict[str, tuple[LearnableActivation, nn.Module, Histogram | None]] = dataclasses.field(repr=False)
+    left_alone: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    output_error: float | None = None
+    noise_floor: float | None = None
+    distillation: Distillation | None = None
+    modules: dict[str, tuple[LearnableActivation, nn.Module, Histogram | None]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        fitted: Mapping[str, tuple[LearnableActivation, LayerReport]],
+        histograms: Mapping[str, Histogram],
+        fit_seconds: float,
+        **measured,
+    ) -> ConversionReport:
+        """The report of new activations by path, while ``model`` still has those that they were fitted to."""
+        return cls(
+            activation=", ".join(dict.fromkeys(module.name for module, _ in fitted.values())),
+            model=model.name_or_path or type(model).__name__,
+            layers=[layer for _, layer in fitted.values()],
+            calibrated=bool(histograms),
+            fit_seconds=fit_seconds,
+            seconds=fit_seconds,
+            modules={p: (module, model.get_submodule(p), histograms.get(p)) for p, (module, _) in fitted.items()},
+            **measured,
+        )
 
     def to_dict(self) -> dict:
         """Plain JSON values; an infinite end of a domain is None."""
@@ -97,7 +122,7 @@ class ConversionReport:
         ]
         known["left_alone"] = [(field, why) for field, why in plain["left_alone"]]
         known["distillation"] = plain["distillation"] and Distillation(**plain["distillation"])
-        return cls(**known, modules={})
+        return cls(**known)
 
     def to_json(self) -> str:
         """``to_dict`` as JSON text."""
@@ -123,10 +148,9 @@ class ConversionReport:
             fit = layer.fit
             lo, hi = fit.domain
             outside = fit.mass_outside * fit.rms_error_outside**2
-            seen = "N(-0.5, 1.5^2)" if fit.minimum is None else "the pre-activations"
             if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error_outside > 1e-3:
                 lines.append(
-                    f"{layer.module}: {fit.mass_outside:.2%} of {seen} lie outside the domain "
+                    f"{layer.module}: {fit.mass_outside:.2%} of {fit.density} lie outside the domain "
                     f"[{lo:.2f}, {hi:.2f}], with an rms error there of {fit.rms_error_outside:.1e}"
                 )
         return lines
@@ -165,7 +189,7 @@ class ConversionReport:
 
     def summary(self) -> list[str]:
         """The lines under the table."""
-        weight = "the data" if self.calibrated else "N(-0.5, 1.5^2), no calibration data"
+        weight = "the data" if self.calibrated else f"{DATA_FREE}, no calibration data"
         lines = [
             f"{len(self.layers)} activations converted in {self.seconds:.1f} s, {self.fit_seconds:.1f} s of it fits; "
             f"rms and outside under {weight}"

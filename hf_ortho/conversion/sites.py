@@ -199,7 +199,12 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _names_at_run_time(cls: type) -> frozenset[str]:
-    """What the methods of ``cls`` mention, save for those that only build or initialise."""
+    """What the methods of ``cls`` mention, save for those that only build or initialize."""
+    # A model may read the name of an activation from its config in ``forward``, where no module is kept to replace; a
+    # sentinel cannot show that, since forward does not run on the meta device with every kind of input. So the compiled
+    # methods are read: a class that never mentions an attribute at run time cannot look it up there. Methods of torch
+    # and of PreTrainedModel are left out, they mention everything; an overridden method counts only if the overriding
+    # one calls super. What is left out as building is closed under calls: a helper of __init__ builds too.
     methods: dict[str, set[str]] = {}
     for base in cls.__mro__:
         if base not in PreTrainedModel.__mro__ and not base.__module__.startswith("torch."):

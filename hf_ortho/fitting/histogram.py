@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .least_squares import Nodes, Source
+from ..processes import max_over_processes, sum_over_processes
+from .density import LINE, PRE_ACTIVATIONS
+from .nodes import Nodes
+from .source import Source
 
 BINS = 1024
 REACH = math.asinh(2.0**16)
@@ -54,8 +56,7 @@ class Histogram:
             counts, extremes = self._counts.to(device), self._extremes.to(device)
         # a maximum over processes need not pass NaN on, so that infinity stands for it
         bounds = torch.nan_to_num(extremes * torch.tensor([-1.0, 1.0], device=device), nan=math.inf, neginf=-math.inf)
-        torch.distributed.all_reduce(counts)
-        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+        counts, bounds = sum_over_processes(counts), max_over_processes(bounds)
         if counts.any():
             self._counts, self._extremes = counts, bounds * torch.tensor([-1.0, 1.0], device=device)
 
@@ -63,7 +64,7 @@ class Histogram:
         """Raise CalibrationError if a NaN or an infinity was seen."""
         if self._extremes is not None and not torch.isfinite(self._extremes).all():
             raise CalibrationError(
-                f"the pre-activations of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
+                f"{self} of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
                 "calibration data or the weights hold NaN or infinity"
             )
 
@@ -84,8 +85,12 @@ class Histogram:
         """The 1025 bin edges, in units of x."""
         return np.sinh(np.linspace(-REACH, REACH, BINS + 1))
 
-    def nodes(self, source: Source) -> Nodes:
-        """Bin centres as fit nodes, weighted by the counts."""
+    def nodes(self, source: Source, within: tuple[float, float] | None = None) -> Nodes:
+        """Bin centers as fit nodes, weighted by the counts; see ``Density``."""
         edges = np.linspace(-REACH, REACH, BINS + 1)
-        centres = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
-        return Nodes.of(source, centres, self.counts, self.minimum, self.maximum)
+        centers = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
+        nodes = Nodes.of(source, centers, self.counts, LINE, self.minimum, self.maximum)
+        return nodes if within is None else nodes.within(source, *within)
+
+    def __str__(self) -> str:
+        return PRE_ACTIVATIONS

@@ -1,6 +1,6 @@
-r"""What the fits of all families share: the nodes, the weights, the solvers, the error measures.
+r"""Weighted least squares: the problem of a fit, and the solvers that all families share.
 
-*Hermite interpolation* here is weighted Sobolev least squares in float64,
+The problem is weighted Sobolev least squares in float64,
 
     min_theta  sum_i w_i [ (f(x_i) - g(x_i))^2 + lambda (f'(x_i) - g'(x_i))^2 ],
 
@@ -17,18 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .density import LINE
+from .nodes import Array, Nodes
+from .options import FitOptions
 from .source import Source
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
 
-Array = np.ndarray
-
-# The data-free weight N(-0.5, 1.5^2): pre-activations of pretrained networks lean to the negative side.
-DEFAULT_MEAN, DEFAULT_SIGMA = -0.5, 1.5
-# What the square of the largest error s on the real line counts for, next to the mean squared error over the data: 0.2
-# while s is well below NEAR, and less above, down to 0.01: what cannot come close everywhere serves the data.
-SUP_WEIGHT, LEAST_SUP_WEIGHT, NEAR = 0.2, 0.01, 0.02
 # Every processor rounds in its own way, and the fits must not depend on it. Where a search chooses, the first candidate
 # stays unless the squared error of another is less by this share of it and by the square of a negligible error.
 CLEAR, NEGLIGIBLE = 1e-3, 1e-9
@@ -37,118 +33,6 @@ GRID = 2.0**-10
 # The path of a non-linear fit: evaluations in a leg of it, their tolerances, and the weight of staying near where
 # the leg began, in root mean squares of the residual there.
 LEG, TOLERANCE, PROXIMITY = 15, 1e-5, 0.01
-LEAST_FACTOR = 0.03  # of a weight in a step of Lawson's: where the error is near 0, rounding is much of it
-
-
-def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
-    """Composite Gauss-Legendre nodes and weights on ``[lo, hi]``, split at ``breaks`` (float64)."""
-    inner = sorted(b for b in breaks if lo < b < hi)
-    edges = np.concatenate(
-        [
-            np.linspace(a, b, max(2, math.ceil((b - a) / step) + 1))[:-1]
-            for a, b in zip([lo, *inner], [*inner, hi], strict=True)
-        ]
-        + [[hi]]
-    )
-    t, w = np.polynomial.legendre.leggauss(order)
-    half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
-    return (middle + half * t).ravel(), (half * w).ravel()
-
-
-def norm_density(z: Array) -> Array:
-    """exp(-z^2/2) / sqrt(2 pi)."""
-    return np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-
-
-def gaussian_moments(value, derivative, sigma: float, breaks: tuple[float, ...] = ()) -> tuple[float, float]:
-    """E[F(x)^2] and E[F'(x)^2] for x ~ N(0, sigma^2), by quadrature split at ``breaks``."""
-    x, w = quadrature(-16 * sigma, 16 * sigma, breaks, step=sigma / 4)
-    w = w * norm_density(x / sigma) / sigma
-    return float(w @ value(x) ** 2), float(w @ derivative(x) ** 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Nodes:
-    """Points x_i with weights w_i: the data (or the data-free density) with sum 1, then the real line.
-
-    ``data`` marks the former. ``minimum`` and ``maximum`` are the exact extremes of the data, None without data.
-    """
-
-    x: Array
-    w: Array
-    data: Array
-    minimum: float | None = None
-    maximum: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        source: Source,
-        x: Array,
-        w: Array,
-        minimum: float | None = None,
-        maximum: float | None = None,
-        line: tuple[float, float] | None = None,
-    ) -> Nodes:
-        """The points ``x`` of positive weight ``w``, and evenly weighted ones on ``line``, by default 6 sigma to either
-        side."""
-        lo, hi = line or _reach(6.0)
-        points, length = quadrature(lo, hi, (0.0, *source.kinks), min(0.25, (hi - lo) / 8), order=4)
-        x, w = x[w > 0], w[w > 0]
-        data = np.arange(len(x) + len(points)) < len(x)
-        weights = np.concatenate([w / w.sum(), SUP_WEIGHT * length / length.sum()])
-        return cls(np.concatenate([x, points]), weights, data, minimum, maximum)
-
-    @classmethod
-    def gaussian(cls, source: Source, step: float = 0.25) -> Nodes:
-        """The data-free weight."""
-        x, length = quadrature(*_reach(7.0), (0.0, *source.kinks), step)
-        return cls.of(source, x, length * norm_density((x - DEFAULT_MEAN) / DEFAULT_SIGMA))
-
-    def within(self, source: Source, lo: float, hi: float) -> Nodes:
-        """For a fit to [lo, hi] alone: the data there, or the data-free weight if it has any mass there, else an even
-        one."""
-        x, w = self.x[self.data], self.w[self.data]
-        if self.minimum is None:
-            x, length = quadrature(lo, hi, (0.0, *source.kinks), min(0.25, (hi - lo) / 8))
-            w = length * norm_density((x - DEFAULT_MEAN) / DEFAULT_SIGMA)
-            w = w if w.sum() > 1e-9 else length
-        w = np.where((x >= lo) & (x <= hi), w, 0.0)
-        return Nodes.of(source, x, w, self.minimum, self.maximum, (lo, hi))
-
-    def mean(self, values: Array) -> float:
-        """Average over the data."""
-        return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
-
-    def score(self, error: Array) -> float:
-        """Mean squared error over the data + a s^2 + (b - a) NEAR^2 log(1 + (s / NEAR)^2), s = max |error|, a and b
-        the least and the full weight."""
-        square = float(np.max(np.abs(error[~self.data]))) ** 2
-        spread = (SUP_WEIGHT - LEAST_SUP_WEIGHT) * NEAR**2 * math.log1p(square / NEAR**2)
-        return self.mean(error**2) + LEAST_SUP_WEIGHT * square + spread
-
-    def reweighted(self, error: Array) -> Nodes:
-        """Lawson's step: weight on the line moves to where |error| is large.
-
-        s^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2, so that with the derivative of ``score``
-        by s^2 for the sum of the weights a fixed point minimises it.
-        """
-        size = np.abs(error)
-        most = float(np.max(size[~self.data]))
-        total = LEAST_SUP_WEIGHT + (SUP_WEIGHT - LEAST_SUP_WEIGHT) / (1 + most**2 / NEAR**2)
-        w = np.where(self.data, self.w, self.w * np.maximum(size, LEAST_FACTOR * most))
-        w[~self.data] *= total / w[~self.data].sum()
-        return dataclasses.replace(self, w=w)
-
-
-def _reach(sigmas: float) -> tuple[float, float]:
-    return DEFAULT_MEAN - sigmas * DEFAULT_SIGMA, DEFAULT_MEAN + sigmas * DEFAULT_SIGMA
-
-
-def is_interval(domain) -> bool:
-    """Whether ``domain`` is two finite numbers lo < hi."""
-    numbers = isinstance(domain, (tuple, list)) and all(isinstance(v, (int, float)) for v in domain)
-    return numbers and len(domain) == 2 and all(map(math.isfinite, domain)) and domain[0] < domain[1]
 
 
 def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -157,24 +41,32 @@ def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]
     Around a kink the least-squares error alone would shrink the interval to nothing, where float32 coefficients blow up
     and no data is left to learn from. Beyond the nodes on the line nothing would hold the series.
     """
-    least, (lo, hi) = 0.6 * math.sqrt(max(degree, 2)), _reach(6.0)
+    least, (lo, hi) = 0.6 * math.sqrt(max(degree, 2)), LINE
     return (least, -lo), (least, hi)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a fit gets: the nodes, g and g' there, the tails' slopes, and lambda (``derivative_weight``)."""
+    """What a fit gets: the source and the nodes, g and g' there, and the options, with a domain if there are no
+    tails."""
 
     source: Source
     nodes: Nodes
     g: Array
     dg: Array
-    derivative_weight: float
-    domain: tuple[float, float] | None
+    options: FitOptions
 
     @classmethod
-    def of(cls, source: Source, nodes: Nodes, derivative_weight: float, domain: tuple[float, float] | None) -> Target:
-        return cls(source, nodes, source.value(nodes.x), source.derivative(nodes.x), derivative_weight, domain)
+    def of(cls, source: Source, nodes: Nodes, options: FitOptions) -> Target:
+        return cls(source, nodes, source.value(nodes.x), source.derivative(nodes.x), options)
+
+    @property
+    def derivative_weight(self) -> float:
+        return self.options.derivative_weight
+
+    @property
+    def domain(self) -> tuple[float, float] | None:
+        return self.options.domain
 
     def at(self, nodes: Nodes) -> Target:
         """The same with other weights."""
@@ -237,8 +129,15 @@ def first_of_least(candidates, square):
 
 @dataclasses.dataclass(frozen=True)
 class Balanced:
-    """The best of some rounds: ``Nodes.score``, mean squared error over the data, solution and weights; and the weights
-    that the next round would have."""
+    """The best round of ``balance``.
+
+    Attributes:
+        score: ``Nodes.score``.
+        mean_square: mean squared error over the data.
+        solution: as ``solve`` gave it.
+        target: with the weights of that round.
+        after: with the weights that would have been those of one more round.
+    """
 
     score: float
     mean_square: float
@@ -248,11 +147,16 @@ class Balanced:
 
 
 def balance(solve, target: Target, rounds: int) -> Balanced:
-    """Alternate least squares and Lawson's step.
+    """Minimize ``Nodes.score`` by least squares with changing weights (Lawson's iteration).
 
     ``solve(target, start)`` gives the solution for fixed weights, from the one of the last round, and f - g at the
     nodes.
     """
+    # A largest error is no sum of squares, but it is one with the right weights: s^2 = max_u sum_i u_i error_i^2 over
+    # all weights u of sum 1, attained by those that sit where |error| is largest. So each round solves the least
+    # squares problem for the present weights, and then multiplies those on the line by |error|: they pile up at the
+    # peaks, the next solution lowers these, and where nothing moves any more all peaks are equally high. Their
+    # sum, the price of s^2, is set anew in each round too. Scores do not fall steadily: the best round counts.
     best, solution = None, None
     for _ in range(rounds):
         solution, error = solve(target, solution)
@@ -267,7 +171,7 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
 
 
 def variable_projection(problem, starts, bounds, legs: int = 4) -> Array:
-    """Minimise |P(theta) b| over the non-linear parameters alone (Golub & Pereyra), Kaufman's Jacobian.
+    """Minimize |P(theta) b| over the non-linear parameters alone (Golub & Pereyra), Kaufman's Jacobian.
 
     ``problem(theta)`` returns the residual and its Jacobian; the best of all ``starts`` is returned.
 
@@ -275,6 +179,11 @@ def variable_projection(problem, starts, bounds, legs: int = 4) -> Array:
     on a parameter. So every leg of the path is short, stays near its start by a small penalty, and ends at a multiple
     of GRID, where all processors meet again.
     """
+    # For given theta (frequencies, knots, ends) the model A(theta) c is linear in the coefficients c, and its least
+    # squares solution leaves the residual r(theta) = A c - b = -P b, with P = 1 - A A^+ the projection off the columns
+    # of A. Gauss-Newton on r alone searches a small space and needs no start for c. The derivative of r is P A' c, and
+    # a second term that lies in the columns of A; Kaufman drops that one, which is small where r is and costs as much
+    # as the rest. So each ``problem`` gives A' c with c held fixed, projected by P.
     best, best_cost = None, math.inf
     lower, upper = (np.asarray(v, dtype=float) for v in bounds)
     for theta in starts:

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from .least_squares import Nodes, Target, clearly_less, variable_projection
+from .least_squares import Target, clearly_less, variable_projection
+from .nodes import Nodes
 
 INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
 
@@ -26,6 +27,10 @@ def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[
         knots, values, _ = _refine(target, start)
         if not len(_excess(_bends(knots, values, source.slopes), n)):
             return knots, values
+    # The error has many local minima in the knots, so the start decides. Where an interpolant is best, each interval
+    # between knots has the same error, and the density of knots is |g''|^(2/5) times a power of the weight; three
+    # powers are tried, with twice as many knots as kinks of one sign are allowed. Of kinks of one sign beyond n the
+    # flattest are dropped and the others refined, until none is in excess.
     best, best_cost = None, math.inf
     for power in (0.0, 0.1, 0.2):
         density, x = _knot_density(target, power)
@@ -65,10 +70,16 @@ def _hats(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
 
 
 def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Move the knots, parametrised by the first one and the logarithms of the gaps; values by least squares.
+    """Move the knots, parametrized by the first one and the logarithms of the gaps; values by least squares.
 
     The end knots lie on the source's asymptotes, so both tails are exact.
     """
+    # For fixed knots the interpolant is linear in its values: ``solve`` finds these by QR. For moving knots, variable
+    # projection: a knot t_j that moves with the values held pulls the two lines through it along, which changes f by
+    # -slope * hat_j on either side. That column, less its part in the space of the hats (Q Q^T, Kaufman), is the
+    # Jacobian. The logarithms of the gaps keep the knots in order without constraints; the chain rule from them to the
+    # knots is a lower triangle of ones times the gaps. f' jumps at a knot, so its rows of the Jacobian stay 0: with a
+    # derivative weight they guide the values alone.
     source, (x, w) = target.source, (target.nodes.x, target.nodes.w)
     (s_lo, s_hi), (i_lo, i_hi) = source.slopes, source.intercepts
     root = np.sqrt(w)

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
-from .least_squares import Array, Nodes, Target
+from .density import DATA_FREE, PRE_ACTIVATIONS
+from .least_squares import Target
+from .nodes import Array
 
-if TYPE_CHECKING:
-    from ..activations.base import LearnableActivation
+
+class Fitted(Protocol):
+    """What is measured: f with its derivative, the points where f' jumps, the domain and the slopes outside."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def domain(self) -> Tensor: ...
+    @property
+    def tail_slopes(self) -> Tensor: ...
+    def forward(self, x: Tensor) -> Tensor: ...
+    def derivative(self, x: Tensor) -> Tensor: ...
+    def evaluate(self, fn: Callable[[Tensor], Tensor], x: Array) -> Array: ...
+    def breaks(self) -> tuple[float, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +37,7 @@ class FitReport:
     Attributes:
         domain, tail_slopes: the interval [lo, hi] and the slopes outside, as stored in the module.
         sup_error, sup_derivative_error: max |f - g| and max |f' - g'| (away from kinks) on the real line.
-        rms_error, rms_derivative_error: root mean squares over the data, or over N(-0.5, 1.5^2) without data.
+        rms_error, rms_derivative_error: root mean squares over the data, or under ``DATA_FREE`` without data.
         mass_outside: share of the data outside [lo, hi].
         rms_error_outside: root mean square of f - g over that share.
         minimum, maximum: exact extremes of the data, None without data.
@@ -44,7 +59,7 @@ class FitReport:
     note: str = ""
 
     @classmethod
-    def measure(cls, module: LearnableActivation, target: Target, note: str = "") -> FitReport:
+    def measure(cls, module: Fitted, target: Target, note: str = "") -> FitReport:
         """Compare the module as stored (float32 parameters, float64 arithmetic) with the source."""
         nodes, source = target.nodes, target.source
         lo, hi = (float(v) for v in module.domain.tolist())
@@ -67,7 +82,7 @@ class FitReport:
 
         e, de = errors(grid)
         if nodes.minimum is None and target.domain is None:  # other nodes than the fit has seen
-            nodes = Nodes.gaussian(source, step=0.2)
+            nodes = DATA_FREE.nodes(source, step=0.2)
         en, den = errors(nodes.x)
         outside = (nodes.x < lo) | (nodes.x > hi)
         mass, square = nodes.mean(outside), nodes.mean(en**2)
@@ -91,6 +106,11 @@ class FitReport:
             nodes.maximum,
             "; ".join(notes),
         )
+
+    @property
+    def density(self) -> str:
+        """What the rms errors and ``mass_outside`` are weighted by, in words."""
+        return str(DATA_FREE) if self.minimum is None else PRE_ACTIVATIONS
 
     def to_dict(self) -> dict:
         """Plain JSON values; infinity becomes None."""

@@ -1,4 +1,4 @@
-"""The function to interpolate, examined numerically: its derivative, asymptotes and kinks."""
+"""The function to fit, examined numerically: its derivative, asymptotes and kinks."""
 
 from __future__ import annotations
 

@@ -238,10 +238,10 @@ def _model_parts(config: dict[str, Any], record: Record, making: Making) -> dict
         base = Base(None, None)
         summary = f"{name} with learnable `{activation}` activations, trained from scratch; they started "
         paper = {"paper": "from the paper's initialisation.", "unit": "with E[f(x)^2] = 1 under N(0, 1)."}
-        summary += paper.get(init, f"as the Hermite interpolation of {init}.")
+        summary += paper.get(init, f"as weighted least-squares fits to {init}.")
     elif activation:
         summary = f"{name} with learnable `{activation}` activations, converted from {base} ({sources})"
-        summary += " by Hermite interpolation" + (", then fine-tuned." if tuned else ".")
+        summary += " by weighted least-squares fits" + (", then fine-tuned." if tuned else ".")
     elif not base.name:
         summary = f"{name}, trained from scratch; its activations are not learnable."
     else:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..activations import FAMILIES
 from ..conversion import ConversionReport
 from ..conversion.convert import families_in
+from ..fitting.density import DATA_FREE
 from ..path_patterns import by_kind
 
 HEADER = [
@@ -47,7 +48,7 @@ def formulas(activation: str) -> str:
 
 def weight_of(calibrated: bool | None) -> str:
     """What the errors of a fit are weighted by."""
-    return "the calibration data" if calibrated else "the density of N(-0.5, 1.5^2), without data"
+    return "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
 
 
 def paths_list(paths: Sequence[str]) -> list[str]:

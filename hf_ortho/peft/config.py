@@ -9,6 +9,8 @@ from peft.utils import PeftType
 
 from .. import activations
 from ..conversion import ConversionReport
+from ..errors import AdapterError, FitError
+from ..fitting.options import FitOptions
 
 NAME = "HF_ORTHO"
 
@@ -31,8 +33,8 @@ HF_ORTHO = _peft_type()
 class OrthoConfig(PeftConfig):
     """An adapter that puts a learnable activation in the place of each activation that the model's config drives.
 
-    Each starts as the Hermite interpolation of the activation that it replaces. Only the parameters of its series are
-    trained; its domain and tail slopes are fixed and stand in ``layers``, not among the adapter's weights.
+    Each starts as the weighted least-squares fit to the activation that it replaces. Only the parameters of its series
+    are trained; its domain and tail slopes are fixed and stand in ``layers``, not among the adapter's weights.
 
     Args:
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, or a family with its default degree.
@@ -40,6 +42,7 @@ class OrthoConfig(PeftConfig):
         fields: the config fields whose activations are replaced, for example ``["text_config.hidden_act"]``; all by
             default.
         modules_to_save: other modules to train and save, for example ``["score"]``.
+        derivative_weight, domain: of the fits, as in ``hf_ortho.convert``.
 
     Attributes (filled in when the adapter is fitted; leave them out of a new one):
         layers: path, field, source, domain, tail slopes and errors of the fit of each activation. An adapter whose
@@ -52,6 +55,7 @@ class OrthoConfig(PeftConfig):
 
     Raises:
         ActivationNameError: no such family or degree.
+        AdapterError: ``derivative_weight`` or ``domain`` is out of range.
     """
 
     activation: str = field(default="hermite_8", metadata={"help": "FAMILY_DEGREE of the learnable activations."})
@@ -63,6 +67,12 @@ class OrthoConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules beside the activations to train and save, for example a new head."}
+    )
+    derivative_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the derivative in the fits, at least 0."}
+    )
+    domain: tuple[float, float] | None = field(
+        default=None, metadata={"help": "One interval [lo, hi] for all activations; searched for by default."}
     )
     layers: list[dict] | None = field(default=None, metadata={"help": "What is known of each activation."})
     source_activations: dict[str, str] | None = field(
@@ -78,3 +88,12 @@ class OrthoConfig(PeftConfig):
         family, degree = activations.parse(self.activation)
         self.activation = activations.named(family.family, degree)
         self.report: ConversionReport | None = None
+        try:
+            _ = self.options
+        except FitError as error:
+            raise AdapterError(f"OrthoConfig, or the adapter_config.json that it comes from: {error}") from error
+
+    @property
+    def options(self) -> FitOptions:
+        """The options of the fits."""
+        return FitOptions(self.derivative_weight, self.domain)

@@ -171,30 +171,14 @@ def _fit(
     start = time.perf_counter()
     fitted: Fitted = {}
     for site in sites:
-        fitted |= fit_site(model, site, family, degree, histograms)
-    seconds = time.perf_counter() - start
-    modules = {path: module for path, (module, _) in fitted.items()}
-    config.report = ConversionReport(
-        activation=config.activation,
-        model=model.name_or_path or type(model).__name__,
-        layers=[layer for _, layer in fitted.values()],
-        left_alone=[],
-        calibrated=bool(histograms),
-        loss_before=None,
-        loss_after=None,
-        output_error=None,
-        noise_floor=None,
-        distillation=None,
-        fit_seconds=seconds,
-        seconds=seconds,
-        modules={path: (new, model.get_submodule(path), histograms.get(path)) for path, new in modules.items()},
-    )
+        fitted |= fit_site(model, site, family, degree, histograms, config.options)
+    config.report = ConversionReport.of(model, fitted, histograms, time.perf_counter() - start)
     config.layers = [describe_layer(v) | {"tail_slopes": list(v.fit.tail_slopes)} for v in config.report.layers]
     config.source_activations = driving_values(sites)
     config.calibrated = bool(histograms)
     config.base_commit = _commit(model, config)
     config.hf_ortho_version = version("hf_ortho")
-    return modules
+    return {path: module for path, (module, _) in fitted.items()}
 
 
 def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
@@ -263,7 +247,6 @@ def calibrate(
     with unwrapped(base):
         sites = targeted_sites(base, config)
         histograms, _ = collect(base, [path for site in sites for path in site.modules], batches)
-        histograms = {path: histogram for path, histogram in histograms.items() if histogram.counts.any()}
         fitted = _fit(base, sites, config, histograms)
     report = cast(ConversionReport, config.report)
     for path, new in fitted.items():

@@ -63,7 +63,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     return _status("VmHWM") - before
 
 
-def of_each(
+def measure_each(
     measure: Callable[[Callable[[], object], str], int | None], calls: Mapping[str, Callable[[], object]], device: str
 ) -> dict[str, float]:
     """``peak_bytes`` or ``kept_bytes`` of each call, empty where it cannot be had."""

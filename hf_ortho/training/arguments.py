@@ -40,8 +40,8 @@ class ModelArguments:
     activation_init: str = dataclasses.field(
         default="gelu",
         metadata={
-            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN whose "
-            "interpolation it is."
+            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN that "
+            "it is fitted to."
         },
     )
     model_type: str | None = dataclasses.field(
@@ -186,7 +186,7 @@ class OptimizerArguments:
     )
 
     def __post_init__(self):
-        from ..fitting.least_squares import is_interval
+        from ..fitting.options import is_interval
 
         for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
             value = getattr(self, key)
@@ -196,8 +196,8 @@ class OptimizerArguments:
             raise ConfigError(f"domain_penalty_interval {self.domain_penalty_interval}: must be two numbers lo < hi")
 
     @property
-    def apart(self) -> str:
-        """The first of the fields that need parameter groups or steps apart from the others'; empty without one."""
+    def needs_own_groups(self) -> str:
+        """The first field that needs separate parameter groups or steps for activations; empty if none does."""
         own = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return next((key for key in own if getattr(self, key) != defaults[key]), "")

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.activations import ACT2FN
 
-from ..activations import LearnableActivation, parse
+from ..activations import LearnableActivation
+from ..activations.registry import check_name
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from ..files import written
 from ..folders import OutputFolder
-from ..profiling.memory import kept_bytes, of_each
+from ..profiling.memory import kept_bytes, measure_each
 from ..profiling.timing import Times, interleave
 from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
@@ -73,8 +74,7 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
     """
     grid = comparison.compare
     for name in grid.activations:
-        if name not in ACT2FN:
-            parse(name)  # names the closest one
+        check_name(name)
     for key in ("activations", "seeds"):
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
@@ -227,7 +227,7 @@ def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times]
         trainer, _ = build_trainer(recipe, checkpoint, train, None)
         steps[name], forwards[name] = _step(trainer)
     device = arguments.device.type
-    return interleave(steps, rounds=rounds, device=device), of_each(kept_bytes, forwards, device)
+    return interleave(steps, rounds=rounds, device=device), measure_each(kept_bytes, forwards, device)
 
 
 def _step(trainer: ActivationTrainer) -> tuple[Callable[[], None], Callable[[], object]]:

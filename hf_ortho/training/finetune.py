@@ -10,9 +10,8 @@ from pathlib import Path
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
-from transformers.activations import ACT2FN
 
-from ..activations import parse
+from ..activations.registry import check_name
 from ..checkpoints.load import Checkpoint, save_checkpoint
 from ..conversion import ConversionReport
 from ..errors import ConfigError, DataError
@@ -69,8 +68,8 @@ def finetune(
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
     if model_arguments.adapter:
         check_adapter(model_arguments)
-    if model_arguments.activation and model_arguments.activation not in ACT2FN:
-        parse(model_arguments.activation)  # names the closest one
+    if model_arguments.activation:
+        check_name(model_arguments.activation)
     for key in ("max_train_samples", "max_eval_samples"):
         if (value := getattr(recipe.data, key)) is not None and value < 1:
             raise ConfigError(f"{key} {value}: must be at least 1")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations import LearnableActivation
 from ..errors import NonFiniteError
+from ..processes import any_process
 
 
 class FiniteGuard(TrainerCallback):
@@ -49,7 +50,7 @@ class FiniteLoss(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.logging_nan_inf_filter and _any_process(~torch.isfinite(loss).all()).item():
+        if self.args.logging_nan_inf_filter and any_process(~torch.isfinite(loss).all()).item():
             scaler = getattr(self.accelerator, "scaler", None)
             if scaler is None or scaler.get_scale() <= 1:
                 raise _error(self.args, self.state.global_step + 1, f"the loss is not finite, {self._origin(inputs)}")
@@ -104,7 +105,7 @@ def check_parameters(model: nn.Module, args: TrainingArguments, step: int) -> No
     values = _trained(model)
     if not values:
         return
-    flags = _any_process(torch.stack([(~torch.isfinite(v)).any().to(args.device) for v in values.values()]))
+    flags = any_process(torch.stack([(~torch.isfinite(v)).any().to(args.device) for v in values.values()]))
     bad = [name for name, flag in zip(values, flags.tolist(), strict=True) if flag]
     if bad:
         learnable = {n for n, m in model.named_modules() if isinstance(m, LearnableActivation)}
@@ -124,14 +125,6 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
             value = value.detach()
             values[name] = value.nan_to_num(math.nan, 0.0, 0.0) if id(parameter) in domains else value
     return values
-
-
-def _any_process(flags: Tensor) -> Tensor:
-    """Whether each flag is set on any process."""
-    if distributed.is_available() and distributed.is_initialized():
-        flags = flags.int()
-        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
-    return flags
 
 
 def _error(args: TrainingArguments, step: int, reason: str) -> NonFiniteError:

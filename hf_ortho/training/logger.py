@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
@@ -22,8 +21,8 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_callback import CallbackHandler
 
 from ..activations import LearnableActivation, build
-from ..conversion.calibrate import several_processes
 from ..errors import ConfigError
+from ..processes import max_over_processes, sum_over_processes
 from . import history
 from .optimizer import activations_by_path
 
@@ -163,10 +162,8 @@ class _Moments:
         self._handle.remove()
         sums = self.sums if self.extremes is not None else torch.zeros(4, dtype=torch.float64, device=self.device)
         extremes = torch.full((2,), -math.inf, device=self.device) if self.extremes is None else self.extremes
-        if several_processes():
-            torch.distributed.all_reduce(sums)
-            torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
-        count, total, squares, outside = sums.tolist()
+        extremes = max_over_processes(extremes)
+        count, total, squares, outside = sum_over_processes(sums).tolist()
         if not count:
             return {}
         mean = total / count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -16,6 +15,7 @@ from transformers import Trainer
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from ..text import suggestion
 
 # LBFGS takes no groups, SparseAdam no dense gradients, Muon only matrices.
 NAMES: dict[str, type[torch.optim.Optimizer]] = {
@@ -62,7 +62,7 @@ def param_groups(
     return [{"params": found, "lr": rates[kind][0], "weight_decay": rates[kind][1]} for (kind, _), found in in_order]
 
 
-def optimizer(
+def optimizer_cls_and_kwargs(
     name_or_cls: str | type[torch.optim.Optimizer] = "adamw",
     *,
     lr: float,
@@ -72,7 +72,7 @@ def optimizer(
     natural_steps: bool = False,
     **options,
 ) -> tuple[Any, dict[str, Any]]:
-    """The argument for ``Trainer(..., optimizer_cls_and_kwargs=hf_ortho.optimizer(...))``.
+    """The argument for ``Trainer(..., optimizer_cls_and_kwargs=hf_ortho.optimizer_cls_and_kwargs(...))``.
 
     ``Trainer`` gives such an optimiser none of its own ``TrainingArguments``: learning rate, weight decay and betas are
     those given here. The schedule multiplies the learning rate of each group.
@@ -89,8 +89,7 @@ def optimizer(
     cls: Any = name_or_cls
     if isinstance(cls, str):
         if cls not in NAMES:
-            closest = difflib.get_close_matches(cls, NAMES, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"optimizer {cls!r}: no such class in torch.optim; the closest name is {closest!r}")
+            raise ConfigError(f"optimizer {cls!r}: no such class in torch.optim{suggestion(cls, NAMES)}")
         cls = NAMES[cls]
     _check(lr=lr, weight_decay=weight_decay, activation_lr=activation_lr, gradient_scale=gradient_scale)
     try:
@@ -105,6 +104,9 @@ def optimizer(
         )
 
     return lambda: build, {}
+
+
+optimizer = optimizer_cls_and_kwargs  # its earlier name
 
 
 def scale_steps(

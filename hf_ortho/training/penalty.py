@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
-from ..fitting.least_squares import is_interval
+from ..fitting.options import is_interval
 from .optimizer import activations_by_path
 
 

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from ..activations import LearnableActivation, build, parse
+from ..activations import LearnableActivation, build
 from ..activations.base import INITIALISATIONS
+from ..activations.registry import check_name
 from ..checkpoints.activations import provenance_of
 from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, commit_of, processor_of
 from ..conversion import ConversionReport, convert
@@ -83,7 +84,7 @@ def build_model(
 ) -> tuple[PreTrainedModel, ConversionReport | None]:
     """A model of ``config`` with ``activation``, any name in ``ACT2FN``, or the config's own if None.
 
-    A learnable activation starts as ``init`` says: ``paper`` or ``unit``, or as the interpolation of another name in
+    A learnable activation starts as ``init`` says: ``paper`` or ``unit``, or as the fit to another name in
     ``ACT2FN``, whose report is the second result.
     """
     cls: Any = TASKS[task][type(config)]
@@ -98,14 +99,13 @@ def build_model(
 
     if activation is None:
         return fresh(), None
-    if activation not in ACT2FN:
-        parse(activation)  # names the closest one
+    check_name(activation)
     learnable = isinstance(ACT2FN[activation], LearnableActivation)
     fitted = learnable and init not in INITIALISATIONS
     if fitted and init not in ACT2FN:
         raise ConfigError(
             f"activation_init {init!r}: must be one of {', '.join(INITIALISATIONS)}, or a function of ACT2FN, such as "
-            "gelu, to be interpolated"
+            "gelu, to be fitted"
         )
     for site in find_sites(fresh("meta"))[0]:
         set_field(config, site.field, site.prefix + (init if fitted else activation))

@@ -51,8 +51,10 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
             kwargs["params"] = param_groups(
                 model, lr=args.learning_rate, weight_decay=args.weight_decay, activation_lr=activation_lr
             )
-        elif chosen is not None and chosen.apart:
-            raise ConfigError(f"optim {args.optim}: groups its parameters itself, so {chosen.apart} cannot be set")
+        elif chosen is not None and chosen.needs_own_groups:
+            raise ConfigError(
+                f"optim {args.optim}: groups its parameters itself, so {chosen.needs_own_groups} cannot be set"
+            )
         return cls, kwargs
 
     def create_optimizer(self, model=None):

@@ -1,4 +1,4 @@
-"""Hermite interpolation: how close each family comes, and what the report says about it."""
+"""Fits: how close each family comes, and what the report says about it."""
 
 import contextlib
 import copy
@@ -13,9 +13,12 @@ from scipy.stats import norm
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_ortho.activations import FAMILIES, build
+import hf_ortho
+from hf_ortho.activations import FAMILIES, LearnableActivation, build
 from hf_ortho.conversion import Histogram
 from hf_ortho.errors import FitError
+from hf_ortho.fitting.density import DATA_FREE
+from hf_ortho.fitting.source import Source
 
 MEAN, SIGMA = -0.5, 1.5  # the data-free weight
 
@@ -239,6 +242,15 @@ def test_tropical_says_that_it_cannot_follow_a_dip(degree):
     assert fitted(f"tropical_{degree}", F.softplus)[1].note == ""
 
 
+def test_the_data_free_weight_is_the_one_that_its_name_and_the_docs_say():
+    nodes = DATA_FREE.nodes(Source.of("relu"))
+    assert nodes.mean(nodes.x) == pytest.approx(MEAN, abs=1e-9)  # 7 standard deviations hold all but 3e-12
+    assert nodes.mean((nodes.x - MEAN) ** 2) == pytest.approx(SIGMA**2, abs=1e-9)
+    assert str(DATA_FREE) == f"N({MEAN:g}, {SIGMA:g}^2)"
+    for documented in (hf_ortho.convert, LearnableActivation.fit):
+        assert str(DATA_FREE) in documented.__doc__
+
+
 # ---- optimality of the closed form -----------------------------------------------------------------------------------
 
 
@@ -329,7 +341,7 @@ def test_parameters_beyond_float32(family, fn):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"derivative_weight": w} for w in (-1.0, math.inf, math.nan)),
+        *({"derivative_weight": w} for w in (-1.0, math.inf, math.nan, "0.1")),
         *({"domain": d} for d in ((1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (-math.inf, 0.0), (math.nan, 1.0))),
     ],
     ids=str,

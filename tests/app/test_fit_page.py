@@ -51,7 +51,7 @@ def test_figures_of_hermite():
         assert float(shown_as) == pytest.approx((density * g(x) ** 2).sum(), rel=1e-3)
     weight = np.exp(-(((x + 0.5) / 1.5) ** 2) / 2)
     rms = math.sqrt((weight * (f(x) - gelu(x)) ** 2).sum() / weight.sum())
-    assert float(shown["rms error under N(-0.5, 1.5²)"][0]) == pytest.approx(rms, rel=0.05)
+    assert float(shown["rms error under N(-0.5, 1.5^2)"][0]) == pytest.approx(rms, rel=0.05)
     assert [float(end) for end in shown["domain [lo, hi]"]] == pytest.approx([lo, hi], abs=1e-4)
 
 

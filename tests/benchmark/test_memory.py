@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from hf_ortho.profiling import memory
-from hf_ortho.profiling.memory import kept_bytes, of_each, peak_bytes, saved_bytes
+from hf_ortho.profiling.memory import kept_bytes, measure_each, peak_bytes, saved_bytes
 
 N = 4096
 LARGE = 8 * 2**20  # elements: 32 MiB in float32
@@ -97,7 +97,7 @@ def test_kept():
 
 
 def test_of_each_leaves_out_what_cannot_be_had():
-    assert of_each(lambda call, device: call(), {"a": lambda: 3, "b": lambda: None}, "cpu") == {"a": 3.0}
+    assert measure_each(lambda call, device: call(), {"a": lambda: 3, "b": lambda: None}, "cpu") == {"a": 3.0}
 
 
 def test_no_peak_where_the_mark_cannot_be_reset(monkeypatch, tmp_path):

@@ -166,7 +166,7 @@ def test_an_unknown_key_or_flag_names_the_closest(recipe, finetune, tmp_path, ke
     for ran in (finetune(recipe(**{key: 1})), finetune(recipe(), f"--{key}", "1"), finetune(recipe(), f"--{key}=1")):
         said = ran.error.replace("-", "_")
         assert key.replace("-", "_") in said
-        assert f"; the closest one is {closest}" in said.replace("is __", "is ")
+        assert f"; did you mean {closest}?" in said.replace("mean __", "mean ")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from transformers import GPT2Model
 
 from hf_ortho.conversion import Histogram, collect
 from hf_ortho.errors import CalibrationError, HfOrthoError
-from hf_ortho.fitting.least_squares import Source
+from hf_ortho.fitting.source import Source
 
 BINS = 1024
 EDGES = np.linspace(-math.asinh(2.0**16), math.asinh(2.0**16), BINS + 1)
@@ -116,6 +116,12 @@ def test_collect_sees_what_reaches_the_modules(gpt2, ids, inputs_of):
         expected, _ = np.histogram(np.arcsinh(values), EDGES)
         assert np.abs(histograms[name].counts - expected).sum() <= 4
         assert (histograms[name].minimum, histograms[name].maximum) == (values.min(), values.max())
+
+
+def test_collect_leaves_out_modules_that_get_no_input(gpt2, ids):
+    model = gpt2()
+    model.spare = torch.nn.GELU()
+    assert set(collect(model, ["spare", "transformer.h.0.mlp.act"], [ids])[0]) == {"transformer.h.0.mlp.act"}
 
 
 def test_collect_leaves_no_hooks(gpt2, ids, state_of):

@@ -342,7 +342,7 @@ def test_an_interrupt_while_checking_undoes_the_conversion(gpt2, state_of, monke
 
     model = gpt2()
     before = state_of(model)
-    monkeypatch.setattr(sys.modules["hf_ortho.conversion.convert"], "rebuild", interrupt)
+    monkeypatch.setattr(sys.modules["hf_ortho.conversion.replace"], "rebuild", interrupt)
     with pytest.raises(KeyboardInterrupt):
         hf_ortho.convert(model, "hermite_3")
     assert state_of(model) == before

@@ -1,6 +1,7 @@
 """An adapter of activations on stock peft: what is trained, saved, loaded, switched and merged."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def saved(gpt2_folder, tmp_path_factory, logits, nudge):
     return found
 
 
-def test_a_new_adapter_is_the_hermite_interpolation_and_trains_only_its_series(base, logits, capsys):
+def test_a_new_adapter_is_a_fit_and_trains_only_its_series(base, logits, capsys):
     before = logits(base)
     model = get_peft_model(base, OrthoConfig(activation="hermite"))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -287,6 +288,32 @@ def test_unknown_activations_are_refused():
         OrthoConfig(activation="hermit_8")
     with pytest.raises(ActivationNameError, match="degree '99'"):
         OrthoConfig(activation="hermite_99")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_options_of_a_fit_hold_for_adapters(family, base, tmp_path):
+    options = {"derivative_weight": 0.5, "domain": (-3.0, 3.0)}
+    model = get_peft_model(base, OrthoConfig(activation=f"{family}_3", **options))
+    alone = build(f"{family}_3")
+    alone.fit("gelu_new", **options)
+    for path in PATHS:
+        found = model.get_base_model().get_submodule(path).hf_ortho_act["default"]
+        assert all(torch.equal(getattr(found, name), value) for name, value in alone.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = OrthoConfig.from_pretrained(tmp_path)
+    assert again.options == model.peft_config["default"].options
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("derivative_weight", -1.0), ("derivative_weight", "a"), ("domain", [3, -3]), ("domain", 3)]
+)
+def test_options_out_of_range_are_refused(key, value, saved, tmp_path):
+    with pytest.raises(AdapterError, match=key):
+        OrthoConfig(**{key: value})
+    config = json.loads((saved["hermite"][0] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(AdapterError, match=re.escape(f"adapter_config.json that it comes from: {key} {value!r}")):
+        OrthoConfig.from_pretrained(tmp_path)
 
 
 def test_a_model_whose_config_drives_no_activation_is_refused():

@@ -56,7 +56,7 @@ def test_initialisations_by_name(family, init):
 @pytest.mark.parametrize(
     ("source", "function"), [("gelu", torch.nn.functional.gelu), ("silu", torch.nn.functional.silu)]
 )
-def test_interpolation_as_initialisation(source, function):
+def test_a_fit_as_initialisation(source, function):
     checkpoint, report = gpt2(activation="hermite_12", activation_init=source)
     x = torch.linspace(-8, 8, 1001)
     for module in activations(checkpoint.model):

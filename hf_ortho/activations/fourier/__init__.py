@@ -98,7 +98,14 @@ class Fourier(LearnableActivation):
             "domain": np.array(theta[n:] if target.domain is None else target.domain),
         }, ""
 
-    def _solve(self, target: Target, start: np.ndarray | None):
+    def _solve(self, target: Target, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Frequencies and, if they are searched for, lo and hi for fixed weights, and f - g at the nodes."""
+        # a_k cos(w_k t - p_k) = c_k cos(w_k t) + s_k sin(w_k t): with that, only the frequencies and the two ends are
+        # not linear. The columns of the Jacobian are the derivatives of the series at fixed amplitudes, t (s cos - c
+        # sin) by w, and by an end, beyond which t stands still, the slope of the series there less that of the tail;
+        # ``project`` takes off what the amplitudes could undo (see ``variable_projection``). In the frequencies there
+        # are many local minima, hence six starts: harmonics of a period 1.2 to 2 times the width of the interval, which
+        # so need not repeat inside it, each lowered by the same part of a step.
         n, x = self.degree, target.nodes.x
         slopes = target.source.slopes
         root = np.sqrt(target.nodes.w)
@@ -132,6 +139,9 @@ class Fourier(LearnableActivation):
 
     def _expand(self, target: Target, theta: np.ndarray):
         """clamp(x), cosines and sines there, the derivatives of the basis, and the least-squares solution."""
+        # For given frequencies and ends the problem is linear in 2n + 1 amplitudes: cosines and sines are columns of
+        # one design at t = clamp(x, lo, hi), so that the series stands still outside and the tails take over. At low
+        # frequencies the columns are nearly dependent, which RIDGE makes up for.
         n, x = self.degree, target.nodes.x
         w, (lo, hi) = theta[:n], theta[n:] if target.domain is None else target.domain
         t = np.clip(x, lo, hi)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from fractions import Fraction
 
 import numpy as np
 import torch
-from numpy.polynomial import chebyshev, hermite_e
+from numpy.polynomial import hermite_e
 from torch import Tensor, nn
 
-from ...fitting.least_squares import NEGLIGIBLE, Balanced, Target, balance, first_of_least, to_grid, width_bounds
+from ...fitting.least_squares import Target
+from ...fitting.polynomial import fit_polynomial
 from ..polynomial import PolynomialActivation, fractions_of
 from . import compiled
 from .cpu import HORNER_MAX_DEGREE, MONOMIALS, make_hermite_series
 
-SCALES = 0.75, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0  # of [lo, hi], in units of sqrt(n)
 ROUNDING = 2.0**-25, 2e-6  # of float32: relative, and the error that is not worth a lower degree
 
 
@@ -86,89 +85,19 @@ class Hermite(PolynomialActivation):
         highest ones stay 0.
         """
         for n in range(self.degree, 0, -1):
-            if target.domain is None:
-                lo, hi, weighted = _search_interval(target, n)
-            else:
-                lo, hi, weighted = *target.domain, target
-            lo, hi = float(np.float32(lo)), float(np.float32(hi))
-            weighted = _balance(weighted, n, lo, hi, rounds=10 if target.domain is None else 30).target
-            design, slopes = _designs(target, n, lo, hi)
-            series, residual, _ = weighted.least_squares(design, slopes, lo, hi)
-            c = chebyshev_to_hermite(series, lo, hi)
+            fit = fit_polynomial(target, n)
+            c = chebyshev_to_hermite(fit.series, fit.lo, fit.hi)
             # What float32 loses, up to a factor of 4: each term c_k He_k/k! is off by 2^-25 of itself. An estimate
             # finds the same degree on every processor, as the float32 arithmetic itself would not.
-            terms = hermite_e.hermevander(np.clip(target.nodes.x, lo, hi), n) * (c / _factorials(n))
-            if target.nodes.w @ np.sum((ROUNDING[0] * terms) ** 2, 1) <= 0.1 * residual @ residual + ROUNDING[1] ** 2:
+            terms = hermite_e.hermevander(np.clip(target.nodes.x, fit.lo, fit.hi), n) * (c / _factorials(n))
+            if target.nodes.w @ np.sum((ROUNDING[0] * terms) ** 2, 1) <= 0.1 * fit.square + ROUNDING[1] ** 2:
                 break
         note = f"float32 carries degree {n} of {self.degree} here: higher coefficients are 0" if n < self.degree else ""
-        return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([lo, hi])}, note
+        return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([fit.lo, fit.hi])}, note
 
 
 def _factorials(n: int) -> np.ndarray:
     return np.array([float(math.factorial(k)) for k in range(n + 1)])
-
-
-def _designs(target: Target, n: int, lo: float, hi: float):
-    """T_k at the nodes, shifted to [lo, hi], and their derivatives where these count."""
-    design = chebyshev.chebvander((2 * np.clip(target.nodes.x, lo, hi) - (lo + hi)) / (hi - lo), n)
-    return design, design @ _differentiation(n) * (2 / (hi - lo)) if target.derivative_weight else design
-
-
-def _balance(target: Target, n: int, lo: float, hi: float, rounds: int) -> Balanced:
-    """``balance`` with the interval fixed."""
-    design, slopes = _designs(target, n, lo, hi)
-    tails = target.tails(lo, hi)
-
-    def solve(weighted: Target, start):
-        c = weighted.normal_equations(design, slopes, lo, hi)
-        return c, design @ c + tails - target.g
-
-    return balance(solve, target, rounds)
-
-
-def _search_interval(target: Target, n: int) -> tuple[float, float, Target]:
-    """[lo, hi] as multiples of GRID, and ``target`` with the weights found on the way."""
-    from scipy.optimize import minimize
-
-    bounds = np.log(width_bounds(n))
-    reach = math.sqrt(max(n, 2))
-    scale = first_of_least(SCALES, lambda r: _balance(target, n, -r * reach, r * reach, rounds=2).score)
-    found = []
-    # Odd degrees gain from a skewed interval: GELU and its kin are x/2 plus an even function.
-    skews = ((1.0, 1.0), (1.3, 0.8), (0.8, 1.3)) if n % 2 else ((1.0, 1.0),)
-    for a, b in skews:
-        tried: list[tuple[float, float, Balanced]] = []
-
-        def cost(widths, tried=tried):
-            lo, hi = -math.exp(widths[0]), math.exp(widths[1])
-            weights = tried[-1][2].after if tried else target
-            tried.append((lo, hi, _balance(weights, n, lo, hi, rounds=3)))
-            return math.log(tried[-1][2].score + NEGLIGIBLE**2)
-
-        z = np.clip(np.log([a * scale * reach, b * scale * reach]), bounds[:, 0], bounds[:, 1] - 0.1)
-        for size in (0.1, 0.03):  # a second simplex, since the first may shrink in a valley of the largest error
-            simplex = z + np.array([[0, 0], [size, 0], [0, size]])
-            options = {
-                "xatol": 1e-3,
-                "fatol": 1e-3,
-                "maxfev": 30 if len(skews) == 1 else 15,
-                "initial_simplex": simplex,
-            }
-            z = minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options).x
-        found.append(first_of_least(tried, lambda t: t[2].score))
-    if len(target.source.kinks) > 1:  # where the tails may begin, as those of hardswish do
-        lo, hi = target.source.kinks[0], target.source.kinks[-1]
-        if np.all((np.exp(bounds[:, 0]) <= (-lo, hi)) & ((-lo, hi) <= np.exp(bounds[:, 1]))):
-            found.append((lo, hi, _balance(target, n, lo, hi, rounds=3)))
-    lo, hi, best = first_of_least(found, lambda t: t[2].mean_square)
-    lo, hi = to_grid(np.array([lo, hi]))
-    return lo, hi, best.after
-
-
-@functools.cache
-def _differentiation(n: int) -> np.ndarray:
-    """The matrix that takes Chebyshev coefficients to those of the derivative."""
-    return np.stack([np.pad(chebyshev.chebder(row), (0, n + 1))[: n + 1] for row in np.eye(n + 1)], 1)
 
 
 def chebyshev_to_hermite(c: np.ndarray, lo: float, hi: float) -> np.ndarray:

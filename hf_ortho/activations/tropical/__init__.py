@@ -9,22 +9,13 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor, nn
 
-from ...fitting.least_squares import (
-    Target,
-    balance,
-    clearly_less,
-    first_of_least,
-    gaussian_moments,
-    variable_projection,
-    width_bounds,
-)
+from ...fitting.density import gaussian_moments
+from ...fitting.least_squares import Target, balance, first_of_least
 from ...fitting.piecewise_linear import fit_knots, interpolate, lines_through
 from ..base import LearnableActivation
 from . import compiled
 from .cpu import TropicalRationalSeries, TropicalSeries, line_scale, upper_envelope
-
-ROUNDS = 12
-STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of a descent along the parameters, and at each step
+from .fit import ROUNDS, fit_hinges
 
 
 def max_of_lines(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
@@ -114,17 +105,8 @@ class Tropical(LearnableActivation):
         return _breaks(self, self._lines(self.coefficients.double()))
 
     def fit_parameters(self, target: Target):
-        """Gauss-Newton on the breaks b_k, the offset and [lo, hi], in the equivalent form
-
-        S(x) = offset + (sqrt(2)/n) sum_{k=1..n} max(x - b_k, 0), in which every line keeps its gradient.
-        """
-        theta = balance(self._solve, target, rounds=ROUNDS).solution
-        n, source = self.degree, target.source
-        step = math.sqrt(2) / n
-        breaks = np.sort(theta[1 : n + 1])
-        domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
-        if target.domain is None and source.slopes[0] == 0 and domain[0] <= breaks[0]:
-            domain[0] = -width_bounds(n)[0][1]  # S and the tail are one and the same constant there
+        """In the equivalent form S(x) = offset + (sqrt(2)/n) sum_{k=1..n} max(x - b_k, 0)."""
+        source, found = target.source, fit_hinges(target, self.degree)
         grid = np.linspace(-8.0, 8.0, 1601)
         slopes = source.derivative(grid)
         fall = float(np.max(np.maximum.accumulate(slopes) - slopes))
@@ -134,62 +116,9 @@ class Tropical(LearnableActivation):
                 f"tropical polynomials are convex, {source.name} is not (its slope falls by {fall:.2g}): "
                 "the error does not vanish with the degree; tropical_rational has no such limit"
             )
-        return {"coefficients": theta[0] / step - np.concatenate([[0.0], np.cumsum(breaks)]), "domain": domain}, note
-
-    def _solve(self, target: Target, start: np.ndarray | None):
-        n, source, x = self.degree, target.source, target.nodes.x
-        step, (s_lo, s_hi) = math.sqrt(2) / n, source.slopes
-        root = np.sqrt(target.nodes.w)
-        root_slope = root * math.sqrt(target.derivative_weight)
-
-        def problem(theta):
-            offset, breaks = theta[0], theta[1 : n + 1]
-            lo, hi = theta[n + 1 :] if target.domain is None else target.domain
-            t = np.clip(x, lo, hi)
-            beyond = t[:, None] > breaks
-            value = offset + step * np.maximum(t[:, None] - breaks, 0).sum(1)
-            slope = step * beyond.sum(1)
-            value = value + s_lo * np.minimum(x - lo, 0) + s_hi * np.maximum(x - hi, 0)
-            columns = [np.ones((len(x), 1)), -step * beyond]
-            if target.domain is None:
-                columns.append(np.stack([(x < lo) * (slope - s_lo), (x > hi) * (slope - s_hi)], 1))
-            slope = np.where(x < lo, s_lo, np.where(x > hi, s_hi, slope))
-            jacobian = np.concatenate(columns, 1) * root[:, None]
-            residual = np.concatenate([root * (value - target.g), root_slope * (slope - target.dg)])
-            return residual, np.concatenate([jacobian, np.zeros_like(jacobian)])
-
-        starts = [] if start is None else [start]
-        for spread in (0.5, 1.0, 2.0) if start is None else ():
-            breaks = spread * ndtri((np.arange(n) + 0.5) / n)
-            starts.append(np.concatenate([[0.0], breaks, [-2 * spread, 2 * spread] if target.domain is None else []]))
-        lower, upper = np.full(len(starts[0]), -40.0), np.full(len(starts[0]), 40.0)
-        lower[0], upper[0] = -np.inf, np.inf
-        if target.domain is None:
-            upper[-2], lower[-1] = -0.6, 0.6
-        theta = variable_projection(problem, starts, (lower, upper))
-        if target.derivative_weight:  # the slope jumps at each break, which Gauss-Newton does not see
-            theta = _descend(lambda theta: problem(theta)[0], theta, lower, upper)
-        return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
-
-
-def _descend(residual, theta: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Move one parameter at a time, by steps of powers of two, while |residual|^2 gets clearly less."""
-
-    def square(theta):
-        return float(np.sum(residual(theta) ** 2))
-
-    best = square(theta)
-    for step in STEPS:
-        for _ in range(SWEEPS):
-            before = best
-            for move in step * np.concatenate([np.eye(len(theta)), -np.eye(len(theta))]):
-                there = np.clip(theta + move, lower, upper)
-                value = square(there)
-                if clearly_less(value, best):
-                    theta, best = there, value
-            if best == before:
-                break
-    return theta
+        # Line k meets line k - 1 at b_k: a_k = a_{k-1} - b_k.
+        lines = found.offset / (math.sqrt(2) / self.degree) - np.concatenate([[0.0], np.cumsum(found.breaks)])
+        return {"coefficients": lines, "domain": found.domain}, note
 
 
 class TropicalRational(LearnableActivation):
