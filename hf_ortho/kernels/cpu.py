@@ -58,7 +58,7 @@ class Activation:
 
     def __init__(
         self,
-        series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device, bool], Series],
+        make_series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device, bool], Series],
         parameters: Vectors,
         domain: tuple[float, float],
         slopes: tuple[float, float],
@@ -67,14 +67,15 @@ class Activation:
         large: bool,
     ):
         parameters = tuple(tuple(rounded(vector, dtype)) for vector in parameters)
-        self.make_series = series
-        self.series = series(parameters, domain, dtype, device, large)
+        self.make_series = make_series
+        self.series = make_series(parameters, domain, dtype, device, large)
         self.domain = domain
         self.slopes = slopes
         ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
         self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
         self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
-        self.scratch_rows = self.series.scratch_rows + (0 if self.pure else 1)
+        rows = self.series.scratch_rows
+        self.scratch_rows = rows if self.pure else max(rows, 1) + 1  # the tails take one while the series takes none
         self.no_scratch = (None,) * self.scratch_rows
         self.dtype = dtype
         self.parameters = parameters
@@ -140,11 +141,12 @@ def rounded(values, dtype: torch.dtype) -> list[float]:
 _activation = functools.lru_cache(maxsize=512)(Activation)
 
 
-def _prepare(series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
+def _prepare(make_series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
     vectors = tuple([tuple(p.tolist()) for p in parameters])
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     large = x.numel() >= LARGE
-    return _activation(series, vectors, tuple(domain.tolist()), tuple(tail_slopes.tolist()), dtype, x.device, large)
+    straight = tuple(domain.tolist()), tuple(tail_slopes.tolist())
+    return _activation(make_series, vectors, *straight, dtype, x.device, large)
 
 
 def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def fit_everywhere(degrees):
     return found
 
 
-DEGREES = {"hermite": (3, 8, 16), "fourier": (3,), "tropical": (3,), "tropical_rational": (3,)}
+DEGREES = dict.fromkeys(FAMILIES, (3,)) | {"hermite": (3, 8, 16)}
 
 if __name__ == "__main__":
     np.savez(sys.argv[1], **fit_everywhere(DEGREES))

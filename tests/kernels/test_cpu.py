@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from hf_ortho.activations import FAMILIES, build
+from hf_ortho.activations import FAMILIES, LearnableActivation, build
 from hf_ortho.activations.tropical.cpu import upper_envelope
 from hf_ortho.kernels import cpu
 
@@ -63,6 +63,56 @@ def test_values_and_gradients(check, name, dtype, domain):
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_every_dtype_and_domain(check, name, dtype, domain):
     check(name, domain, dtype)
+
+
+class Proportional(LearnableActivation):
+    """S(x) = a x."""
+
+    family = "proportional"
+    default_degree = 1
+
+    class cpu_series:
+        """The sum is that of g x."""
+
+        scratch_rows = 0
+
+        def __init__(self, parameters, domain, dtype, device, large):
+            ((self.a,),) = parameters
+
+        def value(self, x, out, scratch):
+            return torch.mul(x, self.a, out=out)
+
+        def backward_chunk(self, x, g, out, scratch, reduce):
+            if out is not None:
+                torch.mul(g, self.a, out=out)
+            return [(g * x).sum().item()] if reduce else []
+
+        def parameter_gradients(self, sums):
+            return [sums]
+
+    @classmethod
+    def initial_parameters(cls, degree, init):
+        return {"a": [0.7]}
+
+    @staticmethod
+    def series(x, a):
+        return a * x
+
+    @staticmethod
+    def series_derivative(x, a):
+        return a.expand_as(x)
+
+
+@pytest.mark.parametrize("domain", [None, TAILS], ids=["pure", "tails"])
+def test_a_series_without_scratch_rows(domain, measured, reference, assert_near, small_chunks):
+    module = Proportional()
+    if domain is not None:
+        with torch.no_grad():
+            module.domain.copy_(torch.tensor(domain))
+            module.tail_slopes.copy_(torch.tensor((0.3, 1.2)))
+    for shape in ((300,), (50,)):
+        x, g = data(*shape)
+        assert_near(measured(module, x, g), reference(module, x, g), *PRECISION[torch.float32])
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

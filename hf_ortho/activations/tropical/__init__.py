@@ -117,7 +117,7 @@ class Tropical(LearnableActivation):
                 "the error does not vanish with the degree; tropical_rational has no such limit"
             )
         # Line k meets line k - 1 at b_k: a_k = a_{k-1} - b_k.
-        lines = found.offset / (math.sqrt(2) / self.degree) - np.concatenate([[0.0], np.cumsum(found.breaks)])
+        lines = found.offset / line_scale(self.degree) - np.concatenate([[0.0], np.cumsum(found.breaks)])
         return {"coefficients": lines, "domain": found.domain}, note
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from ...fitting.least_squares import Target, balance, clearly_less, variable_projection, width_bounds
+from .cpu import line_scale
 
 ROUNDS = 12
 # The largest |b_k|, -lo and hi, and the least -lo and hi. Wider than ``width_bounds``, which guards the coefficients of
@@ -43,7 +44,7 @@ def _solve(target: Target, n: int, start: np.ndarray | None) -> tuple[np.ndarray
     # offset is linear, and plain Gauss-Newton does. The problem is not convex: three starts, the breaks at the
     # quantiles of normal distributions of three widths.
     source, x = target.source, target.nodes.x
-    step, (s_lo, s_hi) = math.sqrt(2) / n, source.slopes
+    step, (s_lo, s_hi) = line_scale(n), source.slopes
     root = np.sqrt(target.nodes.w)
     root_slope = root * math.sqrt(target.derivative_weight)
 
