@@ -15,8 +15,8 @@ from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation
 from ..checkpoints.activations import StoredActivations
-from ..conversion import Histogram
 from ..files import written
+from ..fitting.histogram import Histogram
 from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 801

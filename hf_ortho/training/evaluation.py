@@ -1,4 +1,4 @@
-"""The Trainer for the task of a checkpoint, and its metrics."""
+"""The Trainer for the task of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .. import tasks
 from ..checkpoints.load import Checkpoint
 from ..tasks.metrics import Perplexity as Perplexity
 from ..tasks.metrics import TopKAccuracy as TopKAccuracy
+from .metrics import metrics_of
 from .trainer import ActivationTrainer
 
 
@@ -37,28 +38,6 @@ def make_trainer(
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def metrics_of(trainer: ActivationTrainer) -> dict[str, float]:
-    """Evaluate, with the Trainer's prefix and its throughput figures left out."""
-    return _metrics_in(trainer.evaluate())
-
-
-def metrics_at_start(trainer: ActivationTrainer) -> dict[str, float] | None:
-    """The metrics that ``eval_on_start`` gave, of a resumed training too; None if there are none."""
-    first = (entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry)
-    return next(map(_metrics_in, first), None)
-
-
-def metrics_logged(trainer: ActivationTrainer) -> dict[str, float] | None:
-    """The metrics of the last evaluation after a step of the training; None if there was none."""
-    later = (e for e in reversed(trainer.state.log_history) if e.get("step", 0) > 0 and "eval_loss" in e)
-    return next(map(_metrics_in, later), None)
-
-
-def _metrics_in(found: dict) -> dict[str, float]:
-    # "loss" of our metrics is the mean over all tokens; the Trainer's own is a mean of batch means.
-    return {key: float(found[f"eval_{key}"]) for key in tasks.METRICS if f"eval_{key}" in found}
 
 
 def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:

@@ -22,7 +22,7 @@ from .arguments import Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import MANIFEST, checkpoints, is_whole, resume_point, whole_checkpoints
 from .distributed import full_state_dict, main_decides
-from .evaluation import metrics_at_start, metrics_of
+from .metrics import metrics_at_start, metrics_of
 from .policies import POLICIES
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..hub import DataSource, Results, TrainingDetails, hardware, write_card
-from .evaluation import metrics_at_start, metrics_logged
+from .metrics import metrics_at_start, metrics_logged
 
 if TYPE_CHECKING:
     from .trainer import ActivationTrainer
