@@ -14,7 +14,7 @@ class FitError(HfOrthoError, ValueError):
 
 
 class PolynomialError(HfOrthoError, ValueError):
-    """An activation or a network is no polynomial, lacks a finite domain, or has too many terms to expand."""
+    """An activation or a network is not a polynomial, lacks a finite domain, or has too many terms to expand."""
 
 
 class SiteError(HfOrthoError, ValueError):

@@ -4,8 +4,6 @@
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -59,4 +57,4 @@ class DeviceFunctions:
     scales: Any
     cumulative: bool = False
     beyond_degree: int = 1
-    half_precision: DeviceFunctions | None = None
+    half_precision: "DeviceFunctions | None" = None
