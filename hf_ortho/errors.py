@@ -6,7 +6,7 @@ class HfOrthoError(Exception):
 
 
 class ActivationNameError(HfOrthoError, ValueError):
-    """No such family, degree or initialisation."""
+    """No such family, degree or initialization."""
 
 
 class FitError(HfOrthoError, ValueError):

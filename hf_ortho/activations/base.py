@@ -27,7 +27,7 @@ from .registry import MAX_DEGREE
 
 logger = logging.get_logger("hf_ortho")
 
-INITIALISATIONS = ("paper", "unit")
+INITIALIZATIONS = ("paper", "unit")
 
 
 class LearnableActivation(nn.Module):
@@ -55,7 +55,7 @@ class LearnableActivation(nn.Module):
         init: ``"paper"`` (arXiv 2502.01247, section 3) or ``"unit"``, which has E[f(x)^2] = 1 for x ~ N(0, 1).
 
     Raises:
-        ActivationNameError: the degree or the initialisation does not exist.
+        ActivationNameError: the degree or the initialization does not exist.
     """
 
     family: ClassVar[str]
@@ -74,8 +74,8 @@ class LearnableActivation(nn.Module):
         degree = self.default_degree if degree is None else degree
         if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= MAX_DEGREE:
             raise ActivationNameError(f"degree {degree!r} of {self.family}: must be an integer from 1 to {MAX_DEGREE}")
-        if init not in INITIALISATIONS:
-            raise ActivationNameError(f"init {init!r} of {self.family}: must be one of {', '.join(INITIALISATIONS)}")
+        if init not in INITIALIZATIONS:
+            raise ActivationNameError(f"init {init!r} of {self.family}: must be one of {', '.join(INITIALIZATIONS)}")
         self.degree = degree
         self.init = init
         self._create(self.initial_parameters(degree, init))
@@ -265,7 +265,7 @@ class LearnableActivation(nn.Module):
         s_lo, s_hi = self.tail_slopes.tolist()
         return f"degree={self.degree}, domain=[{lo:.4g}, {hi:.4g}], tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
 
-    # ---- initialisation, also through from_pretrained --------------------------------------------------------------
+    # ---- initialization, also through from_pretrained --------------------------------------------------------------
 
     def reset_parameters(self) -> None:
         """Set the initial values again."""
@@ -287,12 +287,12 @@ class LearnableActivation(nn.Module):
     @property
     def _is_hf_initialized(self) -> bool:
         # PreTrainedModel._initialize_weights reads this flag of every module once the checkpoint is loaded, and knows
-        # no other way to initialise a class that is not its own: missing keys would stay uninitialised memory.
+        # no other way to initialize a class that is not its own: missing keys would stay uninitialized memory.
         if not self._initialized and not self.domain.is_meta:
             if not all(getattr(getattr(self, key), "_is_hf_initialized", False) for key in self._initial):
                 logger.warning_once(
                     f"The checkpoint has no parameters for the activation {self.name}: it starts from the "
-                    f"{self.init!r} initialisation, which is not a fit to the activation the model was trained with. "
+                    f"{self.init!r} initialization, which is not a fit to the activation the model was trained with. "
                     "To convert a pretrained model use hf_ortho.convert(model, ...) or `hf-ortho convert`."
                 )
             self._write_initial_values(initialization.copy_)  # leaves loaded tensors alone

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import activations
 from ..activations import FitReport
-from ..activations.base import INITIALISATIONS
+from ..activations.base import INITIALIZATIONS
 from ..errors import CheckpointError
 from ..text import interval, json_values
 
@@ -209,7 +209,7 @@ class Provenance:
     @property
     def has_tails(self) -> bool:
         """Whether the activations are straight lines outside their domains; a series that was not fitted is not."""
-        return self.init not in INITIALISATIONS if self.tails is None else self.tails
+        return self.init not in INITIALIZATIONS if self.tails is None else self.tails
 
     @property
     def tags(self) -> list[str]:

@@ -186,11 +186,11 @@ def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
     """The loss of one batch and how many labels stand behind it, 0 without a loss."""
     accepted = inspect.signature(model.forward).parameters
     inputs = _inputs(batch, where, model)
-    labelled = has_labels(model, batch)
-    if not labelled and "logits_to_keep" in accepted:
+    labeled = has_labels(model, batch)
+    if not labeled and "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1  # the logits of a language model dwarf its activations
     loss = getattr(_forward(model, inputs, where), "loss", None)
-    if loss is None or not labelled:
+    if loss is None or not labeled:
         return 0.0, 0
     labels = inputs.get("labels")
     if labels is None:

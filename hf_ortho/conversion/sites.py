@@ -255,7 +255,7 @@ def _difference(original: PreTrainedModel, twin: PreTrainedModel, sites: tuple[s
     def outline(model):
         return {
             name: (
-                f"{type(module).__module__}.{type(module).__qualname__}",  # torch makes parametrised classes anew
+                f"{type(module).__module__}.{type(module).__qualname__}",  # torch makes parametrized classes anew
                 {key: parameter.shape for key, parameter in module.named_parameters(recurse=False)},
                 {k: str(v).replace(SENTINEL, source) for k, v in vars(module).items() if _is_plain(v)},
             )

@@ -29,7 +29,7 @@ class Snapshot:
 
     Attributes:
         modules: the activations by path; every snapshot of a history has the same paths.
-        step: the optimiser step, None for the model at the end.
+        step: the optimizer step, None for the model at the end.
         name: of the model at the end.
     """
 
@@ -72,9 +72,9 @@ class _History:
 
 
 def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "") -> None:
-    """Write a PNG: per activation one curve per snapshot, coloured by step, and its change since the first below.
+    """Write a PNG: per activation one curve per snapshot, colored by step, and its change since the first below.
 
-    The first snapshot is dashed; a model at the end has a colour of its own. Panels are laid out as in
+    The first snapshot is dashed; a model at the end has a color of its own. Panels are laid out as in
     ``plot_activations``.
 
     Raises:
@@ -83,13 +83,13 @@ def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "
     history = _History(snapshots, title)
     steps = [snapshot.step for snapshot in snapshots if snapshot.step is not None]
     scale = ScalarMappable(Normalize(min(steps), max(steps)), STEPS)
-    colours = scale.to_rgba(np.array([snapshot.step or 0 for snapshot in snapshots]))
+    colors = scale.to_rgba(np.array([snapshot.step or 0 for snapshot in snapshots]))
     for panel in range(len(history.x)):
         for i, snapshot in enumerate(snapshots):
             style: dict[str, Any] = {
                 "label": f"_{snapshot.label}",
                 "lw": 1.1,
-                "color": colours[i],
+                "color": colors[i],
             }
             if i == 0:
                 style |= {"label": f"{snapshot.label}, the first", "ls": "--", "lw": 1.4, "zorder": 4}
@@ -100,7 +100,7 @@ def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "
     ticks = steps if len(steps) <= 8 else None
     if len(steps) > 1:
         bar = grid.figure.colorbar(scale, ax=[*grid.upper, *grid.lower], ticks=ticks, aspect=40, pad=0.01)
-        bar.set_label("optimiser step", fontsize=8)
+        bar.set_label("optimizer step", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     grid.finish()
     with written(path) as draft:

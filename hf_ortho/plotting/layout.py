@@ -21,8 +21,8 @@ from ..path_patterns import split_shared
 
 FULL_PANELS = 12  # more share their axes in a compact grid
 MAX_PANELS = 64  # more are thinned evenly
-# Okabe & Ito's colours, which remain distinct under colour blindness
-BLACK, SKY, BLUE, VERMILION, GREY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
+# Okabe & Ito's colors, which remain distinct under color blindness
+BLACK, SKY, BLUE, VERMILION, GRAY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
 
 
 def thin(count: int, most: int = MAX_PANELS) -> list[int]:
@@ -164,6 +164,6 @@ def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [l
     if not finite:
         return
     left, right = axes.get_xlim()
-    axes.axvspan(max(ends[0], left), min(ends[1], right), color=GREY, alpha=0.12, lw=0, label=label)
+    axes.axvspan(max(ends[0], left), min(ends[1], right), color=GRAY, alpha=0.12, lw=0, label=label)
     for end in finite:
-        axes.axvline(end, color=GREY, lw=0.9, ls=":")
+        axes.axvline(end, color=GRAY, lw=0.9, ls=":")

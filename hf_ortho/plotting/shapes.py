@@ -156,15 +156,15 @@ def _draw_data(axes: Axes, panel: Panel, compact: bool) -> None:
     density = counts / counts.sum() / np.diff(edges)
     lo, hi = axes.get_xlim()
     kept = (edges[1:] > lo) & (edges[:-1] < hi)
-    centres = (edges[1:] + edges[:-1])[kept] / 2
+    centers = (edges[1:] + edges[:-1])[kept] / 2
     style: dict[str, Any] = {"color": SKY, "alpha": 0.45, "lw": 0}
     if compact:
         height = density[kept] / density[kept].max() * 0.95
         label = "density of the pre-activations (own height in each panel)"
-        axes.fill_between(centres, height, transform=axes.get_xaxis_transform(), label=label, zorder=1, **style)
+        axes.fill_between(centers, height, transform=axes.get_xaxis_transform(), label=label, zorder=1, **style)
         return
     behind = axes.twinx()
-    behind.fill_between(centres, density[kept], label="density of the pre-activations", **style)
+    behind.fill_between(centers, density[kept], label="density of the pre-activations", **style)
     behind.set_ylim(bottom=0)
     behind.tick_params(labelsize=7, length=2, colors=BLUE)
     behind.locator_params(axis="y", nbins=4)

@@ -488,7 +488,7 @@ def test_lora_and_activations_as_two_adapters_of_one_model(base, logits, nudge, 
     assert torch.equal(logits(base), before)
 
 
-def test_a_quantised_model_takes_an_adapter(logits, ids, nudge, tmp_path):
+def test_a_quantized_model_takes_an_adapter(logits, ids, nudge, tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
 
     def make():

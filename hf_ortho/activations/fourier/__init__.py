@@ -31,7 +31,7 @@ class Fourier(LearnableActivation):
         S(x) = a_0 + sum_{k=1..n} a_k cos(w_k x - p_k) / k!
 
     Parameters, float32: ``offset`` a_0, shape (1,); ``coefficients`` a, ``frequencies`` w (radians per unit of x) and
-    ``phases`` p (radians), shape (n,) each. Paper initialisation: a_0 = A sqrt(1 - 1/n!^2), a_k = A = 1/sqrt(I_0(2)),
+    ``phases`` p (radians), shape (n,) each. Paper initialization: a_0 = A sqrt(1 - 1/n!^2), a_k = A = 1/sqrt(I_0(2)),
     w_k = k, p_k = pi/4.
     """
 

@@ -42,7 +42,7 @@ class Hermite(PolynomialActivation):
 
         S(x) = sum_{k=0..n} c_k He_k(x) / k!,    S'(x) = sum_{k=1..n} c_k He_{k-1}(x) / (k-1)!
 
-    Parameters: ``coefficients`` c, shape (n+1,), float32. Paper initialisation: c_0 = sqrt((1 - 1/n!) / e),
+    Parameters: ``coefficients`` c, shape (n+1,), float32. Paper initialization: c_0 = sqrt((1 - 1/n!) / e),
     c_k = 1/sqrt(e).
     """
 

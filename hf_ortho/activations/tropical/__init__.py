@@ -64,7 +64,7 @@ class Tropical(LearnableActivation):
 
         S(x) = (sqrt(2)/n) max_{k=0..n} (k x + a_k)
 
-    Parameters: ``coefficients`` a, shape (n+1,), float32. Paper initialisation: a_k = 1, with which all lines
+    Parameters: ``coefficients`` a, shape (n+1,), float32. Paper initialization: a_k = 1, with which all lines
     0 < k < n only touch the maximum at x = 0 and get no gradient elsewhere; ``init="unit"`` gives each line an
     interval of its own.
     """
@@ -130,8 +130,8 @@ class TropicalRational(LearnableActivation):
     section 3, with learnable slopes).
 
     Parameters, float32, shape (n+1,) each: ``numerator_slopes`` p, ``numerator_intercepts`` a,
-    ``denominator_slopes`` q, ``denominator_intercepts`` b. Paper initialisation: the numerator is the tropical
-    polynomial at its own initialisation, the denominator 0.
+    ``denominator_slopes`` q, ``denominator_intercepts`` b. Paper initialization: the numerator is the tropical
+    polynomial at its own initialization, the denominator 0.
     """
 
     family = "tropical_rational"
