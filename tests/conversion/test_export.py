@@ -176,7 +176,7 @@ def test_too_many_terms_by_thousands_of_digits():
         (nn.Sequential(linear([[1.0]]), Residual(linear([[2.0]]))), r"module 1 is Residual"),
         (nn.Sequential(hermite(1.0, 1.0)), r"Sequential has no nn\.Linear: the number of inputs is unknown"),
         (nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 1)), r"module 1 takes 2 values, the nn\.Linear before gives 3"),
-        (nn.Sequential(linear([[1.0]], [float("nan")])), r"bias of module 0 holds NaN or infinity"),
+        (nn.Sequential(linear([[1.0]], [float("nan")])), r"bias of module 0 contains NaN or infinity"),
         (nn.Sequential(linear([[1.0]]), hermite(1.0, float("inf"))), r"coefficient 1 is inf"),
     ],
 )
