@@ -16,7 +16,7 @@ from .check import REFUSED, WRONG, Result, check_apart
 CLASSES = {
     "looked up inside forward": "inside forward|reads the name|by name",
     "no driving field": "no field names|creates no module|not kept as a module",
-    "shared instance": "one instance stands",
+    "shared instance": "share one instance",
     "config validation": "with another name",
     "module without use": "used by no method",
     "function without straight asymptotes": "asymptotic slope",

@@ -284,7 +284,7 @@ class Forgetful(Config):
     [
         (Fixed, "creates no module"),
         (Shared, "several paths"),
-        (LookedUp, "no module is kept"),
+        (LookedUp, "not kept as a module"),
         (Picky, "KeyError with another name.*no integer version"),
         (StoredName, "StoredName reads the name"),
         (NameInConfig, "NameInConfig reads the name"),
