@@ -1,4 +1,4 @@
-"""Draft folders: create, lock, and remove those of killed processes.
+"""Draft folders: create and lock them, and remove leftovers of killed processes.
 
 The process that writes or moves a draft holds a lock on its manifest. A draft without a lock is a leftover.
 """

@@ -49,7 +49,7 @@ def why(error: BaseException) -> str:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """The exceptions that writing raises. If safetensors is imported, its own error, also for a full disk, is one."""
+    """The exceptions that writing raises, including safetensors' error type if the library is imported."""
     safetensors = sys.modules.get("safetensors")
     return (OSError,) if safetensors is None else (OSError, safetensors.SafetensorError)
 

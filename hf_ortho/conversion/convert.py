@@ -96,11 +96,11 @@ def convert(
     names: dict[str, str] = {}
     for site in sites:
         if degree == "auto":
-            n, found = fit_smallest(model, site, family, source.histograms, options, tolerance)
+            n, fits = fit_smallest(model, site, family, source.histograms, options, tolerance)
         else:
-            found = fit_site(model, site, family, n, source.histograms, options)
+            fits = fit_site(model, site, family, n, source.histograms, options)
         names[site.field] = f"{family.family}_{n}"
-        fitted |= found
+        fitted |= fits
     report = ConversionReport.of(
         model,
         fitted,

@@ -201,7 +201,7 @@ def test_a_conversion_refuses_a_spoiled_provenance_and_leaves_the_model_as_it_is
     model = gpt2()
     model.config.hf_ortho = {"layers": [{"module": 3}]}
     before = model.config.to_dict()
-    with pytest.raises(CheckpointError, match=r"hf_ortho in the config of \w+: layers\[0\]: module is 3; expected text"):
+    with pytest.raises(CheckpointError, match=r"in the config of \w+: layers\[0\]: module is 3; expected text"):
         hf_ortho.convert(model, "hermite_3")
     assert model.config.to_dict() == before
     assert not any(isinstance(module, hf_ortho.activations.LearnableActivation) for module in model.modules())
