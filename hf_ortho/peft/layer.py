@@ -67,7 +67,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         if len(together) > 1:
             raise AdapterError(f"adapters {', '.join(together)} cannot be merged together: merge one of them")
         if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.activations[n].parameters()):
-            raise AdapterError(f"adapter {names[0]} has non-finite parameters: it was not merged")
+            raise AdapterError(f"adapter {names[0]} has parameters that are not finite: it was not merged")
         return names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ CLASSES = {
     "no driving field": "no field names|creates no module|not kept as a module",
     "shared instance": "share one instance",
     "config validation": "with another name",
-    "module without use": "used by no method",
+    "module without use": "no method uses",
     "function without straight asymptotes": "asymptotic slope",
 }
 

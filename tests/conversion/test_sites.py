@@ -368,7 +368,7 @@ def test_two_fields():
 
 def test_fields_that_fail_together_are_refused_and_work_apart():
     model = Quarrelsome(TwoFields())
-    with pytest.raises(SiteError, match=r"hidden_act, head_act together raise ValueError: one kernel only; name one"):
+    with pytest.raises(SiteError, match=r"hidden_act, head_act together raise ValueError: one kernel only; select one"):
         find_sites(model)
     assert [site.field for site in find_sites(model, ["head_act"])[0]] == ["head_act"]
 

@@ -111,7 +111,9 @@ def test_without_a_name_in_the_config_the_shapes_decide(saved):
 def test_tensors_of_no_family(saved):
     _, folder = saved("hermite_4")
     rewrite(folder, lambda tensors: tensors.update({"transformer.h.1.mlp.act.more": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.act of .*more \[2\].* of any of hermite, fourier"):
+    with pytest.raises(
+        CheckpointError, match=r"h\.1\.mlp\.act of .*more \[2\].* none of the families hermite, fourier"
+    ):
         load_activations(str(folder))
 
 
@@ -186,7 +188,7 @@ def test_a_spoiled_provenance(spoiled, tmp_path, scratch_tensors):
 def test_an_index_of_other_files(tmp_path, weight_map):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"index.json.*weight_map .* where .* expected"):
+    with pytest.raises(CheckpointError, match=r"index.json.*weight_map .*; expected "):
         load_activations(str(tmp_path))
 
 

@@ -376,7 +376,7 @@ def test_calibration_needs_an_adapter_and_batches(base, logits):
 
 
 def test_a_new_adapter_is_not_made_on_the_meta_device(base):
-    with pytest.raises(AdapterError, match="low_cpu_mem_usage is for loading"):
+    with pytest.raises(AdapterError, match="low_cpu_mem_usage works only for a saved"):
         get_peft_model(base, OrthoConfig(), low_cpu_mem_usage=True)
 
 
