@@ -68,6 +68,8 @@ def _move_in(target: Path) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if stat.S_ISREG(mode := os.lstat(target / name).st_mode):
                 set_mode(ready / name, stat.S_IMODE(mode))
+    # The old config files are removed before anything else, and the new ones are moved in last: in between, the folder
+    # does not load. Every step can be repeated, so a killed process is continued by running all of them again.
     for name in LAST:
         if gone(name) or (name in pending and known(name)):
             (target / name).unlink()

@@ -63,8 +63,8 @@ def search_interval(target: Target, n: int) -> tuple[float, float, Target]:
 
     # Only the two ends are non-linear, so the search has two dimensions. The score is a long curved valley (where the
     # errors of the series and of the tails are equal), with a kink wherever the location of the largest error jumps.
-    # Therefore a method without derivatives, Nelder-Mead, over the logarithms of the widths, where a step means the
-    # same at every degree. Each evaluation continues with the weights of the last one, so three rounds are enough.
+    # Nelder-Mead needs no derivatives; it searches over the logarithms of the widths, where a step means the same at
+    # every degree. Each evaluation continues with the weights of the last one, so three rounds are enough.
     # Coarse scales give a start in the valley. The final candidates are compared by the error over the data.
     bounds = np.log(width_bounds(n))
     reach = math.sqrt(max(n, 2))

@@ -82,6 +82,9 @@ class Source:
         return g.numpy()
 
     def _asymptotes(self):
+        # On each side, the asymptote is the line with the slope at FAR, provided that the slope at 2 FAR is the same.
+        # But g may bend again far beyond the data: if g is straight over NEAR with another slope, the tail is the line
+        # through NEAR instead, and bisection finds its reach, where g leaves that line.
         x = np.array([-FAR, -2 * FAR, FAR, 2 * FAR])
         g, dg = self.value(x), self.derivative(x)
         for side, i in (("-inf", 0), ("+inf", 2)):

@@ -80,7 +80,8 @@ class OrthoConfig(PeftConfig):
         default=0.0, metadata={"help": "Weight of the derivative in the fits, at least 0."}
     )
     domain: tuple[float, float] | None = field(
-        default=None, metadata={"help": "One interval [lo, hi] for all activations; by default, the fit searches it."}
+        default=None,
+        metadata={"help": "One interval [lo, hi] for all activations; searched per fit by default."},
     )
     layers: list[dict] | None = field(default=None, metadata={"help": "The record of each activation's fit."})
     source_activations: dict[str, str] | None = field(

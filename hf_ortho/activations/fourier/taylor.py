@@ -129,13 +129,17 @@ def _grid(parameters, domain) -> tuple[float, float, int, bool] | None:
     _, a, w, _ = map(np.array, parameters)
     if not all(math.isfinite(v) for vector in parameters for v in vector):
         return None
+    # The remainder for a step h is h^3/48 times a third derivative. Relative to the largest amplitude A_k = a_k/k!, S
+    # has at most sum_k A_k w_k^3; relative to the largest A_k w_k, S' has at most sum_k A_k w_k^4; and the gradient of
+    # a_k has at most w_k^3/k!. ``remainder`` bounds all three for h = 1. The step is the largest power of two for which
+    # the remainder stays below ROUNDING.
     relative = 1 / np.cumprod(np.arange(1.0, len(a) + 1))
     amplitudes, w = np.abs(a) * relative, np.abs(w)
     weights = np.maximum(amplitudes / (amplitudes.max() or 1.0), relative)
     slope = (amplitudes * w).max() or 1.0
-    remainder = max(weights @ w**3, amplitudes @ w**4 / slope, 1e-9) / 48  # where the step is 1
-    # The step is a power of two and the middle a multiple of it, so t is exact: otherwise thousands of equal x, as
-    # clamped to a domain, would accumulate the same error.
+    remainder = max(weights @ w**3, amplitudes @ w**4 / slope, 1e-9) / 48
+    # With a power of two as step and a multiple of it as middle, t is exact: otherwise thousands of equal x, clamped to
+    # a domain, would accumulate the same error.
     step = 2.0 ** math.floor(math.log2(ROUNDING / remainder) / 3)
     lo, hi = domain
     if domain == (-math.inf, math.inf):

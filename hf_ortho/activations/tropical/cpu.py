@@ -21,6 +21,9 @@ def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:
 
     If lines coincide, the first one counts. The first x is -inf.
     """
+    # A stack of lines in order of slope. Each new line is the steepest, so it is the maximum from some x on. If that x
+    # is left of the start of the last line on the stack, the last line is nowhere the maximum: remove it and compare
+    # with the previous one.
     hull: list[tuple[int, float]] = []
     for k in sorted(range(len(slopes)), key=lambda k: (slopes[k], -intercepts[k], k)):
         if hull and slopes[hull[-1][0]] == slopes[k]:
