@@ -104,7 +104,7 @@ def forked(tmp_path_factory):
 
 
 @pytest.fixture
-def randomised():
+def randomized():
     """Factory of float64 modules with random parameters, so that no two tropical lines tie."""
 
     import torch

@@ -30,7 +30,7 @@ def test_other_text_stays(text):
 
 @pytest.fixture
 def screen(monkeypatch):
-    """What the console prints, as to a terminal with colours."""
+    """What the console prints, as to a terminal with colors."""
     out = io.StringIO()
     monkeypatch.setattr(cli, "console", cli.PlainConsole(soft_wrap=True, file=out, force_terminal=True, width=200))
     monkeypatch.setattr(cli.PlainConsole, "file", property(lambda self: out, lambda self, file: None))

@@ -58,7 +58,7 @@ def _compiled(name: str) -> nn.Module:
 
 
 def _harmonic() -> nn.Module:
-    """Frequencies 1 to 6, as every initialization has them, not learnt."""
+    """Frequencies 1 to 6, as every initialization has them, not learned."""
     module = _from_scratch("fourier_6")
     module.get_parameter("frequencies").requires_grad_(False)
     return module

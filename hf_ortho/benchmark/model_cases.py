@@ -49,7 +49,7 @@ def _gpt2(settings: Settings) -> PreTrainedModel:
 
 
 def _train_step(results: Results, settings: Settings, case: str, models: dict[str, PreTrainedModel], batch) -> None:
-    """Forward and backward pass, gradients freed after each step; no optimiser, which would be the same for all."""
+    """Forward and backward pass, gradients freed after each step; no optimizer, which would be the same for all."""
     for model in models.values():
         _move(model, settings).train()
 

@@ -20,7 +20,7 @@ from .results import Figure, Results
 from .settings import Settings
 from .targets import Target
 
-COLOURS = {"forward": BLUE, "forward + backward": SKY, "call": BLUE, "step": BLUE, "peak": VERMILION, "generate": SKY}
+COLORS = {"forward": BLUE, "forward + backward": SKY, "call": BLUE, "step": BLUE, "peak": VERMILION, "generate": SKY}
 MARKERS = "osD^v<>"
 
 Limits = Mapping[tuple[str, str, str], float]
@@ -76,7 +76,7 @@ def _bars(axes: Axes, results: Results, limits: Limits, cases: tuple[str, ...], 
 
 
 def _bar(axes: Axes, figure: Figure, y: float, height: float, limit: float | None) -> None:
-    axes.barh(y, figure.ratio - 1, height, left=1, color=COLOURS[figure.measure], label=figure.measure)
+    axes.barh(y, figure.ratio - 1, height, left=1, color=COLORS[figure.measure], label=figure.measure)
     end = max(figure.ratio, 1.0)
     if figure.spread is not None:
         axes.errorbar(figure.ratio, y, xerr=figure.spread / 2, color=BLACK, lw=0.8, capsize=2)
@@ -103,11 +103,11 @@ def _legend(axes: Axes) -> None:
 def _elements(axes: Axes, results: Results) -> None:
     """Nanoseconds per element over the number of elements."""
     rows = results.of("elements")
-    for name, colour in ((REFERENCE, BLACK), ("hermite_8", VERMILION)):
+    for name, color in ((REFERENCE, BLACK), ("hermite_8", VERMILION)):
         sizes = [int(row.split()[1]) for row in rows if row.split()[0] == name]
         for measure, style in (("forward", "-"), ("forward + backward", "--")):
             times = [rows[f"{name} {n}"][measure].value / n * 1e9 for n in sizes]
-            axes.plot(sizes, times, style, marker="o", ms=3, color=colour, label=f"{name}, {measure}")
+            axes.plot(sizes, times, style, marker="o", ms=3, color=color, label=f"{name}, {measure}")
     axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ns per element", title="time per element")
     axes.grid(which="both", alpha=0.25, lw=0.5)
     _legend(axes)

@@ -17,8 +17,8 @@ TITLES = {
     "elements": "over the number of elements",
     "degree": "over the degree, {degree_elements} elements",
     "decode": "one call on {decode}, without gradient",
-    "gpt2": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, no optimiser",
-    "convnext": "training step of ConvNeXt ({convnext}, {convnext_batch} images), no optimiser",
+    "gpt2": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, no optimizer",
+    "convnext": "training step of ConvNeXt ({convnext}, {convnext_batch} images), no optimizer",
     "generation": "GPT-2, {tokens} tokens, greedy, with cache",
 }
 

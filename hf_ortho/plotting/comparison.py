@@ -1,4 +1,4 @@
-"""Trainings with several activations as one picture: losses, their differences, and the final metric."""
+"""Plot trainings with several activations: losses, their differences, and the final metric."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import written
-from .layout import BLACK, BLUE, GREY, SKY, VERMILION
+from .layout import BLACK, BLUE, GRAY, SKY, VERMILION
 
-COLOURS = (BLACK, VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", SKY, GREY)
-SMOOTHING = 0.05  # of the training, for the curves of differences
+COLORS = (BLACK, VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", SKY, GRAY)
+SMOOTHING = 0.05  # window of the running mean of differences, as a fraction of the training
 
 Curve = Sequence[tuple[int, float]]
 
@@ -28,7 +28,7 @@ def plot_comparison(
     """Write a PNG with three panels.
 
     Args:
-        curves: by activation and seed, (optimiser step, training loss) pairs; the first activation is the reference.
+        curves: by activation and seed, (optimizer step, training loss) pairs; the first activation is the reference.
         finals: by activation and seed, the final metric; at least one activation.
 
     Raises:
@@ -38,37 +38,37 @@ def plot_comparison(
     FigureCanvasAgg(figure)
     losses, gaps, final = figure.subplots(1, 3)
     reference = next(iter(curves))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(curves)}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(curves)}
     for name, by_seed in curves.items():
         if not by_seed:
             continue
         steps, table = _aligned(list(by_seed.values()))
-        losses.plot(steps, table.mean(0), lw=1.2, color=colours[name], label=name)
+        losses.plot(steps, table.mean(0), lw=1.2, color=colors[name], label=name)
         common = [seed for seed in by_seed if seed in curves[reference]]
         if name == reference or not common:
             continue
-        steps, own = _aligned([by_seed[seed] for seed in common])
-        at, other = _aligned([curves[reference][seed] for seed in common])
-        kept = min(len(steps), len(at))
-        gap = _smooth(own[:, :kept] - other[:, :kept])
-        gaps.plot(steps[:kept], gap.mean(0), lw=1.4, color=colours[name], label=name)
+        steps, loss = _aligned([by_seed[seed] for seed in common])
+        _, reference_loss = _aligned([curves[reference][seed] for seed in common])
+        n = min(loss.shape[1], reference_loss.shape[1])
+        gap = _smooth(loss[:, :n] - reference_loss[:, :n])
+        gaps.plot(steps[:n], gap.mean(0), lw=1.4, color=colors[name], label=name)
         if len(common) > 1:
-            gaps.fill_between(steps[:kept], gap.min(0), gap.max(0), color=colours[name], alpha=0.15, lw=0)
-    losses.set(title="training loss, mean over seeds", xlabel="optimiser step", ylabel="nats")
+            gaps.fill_between(steps[:n], gap.min(0), gap.max(0), color=colors[name], alpha=0.15, lw=0)
+    losses.set(title="training loss, mean over seeds", xlabel="optimizer step", ylabel="nats")
     if losses.lines:
         losses.legend(fontsize=8)
     gaps.axhline(0, color=BLACK, lw=1.0)
     gaps.set(
-        title=f"training loss minus that of {reference}, same seed\n(running mean; band: all seeds)",
-        xlabel="optimiser step",
+        title=f"training loss minus the loss of {reference}, same seed\n(running mean; band: all seeds)",
+        xlabel="optimizer step",
         ylabel="nats",
     )
     steady = [line.get_ydata()[len(line.get_ydata()) // 5 :] for line in gaps.lines[:-1]]
     if steady and (reach := 1.3 * max(np.abs(y).max() for y in steady)) > 0:
         gaps.set_ylim(-reach, reach)
     for i, (name, values) in enumerate(finals.items()):
-        final.plot([i] * len(values), list(values.values()), "o", ms=4, color=colours.get(name, GREY), alpha=0.6)
-        final.plot([i - 0.25, i + 0.25], [np.mean(list(values.values()))] * 2, lw=2, color=colours.get(name, GREY))
+        final.plot([i] * len(values), list(values.values()), "o", ms=4, color=colors.get(name, GRAY), alpha=0.6)
+        final.plot([i - 0.25, i + 0.25], [np.mean(list(values.values()))] * 2, lw=2, color=colors.get(name, GRAY))
     final.set_xticks(range(len(finals)), list(finals), rotation=30, ha="right", fontsize=8)
     final.set(title=f"{metric} after training\n(bar: mean; points: seeds)")
     figure.suptitle(title)
@@ -77,13 +77,13 @@ def plot_comparison(
 
 
 def _aligned(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, (n,), and values, (curves, n), as far as all of them go."""
+    """Steps, (n,), and values, (curves, n), up to the end of the shortest curve."""
     n = min(map(len, curves))
     return np.array([step for step, _ in curves[0][:n]]), np.array([[value for _, value in c[:n]] for c in curves])
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """The running mean along the last axis, shorter windows at the ends."""
+    """The running mean along the last axis, with shorter windows at the ends."""
     width = min(max(1, int(SMOOTHING * y.shape[-1])), (y.shape[-1] - 1) // 2)
     kernel = np.ones(2 * width + 1)
     count = np.convolve(np.ones(y.shape[-1]), kernel, "same")

@@ -37,7 +37,7 @@ class FiniteGuard(TrainerCallback):
 
 
 class FiniteLoss(Trainer):
-    """``Trainer`` with ``FiniteGuard``, which also stops at a loss that is not finite, before the optimiser's step.
+    """``Trainer`` with ``FiniteGuard``, which also stops at a loss that is not finite, before the optimizer's step.
 
     The batch is run forward once more then, to find the first layer whose output is not finite. The loss is looked at
     where ``logging_nan_inf_filter``, which is on by default, makes Trainer wait for it anyway; several processes share

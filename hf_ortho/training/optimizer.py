@@ -1,4 +1,4 @@
-"""Parameter groups and optimisers that treat the parameters of activations apart."""
+"""Parameter groups and optimizers that treat the parameters of activations apart."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def param_groups(
     Up to three groups, without the empty ones: what decays (the rule of ``Trainer``: all but norms and biases), what
     does not, and the parameters of learnable activations, which do not either: decay would pull them to f = 0. Frozen
     parameters are left out, tied ones come once. Wrapped models (DDP, FSDP2, ``torch.compile``) will do; parameters on
-    different device meshes get groups of their own, as fused optimisers ask for.
+    different device meshes get groups of their own, as fused optimizers ask for.
 
     Args:
         model: any module.
@@ -75,7 +75,7 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[Any, dict[str, Any]]:
     """The argument for ``Trainer(..., optimizer_cls_and_kwargs=hf_ortho.optimizer_cls_and_kwargs(...))``.
 
-    ``Trainer`` gives such an optimiser none of its own ``TrainingArguments``: learning rate, weight decay and betas are
+    ``Trainer`` gives such an optimizer none of its own ``TrainingArguments``: learning rate, weight decay and betas are
     those given here. The schedule multiplies the learning rate of each group.
 
     Args:
@@ -113,7 +113,7 @@ optimizer = optimizer_cls_and_kwargs  # its earlier name
 def scale_steps(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, gradient_scale: float = 1.0, natural_steps: bool = False
 ) -> torch.optim.Optimizer:
-    """Let an optimiser see the parameters of activations in other units, by hooks on its ``step``; returns it.
+    """Let an optimizer see the parameters of activations in other units, by hooks on its ``step``; returns it.
 
     With ``natural_steps`` it steps u = c / s and gets the gradient s * dL/dc, with s of
     ``LearnableActivation.natural_units``, such as sqrt(k!) for the coefficient c_k of a Hermite series: Adam's steps of

@@ -39,7 +39,7 @@ def _solarize_add(picture: Image, level: float, _: Fill) -> Image:
 
 
 # Each takes a picture, a level from -1 to 1 (its sign is a direction where there are two, its size the strength) and
-# the colour of pixels from outside.
+# the color of pixels from outside.
 OPERATIONS: dict[str, Callable[[Image, float, Fill], Image]] = {
     "autocontrast": lambda picture, level, fill: ImageOps.autocontrast(picture),
     "equalize": lambda picture, level, fill: ImageOps.equalize(picture),

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from ..activations import LearnableActivation, build
-from ..activations.base import INITIALISATIONS
+from ..activations.base import INITIALIZATIONS
 from ..activations.registry import check_name
 from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, processor_of
 from ..checkpoints.provenance import Provenance
@@ -98,10 +98,10 @@ def build_model(
         return fresh(), None
     check_name(activation)
     learnable = isinstance(ACT2FN[activation], LearnableActivation)
-    fitted = learnable and init not in INITIALISATIONS
+    fitted = learnable and init not in INITIALIZATIONS
     if fitted and init not in ACT2FN:
         raise ConfigError(
-            f"activation_init {init!r}: must be one of {', '.join(INITIALISATIONS)}, or a function of ACT2FN, such as "
+            f"activation_init {init!r}: must be one of {', '.join(INITIALIZATIONS)}, or a function of ACT2FN, such as "
             "gelu, to be fitted"
         )
     for site in find_sites(fresh("meta"))[0]:

@@ -1,4 +1,4 @@
-"""The Trainer whose optimiser treats activations apart."""
+"""The Trainer whose optimizer treats activations apart."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .policies import freeze_domains
 
 
 class ActivationTrainer(FiniteLoss, WholeCheckpoints):
-    """``Trainer`` with the parameter groups of ``param_groups``, for every optimiser that it knows by name.
+    """``Trainer`` with the parameter groups of ``param_groups``, for every optimizer that it knows by name.
 
     It also stops rather than save what is not finite, and resumes from whole checkpoints only.
 
     Args:
-        optimizer_arguments: how the activations are optimised; None for the defaults.
+        optimizer_arguments: how the activations are optimized; None for the defaults.
         penalty: is added to losses that the model does not compute itself, as with label smoothing.
     """
 

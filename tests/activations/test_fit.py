@@ -323,7 +323,7 @@ def test_gelu_10_goes_on_straight_where_it_is_cut():
         ("no_such_activation", "no_such_activation"),
         (nn.Linear(3, 3), "cannot be evaluated"),
     ],
-    ids=["relu2", "square", "sin", "softmax", "centred", "nan", "log", "sum", "unknown", "linear"],
+    ids=["relu2", "square", "sin", "softmax", "centered", "nan", "log", "sum", "unknown", "linear"],
 )
 def test_sources_that_cannot_be_followed(fn, reason):
     assert_refused("hermite_3", fn, reason)

@@ -10,8 +10,8 @@ from hf_ortho.activations import Fourier
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 9, 16, 32])
-def test_values_and_derivative(degree, domain, randomised, assert_follows):
-    module = randomised(f"fourier_{degree}", domain)
+def test_values_and_derivative(degree, domain, randomized, assert_follows):
+    module = randomized(f"fourier_{degree}", domain)
     a0, a, w, p = (v.detach().numpy() for v in (module.offset, module.coefficients, module.frequencies, module.phases))
     a = a / np.array([math.factorial(k) for k in range(1, degree + 1)], dtype=float)
     assert_follows(

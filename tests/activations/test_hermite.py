@@ -14,8 +14,8 @@ FACTORIALS = np.array([math.factorial(k) for k in range(33)], dtype=float)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 9, 16, 32])
-def test_values_and_derivative(degree, domain, randomised, assert_follows):
-    module = randomised(f"hermite_{degree}", domain)
+def test_values_and_derivative(degree, domain, randomized, assert_follows):
+    module = randomized(f"hermite_{degree}", domain)
     c = module.coefficients.detach().numpy()
     assert_follows(
         module,
@@ -39,8 +39,8 @@ def test_paper_moments_of_value_and_derivative_are_equal(degree, moment):
 
 
 @pytest.mark.parametrize("degree", [1, 5, 9, 32])
-def test_moments_by_orthogonality(degree, randomised):
-    module = randomised(f"hermite_{degree}")
+def test_moments_by_orthogonality(degree, randomized):
+    module = randomized(f"hermite_{degree}")
     squares = module.coefficients.detach().numpy() ** 2
     value, slope = module.gain(1.0)
     assert value == pytest.approx((squares / FACTORIALS[: degree + 1]).sum(), rel=1e-9)

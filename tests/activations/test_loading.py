@@ -35,7 +35,7 @@ def load(request):
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Uninitialised memory reads as NaN, so that a value nobody wrote cannot pass by luck."""
+    """Uninitialized memory reads as NaN, so that a value nobody wrote cannot pass by luck."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_lacks_one_tensor_keeps_the_others(missing, tmp_path, 
     assert len(warnings_seen()) == 1
 
 
-def test_a_later_initialisation_keeps_trained_values():
+def test_a_later_initialization_keeps_trained_values():
     model = tuned("hermite_8")
     expected = [deepcopy(act.state_dict()) for act in activations(model)]
     model.init_weights()

@@ -40,8 +40,8 @@ def evaluate(fn, x):
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 8, 9, 16, 32])
 @pytest.mark.parametrize("interval", [(-1.8, 1.3), (-6.0, 6.0), (0.5, 4.0)])
-def test_values_and_derivatives_in_units_of_x(degree, interval, randomised):
-    module = randomised(f"hermite_{degree}")
+def test_values_and_derivatives_in_units_of_x(degree, interval, randomized):
+    module = randomized(f"hermite_{degree}")
     c = module.coefficients.detach().numpy() / [float(math.factorial(k)) for k in range(degree + 1)]
     polynomial = module.to_polynomial(interval)
     x = np.linspace(*interval, 101)
@@ -125,7 +125,7 @@ def test_an_interval_is_needed(interval):
 
 
 def test_refused_beyond_the_domain(fitted):
-    with pytest.raises(PolynomialError, match=r"\[-2, 6\] of hermite_32: beyond its own domain \[-5.25, 5.5\]"):
+    with pytest.raises(PolynomialError, match=r"\[-2, 6\] of hermite_32: outside its domain \[-5.25, 5.5\]"):
         fitted.to_polynomial((-2.0, 6.0))
 
 

@@ -13,8 +13,8 @@ LOW = {"bf16": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(), "to-f
 
 
 @pytest.fixture(params=[f"{family}_{n}" for family in FAMILIES for n in (3, 9)])
-def module(request, randomised):
-    return randomised(request.param, (-1.5, 1.8)).float()
+def module(request, randomized):
+    return randomized(request.param, (-1.5, 1.8)).float()
 
 
 @pytest.fixture

@@ -32,14 +32,14 @@ def numpy_lines(module):
 
 
 @pytest.mark.parametrize("degree", DEGREES)
-def test_polynomial(degree, domain, randomised, assert_follows):
-    module = randomised(f"tropical_{degree}", domain, spread=1.0)
+def test_polynomial(degree, domain, randomized, assert_follows):
+    module = randomized(f"tropical_{degree}", domain, spread=1.0)
     assert_follows(module, *max_of_lines(*numpy_lines(module)[0]))
 
 
 @pytest.mark.parametrize("degree", DEGREES)
-def test_rational(degree, domain, randomised, assert_follows):
-    module = randomised(f"tropical_rational_{degree}", domain, spread=1.0)
+def test_rational(degree, domain, randomized, assert_follows):
+    module = randomized(f"tropical_rational_{degree}", domain, spread=1.0)
     (top, top_slope), (bottom, bottom_slope) = (max_of_lines(*lines) for lines in numpy_lines(module))
     assert_follows(module, lambda x: top(x) - bottom(x), lambda x: top_slope(x) - bottom_slope(x))
 

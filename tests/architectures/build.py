@@ -144,7 +144,7 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
             continue
         if parameter.ndim > 1 and parameter.is_floating_point():
             fan = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[1]
-            gain = 2.0 if parameter.ndim == 4 else 1.0  # few convolutional nets normalise what they pass on
+            gain = 2.0 if parameter.ndim == 4 else 1.0  # few convolutional nets normalize what they pass on
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (gain / max(fan, 1)) ** 0.5)
         elif parameter.is_floating_point():
             tiny = parameter.abs().max() < 1e-2 and parameter.abs().min() > 0  # a layer scale that hides its branch

@@ -84,7 +84,7 @@ def driving_inputs(model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, st
 
 
 def settle(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    """Let batch normalisation take its statistics from ``inputs``: random weights make signals vanish otherwise."""
+    """Let batch normalization take its statistics from ``inputs``: random weights make signals vanish otherwise."""
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0

@@ -146,9 +146,9 @@ def image_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "labelled"), [(["bird", "cat", "dog"], True), (["cat", "dog"], False), (["a", "b", "c"], False)]
+    ("classes", "labeled"), [(["bird", "cat", "dog"], True), (["cat", "dog"], False), (["a", "b", "c"], False)]
 )
-def test_image_classifier(convert, make_convnext, save_parts, tmp_path, image_folder, output, classes, labelled):
+def test_image_classifier(convert, make_convnext, save_parts, tmp_path, image_folder, output, classes, labeled):
     """Labels that the model does not have give no loss."""
     source = save_parts(tmp_path / "source", *make_convnext(classes))
     ran = convert(source, "--family", "fourier", "--calibration-data", image_folder, "--calibration-samples", 2)
@@ -165,8 +165,8 @@ def test_image_classifier(convert, make_convnext, save_parts, tmp_path, image_fo
     layer = models[1].config.hf_ortho["layers"][0]
     assert layer["rms_error"] < 1e-4
     losses = written_losses(output)
-    assert (losses is not None) == labelled
-    if labelled:
+    assert (losses is not None) == labeled
+    if labeled:
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 

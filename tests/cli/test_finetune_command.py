@@ -510,11 +510,11 @@ def test_the_model_is_kept_when_its_card_fails(recipe, finetune, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def three_classes(tmp_path_factory):
-    """A folder of 3 x 8 pictures, one colour and some noise per class."""
+    """A folder of 3 x 8 pictures, one color and some noise per class."""
     import numpy as np
 
     image = pytest.importorskip("PIL.Image")
-    folder = tmp_path_factory.mktemp("colours")
+    folder = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green", "blue")):
         (folder / name).mkdir()
@@ -609,7 +609,7 @@ def test_as_many_other_classes_are_named(recipe, finetune, make_convnext, save_p
     assert config["id2label"] == {"0": "blue", "1": "green", "2": "red"}
 
 
-def colours_as(kind, source, place, names):
+def colors_as(kind, source, place, names):
     """The pictures of some classes as a folder per class, or in parquet with integer labels 0 blue, 1 green, 2 red."""
     if kind == "folder":
         for name in names:
@@ -625,8 +625,8 @@ def colours_as(kind, source, place, names):
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_evaluation_data_without_some_classes(recipe, finetune, convnext_folder, three_classes, tmp_path, kind):
     """Without blue, green and red are still the second and the third class."""
-    train = colours_as(kind, three_classes, tmp_path / "train", ("red", "green", "blue"))
-    held_back = colours_as(kind, three_classes, tmp_path / "eval", ("red", "green"))
+    train = colors_as(kind, three_classes, tmp_path / "train", ("red", "green", "blue"))
+    held_back = colors_as(kind, three_classes, tmp_path / "eval", ("red", "green"))
     options = {"learning_rate": 0.02, "max_steps": 15, "per_device_train_batch_size": 8, "save_strategy": "no"}
     ran = finetune(recipe(model=str(convnext_folder), dataset=train, eval_dataset=held_back, **options))
     assert ran.figures["top1"][1] == "1.00000"

@@ -91,7 +91,7 @@ def test_text(hf_ortho_command, converted):
 
 
 def test_from_scratch(hf_ortho_command, make_gpt2, tmp_path):
-    """The paper's initialisation at degree 3: no provenance, no bounds, no source."""
+    """The paper's initialization at degree 3: no provenance, no bounds, no source."""
     make_gpt2(activation_function="hermite_3")[0].save_pretrained(tmp_path)
     found = json.loads(hf_ortho_command("inspect", tmp_path, "--json").out)
     assert found["provenance"] == {}

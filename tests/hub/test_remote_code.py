@@ -92,7 +92,7 @@ said["names"] = sorted(set(ACT2FN) - others)
 """
 
 
-def randomised(model):
+def randomized(model):
     """Parameters away from their initial values, domains and tails among them in every second activation."""
     generator = torch.Generator().manual_seed(1)
     found = {path: m for path, m in model.named_modules() if isinstance(m, LearnableActivation)}
@@ -186,7 +186,7 @@ def sine():
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    return {name: randomised(case.make(*case.activations)) for name, case in CASES.items()}
+    return {name: randomized(case.make(*case.activations)) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")

@@ -32,17 +32,17 @@ def data(*shape, dtype=torch.float32):
     return x.to(dtype), (1 + 0.5 * torch.randn(shape, generator=generator)).to(dtype)
 
 
-def make(randomised, name, domain=TAILS, dtype=torch.float32):
-    module = randomised(name, domain)
+def make(randomized, name, domain=TAILS, dtype=torch.float32):
+    module = randomized(name, domain)
     return module if dtype == torch.float64 else module.float()
 
 
 @pytest.fixture
-def check(randomised, measured, reference, assert_near, small_chunks):
+def check(randomized, measured, reference, assert_near, small_chunks):
     """Values and gradients for several chunks, and for one, without scratch rows."""
 
     def compare(name, domain, dtype):
-        module = make(randomised, name, domain, dtype)
+        module = make(randomized, name, domain, dtype)
         for shape in ((7, 11, 3), (129,), (50,)):
             x, g = data(*shape, dtype=dtype)
             found = measured(module, x, g)
@@ -117,8 +117,8 @@ def test_a_series_without_scratch_rows(domain, measured, reference, assert_near,
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (49,), (50,), (51,), (64,), (65,), (128,)], ids=str)
-def test_sizes(name, shape, randomised, measured, reference, assert_near, small_chunks):
-    module = make(randomised, name)
+def test_sizes(name, shape, randomized, measured, reference, assert_near, small_chunks):
+    module = make(randomized, name)
     x, g = data(*shape)
     assert_near(measured(module, x, g), reference(module, x, g), 2e-6, 5e-6)
 
@@ -136,8 +136,8 @@ def test_sizes(name, shape, randomised, measured, reference, assert_near, small_
     ids=["channels_last", "permuted", "strided", "expanded", "ones"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layouts(name, arrange, dtype, randomised, measured, small_chunks):
-    module = make(randomised, name)
+def test_layouts(name, arrange, dtype, randomized, measured, small_chunks):
+    module = make(randomized, name)
     x, g = (arrange(t) for t in data(4, 6, 5, 3, dtype=dtype))
     y, gradients = measured(module, x, g)
     y_flat, flat = measured(module, x.contiguous(), g.contiguous())
@@ -153,8 +153,8 @@ def test_layouts(name, arrange, dtype, randomised, measured, small_chunks):
 
 @pytest.mark.parametrize("name", SERIES)
 @pytest.mark.parametrize("domain", [None, TAILS], ids=["pure", "tails"])
-def test_nan_stays_where_it_is(name, domain, randomised, small_chunks):
-    module = make(randomised, name, domain)
+def test_nan_stays_where_it_is(name, domain, randomized, small_chunks):
+    module = make(randomized, name, domain)
     x, g = data(200)
     clean, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.no_grad():
@@ -170,8 +170,8 @@ def test_nan_stays_where_it_is(name, domain, randomised, small_chunks):
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("slopes", [(0.3, 1.2), (0.0, 1.2), (0.3, 0.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_infinite_inputs_run_along_the_tails(name, dtype, slopes, randomised, small_chunks):
-    module = randomised(name, TAILS)
+def test_infinite_inputs_run_along_the_tails(name, dtype, slopes, randomized, small_chunks):
+    module = randomized(name, TAILS)
     with torch.no_grad():
         module.tail_slopes.copy_(torch.tensor(slopes))
         at_ends = module(module.domain)
@@ -186,8 +186,8 @@ def test_infinite_inputs_run_along_the_tails(name, dtype, slopes, randomised, sm
 
 
 @pytest.mark.parametrize("name", SERIES)
-def test_only_what_is_asked_for(name, randomised, measured, small_chunks):
-    module = make(randomised, name)
+def test_only_what_is_asked_for(name, randomized, measured, small_chunks):
+    module = make(randomized, name)
     x, g = data(300)
     _, expected = measured(module, x, g)
     groups = {"x": [], "domain": [module.domain], "series": [p for k, p in module.named_parameters() if k != "domain"]}
@@ -215,8 +215,8 @@ def threads():
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(name, dtype, randomised, measured, small_chunks, threads):
-    module = make(randomised, name)
+def test_any_number_of_threads_gives_the_same_bits(name, dtype, randomized, measured, small_chunks, threads):
+    module = make(randomized, name)
     x, g = data(1000, dtype=dtype)
     results = []
     for count in (1, 2, 3, 2):
@@ -233,12 +233,12 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype, randomised, meas
         assert all(torch.equal(gradients[key], value) for key, value in results[0][1].items())
 
 
-def test_threads_work_alone(randomised, measured, threads, monkeypatch):
+def test_threads_work_alone(randomized, measured, threads, monkeypatch):
     """Above ATen's grain size, where its own threads would split the sums, and slow each other down."""
     monkeypatch.setattr(cpu, "CHUNK", 40_000)
     x, g = data(100_003)
     for name in ("hermite_3", "fourier_1"):
-        module = make(randomised, name)
+        module = make(randomized, name)
         threads(1)
         y, gradients = measured(module, x, g)
         for count in (2, 3):
@@ -274,8 +274,8 @@ threading.Thread(target=late).start()
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_inference_mode_in_threads(name, randomised, small_chunks, threads):
-    module = make(randomised, name)
+def test_inference_mode_in_threads(name, randomized, small_chunks, threads):
+    module = make(randomized, name)
     x, _ = data(1000)
     expected = module(x).detach()
     threads(2)
@@ -289,8 +289,8 @@ def test_inference_mode_in_threads(name, randomised, small_chunks, threads):
 
 
 @pytest.mark.parametrize("name", SERIES)
-def test_a_default_device_and_dtype_change_nothing(name, randomised, measured, small_chunks):
-    module = make(randomised, name)
+def test_a_default_device_and_dtype_change_nothing(name, randomized, measured, small_chunks):
+    module = make(randomized, name)
     x, g = data(300)
     y, gradients = measured(module, x, g)
     cpu._activation.cache_clear()
@@ -305,8 +305,8 @@ def test_a_default_device_and_dtype_change_nothing(name, randomised, measured, s
 
 
 @pytest.mark.parametrize("name", SERIES)
-def test_trains_after_a_first_call_in_inference_mode(name, randomised, measured, small_chunks):
-    module = make(randomised, name)
+def test_trains_after_a_first_call_in_inference_mode(name, randomized, measured, small_chunks):
+    module = make(randomized, name)
     x, g = data(300)
     expected = measured(module, x, g)[1]
     cpu._activation.cache_clear()
@@ -317,8 +317,8 @@ def test_trains_after_a_first_call_in_inference_mode(name, randomised, measured,
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_repeated_runs_give_the_same_bits(name, randomised, measured, small_chunks):
-    module = make(randomised, name)
+def test_repeated_runs_give_the_same_bits(name, randomized, measured, small_chunks):
+    module = make(randomized, name)
     x, g = data(500)
     first = measured(module, x, g)
     torch.use_deterministic_algorithms(True)
@@ -332,8 +332,8 @@ def test_repeated_runs_give_the_same_bits(name, randomised, measured, small_chun
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_x_is_kept_for_the_backward_pass(name, dtype, randomised):
-    module = make(randomised, name)
+def test_only_x_is_kept_for_the_backward_pass(name, dtype, randomized):
+    module = make(randomized, name)
     x = data(400, dtype=dtype)[0].requires_grad_()
     kept = {}
 
@@ -351,8 +351,8 @@ def test_only_x_is_kept_for_the_backward_pass(name, dtype, randomised):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_an_update_between_the_passes_is_an_error(name, randomised):
-    module = make(randomised, name)
+def test_an_update_between_the_passes_is_an_error(name, randomized):
+    module = make(randomized, name)
     for tensor in (x := data(9)[0], next(iter(module.parameters()))):
         x = x.clone().requires_grad_()
         y = module(x)
@@ -363,8 +363,8 @@ def test_an_update_between_the_passes_is_an_error(name, randomised):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_every_way_to_write_a_parameter_is_seen(name, randomised):
-    module = make(randomised, name)
+def test_every_way_to_write_a_parameter_is_seen(name, randomized):
+    module = make(randomized, name)
     x, _ = data(30)
     for write in (
         lambda p: p.data.add_(0.1),
@@ -411,8 +411,8 @@ def test_coefficients_that_are_not_finite_give_nan(name):
 
 
 @pytest.mark.parametrize("family", ["tropical", "tropical_rational"])
-def test_a_line_that_is_switched_off(family, randomised, measured, reference, small_chunks):
-    module = make(randomised, f"{family}_4")
+def test_a_line_that_is_switched_off(family, randomized, measured, reference, small_chunks):
+    module = make(randomized, f"{family}_4")
     x, g = data(200)
     with torch.no_grad():
         for key, p in module.named_parameters():
@@ -439,7 +439,7 @@ def test_numbers_that_float32_cannot_hold_become_infinite():
         assert not gx.isfinite().any()
 
 
-def test_chunks_cover_large_tensors(randomised, measured, reference, assert_near):
-    module = make(randomised, "hermite_3")
+def test_chunks_cover_large_tensors(randomized, measured, reference, assert_near):
+    module = make(randomized, "hermite_3")
     x, g = data(2 * cpu.CHUNK + 5)
     assert_near(measured(module, x, g), reference(module, x, g), 2e-6, 5e-6)

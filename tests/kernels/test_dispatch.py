@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning") 
 
 
 @pytest.fixture(params=names())
-def module(request, randomised):
-    return randomised(request.param, TAILS)
+def module(request, randomized):
+    return randomized(request.param, TAILS)
 
 
 @pytest.fixture
@@ -181,10 +181,10 @@ def test_a_tensor_that_is_not_strided_is_refused_as_ever(module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*(f"{family}_3" for family in FAMILIES), "hermite_9"])
-def test_compiled_with_any_size(name, backend, x, randomised):
+def test_compiled_with_any_size(name, backend, x, randomized):
     """Inductor compiles C++."""
     torch._dynamo.reset()
-    module = randomised(name, TAILS).float()
+    module = randomized(name, TAILS).float()
     module.domain.requires_grad_()
     fn = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
     for n in (40, 33):
@@ -238,7 +238,7 @@ def test_cosine_and_sine_in_turns(reach):
     torch.testing.assert_close(sine.double(), angle.sin(), rtol=0, atol=allowed)
 
 
-def test_slopes_of_the_tails_can_be_learnt_too(module, x):
+def test_slopes_of_the_tails_can_be_learned_too(module, x):
     torch._dynamo.reset()
     results = []
     for fn in (module, torch.compile(module, backend="eager"), lambda x: type(module).formula(x, *module._tensors())):

@@ -43,8 +43,8 @@ def test_fits(source, degree, measured, reference, assert_near, tables):
 
 @pytest.mark.parametrize("domain", [(-1.5, 1.8), (2.0, 3.0), (-0.1, 0.3), (99.0, 100.0)], ids=str)
 @pytest.mark.parametrize("degree", [1, 2, 7, 12, 32])
-def test_random_parameters(degree, domain, randomised, measured, reference, assert_near, tables):
-    module = randomised(f"fourier_{degree}").float()
+def test_random_parameters(degree, domain, randomized, measured, reference, assert_near, tables):
+    module = randomized(f"fourier_{degree}").float()
     with torch.no_grad():
         module.domain.copy_(torch.tensor(domain))
         module.frequencies.mul_(1.5 / (domain[1] - domain[0])).clamp_(max=20.0)
@@ -130,9 +130,9 @@ def test_cosines_where_tables_do_not_serve():
 
 @pytest.mark.parametrize("far", [0.0, 1.5, -1.5, math.inf, math.nan])
 @pytest.mark.parametrize("degree", [1, 6, 12])
-def test_the_whole_real_line(degree, far, randomised, measured, reference, assert_near, small_chunks):
+def test_the_whole_real_line(degree, far, randomized, measured, reference, assert_near, small_chunks):
     """Chunks that reach beyond the grid take the cosines, the others do not, and the sums meet."""
-    module = randomised(f"fourier_{degree}").float()
+    module = randomized(f"fourier_{degree}").float()
     found = kernel(module)
     assert found.open
     x, g = data(400, scale=1.5)

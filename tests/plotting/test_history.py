@@ -44,13 +44,13 @@ def test_curves(figure_of, family):
     assert lower.get_ylabel() == "change since\nstep 10"
 
 
-def test_colours_follow_the_steps(figure_of):
+def test_colors_follow_the_steps(figure_of):
     figure = figure_of(plot_history, history())
     lines = curves(figure.axes[0])
     assert [line.get_linestyle() for line in lines] == ["--", "-", "-", "-."]
     lightness = [np.dot(line.get_color()[:3], (0.299, 0.587, 0.114)) for line in lines[:3]]
     assert lightness[0] < lightness[1] < lightness[2]
-    (bar,) = (axes for axes in figure.axes if axes.get_ylabel() == "optimiser step")
+    (bar,) = (axes for axes in figure.axes if axes.get_ylabel() == "optimizer step")
     assert list(bar.get_yticks()) == [10, 20, 40]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"step 10, the first", "end (a model)"} <= set(legend)
@@ -66,7 +66,7 @@ def test_one_panel_per_layer(figure_of, layers):
     assert figure.get_suptitle().startswith("a run\nh.*.act")
 
 
-def test_one_step_and_the_end_need_no_colour_bar(figure_of):
+def test_one_step_and_the_end_need_no_color_bar(figure_of):
     figure = figure_of(plot_history, [history()[0], history()[3]])
     assert len(figure.axes) == 2
     assert len(curves(figure.axes[0])) == 2

@@ -126,7 +126,7 @@ def test_the_other_checkpoint_without_a_source(drawn):
     np.testing.assert_allclose(difference, y - other(torch.from_numpy(x)).detach().numpy(), atol=1e-12)
 
 
-def test_styles_differ_in_more_than_colour(drawn):
+def test_styles_differ_in_more_than_color(drawn):
     ((_, _, axes),), _ = drawn(Panel("act", fitted(), nn.GELU(), None, fitted()))
     curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
     assert len({line.get_linestyle() for line in curves}) == 3

@@ -96,7 +96,7 @@ def stream(tokenizer, texts, end):
 
 @pytest.mark.parametrize("block_size", [2, 7, 100])
 def test_text_blocks_are_the_token_stream_cut_in_blocks(tokenizer, block_size):
-    # More documents than one batch of the tokenisation takes, of lengths 0 to 12.
+    # More documents than one batch of the tokenization takes, of lengths 0 to 12.
     texts = ["abcdefghijkl"[: i * 5 % 13] for i in range(600)]
     blocks = data.text_blocks(Dataset.from_dict({"text": [*texts, None]}), tokenizer, block_size)
     expected = stream(tokenizer, [t for t in texts if t], [tokenizer.eos_token_id])
@@ -215,12 +215,12 @@ def test_an_image_folder_with_splits(tmp_path, processor):
     assert (train.num_rows, held_back.num_rows) == (6, 3)
 
 
-def test_grey_images_become_rgb(processor):
-    grey = Dataset.from_dict(
+def test_gray_images_become_rgb(processor):
+    gray = Dataset.from_dict(
         {"image": [picture(0, "L")], "label": [0]},
         features=Features({"image": Image(), "label": ClassLabel(names=["only"])}),
     )
-    assert torch.equal(data.images(grey, processor)[0]["pixel_values"], pixels(processor, 0, "L"))
+    assert torch.equal(data.images(gray, processor)[0]["pixel_values"], pixels(processor, 0, "L"))
 
 
 @pytest.fixture
@@ -275,9 +275,9 @@ def test_image_and_label_columns(processor):
     assert right["labels"] == 1
     with pytest.raises(DataError, match="no column 'middle'; it has: left, right, label, also"):
         data.images(pair, processor, "middle")
-    unlabelled = pair.remove_columns(["label", "also"])
+    unlabeled = pair.remove_columns(["label", "also"])
     with pytest.raises(DataError, match=r"no label column .*--label_column"):
-        data.images(unlabelled, processor, "left")
+        data.images(unlabeled, processor, "left")
 
 
 # ---- splits --------------------------------------------------------------------------------------------------------

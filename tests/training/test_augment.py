@@ -106,7 +106,7 @@ def test_half_of_the_images_are_mirrored(images, processor):
     assert abs(mirrored - 100) < 5 * np.sqrt(50)
 
 
-def test_a_crop_has_the_size_of_the_evaluation_images_and_its_colours(images, processor):
+def test_a_crop_has_the_size_of_the_evaluation_images_and_its_colors(images, processor):
     samples = augmented(images, processor, random_crop=1.0)
     # A box of the whole square picture is the picture.
     for i in (0, 1, 4):
@@ -114,7 +114,7 @@ def test_a_crop_has_the_size_of_the_evaluation_images_and_its_colours(images, pr
     assert {tuple(s["pixel_values"].shape) for s in samples.__getitems__(range(12))} == {(3, 16, 16)}
 
 
-def test_crops_of_processors_that_cut_the_centre(images):
+def test_crops_of_processors_that_cut_the_center(images):
     from transformers import ViTImageProcessorPil
 
     processor = ViTImageProcessorPil(size={"height": 8, "width": 10})

@@ -19,10 +19,10 @@ DECAY = 0.6
 
 
 @pytest.fixture(scope="module")
-def coloured_pictures(tmp_path_factory):
+def colored_pictures(tmp_path_factory):
     """A training folder of 3 x 6 pictures and an evaluation folder of 3 x 2."""
     image = pytest.importorskip("PIL.Image")
-    place = tmp_path_factory.mktemp("coloured")
+    place = tmp_path_factory.mktemp("colored")
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("eval", 2)):
         for name in ("red", "green", "blue"):
@@ -34,14 +34,14 @@ def coloured_pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finetune(hf_ortho_command, convnext_folder, coloured_pictures):
+def finetune(hf_ortho_command, convnext_folder, colored_pictures):
     """Five steps of four batches of two; an epoch of nine batches has three steps, the last of one batch."""
 
     def run(folder, *flags, **changes):
         entries = {
             "model": str(convnext_folder),
-            "dataset": str(coloured_pictures / "train"),
-            "eval_dataset": str(coloured_pictures / "eval"),
+            "dataset": str(colored_pictures / "train"),
+            "eval_dataset": str(colored_pictures / "eval"),
             "activation": "hermite_3",
             "random_crop": 0.3,
             "horizontal_flip": True,
@@ -75,7 +75,7 @@ def straight(finetune, tmp_path_factory):
     return folder, ran
 
 
-def test_the_final_model_is_the_average_of_the_weights(straight, hf_ortho_command, coloured_pictures):
+def test_the_final_model_is_the_average_of_the_weights(straight, hf_ortho_command, colored_pictures):
     folder, ran = straight
     kept = [load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 6)]
     final = load_file(folder / "model.safetensors")
@@ -88,7 +88,7 @@ def test_the_final_model_is_the_average_of_the_weights(straight, hf_ortho_comman
         moved += not torch.allclose(found, kept[-1][key])
     assert moved > 5
     # What the training evaluated is the saved model, on images that no augmentation touched.
-    evaluated = hf_ortho_command("evaluate", folder, "--dataset", coloured_pictures / "eval").figures["loss"][0]
+    evaluated = hf_ortho_command("evaluate", folder, "--dataset", colored_pictures / "eval").figures["loss"][0]
     assert ran.figures["loss"][1] == evaluated
     history = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
     assert f"{history[-1]['eval_loss']:.5f}" == evaluated

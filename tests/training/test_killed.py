@@ -89,7 +89,7 @@ def runs(tmp_path_factory, flags):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The optimiser's steps from now on."""
+    """The optimizer's steps from now on."""
     taken, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: taken.append(step(*args, **kwargs)))
     return taken

@@ -68,7 +68,7 @@ def test_groups_of_a_wrapped_model_and_frozen_parameters(model):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd", "rmsprop"])
-def test_every_name_of_trainer_keeps_its_optimiser(model, tmp_path, optim):
+def test_every_name_of_trainer_keeps_its_optimizer(model, tmp_path, optim):
     options = {"optim": optim, "learning_rate": 0.1, "weight_decay": 0.2}
     trainer = ActivationTrainer(
         model=model,
@@ -83,7 +83,7 @@ def test_every_name_of_trainer_keeps_its_optimiser(model, tmp_path, optim):
     assert settings(model, optimizer.param_groups) == expected
 
 
-def test_an_optimiser_with_groups_of_its_own_refuses(model, tmp_path, monkeypatch):
+def test_an_optimizer_with_groups_of_its_own_refuses(model, tmp_path, monkeypatch):
     def galore(args, model):
         return torch.optim.SGD, {"lr": 0.1, "params": list(model.parameters())}
 

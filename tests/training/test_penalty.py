@@ -166,10 +166,10 @@ def test_reentrant_checkpointing_is_refused(model, ids):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(model, ids, tmp_path, trainer, smoothing):
     """One SGD step on four micro-batches of one row is the step on the four rows."""
 
-    def step(penalised, size):
+    def step(penalized, size):
         copied = copy.deepcopy(model)
         options = {}
-        if penalised:
+        if penalized:
             penalty = hf_ortho.DomainPenalty(copied, 3.0, INTERVAL)
             options = {} if trainer is Trainer else {"penalty": penalty}
         trainer(

@@ -24,10 +24,10 @@ def test_a_crop_is_a_box_of_the_picture_with_area_and_ratio_in_range():
     for _ in range(200):
         crop = np.asarray(pictures.random_resized_crop(ramp(120, 90), (40, 40), 0.1, rng)).astype(float)
         assert crop.shape == (40, 40, 3)
-        # Two units per pixel of the picture: the slope in the middle times 40 is the box, the mean its centre.
+        # Two units per pixel of the picture: the slope in the middle times 40 is the box, the mean its center.
         box = [np.diff(crop[10:30, 10:30, c].mean(c)[[0, -1]])[0] / 2 / 19 * 40 for c in (0, 1)]
-        centre = [crop[..., c].mean() / 2 + 0.5 for c in (0, 1)]
-        assert all(m - b / 2 > -1 and m + b / 2 < n + 1 for m, b, n in zip(centre, box, (120, 90), strict=True))
+        center = [crop[..., c].mean() / 2 + 0.5 for c in (0, 1)]
+        assert all(m - b / 2 > -1 and m + b / 2 < n + 1 for m, b, n in zip(center, box, (120, 90), strict=True))
         found.append(box)
     width, height = np.array(found).T
     share, ratio = width * height / (120 * 90), width / height
@@ -52,15 +52,15 @@ FORMULAS = {
     "solarize_add": (-0.5, lambda p: np.where(p < 128, p + 55, p)),
     "posterize": (0.5, lambda p: p // 64 * 64),
     "brightness": (-0.5, lambda p: p * 0.55),
-    "color": (1 / 0.9, lambda p: np.clip(2 * p - grey(p), 0, 255)),
-    "contrast": (-0.5, lambda p: 0.55 * p + 0.45 * grey(p).mean()),
+    "color": (1 / 0.9, lambda p: np.clip(2 * p - gray(p), 0, 255)),
+    "contrast": (-0.5, lambda p: 0.55 * p + 0.45 * gray(p).mean()),
     "translate_x": (4 / 16 / 0.45, lambda p: np.concatenate([p[:, 4:], outside(p[:, :4])], 1)),
     "translate_y": (-3 / 12 / 0.45, lambda p: np.concatenate([outside(p[:3]), p[:-3]])),
     "rotate": (6.0, lambda p: p[::-1, ::-1]),
 }
 
 
-def grey(p):
+def gray(p):
     return (p @ [0.299, 0.587, 0.114])[..., None]
 
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
-def coloured_folder(tmp_path_factory):
+def colored_folder(tmp_path_factory):
     """A folder of 3 x 10 pictures; other classes than the model's, so that its head is replaced."""
     image = pytest.importorskip("PIL.Image")
-    folder = tmp_path_factory.mktemp("colours")
+    folder = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
     for name in ("red", "green", "blue"):
         (folder / name).mkdir()
@@ -25,7 +25,7 @@ def coloured_folder(tmp_path_factory):
 @pytest.mark.parametrize(("task", "by"), [("text", "true"), ("text", "path"), ("images", "true")])
 def test_three_steps_and_three_more_are_six(request, hf_ortho_command, tmp_path, task, policy, by):
     """Dropout, shuffling, a schedule, evaluations on the way and Adam's moments all continue, so every bit agrees."""
-    model, dataset = {"text": ("gpt2_folder", "text_file"), "images": ("convnext_folder", "coloured_folder")}[task]
+    model, dataset = {"text": ("gpt2_folder", "text_file"), "images": ("convnext_folder", "colored_folder")}[task]
     entries = {
         "model": str(request.getfixturevalue(model)),
         "dataset": str(request.getfixturevalue(dataset)),
@@ -66,7 +66,7 @@ def test_three_steps_and_three_more_are_six(request, hf_ortho_command, tmp_path,
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
     moved = {key for key in expected if not torch.equal(expected[key], middle[key])}
     learned = {key for key in expected if ".act." in key and not key.endswith((".domain", ".tail_slopes"))}
-    learned |= {key for key in expected if key.startswith("classifier.")}  # made anew for the colours
+    learned |= {key for key in expected if key.startswith("classifier.")}  # made anew for the colors
     assert moved == learned if policy == "activations" else moved > learned
     assert resumed.figures["loss"][1] == straight.figures["loss"][1]
     state = json.loads((tmp_path / "stopped" / "checkpoint-6" / "trainer_state.json").read_text())

@@ -43,7 +43,7 @@ def test_the_seed_draws_the_weights_whatever_the_activation(family, init):
 
 @pytest.mark.parametrize("init", ["paper", "unit"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_initialisations_by_name(family, init):
+def test_initializations_by_name(family, init):
     checkpoint, report = gpt2(activation=f"{family}_4", activation_init=init)
     assert report is None
     for module in activations(checkpoint.model):
@@ -56,7 +56,7 @@ def test_initialisations_by_name(family, init):
 @pytest.mark.parametrize(
     ("source", "function"), [("gelu", torch.nn.functional.gelu), ("silu", torch.nn.functional.silu)]
 )
-def test_a_fit_as_initialisation(source, function):
+def test_a_fit_as_initialization(source, function):
     checkpoint, report = gpt2(activation="hermite_12", activation_init=source)
     x = torch.linspace(-8, 8, 1001)
     for module in activations(checkpoint.model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...activations.base import INITIALISATIONS
+from ...activations.base import INITIALIZATIONS
 from ...checkpoints.provenance import Provenance
 from ...tasks import head_of
 from ..record import Record
@@ -31,7 +31,7 @@ def model_parts(config: dict[str, Any], place: str, record: Record, training: Tr
         count=len(layers),
         sources=sorted(set(provenance.source_activations.values())),
         init=init,
-        tails=None if init in INITIALISATIONS or not activation else provenance.has_tails,
+        tails=None if init in INITIALIZATIONS or not activation else provenance.has_tails,
         formulas=formulas(activation) if activation else "",
         tables=[table] if table else [],
         weight=weight_of(report.calibrated if report else provenance.calibrated) if layers else "",

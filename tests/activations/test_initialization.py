@@ -1,4 +1,4 @@
-"""Second moments under a Gaussian, and the initialisation that keeps the variance."""
+"""Second moments under a Gaussian, and the initialization that keeps the variance."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from hf_ortho.errors import ActivationNameError, FitError
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gain_is_the_pair_of_second_moments(family, sigma, domain, randomised, second_moment):
-    module = randomised(f"{family}_5", domain)
+def test_gain_is_the_pair_of_second_moments(family, sigma, domain, randomized, second_moment):
+    module = randomized(f"{family}_5", domain)
     value, slope = module.gain(sigma)
     assert value == pytest.approx(second_moment(module, sigma, module.breaks()), rel=1e-6)
     assert slope == pytest.approx(second_moment(module.derivative, sigma, module.breaks()), rel=1e-6)
@@ -45,7 +45,7 @@ def test_unit_gives_every_parameter_a_gradient(family, degree):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_degree_and_the_initialisation_are_checked(family):
+def test_the_degree_and_the_initialization_are_checked(family):
     for degree in (0, 33, -1, 2.0, True, "3"):
         with pytest.raises(ActivationNameError, match="degree"):
             FAMILIES[family](degree)
