@@ -1,7 +1,7 @@
 """lm-evaluation-harness for converted models.
 
-``python -m hf_ortho.lm_eval`` is its command ``lm_eval`` with the activations registered, so that ``--model hf`` finds
-them. Versions with plugins also know ``lm_eval --model hf_ortho``.
+``python -m hf_ortho.lm_eval`` runs its ``lm_eval`` command with the activations registered, so ``--model hf`` can load
+converted models. Versions with plugins also support ``lm_eval --model hf_ortho``.
 """
 
 from lm_eval.__main__ import cli_evaluate
@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 
 
 class HfOrthoLM(HFLM):
-    """``--model hf``, after this package was imported."""
+    """``--model hf`` with the activations registered."""
 
 
 if __name__ == "__main__":

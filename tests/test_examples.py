@@ -17,7 +17,7 @@ import hf_ortho
 
 PACKAGES = (
     "hf_ortho",
-    *(f"hf_ortho.{name}" for name in ("activations", "conversion", "hub", "peft", "plotting", "training")),
+    *(f"hf_ortho.{name}" for name in ("activations", "benchmark", "conversion", "hub", "peft", "plotting", "training")),
 )
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

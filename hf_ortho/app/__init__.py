@@ -1,1 +1,1 @@
-"""The web page: fits of activations, and the activations of a checkpoint. Gradio is imported by ``page`` alone."""
+"""The web page for exploring fits and checkpoints. Only ``page`` imports Gradio."""

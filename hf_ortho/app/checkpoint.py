@@ -1,4 +1,4 @@
-"""The activations of a checkpoint, as the page shows them."""
+"""The activations of a checkpoint for the web page."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ..plotting.layout import thin
 COLUMNS = ["*", "activation", "domain", "tail slopes", "E f²", "E f'²", "sup f", "rms f"]
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
-JSON_FILES = (CONFIG_NAME, ADAPTER_CONFIG, SAFE_WEIGHTS_INDEX_NAME)  # that ``load_activations`` reads
+JSON_FILES = (CONFIG_NAME, ADAPTER_CONFIG, SAFE_WEIGHTS_INDEX_NAME)  # read by ``load_activations``
 LARGEST_JSON = 10e6  # bytes
-LARGEST = 2e9  # bytes that a visitor may have downloaded
-CACHE = 10e9  # bytes of all of them
+LARGEST = 2e9  # maximum download in bytes
+CACHE = 10e9  # maximum size of the Hub cache in bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What a checkpoint says of its activations, at most 64 of them: a title, table rows, remarks, and the picture."""
+    """A summary of at most 64 activations of a checkpoint: title, table rows, notes, figure and commands."""
 
     title: str
     rows: list[list[str]]
@@ -43,19 +43,19 @@ class Shapes:
 
 
 def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
-    """Read the activations of a folder or a Hub model, and draw them.
+    """Read and plot the activations of a folder or Hub model.
 
     Args:
-        public: take names on the Hub only, of at most 2 GB of weights and 10 MB of each JSON file; also for the base
-            model of an adapter, of which nothing but its config is read.
+        public: only accept Hub models, with at most 2 GB of weights and 10 MB per JSON file. This includes the base
+            model of an adapter, of which only the config is read.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or ``public`` refuses it.
-        ConfigError: it has no learnable activations.
+        CheckpointError: the checkpoint does not exist, or ``public`` does not allow it.
+        ConfigError: the model has no learnable activations.
     """
     name, revision = name.strip(), revision.strip()
     if not name:
-        raise CheckpointError(f"no checkpoint is named: give OWNER/NAME on the Hub{'' if public else ', or a folder'}")
+        raise CheckpointError(f"no checkpoint given; enter OWNER/NAME on the Hub{'' if public else ' or a folder'}")
     commit = revision or None
     if public:
         commit = _check_public(name, revision)
@@ -85,7 +85,7 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
 
 
 def _check_base(name: str, revision: str | None) -> None:
-    """The base model of an adapter, of which only JSON files are read, must be on the Hub too."""
+    """Check that the base model of an adapter is on the Hub. Only its JSON files are read."""
     adapter = adapter_config(name, revision) or {}
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -97,31 +97,31 @@ def _check_base(name: str, revision: str | None) -> None:
 
 
 def _check_public(name: str, revision: str, weights: bool = True) -> str | None:
-    """Raise CheckpointError unless it is on the Hub and small; make room for it, and return its commit."""
+    """Check that a model is on the Hub and small, make room in the cache, and return its commit."""
     if not HUB_NAME.fullmatch(name) or Path(name).exists():
-        raise CheckpointError(f"{name!r} is not a model on the Hub: give OWNER/NAME, such as openai-community/gpt2")
+        raise CheckpointError(f"{name!r} is not a Hub model; give OWNER/NAME, such as openai-community/gpt2")
     if revision and not REVISION.fullmatch(revision):
-        raise CheckpointError(f"{revision!r} is not a revision: give a branch, a tag or a commit")
+        raise CheckpointError(f"{revision!r} is not a revision; give a branch, tag or commit")
     try:
-        found = model_info(name, revision=revision or None, files_metadata=True)
+        info = model_info(name, revision=revision or None, files_metadata=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name} cannot be found on the Hub: {explain(error)}") from error
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     large = [file for file in JSON_FILES if sizes.get(file, 0) > LARGEST_JSON]
     if large:
         raise CheckpointError(
-            f"{large[0]} of {name} has {sizes[large[0]] / 1e6:.1f} MB, and this page reads at most "
-            f"{LARGEST_JSON / 1e6:g} MB of it"
+            f"{large[0]} of {name} has {sizes[large[0]] / 1e6:.1f} MB, but this page accepts at most "
+            f"{LARGEST_JSON / 1e6:g} MB"
         )
     read = (".safetensors", *JSON_FILES) if weights else JSON_FILES
     size = sum(size for file, size in sizes.items() if file.endswith(read))
     if size > LARGEST:
         raise CheckpointError(
-            f"{name} has {size / 1e9:.1f} GB of weights, and this page reads at most {LARGEST / 1e9:g} GB: run "
+            f"{name} has {size / 1e9:.1f} GB of weights, but this page accepts at most {LARGEST / 1e9:g} GB; run "
             f"`hf-ortho app --model {name}` on your own machine"
         )
     if Path(HF_HUB_CACHE).is_dir():  # something was downloaded before
         cache = scan_cache_dir()
         if cache.size_on_disk + size > CACHE:
             cache.delete_revisions(*(r.commit_hash for repo in cache.repos for r in repo.revisions)).execute()
-    return found.sha
+    return info.sha

@@ -1,4 +1,4 @@
-"""One fit, as the page shows it: figures, parameters, and the code that makes it."""
+"""A fit for the web page: errors, parameters, and code to reproduce it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..fitting.source import Source
 
 USUAL = ("gelu", "gelu_new", "silu", "relu", "quick_gelu", "mish", "tanh", "sigmoid")
 EXAMPLE = "openai-community/gpt2"
-MOST = 100.0  # of the ends of a domain
+MOST = 100.0  # maximum absolute value of the ends of a domain
 NARROWEST = 0.01
 
 
 def sources() -> list[str]:
-    """The names in ``ACT2FN`` that a fit can follow, the usual ones first; without the learnable ones."""
+    """The names in ``ACT2FN`` that can be fitted, common ones first, without learnable activations."""
     others = (name for name in ACT2FN if name not in USUAL and not is_learnable(name))
     return [*USUAL, *filter(_has_tails, others)]
 
@@ -38,8 +38,8 @@ class Fit:
     """A fitted activation.
 
     Attributes:
-        domain: as asked for; None was searched.
-        tails: False for the pure series.
+        domain: the requested domain; None if it was searched for.
+        tails: False for a pure series.
     """
 
     module: LearnableActivation
@@ -49,7 +49,7 @@ class Fit:
     tails: bool
 
     def figures(self) -> list[tuple[str, ...]]:
-        """(what, of f, of f'), as text."""
+        """Rows of (label, value for f, value for f'), as text."""
         report = self.report
         value, slope = self.module.gain()
         where = "the real line" if self.tails else "the domain"
@@ -62,18 +62,18 @@ class Fit:
         ]
 
     def parameters(self) -> str:
-        """All parameters as JSON, one per line, in the shortest decimals that give the same float32."""
+        """All parameters as JSON, one per line, in the shortest decimals that round-trip in float32."""
         stored = {**dict(self.module.named_parameters()), "tail_slopes": self.module.tail_slopes}
-        kept = (
+        shown = (
             stored if self.tails else {name: v for name, v in stored.items() if name not in ("domain", "tail_slopes")}
         )
         lines = (
-            f"  {json.dumps(k)}: {json.dumps([float(str(n)) for n in v.detach().numpy()])}" for k, v in kept.items()
+            f"  {json.dumps(k)}: {json.dumps([float(str(n)) for n in v.detach().numpy()])}" for k, v in shown.items()
         )
         return "{\n" + ",\n".join(lines) + "\n}"
 
     def python(self) -> str:
-        """Code that makes this fit, and a conversion with the same settings."""
+        """Python code for this fit, and for a conversion with the same settings."""
         options = "" if self.domain is None else f", domain=({self.domain[0]!r}, {self.domain[1]!r})"
         options += "" if self.tails else ", tails=False"
         return f'''import hf_ortho
@@ -86,7 +86,7 @@ model = AutoModelForCausalLM.from_pretrained("{EXAMPLE}")
 hf_ortho.convert(model, "{self.module.name}"{options})'''
 
     def command(self) -> str:
-        """The command that converts a checkpoint with the same settings."""
+        """The command to convert a checkpoint with the same settings."""
         family, folder = self.module.family, f"gpt2-{self.module.family.replace('_', '-')}"
         options = "" if self.domain is None else f" --domain {self.domain[0]!r} {self.domain[1]!r}"
         options += "" if self.tails else " --no-tails"
@@ -100,16 +100,16 @@ def fit(
     tails: bool = True,
     ends: tuple[float | None, float | None] | None = None,
 ) -> Fit:
-    """Fit ``family`` of ``degree`` to a name in ``ACT2FN``; ``ends`` are those of the domain, searched for if None.
+    """Fit ``family`` of ``degree`` to a name in ``ACT2FN`` on the domain ``ends`` (None: search for it).
 
     Raises:
-        ActivationNameError: no such family or degree.
-        FitError: the source cannot be followed, or the domain is none.
+        ActivationNameError: unknown family or degree.
+        FitError: the source cannot be fitted, or the domain is invalid.
     """
     name = named(family, "none" if degree is None else f"{degree:g}")
     domain = None if ends is None else _domain(*ends)
     if domain is None and not tails:
-        raise FitError(f"{name} without tails is wrong outside its domain: give the domain as two numbers")
+        raise FitError(f"{name} without tails is inaccurate outside its domain; give the domain as two numbers")
     module, examined = build(name), Source.of(source)
     report = module.fit(source, domain=domain, tails=tails)
     return Fit(module, examined, report, domain, tails)
@@ -117,10 +117,10 @@ def fit(
 
 def _domain(lo: float | None, hi: float | None) -> tuple[float, float]:
     if lo is None or hi is None:
-        raise FitError("the domain needs two numbers, lo and hi")
+        raise FitError("the domain requires two numbers, lo and hi")
     if not (lo >= -MOST and hi <= MOST and hi - lo >= NARROWEST):
         raise FitError(
-            f"domain from {lo:g} to {hi:g}: lo must be below hi, by {NARROWEST:g} or more, and both from {-MOST:g} to "
+            f"domain from {lo:g} to {hi:g}: lo must be at least {NARROWEST:g} below hi, and both between {-MOST:g} and "
             f"{MOST:g}"
         )
     return float(lo), float(hi)

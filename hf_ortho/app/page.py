@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: one tab for fits, one for checkpoints."""
+"""The Gradio page, with a tab for fits and a tab for checkpoints."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ CODE: dict[str, Any] = {"wrap_lines": True, "show_line_numbers": False, "max_lin
 
 
 def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blocks:
-    """The page; to be launched with ``LAUNCH``.
+    """Build the page. Launch it with the options ``LAUNCH``.
 
     Args:
-        model: a folder or Hub model to show at the start.
-        public: visitors may name models on the Hub only, and no folder of this machine but ``model``.
+        model: folder or Hub model to show on startup.
+        public: visitors can only open Hub models, and no local folder except ``model``.
 
     Raises:
         CheckpointError, ConfigError: ``model`` cannot be shown.
@@ -69,7 +69,9 @@ def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blo
             return _no_shapes(error)
 
     with gr.Blocks(title="hf_ortho", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown("# hf_ortho\nLearnable activations for transformers, fitted to the ones that models come with.")
+        gr.Markdown(
+            "# hf_ortho\nLearnable activations for transformers, fitted to the activations of pretrained models."
+        )
         with gr.Tab("Fit"), gr.Row():
             with gr.Column(scale=1, min_width=260):
                 source = gr.Dropdown(
@@ -117,7 +119,7 @@ def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blo
                     "E under N(0, 1). Distance from the source: sup on the real line (without tails on the domain), "
                     f"rms under {DATA_FREE}."
                 )
-                commands = gr.Code(shown[5], "shell", label="The same on your machine", **CODE)
+                commands = gr.Code(shown[5], "shell", label="Run on your machine", **CODE)
         kind.change(lambda kind: gr.update(visible=kind == GIVEN), kind, ends, api_visibility="private")
         inputs = [source, family, degree, tails, kind, lo, hi]
         outputs = [refusal, result, value, slope, figures, parameters, command, python]
@@ -134,27 +136,27 @@ def build(model: str = "", revision: str = "", *, public: bool = True) -> gr.Blo
 
 
 def _sentence(text: object = "") -> dict:
-    """The refusal in the page; hidden if there is none."""
+    """The error message on the page; hidden if empty."""
     return gr.update(value=f'<p role="alert">{html.escape(str(text))}</p>', visible=bool(text))
 
 
-def _show_fit(found: Fit) -> list:
-    ends = None if found.tails else found.domain
-    note = f"\n\n{found.report.note}" if found.report.note else ""
+def _show_fit(fitted: Fit) -> list:
+    ends = None if fitted.tails else fitted.domain
+    note = f"\n\n{fitted.report.note}" if fitted.report.note else ""
     return [
         _sentence(),
         gr.update(visible=True),
-        *draw_fit(found.module, found.source, ends),
-        markdown_table(["", "f", "f'"], found.figures()) + note,
-        found.parameters(),
-        found.command(),
-        found.python(),
+        *draw_fit(fitted.module, fitted.source, ends),
+        markdown_table(["", "f", "f'"], fitted.figures()) + note,
+        fitted.parameters(),
+        fitted.command(),
+        fitted.python(),
     ]
 
 
-def _show_shapes(found: Shapes) -> list:
-    text = "\n\n".join(_literal(line) for line in (found.title, *found.notes))
-    return [_sentence(), gr.update(visible=True), text, found.figure, found.rows, found.commands]
+def _show_shapes(summary: Shapes) -> list:
+    text = "\n\n".join(_literal(line) for line in (summary.title, *summary.notes))
+    return [_sentence(), gr.update(visible=True), text, summary.figure, summary.rows, summary.commands]
 
 
 def _no_shapes(text: object = "") -> list:
@@ -162,5 +164,5 @@ def _no_shapes(text: object = "") -> list:
 
 
 def _literal(text: str) -> str:
-    """``text`` in Markdown that reads as itself."""
+    """Escape ``text`` for Markdown."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>#&!|" else c for c in text)

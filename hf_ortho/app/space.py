@@ -1,8 +1,8 @@
-"""The page as a Hugging Face Space: this file is the Space's app.py."""
+"""The app.py of a Hugging Face Space with the page."""
 
 import os
 
-# What the Space's own token may read is not for its visitors.
+# Visitors must not get access through the token of the Space.
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
 from hf_ortho.app.page import LAUNCH, build

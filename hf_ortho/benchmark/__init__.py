@@ -1,4 +1,4 @@
-"""Time and memory of the activations against the fixed ones, alone and inside models; what ``hf-ortho bench`` runs."""
+"""Benchmarks of ``hf-ortho bench``: time and memory against fixed activations, standalone and in models."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The activations alone: on two large tensors, over the number of elements and the degree, and on one token."""
+"""Benchmarks of standalone activations: on two large tensors, over elements and degree, and on one token."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .targets import floor_of
 Modules = Mapping[str, nn.Module]
 HERMITE_DEGREES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, MAX_DEGREE)
 DEGREES = (3, 8, MAX_DEGREE)
-ROOM = 128  # bytes per element that are taken to be needed until a smaller size has shown how many are
+ROOM = 128  # assumed bytes per element until measured at a smaller size
 
 
 class Load:
-    """An input x ~ N(0, 1), a random upstream gradient, and what runs on them."""
+    """An input x ~ N(0, 1) and a random upstream gradient, with the calls to measure on them."""
 
     def __init__(self, shape: tuple[int, ...], settings: Settings):
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
@@ -51,7 +51,7 @@ class Load:
         return {name: functools.partial(self.forward_backward, module) for name, module in modules.items()}
 
     def saved(self, module: nn.Module) -> float:
-        """Bytes per element."""
+        """Saved bytes per element."""
         return saved_bytes(lambda: module(self.leaf), module.parameters()) / self.x.numel()
 
 
@@ -71,9 +71,9 @@ def _add_saved(results: Results, case: str, modules: Modules, load: Load) -> Non
 
 
 def _add_peak(results: Results, case: str, modules: Modules, load: Load, device: str) -> None:
-    """Bytes per element that a forward and a backward pass take beside x and the upstream gradient."""
-    found = measure_each(peak_bytes, load.steps(modules), device)
-    results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in found.items()})
+    """Peak bytes per element of a forward and backward pass, excluding x and the upstream gradient."""
+    peaks = measure_each(peak_bytes, load.steps(modules), device)
+    results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in peaks.items()})
 
 
 def _make(makers: Mapping[str, Callable[[], nn.Module]], settings: Settings) -> dict[str, nn.Module]:
@@ -83,7 +83,7 @@ def _make(makers: Mapping[str, Callable[[], nn.Module]], settings: Settings) -> 
 def _add_guarded(
     results: Results, case: str, modules: dict[str, nn.Module], name: str, make: Callable[[], nn.Module], load: Load
 ) -> None:
-    """Take in a competitor that may fail, in a compiler or another library; if it does, say why."""
+    """Add a competitor that may fail, in a compiler or another library. On failure, record the reason."""
     try:
         module = make().to(load.x.device)
         load.forward(module)
@@ -91,7 +91,7 @@ def _add_guarded(
         load.saved(module)
     except ModuleNotFoundError as error:
         results.not_run.append(NotRun(case, name, f"{error.name} is not installed"))
-    except Exception as error:  # whatever others raise, the rest is measured
+    except Exception as error:  # any failure: continue with the rest
         results.not_run.append(NotRun(case, name, explain(error)))
     else:
         modules[name] = module
@@ -102,32 +102,32 @@ def _large(results: Results, settings: Settings, case: str, shape: tuple[int, ..
     modules = _make(fixed() | learnable(settings.device), settings)
     if settings.device == "cpu":
         modules |= {floor_of(row): Floor(*operations) for row, operations in FLOORS.items()}
-    torch.compiler.reset()  # all activations share one forward, of which only some variants are kept
+    torch.compiler.reset()  # all activations share one forward, with a limited number of variants
     for name, make in compiled().items():
         if settings.compiled:
             _add_guarded(results, case, modules, name, make, load)
         else:
-            results.not_run.append(NotRun(case, name, "left out by --quick"))
+            results.not_run.append(NotRun(case, name, "skipped by --quick"))
     _add_times(results, case, modules, load, settings)
     _add_saved(results, case, modules, load)
     _add_peak(results, case, modules, load, settings.device)
 
 
 def sequence(results: Results, settings: Settings) -> None:
-    """The fixed, the learnable and the compiled activations on the pre-activations of a transformer."""
+    """Fixed, learnable and compiled activations on the pre-activation shape of a transformer."""
     _large(results, settings, "sequence", settings.sequence)
 
 
 def image(results: Results, settings: Settings) -> None:
-    """The same on those of a ConvNeXt."""
+    """The same on the pre-activation shape of a ConvNeXt."""
     _large(results, settings, "image", settings.image)
 
 
 def libraries(results: Results, settings: Settings) -> None:
-    """Other libraries, if they are installed, next to what corresponds to them here."""
+    """Other installed libraries, next to their counterparts in this package."""
     load = Load(settings.libraries, settings)
-    own = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
-    modules = _make({REFERENCE: fixed()[REFERENCE]} | {name: learnable()[name] for name in own}, settings)
+    counterparts = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
+    modules = _make({REFERENCE: fixed()[REFERENCE]} | {name: learnable()[name] for name in counterparts}, settings)
     for name, make in third_party(settings.device).items():
         _add_guarded(results, "libraries", modules, name, make, load)
     _add_times(results, "libraries", modules, load, settings)
@@ -136,7 +136,7 @@ def libraries(results: Results, settings: Settings) -> None:
 
 
 def elements(results: Results, settings: Settings) -> None:
-    """``hermite_8`` at each number of elements, as the rows ``hermite_8 10000`` and so on, next to ``F.gelu 10000``."""
+    """``hermite_8`` over the number of elements, in rows such as ``hermite_8 10000``, next to ``F.gelu 10000``."""
     makers = {REFERENCE: fixed()[REFERENCE], "hermite_8": learnable()["hermite_8"]}
     room = float(ROOM)
     for n in settings.elements:
@@ -156,7 +156,7 @@ def _free_memory(device: str) -> int:
 
 
 def degree(results: Results, settings: Settings) -> None:
-    """The Hermite family from degree 1 to 32, and every other at three degrees."""
+    """The Hermite family from degree 1 to 32, and the other families at three degrees."""
     makers = {REFERENCE: fixed()[REFERENCE]}
     for family, cls in FAMILIES.items():
         degrees = HERMITE_DEGREES if family == "hermite" else DEGREES
@@ -168,7 +168,7 @@ def degree(results: Results, settings: Settings) -> None:
 
 
 def decode(results: Results, settings: Settings) -> None:
-    """One token, without gradient: the cost of calling the module."""
+    """One token, without gradients: the overhead of calling the module."""
     load = Load(settings.decode, settings)
     makers = fixed() | learnable(settings.device)
     modules = _make({name: make for name, make in makers.items() if name not in ("copy", "torch.cos")}, settings)

@@ -1,4 +1,4 @@
-"""The activations that are measured against each other; ``F.gelu`` is the reference."""
+"""The benchmarked activations. ``F.gelu`` is the reference."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class _Copy(torch.autograd.Function):
 
 
 class Copy(nn.Module):
-    """No arithmetic: reads x and writes y, then reads x and the gradient and writes one; what every activation must."""
+    """No arithmetic: reads x and writes y, then reads x and the gradient and writes a gradient. A lower bound."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _Copy.apply(x)
 
 
 class Cosine(nn.Module):
-    """A Fourier activation computes one cosine per degree, and as many sines backward."""
+    """One cosine: a Fourier activation computes one per degree, and as many sines in the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cos(x)
 
 
 def _from_scratch(name: str) -> nn.Module:
-    """With ``init="unit"``, in which every line of a tropical activation is the maximum somewhere."""
+    """With ``init="unit"``, where every line of a tropical activation is the maximum somewhere."""
     return build(name, init="unit")
 
 
@@ -53,12 +53,12 @@ def _with_tails(name: str) -> nn.Module:
 
 def _compiled(name: str) -> nn.Module:
     module = _from_scratch(name)
-    module.compile(fullgraph=True)  # an error rather than a silent way back to eager
+    module.compile(fullgraph=True)  # raise an error instead of silently falling back to eager
     return module
 
 
 def _harmonic() -> nn.Module:
-    """Frequencies 1 to 6, as every initialization has them, not learned."""
+    """Fixed frequencies 1 to 6, as in every initialization."""
     module = _from_scratch("fourier_6")
     module.get_parameter("frequencies").requires_grad_(False)
     return module
@@ -93,12 +93,12 @@ def fixed() -> dict[str, Callable[[], nn.Module]]:
 
 
 def learnable(device: str = "cpu") -> dict[str, Callable[[], nn.Module]]:
-    """Every family at its default degree, and what else the targets compare."""
+    """Every family at its default degree, and the other activations with targets."""
     names = ["hermite_3", *(f"{family}_{cls.default_degree}" for family, cls in FAMILIES.items())]
-    found: dict[str, Callable[[], nn.Module]] = {name: functools.partial(_from_scratch, name) for name in names}
+    makers: dict[str, Callable[[], nn.Module]] = {name: functools.partial(_from_scratch, name) for name in names}
     for name in ("hermite_3", "hermite_8", "fourier_6"):
-        found[f"{name} with tails"] = functools.partial(_with_tails, name)
-    return found if device == "cpu" else found | {"fourier_6 harmonic": _harmonic}
+        makers[f"{name} with tails"] = functools.partial(_with_tails, name)
+    return makers if device == "cpu" else makers | {"fourier_6 harmonic": _harmonic}
 
 
 def compiled() -> dict[str, Callable[[], nn.Module]]:
@@ -106,10 +106,10 @@ def compiled() -> dict[str, Callable[[], nn.Module]]:
 
 
 def third_party(device: str) -> dict[str, Callable[[], nn.Module]]:
-    """Libraries that are measured if they are installed."""
+    """Other libraries, measured if installed."""
     names = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
-    found: dict[str, Callable[[], nn.Module]] = {
+    makers: dict[str, Callable[[], nn.Module]] = {
         f"torchortho {name}": functools.partial(_torchortho, name) for name in names
     }
-    found["rational-activations"] = functools.partial(_rational, device)
-    return found
+    makers["rational-activations"] = functools.partial(_rational, device)
+    return makers

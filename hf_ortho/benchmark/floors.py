@@ -1,4 +1,4 @@
-"""What the tensor operations of a CPU kernel take when they compute nothing: no kernel that needs as many is faster."""
+"""Lower bounds for CPU kernels: the same number of tensor operations, without the arithmetic of the activation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from ..kernels.cpu import CHUNK
 
-NODES = 1024  # of a table
+NODES = 1024  # size of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """How many of each kind, over a chunk of the input that stays in the cache."""
+    """The number of operations of each kind per chunk of the input, which stays in the cache."""
 
     passes: int  # elementwise
     sums: int = 0
     gathers: int = 0  # from a table
-    scatters: int = 0  # into a table, added up
+    scatters: int = 0  # accumulated into a table
 
     def run(self, x: Tensor, g: Tensor, out: Tensor) -> None:
         index, table = torch.arange(CHUNK) % NODES, torch.zeros(NODES)
@@ -55,7 +55,7 @@ class _Floor(torch.autograd.Function):
 
 
 class Floor(nn.Module):
-    """The operations of an activation on contiguous tensors, without its arithmetic."""
+    """Runs the operations of an activation on contiguous tensors, without its arithmetic."""
 
     def __init__(self, forward: Operations, backward: Operations):
         super().__init__()
@@ -65,10 +65,11 @@ class Floor(nn.Module):
         return _Floor.apply(x, *self.operations)
 
 
-# Horner's scheme takes n passes for degree n; its backward pass n for S', n for g x^k, and n + 1 sums. A clamped domain
-# with one straight tail takes four more passes each way. A maximum of 7 lines: an addition and a maximum per line, and
-# backward a mask, an addition and a sum. A table of second-order expansions: six passes for the nearest node, two
-# products, three look-ups; backward one product more, three passes for the sums, and three scatters.
+# Horner's method takes n passes for degree n. Its backward takes n for S', n for g x^k, and n + 1 sums. A clamped
+# domain with one straight tail takes four more passes in each direction. A maximum of 7 lines takes an addition and a
+# maximum per line, and in the backward a mask, an addition and a sum. A table of second-order expansions takes six
+# passes for the nearest node, two products and three lookups, and in the backward one more product, three passes for
+# the sums, and three scatters.
 FLOORS = {
     "hermite_3": (Operations(3), Operations(6, sums=4)),
     "hermite_8": (Operations(8), Operations(16, sums=9)),

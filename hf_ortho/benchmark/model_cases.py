@@ -1,4 +1,4 @@
-"""Whole models: a training step of GPT-2 and of ConvNeXt, and generation, before and after a conversion."""
+"""Benchmarks of full models: training steps of GPT-2 and ConvNeXt, and generation, before and after conversion."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def _move(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
 
 
 def _gpt2(settings: Settings) -> PreTrainedModel:
-    """Without dropout, whose masks would add to the time and the memory of both."""
+    """A GPT-2 without dropout, whose masks add time and memory to all variants."""
     torch.manual_seed(settings.seed)
     others = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**(settings.gpt2 | others)))
 
 
 def _train_step(results: Results, settings: Settings, case: str, models: dict[str, PreTrainedModel], batch) -> None:
-    """Forward and backward pass, gradients freed after each step; no optimizer, which would be the same for all."""
+    """Forward and backward pass. Gradients are freed after each step. The optimizer, equal for all, is omitted."""
     for model in models.values():
         _move(model, settings).train()
 
@@ -96,7 +96,7 @@ def convnext(results: Results, settings: Settings) -> None:
 
 
 def generation(results: Results, settings: Settings) -> None:
-    """Greedy, one sequence, with the cache of keys and values."""
+    """Greedy generation of one sequence with a key-value cache."""
     original = _gpt2(settings)
     models = {"gelu_new": original, "hermite_8": _converted(original, "hermite_8")}
     generator = torch.Generator().manual_seed(settings.seed)

@@ -1,4 +1,4 @@
-"""The figures of a benchmark as one picture."""
+"""Plot the results of a benchmark."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Limits = Mapping[tuple[str, str, str], float]
 
 
 def plot_results(results: Results, settings: Settings, targets: Sequence[Target], path: str | Path) -> None:
-    """Write a PNG: bars of the ratios with spread and targets, and the curves over elements and degree.
+    """Plot the results to a PNG: bars of the ratios with spread and targets, and the curves over elements and degree.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -57,8 +57,8 @@ def _bars(axes: Axes, results: Results, limits: Limits, cases: tuple[str, ...], 
     """One group per row of the cases, one bar per measure, on a logarithmic scale from 1."""
     labels: list[str] = []
     for case in cases:
-        for row, found in results.of(case).items():
-            drawn = [found[measure] for measure in measures if measure in found]
+        for row, figures in results.of(case).items():
+            drawn = [figures[measure] for measure in measures if measure in figures]
             height = 0.8 / len(drawn)
             for j, figure in enumerate(drawn):
                 y = len(labels) + (j - (len(drawn) - 1) / 2) * height
@@ -88,7 +88,7 @@ def _bar(axes: Axes, figure: Figure, y: float, height: float, limit: float | Non
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """1, 2, 5, 10 on a logarithmic axis, not powers of ten."""
+    """Label a logarithmic axis with 1, 2, 5, 10 instead of powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
@@ -96,12 +96,12 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
-    axes.legend(list(found.values()), list(found), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(list(unique.values()), list(unique), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _elements(axes: Axes, results: Results) -> None:
-    """Nanoseconds per element over the number of elements."""
+    """Plot nanoseconds per element over the number of elements."""
     rows = results.of("elements")
     for name, color in ((REFERENCE, BLACK), ("hermite_8", VERMILION)):
         sizes = [int(row.split()[1]) for row in rows if row.split()[0] == name]
@@ -114,7 +114,7 @@ def _elements(axes: Axes, results: Results) -> None:
 
 
 def _degrees(axes: Axes, results: Results) -> None:
-    """The ratio of forward and backward over the degree, one curve per family."""
+    """Plot the ratio of forward and backward over the degree, one curve per family."""
     curves: dict[str, list[tuple[int, Figure]]] = {}
     for row, measures in results.of("degree").items():
         if row != REFERENCE:

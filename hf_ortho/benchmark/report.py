@@ -1,4 +1,4 @@
-"""The figures of a benchmark as tables."""
+"""The results of a benchmark as tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .results import Figure, Results
 from .settings import Settings
 from .targets import Outcome
 
-PER_ELEMENT = ("sequence", "image", "libraries", "elements", "degree")  # cases of one activation: memory is per element
+PER_ELEMENT = ("sequence", "image", "libraries", "elements", "degree")  # standalone activations: memory per element
 MEMORY = ("saved", "kept", "peak")
 TITLES = {
     "sequence": "activations on {sequence}",
@@ -26,27 +26,27 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def explanation(settings: Settings) -> str:
-    """How the figures come about and what the columns mean."""
+    """Explain the measurements and the columns."""
     clock, memory = "CPU time, one thread", "the process's resident set"
     if settings.device == "cuda":
         clock, memory = "CUDA events", "torch's CUDA allocator"
     return (
         f"{settings.device}, {settings.to_dict()['dtype']}, x ~ N(0, 1), seed {settings.seed}, {clock}, up to "
         f"{settings.rounds} interleaved rounds.\n"
-        "A ratio is the median over the rounds, to the first row in the same round, ± half the interquartile range.\n"
+        "A ratio is to the first row in the same round: median over the rounds ± half the interquartile range.\n"
         "saved: tensors saved for backward, over the size of x; kept: memory held between forward and backward;\n"
-        f"peak: of forward and backward. kept and peak are beside the input or the weights, in {memory}."
+        f"peak: maximum during forward and backward. kept and peak exclude inputs and weights, in {memory}."
     )
 
 
 def case_table(results: Results, case: str, settings: Settings) -> Table:
     """Title, columns and rows of one case."""
-    found = results.of(case)
-    measures = list(dict.fromkeys(measure for row in found.values() for measure in row))
+    by_row = results.of(case)
+    measures = list(dict.fromkeys(measure for row in by_row.values() for measure in row))
     columns = [""]
     for measure in measures:
         columns += [measure, _unit(case, measure)]
-    rows = [[name, *(cell for m in measures for cell in _cells(case, row.get(m)))] for name, row in found.items()]
+    rows = [[name, *(cell for m in measures for cell in _cells(case, row.get(m)))] for name, row in by_row.items()]
     return TITLES[case].format_map(settings.to_dict()), columns, rows
 
 
@@ -65,7 +65,7 @@ def _cells(case: str, figure: Figure | None) -> tuple[str, str]:
 
 
 def bandwidth(results: Results, case: str, settings: Settings) -> float:
-    """Bytes per second of the copy, read and written."""
+    """Bandwidth of the copy, read and written, in bytes per second."""
     figure = results.find(case, "copy", "forward")
     assert figure is not None
     elements = 1
@@ -75,7 +75,7 @@ def bandwidth(results: Results, case: str, settings: Settings) -> float:
 
 
 def not_run(results: Results, case: str) -> list[str]:
-    """One line per reason."""
+    """One line per reason for the competitors that were not run."""
     reasons: dict[str, list[str]] = {}
     for entry in results.not_run:
         if entry.case == case:
@@ -84,7 +84,7 @@ def not_run(results: Results, case: str) -> list[str]:
 
 
 def targets_table(outcomes: Iterable[Outcome]) -> Table:
-    """All targets of the device, with what was measured."""
+    """All targets of the device, with the measured ratios."""
     rows = []
     for outcome in outcomes:
         target, figure = outcome.target, outcome.figure
@@ -95,7 +95,7 @@ def targets_table(outcomes: Iterable[Outcome]) -> Table:
 
 
 def sentence(outcome: Outcome) -> str:
-    """A target with what was measured for it, in one line."""
+    """A target and its measured ratio, in one line."""
     target, figure = outcome.target, outcome.figure
     measured = "nothing" if figure is None else f"{figure.ratio:.2f}"
     what = f"{target.case}: {target.row}, {target.measure}"

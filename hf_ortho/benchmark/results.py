@@ -1,4 +1,4 @@
-"""The figures of a benchmark."""
+"""The results of a benchmark."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ class Figure:
     """One measured quantity.
 
     Attributes:
-        case: what was run, for example ``sequence`` or ``gpt2``.
+        case: the benchmark, such as ``sequence`` or ``gpt2``.
         row: the competitor.
-        measure: ``forward``, ``forward + backward``, ``call``, ``step`` or ``generate``, which are times; ``saved``
-            for backward, ``kept`` between forward and backward, or ``peak``, which are memory.
-        value: median seconds, or bytes; in the cases of a single activation bytes per element.
-        ratio: to the case's first row; of ``saved`` in those cases: bytes over the bytes of the input.
+        measure: a time (``forward``, ``forward + backward``, ``call``, ``step`` or ``generate``) or memory (``saved``
+            for backward, ``kept`` between forward and backward, or ``peak``).
+        value: median seconds, or bytes (for standalone activations, bytes per element).
+        ratio: ratio to the first row of the case. For ``saved`` of standalone activations: ratio to the bytes of the
+            input.
         spread: interquartile range of the ratio over the rounds; None for memory.
     """
 
@@ -34,7 +35,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class NotRun:
-    """A competitor that was left out of a case, and why."""
+    """A competitor that was not run in a case, and the reason."""
 
     case: str
     row: str
@@ -43,7 +44,14 @@ class NotRun:
 
 @dataclasses.dataclass
 class Results:
-    """All figures, in the order in which they were measured."""
+    """All figures, in the order of measurement.
+
+    Example:
+        >>> results = hf_ortho.benchmark.Results()
+        >>> results.add_memory("gpt2", "peak", {"gelu": 2e6, "hermite_8": 1e6})
+        >>> results.of("gpt2")["hermite_8"]["peak"].ratio
+        0.5
+    """
 
     figures: list[Figure] = dataclasses.field(default_factory=list)
     not_run: list[NotRun] = dataclasses.field(default_factory=list)
@@ -52,7 +60,7 @@ class Results:
         return next((f for f in self.figures if (f.case, f.row, f.measure) == (case, row, measure)), None)
 
     def of(self, case: str) -> dict[str, dict[str, Figure]]:
-        """row -> measure -> figure."""
+        """The figures of a case: row -> measure -> figure."""
         rows: dict[str, dict[str, Figure]] = {}
         for figure in self.figures:
             if figure.case == case:
@@ -60,12 +68,12 @@ class Results:
         return rows
 
     def add_times(self, case: str, measure: str, times: Mapping[str, Times]) -> None:
-        for row, found in times.items():
-            self.figures.append(Figure(case, row, measure, found.median, found.ratio, found.spread))
+        for row, time in times.items():
+            self.figures.append(Figure(case, row, measure, time.median, time.ratio, time.spread))
 
     def add_memory(self, case: str, measure: str, values: Mapping[str, float], unit: float | None = None) -> None:
-        """``unit`` is what a ratio of 1 means; by default the value of the first row. Nothing is added if it is not
-        positive, as the resident set's growth may be for small tensors."""
+        """Add memory figures. A ratio of 1 is ``unit`` bytes, by default the value of the first row. If the unit is not
+        positive, nothing is added: the growth of the resident set can be zero for small tensors."""
         unit = unit or next(iter(values.values()), 0.0)
         if unit > 0:
             self.figures += [Figure(case, row, measure, value, value / unit) for row, value in values.items()]

@@ -1,4 +1,4 @@
-"""The parts of a benchmark, in order."""
+"""The sections of a benchmark, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured, and how long."""
+"""Sizes and durations of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ class Settings:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        dtype: of the inputs and of the models' weights.
-        rounds: each competitor runs once per round.
-        seconds: a competitor leaves after 3 rounds once it has taken this long.
+        dtype: data type of inputs and model weights.
+        rounds: number of rounds; each competitor runs once per round.
+        seconds: a competitor that has taken this long stops after 3 rounds.
         sample: short calls are repeated until one measurement takes this many seconds.
-        sequence, image: shapes of the activations' input.
-        libraries: the shape on which other libraries run, which are slow.
+        sequence, image: input shapes of the activations.
+        libraries: input shape for other libraries, which are slow.
         elements: sizes of the sweep over elements.
         degree_elements: size of the sweep over the degree.
-        compiled: measure ``torch.compile`` too.
+        compiled: whether to also measure ``torch.compile``.
         gpt2, gpt2_batch: options of ``GPT2Config``, and (sequences, tokens).
-        convnext, convnext_batch: options of ``ConvNextConfig``, and images.
-        tokens: generated after a prompt of 16.
+        convnext, convnext_batch: options of ``ConvNextConfig``, and the number of images.
+        tokens: number of tokens to generate after a prompt of 16.
+
+    Example:
+        >>> hf_ortho.benchmark.FULL.on("cuda").to_dict()["dtype"]
+        'bfloat16'
     """
 
     device: str = "cpu"
@@ -52,7 +56,7 @@ class Settings:
     tokens: int = 64
 
     def on(self, device: str) -> Settings:
-        """The same on ``cuda``: in bfloat16, and up to more elements than a 32-bit index counts."""
+        """These settings on ``device``. CUDA uses bfloat16, and up to more elements than a 32-bit index can address."""
         if device == "cpu":
             return self
         large = (10**9, 2**31 + 8) if self.elements[-1] == 10**8 else ()
@@ -61,7 +65,7 @@ class Settings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The settings as plain JSON values."""
         return dataclasses.asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 

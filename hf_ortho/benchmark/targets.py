@@ -1,4 +1,4 @@
-"""How fast and how small the activations are meant to be: ratios that ``hf-ortho bench --check`` compares with."""
+"""Targets for time and memory: the ratios checked by ``hf-ortho bench --check``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ TOLERANCE = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The ``ratio`` of the figure (case, row, measure) is to be at most ``limit`` on ``device``.
+    """The ``ratio`` of the figure (case, row, measure) must be at most ``limit`` on ``device``.
 
-    On a processor that computes the reference nearly as fast as it copies, the passes of a kernel alone may take
-    longer than that. Where the floor of the row, measured in the same run, is above the limit, it is the limit.
+    If a processor computes the reference nearly as fast as a copy, the memory passes of a kernel alone may exceed this
+    limit. If the floor of the row, measured in the same run, is above the limit, the floor is the limit.
     """
 
     device: str
@@ -26,7 +26,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A target and what was measured for it, None if nothing was; ``floor`` if that is above the target's limit."""
+    """A target and its measured figure, or None if not run. ``floor`` is set if it is above the limit of the target."""
 
     target: Target
     figure: Figure | None
@@ -34,7 +34,7 @@ class Outcome:
 
     @property
     def missed_by(self) -> float:
-        """0.2 for a ratio that is 20 % above the limit, or the floor; 0 if the target is met or was not run."""
+        """The relative excess over the limit or floor: 0.2 means 20 % above. 0 if the target is met or was not run."""
         limit = self.target.limit if self.floor is None else self.floor.ratio
         return 0.0 if self.figure is None else max(0.0, self.figure.ratio / limit - 1.0)
 
@@ -47,7 +47,7 @@ class Outcome:
         if self.figure is None:
             return "not run"
         verdict = f"missed by {self.missed_by:.0%}" if self.missed_by >= 0.005 else "met"
-        return verdict if self.floor is None else f"{verdict}, for the floor of {self.floor.ratio:.2f} measured here"
+        return verdict if self.floor is None else f"{verdict}, relative to the measured floor of {self.floor.ratio:.2f}"
 
 
 def _activations(device: str, limits: dict[str, tuple[float, float, float]]) -> list[Target]:
@@ -104,7 +104,15 @@ def floor_of(row: str) -> str:
 
 
 def check(results: Results, device: str, targets: list[Target] = TARGETS) -> list[Outcome]:
-    """The targets of ``device``, each with its figure."""
+    """Compare the figures with the targets of ``device``.
+
+    Example:
+        >>> results = hf_ortho.benchmark.Results()
+        >>> target = hf_ortho.benchmark.Target("cpu", "gpt2", "hermite_8", "peak", limit=0.7)
+        >>> results.add_memory("gpt2", "peak", {"gelu": 2e6, "hermite_8": 1e6})
+        >>> [outcome.verdict for outcome in hf_ortho.benchmark.check(results, "cpu", [target])]
+        ['met']
+    """
     return [_outcome(target, results) for target in targets if target.device == device]
 
 

@@ -1,4 +1,4 @@
-"""The ``hf-ortho`` command: one file per sub-command, each with ``parser()`` and ``run(argv)``."""
+"""The ``hf-ortho`` command: one file per subcommand, each with ``parser()`` and ``run(argv)``."""
 
 from .main import main
 

@@ -1,4 +1,4 @@
-"""``hf-ortho bench``: time and memory of the activations against the fixed ones, alone and inside models."""
+"""``hf-ortho bench``: benchmark the activations against fixed activations, standalone and in models."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho bench",
-        description="Measure time and memory of the activations against the fixed ones, alone and inside models.",
+        description="Measure time and memory of the activations against fixed activations, standalone and in models.",
     )
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="One CPU thread in float32, or bfloat16.")
-    p.add_argument("--json", metavar="FILE", help="Write all figures, the settings and the environment.")
-    p.add_argument("--plot", metavar="FILE.png", help="Draw the ratios, and the curves over elements and degree.")
     p.add_argument(
-        "--check", action="store_true", help=f"Exit with 1 if a target is missed by over {TOLERANCE:.0%}%, or not run."
+        "--device", default="cpu", choices=["cpu", "cuda"], help="cpu (one thread, float32) or cuda (bfloat16)."
+    )
+    p.add_argument("--json", metavar="FILE", help="Write all results, the settings and the environment to a JSON file.")
+    p.add_argument("--plot", metavar="FILE.png", help="Plot the ratios, and the curves over elements and degree.")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help=f"Exit with code 1 if a target is missed by more than {TOLERANCE:.0%}%, or not run.",
     )
     p.add_argument(
         "--quick", action="store_true", help="Smoke test: small tensors, few rounds; timings are meaningless."
@@ -40,11 +44,11 @@ def parser() -> Parser:
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.check and args.quick:
-        raise ConfigError("--check does not go with --quick: the targets hold for the full sizes only")
+        raise ConfigError("--check cannot be combined with --quick: the targets are for the full sizes")
     if args.plot and Path(args.plot).suffix != ".png":
         raise ConfigError(f"--plot {args.plot}: must end in .png")
     if args.json and args.plot and Path(args.json).absolute() == Path(args.plot).absolute():
-        raise ConfigError(f"--json and --plot {args.plot}: name two files")
+        raise ConfigError(f"--json and --plot {args.plot}: use two different files")
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path:
             check_file(path, flag)
@@ -54,16 +58,16 @@ def run(argv: list[str]) -> int:
     from ..benchmark import FULL, QUICK, TARGETS, check, plot_results, report
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
     settings = (QUICK if args.quick else FULL).on(args.device)
     start = time.perf_counter()
     with one_thread(args.device):
-        found = environment()
-        show_environment(found)
+        machine = environment()
+        show_environment(machine)
         console.print(report.explanation(settings))
         results = measure(settings)
     if args.json:
-        content = {"environment": found, "settings": settings.to_dict(), **dataclasses.asdict(results)}
+        content = {"environment": machine, "settings": settings.to_dict(), **dataclasses.asdict(results)}
         with written(args.json) as draft:
             draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         console.print(f"Wrote {args.json}")
@@ -79,13 +83,13 @@ def run(argv: list[str]) -> int:
     missed = [outcome for outcome in outcomes if outcome.fails]
     for outcome in missed:
         console.print(f"missed: {report.sentence(outcome)}")
-    console.print(f"{len(missed)} of {len(outcomes)} targets are missed by over {TOLERANCE:.0%} or not run")
+    console.print(f"{len(missed)} of {len(outcomes)} targets are missed by more than {TOLERANCE:.0%} or not run")
     return 1 if missed else 0
 
 
 @contextlib.contextmanager
 def one_thread(device: str) -> Iterator[None]:
-    """One thread of torch on the CPU, as many as before afterwards."""
+    """Within the block, use one torch thread on the CPU."""
     import torch
 
     before = torch.get_num_threads()
@@ -98,7 +102,7 @@ def one_thread(device: str) -> Iterator[None]:
 
 
 def measure(settings: Settings) -> Results:
-    """Run all cases, and print each when it is done."""
+    """Run all cases, and print each result when it is done."""
     from ..benchmark import SECTIONS, Results, report
 
     results = Results()

@@ -1,4 +1,4 @@
-"""``hf-ortho compare``: one recipe with several activations and seeds: table, picture, time per step and memory."""
+"""``hf-ortho compare``: run one recipe with several activations and seeds, and compare results, time and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..profiling.timing import Times
     from ..training.compare import Run
 
-DESCRIPTION = "Run one recipe with several activations and seeds: table, picture, time per step and memory."
+DESCRIPTION = "Run one recipe with several activations and seeds, and compare results, time per step and memory."
 
 
 def run(argv: list[str]) -> int | None:
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int | None:
     comparison = parse_recipe(Comparison, "compare", DESCRIPTION, argv)
     grid, folder = comparison.compare, str(comparison.training.output_dir)
     if grid.timing_rounds < 0:
-        raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to leave the times out")
+        raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to skip timing")
 
     from ..training.compare import measure_steps, run_grid
 
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int | None:
     if grid.timing_rounds:
         with console.status("Timing steps"):
             times, kept = measure_steps(comparison, grid.timing_rounds)
-    if output is None:  # in all processes but the first
+    if output is None:  # in all processes except the first
         return None
     caption, columns, rows = write(output, comparison, runs, times, kept)
     table(caption, columns, rows)
@@ -60,9 +60,9 @@ def run(argv: list[str]) -> int | None:
 
 
 def metric_of(runs: list[Run]) -> Metric:
-    """The metric of the table: that of the task whose metrics the runs have."""
-    found = runs[0].metrics.keys()
-    return next((task.compared for task in TASKS if {metric.key for metric in task.metrics} == found), LOSS)
+    """The metric of the table: the compared metric of the task of the runs."""
+    keys = runs[0].metrics.keys()
+    return next((task.compared for task in TASKS if {metric.key for metric in task.metrics} == keys), LOSS)
 
 
 def _figure(mean: str, spread: float, seeds: int) -> str:
@@ -70,14 +70,14 @@ def _figure(mean: str, spread: float, seeds: int) -> str:
 
 
 def _name(dataset: str | None) -> str:
-    """A dataset without the folders of this machine."""
+    """The name of a dataset, without local folders."""
     return Path(str(dataset)).name if Path(str(dataset)).exists() else str(dataset)
 
 
 def write(
     output: OutputFolder, comparison: Comparison, runs: list[Run], times: dict[str, Times], kept: dict[str, float]
 ) -> tuple[str, list[str], list[list[str]]]:
-    """The files of what is finished so far; returns the table: caption, columns, rows."""
+    """Write the results so far; returns the table: caption, columns, rows."""
     from ..hub import hardware
     from ..plotting.comparison import plot_comparison
     from ..training.compare import summarize
@@ -125,8 +125,8 @@ def write(
         (draft / "table.md").write_text(f"{markdown_table(columns, rows)}\n\n{caption}\n")
         (draft / "results.json").write_text(json.dumps(results, indent=1))
         plot_comparison(
-            {name: {run.seed: run.history for run in own if run.history} for name, own in by_name.items()},
-            {name: {run.seed: run.metrics[metric.key] for run in own} for name, own in by_name.items()},
+            {name: {run.seed: run.history for run in runs if run.history} for name, runs in by_name.items()},
+            {name: {run.seed: run.metrics[metric.key] for run in runs} for name, runs in by_name.items()},
             title,
             caption,
             draft / "comparison.png",

@@ -1,4 +1,4 @@
-"""What the commands share: the argument parser, quiet libraries, progress and tables."""
+"""Shared by the commands: argument parser, quiet libraries, progress bars and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class PlainConsole(Console):
-    """A console that takes every text literally: no markup, no emoji codes, and no control sequences."""
+    """A console that prints text literally: no markup, emoji codes or control sequences."""
 
     def __init__(self, **options):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -35,10 +35,10 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **options)
 
     def on_broken_pipe(self):
-        raise BrokenPipeError  # rich would end the process itself
+        raise BrokenPipeError  # rich would exit the process
 
     def status(self, status, **options):
-        return super().status(self.render_str(status), **options)  # rich would look for markup
+        return super().status(self.render_str(status), **options)  # rich would parse markup
 
 
 console = PlainConsole(soft_wrap=True)
@@ -47,7 +47,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Help(argparse.HelpFormatter):
-    """Descriptions with the default at the end, where there is one that the description does not name."""
+    """Help texts, followed by the default unless the text already states it."""
 
     def _get_help_string(self, action):
         text = action.help or ""
@@ -57,27 +57,27 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, because transformers' HfArgumentParser, which knows every TrainingArguments field, is built on it.
+    """An argparse parser, for compatibility with HfArgumentParser, which provides all TrainingArguments fields.
 
-    Flags are shown with dashes and taken with underscores too. A usage error becomes one sentence instead of the list
+    Flags are displayed with dashes and also accepted with underscores. A usage error is one sentence instead of a list
     of all flags.
     """
 
     def __init__(self, *args, **kwargs):
         options: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Help} | kwargs
         super().__init__(*args, **options)
-        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse takes -1e-5 for a flag
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse would parse -1e-5 as a flag
 
     def parse_known_args(self, args=None, namespace=None):
         return super().parse_known_args([dashed(arg) for arg in args or ()], namespace)
 
     def parse_args(self, args=None, namespace=None):
-        found, rest = self.parse_known_args(args, namespace)
+        parsed, rest = self.parse_known_args(args, namespace)
         self.refuse(rest)
-        return found
+        return parsed
 
     def refuse(self, rest: list[str]) -> None:
-        """Raise ConfigError for the first argument that was not understood, with the flag that is nearest to it."""
+        """Raise ConfigError for the first unknown argument, with the closest flag."""
         flag = next((arg.split("=")[0] for arg in rest if arg.startswith("-")), None)
         if flag is not None:
             known = [dashed(name) for name in self._option_string_actions if name not in ("-h", "--help")]
@@ -90,14 +90,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def dashed(arg: str) -> str:
-    """A flag with dashes for underscores, its value as it is; anything else as it is."""
+    """Replace underscores with dashes in a flag, but not in its value."""
     flag, *value = arg.split("=", 1)
     return "=".join([flag.replace("_", "-"), *value]) if arg.startswith("--") else arg
 
 
 def quiet() -> None:
-    """Keep the libraries' progress bars and advice out of the commands' own output, from when they are imported on;
-    errors still come."""
+    """Silence progress bars and warnings of libraries once they are imported. Errors are still shown."""
 
     def transformers_logging(logging_module):
         logging_module.set_verbosity_error()
@@ -115,7 +114,7 @@ def quiet() -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table whose first column is text and whose others are numbers."""
+    """Print a table with a first column of text and further columns of numbers."""
     out = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -125,15 +124,15 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table in full, wider than the console if it must be: figures are never cut."""
+    """Print a table in full, wider than the console if necessary: numbers are never truncated."""
     console.print(table.title, style="italic")
     table.title = None
-    wanted = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
-    PlainConsole(width=max(console.width, wanted)).print(table)
+    needed = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
+    PlainConsole(width=max(console.width, needed)).print(table)
 
 
 def show_report(report: ConversionReport) -> None:
-    """Print the tables of a conversion and the lines under them."""
+    """Print the tables and the summary of a conversion."""
     for part in report.tables():
         show(part)
     for line in report.summary():
@@ -142,7 +141,7 @@ def show_report(report: ConversionReport) -> None:
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar that stays on one line; total unknown until set."""
+    """A progress bar on one line. The total is unknown until set."""
     first, count, last = (
         TextColumn(text, markup=False)
         for text in ("{task.description}", "{task.completed}/{task.total}", "{task.fields[note]}")
@@ -152,7 +151,7 @@ def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
 
 
 def trainer_progress(title: str):
-    """A Trainer callback that shows such a bar, with the latest loss."""
+    """A Trainer callback that shows a progress bar with the latest loss."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
@@ -175,7 +174,7 @@ def trainer_progress(title: str):
 
 
 def trainer_log(title: str):
-    """A Trainer callback that shows progress: a bar in a terminal, else a line whenever Trainer logs."""
+    """A Trainer callback that shows progress: a bar in a terminal, else one line per log of Trainer."""
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):

@@ -1,4 +1,4 @@
-"""``hf-ortho convert``: a checkpoint in, a converted checkpoint out, verified by reloading it."""
+"""``hf-ortho convert``: convert a checkpoint, and verify the result by reloading it."""
 
 from __future__ import annotations
 
@@ -16,37 +16,45 @@ def parser() -> Parser:
         prog="hf-ortho convert",
         description="Convert a checkpoint to learnable activations, and verify the result by reloading it.",
     )
-    p.add_argument("model", help="A folder, or a model on the Hub such as openai-community/gpt2.")
-    p.add_argument("-o", "--output", required=True, help="Folder to write.")
-    p.add_argument("--family", default="hermite", help=f"One of {', '.join(FAMILIES)}.")
-    p.add_argument("--degree", help="1 to 32, or auto. Default: the family's own.")
-    p.add_argument("--tolerance", type=float, default=1e-3, help="Largest rms error per layer for --degree auto.")
-    p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="Default: a fit without data.")
-    p.add_argument("--calibration-samples", type=int, default=8, help="Blocks of text, or images times 8.")
-    p.add_argument("--calibration-split", help="Default: train.")
-    p.add_argument("--block-size", type=int, help="Tokens per block. Default: the model's context, at most 1024.")
-    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Of the weights.")
+    p.add_argument("model", help="Folder or Hub model, such as openai-community/gpt2.")
+    p.add_argument("-o", "--output", required=True, help="Output folder.")
+    p.add_argument("--family", default="hermite", help=f"Activation family: {', '.join(FAMILIES)}.")
+    p.add_argument("--degree", help="Degree: 1 to 32, or auto. Default: the default of the family.")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="Maximum rms error per layer for --degree auto.")
+    p.add_argument(
+        "--calibration-data",
+        metavar="FILE_OR_DATASET",
+        help="File, folder or dataset to calibrate with. Default: none.",
+    )
+    p.add_argument(
+        "--calibration-samples", type=int, default=8, help="Number of text blocks, or of batches of 8 images."
+    )
+    p.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
+    p.add_argument(
+        "--block-size", type=int, help="Tokens per block. Default: the context length of the model, at most 1024."
+    )
+    p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
     p.add_argument(
         "--field",
         action="append",
-        help="Config field whose activations to convert; repeatable. Default: every field that drives one.",
+        help="Config field to convert (repeatable). Default: every field that drives an activation.",
     )
     p.add_argument(
-        "--derivative-weight", type=float, default=0.0, help="Weight of the derivative's error in the least squares."
+        "--derivative-weight", type=float, default=0.0, help="Weight of the derivative error in the least-squares fit."
     )
     p.add_argument(
-        "--no-tails", action="store_true", help="Pure polynomials or series, fitted on the range of the data."
+        "--no-tails",
+        action="store_true",
+        help="Fit pure polynomials or series on the range of the data, without straight tails.",
     )
     p.add_argument(
-        "--domain", nargs=2, type=float, metavar=("LO", "HI"), help="One domain for all layers. Default: searched for."
+        "--domain", nargs=2, type=float, metavar=("LO", "HI"), help="Domain for all layers. Default: search per layer."
     )
     p.add_argument(
         "--distill", type=int, default=0, metavar="N", help="Number of distillation steps (activation parameters only)."
     )
-    p.add_argument(
-        "--overwrite", action="store_true", help="Replace what hf_ortho wrote into the output folder before."
-    )
+    p.add_argument("--overwrite", action="store_true", help="Replace earlier output of hf_ortho in the output folder.")
     return p
 
 
@@ -54,11 +62,13 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.domain and not -math.inf < args.domain[0] < args.domain[1] < math.inf:
         ends = " ".join(f"{end:g}" for end in args.domain)
-        raise ConfigError(f"--domain {ends}: must be finite, LO < HI; without the flag they are searched for")
+        raise ConfigError(
+            f"--domain {ends}: must be finite with LO < HI; without the flag, a domain is searched for each layer"
+        )
     if args.distill < 0:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
-        raise ConfigError(f"--distill {args.distill} needs --calibration-data")
+        raise ConfigError(f"--distill {args.distill} requires --calibration-data")
     output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model, args.calibration_data])
     check_hub([(args.model, args.revision)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree)
@@ -104,7 +114,7 @@ def run(argv: list[str]) -> None:
     with output.writing() as draft:
         save_checkpoint(checkpoint, draft)
         report.plot(draft / "activations.png")
-        report.modules.clear()  # the sources need no memory while the copy is checked
+        report.modules.clear()  # free the source modules before reloading
         write_card(
             draft,
             place=args.output,
@@ -114,7 +124,7 @@ def run(argv: list[str]) -> None:
             command=command,
         )
         cls = type(checkpoint.model)
-        del checkpoint  # the reloaded model takes its place in memory
+        del checkpoint  # free its memory for the reloaded model
         equal = verify_reload(cls, draft, tensors, inputs, expected)
     checked = "tensors and outputs bit-equal" if inputs and equal else "tensors bit-equal"
     console.print(f"Wrote {args.output} (reloaded with from_pretrained: {checked})")

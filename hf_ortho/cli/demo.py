@@ -1,4 +1,4 @@
-"""``hf-ortho demo``: the whole story on a small model, without a network."""
+"""``hf-ortho demo``: the full workflow on a small model, offline."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from .console import Parser
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho demo",
-        description="Pretrain a small model with GELU, convert it, fine-tune both, save, reload and draw, offline.",
+        description="Pretrain a small model with GELU, convert it, fine-tune both, save, reload and plot, offline.",
     )
     p.add_argument(
         "--task",
         default="text",
         choices=["text", "vision"],
-        help="A byte-level GPT-2 on English, or a ConvNeXt on handwritten digits.",
+        help="text (a byte-level GPT-2 on English) or vision (a ConvNeXt on handwritten digits).",
     )
-    p.add_argument("--family", default="hermite", help=f"One of {', '.join(FAMILIES)}.")
-    p.add_argument("--degree", help="1 to 32. Default: the family's own.")
-    p.add_argument("-o", "--output", help="Folder to write. Default: demo-TASK.")
-    p.add_argument(
-        "--overwrite", action="store_true", help="Replace what hf_ortho wrote into the output folder before."
-    )
-    p.add_argument("--steps", type=int, help="Steps of the first training. Default: the task's own.")
-    p.add_argument("--tune-steps", type=int, help="Steps of the fine-tuning. Default: the task's own.")
-    p.add_argument("--seed", type=int, default=0, help="Seed of weights and data order.")
+    p.add_argument("--family", default="hermite", help=f"Activation family: {', '.join(FAMILIES)}.")
+    p.add_argument("--degree", help="Degree: 1 to 32. Default: the default of the family.")
+    p.add_argument("-o", "--output", help="Output folder. Default: demo-TASK.")
+    p.add_argument("--overwrite", action="store_true", help="Replace earlier output of hf_ortho in the output folder.")
+    p.add_argument("--steps", type=int, help="Number of pretraining steps. Default: depends on the task.")
+    p.add_argument("--tune-steps", type=int, help="Number of fine-tuning steps. Default: depends on the task.")
+    p.add_argument("--seed", type=int, default=0, help="Seed of the weights and data order.")
     return p
 
 

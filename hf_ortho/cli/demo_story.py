@@ -1,4 +1,4 @@
-"""What ``hf-ortho demo`` does: pretrain a small model with GELU, convert it, fine-tune both, save, reload, draw."""
+"""The steps of ``hf-ortho demo``: pretrain a small model with GELU, convert it, fine-tune both, save, reload, plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CALIBRATION_BATCHES = 16
 
 
 def train(checkpoint: Checkpoint, task: DemoTask, dataset: Dataset, steps: int, rate: float, seed: int, title: str):
-    """Train in place with Trainer; returns its arguments."""
+    """Train in place with Trainer; returns the training arguments."""
     with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -82,7 +82,7 @@ def tell_story(
     source = _source(original)
     original.model.eval()
     at_first = evaluate_model(original, held_back)
-    table(f"on {len(held_back)} held-back samples", ["", source], [[k, f"{v:.5f}"] for k, v in at_first.items()])
+    table(f"on {len(held_back)} held-out samples", ["", source], [[k, f"{v:.5f}"] for k, v in at_first.items()])
 
     console.rule(f"2. Convert it to {name}", align="left")
     converted = dataclasses.replace(original, model=copy.deepcopy(original.model))
@@ -131,7 +131,7 @@ def tell_story(
     console.print(f"{auto.__name__}.from_pretrained({output.name!r}): logits bit-equal: {equal}")
     reloaded = auto.from_pretrained(output.path)
     if converted.tokenizer is not None:
-        console.print(f"It writes: {generate(reloaded, converted.tokenizer, seed)!r}")
+        console.print(f"Generated text: {generate(reloaded, converted.tokenizer, seed)!r}")
     files = ", ".join(sorted(p.name for p in output.path.iterdir() if p.name != MANIFEST))
     console.print(f"Wrote {output.name}/: {files}")
     console.print(f"Done in {time.perf_counter() - start:.0f} s on {hardware()}.")

@@ -1,4 +1,4 @@
-"""The two small models and datasets of the demo."""
+"""The small models and datasets of the demo."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class DemoTask:
-    """A model to build, the data to train it on, and how long.
+    """A model, its training data and hyperparameters.
 
-    ``steps`` and ``tune_steps`` are optimizer steps of the first training and of the fine-tuning.
+    ``steps`` and ``tune_steps`` are the optimizer steps of pretraining and fine-tuning.
     """
 
     dataset: str

@@ -1,4 +1,4 @@
-"""``hf-ortho env``: the machine and the versions of the libraries that matter."""
+"""``hf-ortho env``: the machine and the versions of relevant libraries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions, as plain JSON values; None where there is none."""
+    """The machine and library versions as plain JSON values. Missing values are None."""
     import psutil
     import torch
 
@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The model's name, which Python's own ``platform`` does not know on Linux."""
+    """The CPU model, which Python's ``platform`` does not report on Linux."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
 
 
 def show_environment(found: dict[str, Any]) -> None:
-    """Print what ``environment`` returned as a table."""
+    """Print the result of ``environment`` as a table."""
     machine = {
         "CPU": f"{found['cpu']} ({found['cpu_capability']})",
         "cores": f"{found['physical_cores']} physical, {found['logical_cores']} logical",
@@ -82,17 +82,15 @@ def show_environment(found: dict[str, Any]) -> None:
 
 
 def parser() -> Parser:
-    p = Parser(
-        prog="hf-ortho env", description="Print the machine and the versions of the libraries, for a bug report."
-    )
+    p = Parser(prog="hf-ortho env", description="Print the machine and library versions for a bug report.")
     p.add_argument("--json", action="store_true", help="Print one JSON object.")
     return p
 
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    found = environment()
+    machine = environment()
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(machine))
     else:
-        show_environment(found)
+        show_environment(machine)

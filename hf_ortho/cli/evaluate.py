@@ -1,4 +1,4 @@
-"""``hf-ortho evaluate``: the metrics of one checkpoint, or of two with the difference."""
+"""``hf-ortho evaluate``: print the metrics of a checkpoint, or compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ def parser() -> Parser:
     metrics = "; ".join(f"{', '.join(metric.name for metric in task.metrics)} for {task.title}" for task in TASKS)
     p = Parser(
         prog="hf-ortho evaluate",
-        description=f"Print the metrics of one checkpoint, or of two with the difference: {metrics}.",
+        description=f"Print the metrics of a checkpoint, or compare two checkpoints: {metrics}.",
     )
-    p.add_argument("model", help="A folder, or a model on the Hub.")
-    p.add_argument("--against", metavar="OTHER", help="A second model, evaluated on the same samples.")
-    p.add_argument("--dataset", help="A file, a folder, or a dataset on the Hub. Default for text: pydoc_topics.")
-    p.add_argument("--split", help="Default: validation or test, else the first.")
-    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    p.add_argument("--against-revision", help="Branch, tag or commit of the other model.")
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Of the weights.")
-    p.add_argument("--block-size", type=int, help="Tokens per sample. Default: the model's context, at most 1024.")
-    p.add_argument("--text-column", help="Default: text, or the only column of text.")
-    p.add_argument("--image-column", help="Default: image, or the only column of images.")
-    p.add_argument("--label-column", help="Default: label, or the only column of labels.")
-    p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples. Default: all.")
+    p.add_argument("model", help="Folder or Hub model.")
+    p.add_argument("--against", metavar="OTHER", help="Second model, evaluated on the same samples.")
+    p.add_argument("--dataset", help="File, folder or Hub dataset. Default for text: pydoc_topics.")
+    p.add_argument("--split", help="Split to evaluate on. Default: validation or test, else the first split.")
+    p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
+    p.add_argument("--against-revision", help="Branch, tag or commit of the second model.")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
+    p.add_argument(
+        "--block-size", type=int, help="Tokens per sample. Default: the context length of the model, at most 1024."
+    )
+    p.add_argument("--text-column", help="Text column. Default: text, or the only text column.")
+    p.add_argument("--image-column", help="Image column. Default: image, or the only image column.")
+    p.add_argument("--label-column", help="Label column. Default: label, or the only label column.")
+    p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples only. Default: all samples.")
     p.add_argument("--batch-size", type=int, default=8, help="Samples per forward pass.")
     return p
 
@@ -42,15 +44,15 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
     task = of(checkpoint.model)
     place = args.dataset or task.default_dataset
     if place is None:
-        raise ConfigError(f"--dataset is needed for {type(checkpoint.model).__name__}")
+        raise ConfigError(f"--dataset is required for {type(checkpoint.model).__name__}")
     splits = data.load(place)
     split = data.pick(splits, args.split, data.HELD_BACK, place)
     columns = {"text_column": args.text_column, "image_column": args.image_column, "label_column": args.label_column}
     samples = task.prepare(checkpoint, splits[split], DataArguments(block_size=args.block_size, **columns), place)
     samples = head(samples, args.max_samples)
-    what = f"{place}, {split}, {len(samples)} samples"
-    console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {what}")
-    return what, evaluate_model(checkpoint, samples, args.batch_size)
+    data_used = f"{place}, {split}, {len(samples)} samples"
+    console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {data_used}")
+    return data_used, evaluate_model(checkpoint, samples, args.batch_size)
 
 
 def run(argv: list[str]) -> None:
@@ -59,16 +61,16 @@ def run(argv: list[str]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
     check_hub([(args.model, args.revision), (args.against, args.against_revision)], [args.dataset])
-    what, first = measure(args.model, args.revision, args)
+    data_used, first = measure(args.model, args.revision, args)
     if not args.against:
-        table(what, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])
+        table(data_used, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])
         return
-    other_what, second = measure(args.against, args.against_revision, args)
-    if what != other_what:
-        console.print(f"note: the two models read the data differently ({what}; {other_what})")
+    other_data_used, second = measure(args.against, args.against_revision, args)
+    if data_used != other_data_used:
+        console.print(f"note: the samples of the two models differ ({data_used}; {other_data_used})")
     rows = [
         [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", change(second[key], value)]
         for key, value in first.items()
         if key in second
     ]
-    table(what, ["", args.model, args.against, "difference", "relative"], rows)
+    table(data_used, ["", args.model, args.against, "difference", "relative"], rows)

@@ -1,4 +1,4 @@
-"""``hf-ortho finetune``: fine-tune a checkpoint with Trainer, from a YAML file and flags that override it."""
+"""``hf-ortho finetune``: fine-tune a checkpoint with Trainer, configured by a YAML file and overriding flags."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ..hub import DataSource, Results
     from ..training.finetune import Result
 
-DESCRIPTION = "Fine-tune a checkpoint with transformers' Trainer, from a YAML file and flags that override it."
+DESCRIPTION = "Fine-tune a checkpoint with Trainer, configured by a YAML file and flags that override it."
 
 
 def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
-    """The metrics for the screen and the card, also those before the training if there was a model before."""
+    """The metrics for the console and the card, including the metrics before training, if any."""
     from ..checkpoints.provenance import Provenance
     from ..hub import DataSource, Results, hardware
     from ..tasks.data import commit_of, resolved
@@ -37,12 +37,12 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     revision = resolved(data.dataset_revision) if same else commit_of(name)
     config = data.dataset_config if same else None
     source = DataSource.of(result.held_back, name, config=config, revision=revision)
-    note = "held back from the training" if same and source.split == _train(result, recipe).split else ""
+    note = "held out from training" if same and source.split == _train(result, recipe).split else ""
     return Results(values, source, command, hardware(), recipe.training.seed, note, "training")
 
 
 def _train(result: Result, recipe: Recipe) -> DataSource:
-    """What the model was trained on."""
+    """The training data."""
     from ..hub import DataSource
     from ..tasks.data import resolved
 
@@ -52,28 +52,28 @@ def _train(result: Result, recipe: Recipe) -> DataSource:
 
 
 def _others(recipe: Recipe) -> dict[str, object]:
-    """The hyperparameters of the card beside those of ``TrainingArguments``."""
+    """The hyperparameters of the card that are not in ``TrainingArguments``."""
     rate = recipe.optimizer_arguments().activation_learning_rate
-    found: dict[str, object] = {"train": recipe.model.train}
-    found["activation_learning_rate"] = recipe.training.learning_rate if rate is None else rate
+    others: dict[str, object] = {"train": recipe.model.train}
+    others["activation_learning_rate"] = recipe.training.learning_rate if rate is None else rate
     changed = {**dataclasses.asdict(recipe.augmentation), "domain_penalty": recipe.optimizer.domain_penalty}
-    return found | {key: value for key, value in changed.items() if value}
+    return others | {key: value for key, value in changed.items() if value}
 
 
 def _repository(arguments: TrainingArguments) -> str:
-    """Where ``push_to_hub`` pushes to, as in Trainer."""
+    """The repository that ``push_to_hub`` pushes to, as in Trainer."""
     return arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name
 
 
 def _draw(folder: Path, name: str) -> None:
-    """The trained activations of the model ``name`` as ``activations.png``, if there are any."""
+    """Plot the trained activations of the model ``name``, if any, as ``activations.png``."""
     from ..checkpoints.activations import load_activations
     from ..hub.card import PICTURE
     from ..plotting import plot_stored
 
     try:
         stored = load_activations(str(folder))
-    except ConfigError:  # it has none
+    except ConfigError:  # no learnable activations
         return
     plot_stored(stored, folder / PICTURE, name)
 
@@ -89,14 +89,14 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     from ..training.finetune import finetune, output_folder
 
     arguments = recipe.training
-    if arguments.push_to_hub and arguments.process_index == 0:  # rather than find out after the training
+    if arguments.push_to_hub and arguments.process_index == 0:  # fail now rather than after training
         output_folder(recipe)
         find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)
     folder, line = Path(str(arguments.output_dir)), command_line(command, argv)
     base = None if recipe.model.init == "scratch" else recipe.model.model
 
     def finish(draft: Path, result: Result) -> None:
-        """Print what came out, and draw and describe the model."""
+        """Print the results, plot the activations, and write the card."""
         if result.conversion is not None and base:
             show_report(result.conversion)
         results = results_of(result, line, recipe)
@@ -118,7 +118,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     result = finetune(recipe, [trainer_log("Training")], finish)
     if arguments.process_index != 0:
         return None
-    console.print(f"Wrote {folder} ({result.trainable:,} parameters were trained)")
+    console.print(f"Wrote {folder} ({result.trainable:,} trained parameters)")
     if arguments.push_to_hub:
         url = push(folder, _repository(arguments), revision=arguments.hub_revision, token=arguments.hub_token)
         console.print(f"Pushed {folder} to {url}")

@@ -1,4 +1,4 @@
-"""``hf-ortho inspect``: the activations of a converted checkpoint in numbers; loads no other weights."""
+"""``hf-ortho inspect``: print the activations of a converted checkpoint, without loading other weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ WIDTH = 100
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho inspect",
-        description="Print the activations of a converted checkpoint in numbers; no other weights are loaded.",
+        description="Print the activations of a converted checkpoint, without loading other weights.",
     )
-    p.add_argument("model", help="A folder, or a model on the Hub.")
-    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    p.add_argument("--json", action="store_true", help="Print one JSON object in full precision; null is unbounded.")
+    p.add_argument("model", help="Folder or Hub model.")
+    p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
+    p.add_argument("--json", action="store_true", help="Print one JSON object in full precision (null: infinite).")
     return p
 
 
@@ -39,8 +39,8 @@ def run(argv: list[str]) -> None:
     stored = load_activations(args.model, revision=args.revision)
     layers, notes = examine(stored)
     if args.json:
-        found = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance.to_dict()}
-        print(json.dumps(json_values(found | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
+        summary = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance.to_dict()}
+        print(json.dumps(json_values(summary | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
         return
     for line in _provenance(args.model, stored):
         console.print(line)
@@ -66,7 +66,7 @@ def _provenance(name: str, stored: StoredActivations) -> list[str]:
         if key != "layers" and value is not None:
             known[key.replace("_", " ")] = _plain(value)
     if stored.provenance.activation is None:
-        known["provenance"] = "none: the config has no hf_ortho entry, as after a training from scratch"
+        known["provenance"] = "none: the config has no hf_ortho entry, as after training from scratch"
     return [
         textwrap.fill(f"{key:20s}{value}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)
         for key, value in known.items()

@@ -1,4 +1,4 @@
-"""``--accelerate_config``: run a training command again in several processes, through Accelerate's launcher."""
+"""``--accelerate_config``: rerun a training command in several processes with the launcher of Accelerate."""
 
 from __future__ import annotations
 
@@ -22,44 +22,50 @@ NAMES = ("single", "multi_gpu", "fsdp2", "zero3", "tp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that ``launch`` takes."""
-    parser.add_argument("--accelerate-config", help=f"Start several processes: {', '.join(NAMES)}, or a YAML file.")
-    parser.add_argument("--num-processes", help="How many. Default: one for each GPU, one without a GPU.")
+    """Add the flags of ``launch``."""
+    parser.add_argument("--accelerate-config", help=f"Launch with Accelerate: {', '.join(NAMES)}, or a YAML file.")
+    parser.add_argument("--num-processes", help="Number of processes. Default: one per GPU, or one without a GPU.")
 
 
 def launch(command: str, argv: list[str]) -> int | None:
-    """Run ``hf-ortho command`` with the rest of ``argv`` as ``--accelerate_config`` says, and return its exit code.
+    """Run ``hf-ortho command`` with the rest of ``argv`` under ``--accelerate_config``, and return its exit code.
 
-    None without this flag: the command goes on in this process, which torchrun or Slurm may have started.
+    Without this flag, returns None: the command continues in this process, which torchrun or Slurm may have started.
 
     Raises:
-        ConfigError: a flag does not fit, or the machine lacks what the engine needs.
-        HfOrthoError: the first that a process has met.
+        ConfigError: a flag is invalid, or the machine does not meet the requirements of the engine.
+        HfOrthoError: the first error of a process.
     """
     if {"-h", "--help", "--help-all"} & set(argv):
         return None
     flags = Parser(prog=f"hf-ortho {command}", add_help=False)
     add_arguments(flags)
-    own, rest = flags.parse_known_args(argv)
-    if own.accelerate_config is None:
-        if own.num_processes is not None:
-            raise ConfigError(f"num_processes {own.num_processes}: give --accelerate_config too, one of {_choices()}")
+    parsed, rest = flags.parse_known_args(argv)
+    if parsed.accelerate_config is None:
+        if parsed.num_processes is not None:
+            raise ConfigError(
+                f"num_processes {parsed.num_processes}: requires --accelerate_config, one of {_choices()}"
+            )
         if "LOCAL_RANK" in os.environ:
             import torch
 
-            if not torch.accelerator.is_available():  # Accelerate would run each of several processes for itself
+            if not torch.accelerator.is_available():  # otherwise Accelerate runs the processes independently
                 os.environ.setdefault("ACCELERATE_USE_CPU", str("ACCELERATE_TORCH_DEVICE" not in os.environ))
         return None
     if "LOCAL_RANK" in os.environ:
-        raise ConfigError("accelerate_config: this process is one of several already; leave the flag out")
+        raise ConfigError("accelerate_config: this process was already launched as one of several; omit the flag")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    file = CONFIGS / f"{own.accelerate_config}.yaml" if own.accelerate_config in NAMES else Path(own.accelerate_config)
-    processes = _processes(own.accelerate_config, file, own.num_processes)
+    file = (
+        CONFIGS / f"{parsed.accelerate_config}.yaml"
+        if parsed.accelerate_config in NAMES
+        else Path(parsed.accelerate_config)
+    )
+    processes = _processes(parsed.accelerate_config, file, parsed.num_processes)
     options = ["--config_file", str(file), "--num_processes", str(processes)]
-    if own.accelerate_config == "tp":
+    if parsed.accelerate_config == "tp":
         options += ["--parallelism_config_tp_size", str(processes)]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = "1"
@@ -80,8 +86,8 @@ def _choices() -> str:
     return f"{', '.join(NAMES)}, or a YAML file of `accelerate config`"
 
 
-def _processes(name: str, file: Path, wanted: str | None) -> int:
-    """How many processes to start with the config in ``file``, if it can run here."""
+def _processes(name: str, file: Path, requested: str | None) -> int:
+    """The number of processes for the config in ``file``, after checking that it can run here."""
     import torch
     import yaml
     from accelerate.commands.config.config_args import load_config_from_file
@@ -93,21 +99,23 @@ def _processes(name: str, file: Path, wanted: str | None) -> int:
         config = load_config_from_file(str(file))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"accelerate_config {name} is no config of Accelerate: {reason}") from error
+        raise ConfigError(f"accelerate_config {name} is not an Accelerate config: {reason}") from error
     devices = torch.accelerator.device_count()
     kind = config.distributed_type
     if not devices and (config.parallelism_config or kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)):
-        raise ConfigError(f"accelerate_config {name} needs GPUs, this machine has none; multi_gpu runs on the CPU too")
+        raise ConfigError(
+            f"accelerate_config {name} requires GPUs, but this machine has none; multi_gpu also runs on the CPU"
+        )
     if kind == DistributedType.DEEPSPEED and not is_deepspeed_available():
-        raise ConfigError(f"accelerate_config {name}: the package deepspeed is missing: pip install deepspeed")
+        raise ConfigError(f"accelerate_config {name} requires DeepSpeed: pip install deepspeed")
     if not devices:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     configured = 0 if name in NAMES[1:] else config.num_processes
-    processes = str(configured if configured > 0 else max(devices, 1)) if wanted is None else wanted
+    processes = str(configured if configured > 0 else max(devices, 1)) if requested is None else requested
     if not processes.isdecimal() or int(processes) < 1:
-        raise ConfigError(f"num_processes {processes!r}: must be an integer, at least 1")
+        raise ConfigError(f"num_processes {processes!r}: must be an integer and at least 1")
     if kind == DistributedType.NO and int(processes) > 1:
-        raise ConfigError(f"num_processes {processes}: accelerate_config {name} is for one; take multi_gpu")
+        raise ConfigError(f"num_processes {processes}: accelerate_config {name} runs one process; use multi_gpu")
     if devices and config.num_machines == 1 and int(processes) > devices:
         raise ConfigError(f"num_processes {processes}: this machine has {devices} GPU{'s' * (devices > 1)}")
     return int(processes)
@@ -125,5 +133,5 @@ def _failed(error: ChildFailedError) -> int:
 
 def _end(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
-        return f"was ended by {failure.signal_name()}"
-    return f"ended with exit code {failure.exitcode}, for the reason above"
+        return f"was killed by {failure.signal_name()}"
+    return f"exited with code {failure.exitcode}; see the error above"

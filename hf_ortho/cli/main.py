@@ -1,4 +1,4 @@
-"""Dispatch to the sub-commands and turn errors into one sentence and an exit code."""
+"""Dispatch to the subcommands, and report errors as one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..errors import ConfigError, HfOrthoError
 from ..text import suggestion, visible
 
 COMMANDS = {
-    "demo": "the whole story on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
+    "demo": "run the full workflow on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
     "convert": "convert a checkpoint to learnable activations",
-    "finetune": "fine-tune a checkpoint, from a YAML file and flags",
-    "pretrain": "train a model from scratch, from a YAML file and flags",
-    "compare": "one recipe with several activations and seeds: table, picture, time per step and memory",
-    "evaluate": "loss and other metrics of one checkpoint, or of two with the difference",
-    "plot": "draw the activations of a converted checkpoint, of two, or over a training",
+    "finetune": "fine-tune a checkpoint, configured by a YAML file and flags",
+    "pretrain": "train a model from scratch, configured by a YAML file and flags",
+    "compare": "run one recipe with several activations and seeds, and compare results, time per step and memory",
+    "evaluate": "print the loss and other metrics of a checkpoint, or compare two checkpoints",
+    "plot": "plot the activations of one or two converted checkpoints, or over a training",
     "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
-    "push": "upload a model or an adapter to the Hub, with its card",
-    "app": "a web page: fits of activations, and the activations of a converted checkpoint",
-    "bench": "time and memory of the activations, and of models with them, against the fixed ones",
-    "env": "the machine and the versions of the libraries",
+    "push": "push a model or an adapter with its card to the Hub",
+    "app": "open a web page for exploring fits and the activations of a converted checkpoint",
+    "bench": "benchmark the activations against fixed activations, standalone and in models",
+    "env": "print the machine and library versions",
 }
 
-LAUNCHED = "HF_ORTHO_LAUNCHED"  # in the environment of the processes that ``--accelerate_config`` starts
+LAUNCHED = "HF_ORTHO_LAUNCHED"  # environment variable of processes launched by ``--accelerate_config``
 
 
 def usage() -> str:
@@ -40,7 +40,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 1 for a check that fails, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command. Exit codes: 0 success, 1 failed check, 2 user error, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = _run(argv)
@@ -50,11 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     except HfOrthoError as error:
         _report(f"error: {error}", error)
         return 2
-    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+    except BrokenPipeError:  # the reader closed the pipe, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        _report("interrupted; no output was left half-written")
+        _report("interrupted; no partial output was left")
         return 130
 
 
@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _report(message: str, error: Exception | None = None) -> None:
-    """Print what ended a command, once for all its processes; torch's launcher gets ``error`` from each."""
+    """Print the error of a command once for all processes. Each process passes ``error`` to the launcher of torch."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and error is not None:
         details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}

@@ -1,5 +1,4 @@
-"""Whether the Hub answers: asked before anything heavy is imported, since without a network its clients retry for a
-minute."""
+"""Check that the Hub is reachable before heavy imports: without a network, its clients retry for a minute."""
 
 from __future__ import annotations
 
@@ -25,43 +24,45 @@ CONFIGS = ("config.json", "adapter_config.json")
 def check_hub(
     models: Iterable[tuple[str | None, str | None]] = (), datasets: Iterable[str | None] = (), *, push: bool = False
 ) -> None:
-    """Find out whether what is read from the Hub can be had, from there or from the cache; if only from the cache,
-    the libraries are told not to look further.
+    """Check that all inputs from the Hub are available there or in the cache. If only in the cache, switch the
+    libraries to offline mode.
 
     Args:
-        models: (name, revision) pairs; folders and None are passed over.
-        datasets: names; files, folders, built-in datasets and None are passed over.
-        push: whether the Hub is written to.
+        models: (name, revision) pairs. Folders and None are skipped.
+        datasets: names. Files, folders, built-in datasets and None are skipped.
+        push: whether the command writes to the Hub.
 
     Raises:
-        CheckpointError, DataError, HubError: the Hub does not answer, and the cache has no copy.
+        CheckpointError, DataError, HubError: the Hub is unreachable, and the cache has no copy.
     """
-    wanted = [(name, revision) for name, revision in models if _on_hub(name)]
-    needed = [name for name in datasets if _on_hub(name) and name not in BUILT_IN and not Path(str(name)).suffix]
-    if not (wanted or needed or push) or (not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT)):
+    remote_models = [(name, revision) for name, revision in models if _on_hub(name)]
+    remote_datasets = [
+        name for name in datasets if _on_hub(name) and name not in BUILT_IN and not Path(str(name)).suffix
+    ]
+    if not (remote_models or remote_datasets or push) or (not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT)):
         return
     reason = f"no answer from {constants.ENDPOINT}"
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set"
     if push:
-        raise HubError(f"{reason}: nothing was pushed; the same command pushes once that has changed")
-    for name, revision in wanted:
+        raise HubError(f"{reason}: nothing was pushed; run the same command again once the Hub is available")
+    for name, revision in remote_models:
         if not _cached(str(name), revision):
-            raise CheckpointError(f"{name} is not a folder, and cannot be downloaded: {reason}, and it is not cached")
-    for name in needed:
+            raise CheckpointError(f"{name} is not a folder and cannot be downloaded: {reason}, and it is not cached")
+    for name in remote_datasets:
         if not _cached_dataset(str(name)):
             raise DataError(
-                f"dataset {name!r} is not a file or folder, and cannot be downloaded: {reason}, and it is not cached"
+                f"dataset {name!r} is not a file or folder and cannot be downloaded: {reason}, and it is not cached"
             )
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that a command starts
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 def answers(endpoint: str) -> bool:
-    """Whether a server sends anything within ``SECONDS``, be it an error; looking up its name counts too."""
-    found = threading.Event()
+    """Whether a server responds within ``SECONDS``, including name resolution. An error response counts."""
+    answered = threading.Event()
 
     def ask():
         try:
@@ -69,26 +70,26 @@ def answers(endpoint: str) -> bool:
         except urllib.error.HTTPError:
             pass
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if "SSL" not in repr(error):  # a certificate that is not trusted: the clients say so
+            if "SSL" not in repr(error):  # an untrusted certificate: the clients report it
                 return
-        found.set()
+        answered.set()
 
-    # In a thread of its own, for nothing bounds the time of a name look-up.
+    # In a separate thread, as name resolution has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS)
-    return found.is_set()
+    return answered.is_set()
 
 
 def _on_hub(name: str | None) -> bool:
-    """Whether a name can only be one on the Hub."""
+    """Whether a name can only refer to the Hub."""
     return bool(name) and not os.path.exists(str(name)) and str(name)[0] not in "/.~" and str(name).count("/") <= 1
 
 
 def _cached(name: str, revision: str | None) -> bool:
     try:
         return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in CONFIGS)
-    except HFValidationError:  # loading says what is wrong with the name
+    except HFValidationError:  # loading reports the invalid name
         return True
 
 

@@ -1,4 +1,4 @@
-"""``hf-ortho plot``: the activations of a converted checkpoint, of two, or over a training, as a picture."""
+"""``hf-ortho plot``: plot the activations of one or two converted checkpoints, or over a training."""
 
 from __future__ import annotations
 
@@ -16,35 +16,43 @@ if TYPE_CHECKING:
     from ..checkpoints.activations import StoredActivations
     from ..conversion import Histogram
 
-MAX_MOMENTS = 32  # of a recorded history: more curves cannot be told apart
+MAX_MOMENTS = 32  # more curves of a history are indistinguishable
 
 
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho plot",
-        description="Draw the activations of a converted checkpoint, of two, or over a training.",
+        description="Plot the activations of one or two converted checkpoints, or over a training.",
     )
-    p.add_argument("model", nargs="?", help="A folder, or a model on the Hub; optional with --history.")
-    p.add_argument("-o", "--output", default="activations.png", help="PNG file to write; with --history also GIF.")
-    p.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    p.add_argument("--against", metavar="OTHER", help="A second converted model, drawn over the first.")
-    p.add_argument("--against-revision", help="Branch, tag or commit of the other model.")
+    p.add_argument("model", nargs="?", help="Folder or Hub model; optional with --history.")
+    p.add_argument("-o", "--output", default="activations.png", help="Output file: PNG, or GIF with --history.")
+    p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
+    p.add_argument("--against", metavar="OTHER", help="Second converted model, drawn over the first.")
+    p.add_argument("--against-revision", help="Branch, tag or commit of the second model.")
     p.add_argument(
         "--history",
         metavar="RUN_DIR",
-        help="Draw a training: the steps that it recorded, else its checkpoints, and MODEL at the end.",
+        help="Plot a training: its recorded steps (or its checkpoints), followed by MODEL.",
     )
-    p.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help="Draw the pre-activations over this data.")
-    p.add_argument("--calibration-samples", type=int, default=8, help="Blocks of text, or images times 8.")
-    p.add_argument("--calibration-split", help="Default: train.")
-    p.add_argument("--block-size", type=int, help="Tokens per block. Default: the model's context, at most 1024.")
+    p.add_argument(
+        "--calibration-data",
+        metavar="FILE_OR_DATASET",
+        help="Also plot the distribution of pre-activations on this data.",
+    )
+    p.add_argument(
+        "--calibration-samples", type=int, default=8, help="Number of text blocks, or of batches of 8 images."
+    )
+    p.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
+    p.add_argument(
+        "--block-size", type=int, help="Tokens per block. Default: the context length of the model, at most 1024."
+    )
     return p
 
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.against_revision and not args.against:
-        raise ConfigError(f"--against-revision {args.against_revision} needs --against")
+        raise ConfigError(f"--against-revision {args.against_revision} requires --against")
     suffix = Path(args.output).suffix
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
@@ -54,12 +62,12 @@ def run(argv: list[str]) -> None:
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
             if value:
-                raise ConfigError(f"--history draws no {flag}: leave one of the two out")
+                raise ConfigError(f"--history cannot be combined with {flag}")
         _history(args)
     elif args.model:
         _shapes(args)
     else:
-        raise ConfigError("MODEL is missing: name a converted folder or Hub model, or a training with --history")
+        raise ConfigError("MODEL is missing; give a converted folder or Hub model, or a training with --history")
     console.print(f"Wrote {args.output}")
 
 
@@ -129,8 +137,8 @@ def _history(args) -> None:
         snapshots.append(Snapshot(load_activations(args.model, revision=args.revision).modules, name=args.model))
     if len(snapshots) < 2:
         raise ConfigError(
-            f"--history {args.history} has only {places[0][1].name}: two moments are needed, so name the model at the "
-            "end too, or train with smaller save_steps or log_activations"
+            f"--history {args.history} has only {places[0][1].name}, but two steps are needed; give the final MODEL "
+            "as well, or train with smaller save_steps or log_activations"
         )
     if len(places) < len(recorded):
         console.print(f"note: {len(places)} of {len(recorded)} recorded steps are drawn, evenly spaced")
@@ -148,14 +156,14 @@ def _checkpoints(folder: str) -> list[Path]:
 
     path = Path(folder)
     if not path.is_dir():
-        raise CheckpointError(f"--history {folder}: no such folder; name the output_dir of a training")
-    found = checkpoints(path)
-    if not found:
+        raise CheckpointError(f"--history {folder}: the folder does not exist; give the output_dir of a training")
+    folders = checkpoints(path)
+    if not folders:
         raise CheckpointError(
-            f"--history {folder}: holds no checkpoint-STEP folders and no recorded activations; name the output_dir "
-            "of a training whose save_strategy is steps or epoch, or with log_activations"
+            f"--history {folder}: no checkpoint-STEP folders and no recorded activations; give the output_dir of a "
+            "training with save_strategy steps or epoch, or with log_activations"
         )
-    return found
+    return folders
 
 
 def _activations(modules: dict[str, LearnableActivation]) -> list[str]:
@@ -163,7 +171,7 @@ def _activations(modules: dict[str, LearnableActivation]) -> list[str]:
 
 
 def _name_the_rest(all_of: dict[str, dict[str, LearnableActivation]], common: dict[str, LearnableActivation]) -> None:
-    """Say in one line which activations are not drawn."""
+    """Print the activations that are not drawn in one line."""
     rest = [
         f"{', '.join(path for path in modules if path not in common)} only in {name}"
         for name, modules in all_of.items()

@@ -1,10 +1,10 @@
-"""``hf-ortho pretrain``: train a model from scratch, as ``hf-ortho finetune`` with ``init: scratch``."""
+"""``hf-ortho pretrain``: train a model from scratch; equivalent to ``hf-ortho finetune`` with ``init: scratch``."""
 
 from __future__ import annotations
 
 from . import finetune
 
-DESCRIPTION = "Train a model from scratch with transformers' Trainer, from a YAML file and flags that override it."
+DESCRIPTION = "Train a model from scratch with Trainer, configured by a YAML file and flags that override it."
 
 
 def run(argv: list[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""``hf-ortho push``: upload a folder with a model or an adapter to the Hub, with its card, as one commit."""
+"""``hf-ortho push``: push the folder of a model or adapter to the Hub, with its card, in one commit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from .network import check_hub
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho push",
-        description="Upload a folder with a model or an adapter to the Hub, with its card, as one commit.",
+        description="Push the folder of a model or adapter to the Hub, with its card, in one commit.",
     )
-    p.add_argument("folder", help="With a model, as hf-ortho convert writes it, or with a peft adapter.")
-    p.add_argument("repo_id", help="OWNER/NAME on the Hub, or NAME for your own; created if it does not exist.")
-    p.add_argument("--private", action="store_true", help="Create it private; an existing one stays as it is.")
+    p.add_argument("folder", help="Folder with a model, such as the output of hf-ortho convert, or a peft adapter.")
+    p.add_argument("repo_id", help="OWNER/NAME on the Hub, or NAME for your own account. Created if it does not exist.")
     p.add_argument(
-        "--revision", metavar="BRANCH", help="A branch, created if it does not exist, or refs/pr/N. Default: main."
+        "--private",
+        action="store_true",
+        help="Create the repository as private. An existing repository is not changed.",
+    )
+    p.add_argument(
+        "--revision", metavar="BRANCH", help="Branch (created if it does not exist) or refs/pr/N. Default: main."
     )
     p.add_argument("--create-pr", action="store_true", help="Open a pull request against main.")
     p.add_argument(
-        "--remote-code", action="store_true", help="Add code that loads it without hf_ortho (trust_remote_code=True)."
+        "--remote-code",
+        action="store_true",
+        help="Add code that loads the model without hf_ortho (trust_remote_code=True).",
     )
-    p.add_argument("--commit-message", metavar="MESSAGE", help="Default: one that names the model.")
+    p.add_argument("--commit-message", metavar="MESSAGE", help="Commit message. Default: the version of hf_ortho.")
     return p
 
 

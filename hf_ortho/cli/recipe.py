@@ -1,4 +1,4 @@
-"""Read a recipe: a YAML file, and flags of the same names that override it."""
+"""Read a recipe from a YAML file and flags of the same names that override it."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def _parser(groups: dict[str, Any], command: str, description: str) -> Any:
 
     epilog = None
     if "training" not in groups:
-        epilog = f"Any field of transformers' TrainingArguments is an option too: hf-ortho {command} --help-all."
+        epilog = f"All fields of TrainingArguments are also options; list them with hf-ortho {command} --help-all."
     usage = f"hf-ortho {command} [--config YAML] [--OPTION VALUE ...]"
     p = Fields(groups.values(), prog=f"hf-ortho {command}", usage=usage, description=description, epilog=epilog)
-    p.add_argument("--help-all", action="help", help="List the fields of TrainingArguments too.")
-    p.add_argument("--config", metavar="YAML", help="A file with any of these options as keys, with underscores.")
-    for action in p._actions:  # the other spelling stays known
+    p.add_argument("--help-all", action="help", help="Also list the fields of TrainingArguments.")
+    p.add_argument("--config", metavar="YAML", help="YAML file with any of these options as keys, with underscores.")
+    for action in p._actions:  # underscores are still accepted
         action.option_strings = list(dict.fromkeys(map(dashed, action.option_strings)))
     return p
 
 
 def parse_recipe(kind: type[R], command: str, description: str, argv: list[str]) -> R:
-    """A recipe of ``kind`` from the YAML file named by ``--config`` and from flags, which win.
+    """Parse a recipe of ``kind`` from the YAML file ``--config`` and from flags, which take precedence.
 
     Raises:
-        ConfigError: an unknown key or flag (the closest valid one is named), or a value that does not fit.
+        ConfigError: unknown key or flag (the error suggests the closest one), or an invalid value.
     """
-    if {"-h", "--help"} & set(argv):  # without the import of what trains
+    if {"-h", "--help"} & set(argv):  # without importing the training code
         p = _parser(_groups(kind), command, description)
         add_arguments(p)
         p.parse_args(["--help"])
 
     config, entries, given = _first_look(argv)
-    own = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group)]
-    _check_keys(entries, argv, config, {*own, *_training_fields()}, command)
+    fields = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group)]
+    _check_keys(entries, argv, config, {*fields, *_training_fields()}, command)
     if "--help-all" not in argv:
         _check_places(entries | given)
 
@@ -62,25 +62,25 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
 
     groups = get_type_hints(kind, localns={"TrainingArguments": TrainingArguments})
     p = _parser(groups, command, description)
-    p.set_defaults(hub_strategy="end")  # what Trainer pushes at each save contains a pickle
+    p.set_defaults(hub_strategy="end")  # the files that Trainer pushes at each save include a pickle
     known = {action.dest for action in p._actions} - {"help", "help_all", "config"}
-    add_arguments(p)  # for --help-all: ``launch`` has taken them
+    add_arguments(p)  # for --help-all: ``launch`` has already consumed them
     strategies = {action.dest for action in p._actions if action.choices and "no" in action.choices}
     from_file = []
     for key, value in entries.items():
-        from_file += _flags(key, "no" if key in strategies and value is False else value)  # what YAML takes ``no`` for
+        from_file += _flags(key, "no" if key in strategies and value is False else value)  # YAML reads ``no`` as false
     namespace, rest = p.parse_known_args([*from_file, *argv])
     _check_keys({}, rest, config, known, command)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}")
     values = {key: value for key, value in vars(namespace).items() if key in known}
     if values["output_dir"] is None:
-        raise ConfigError("output_dir is missing: give --output_dir, or output_dir in the config")
+        raise ConfigError("output_dir is missing; give --output_dir, or output_dir in the config")
     if values["report_to"] is None:
         values["report_to"] = "none"
     try:
         recipe = kind(*p.parse_dict(values))
-        # Its own arguments are otherwise first read when the training starts, with the output folder made.
+        # Check the scheduler arguments now: Trainer only reads them after creating the output folder.
         get_scheduler(
             recipe.training.lr_scheduler_type,
             torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.training.learning_rate),
@@ -102,7 +102,7 @@ def _check_places(values: dict[str, Any]) -> None:
 
 
 def _first_look(argv: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """The YAML file, its entries, and the flags that name something on the Hub."""
+    """The YAML file, its entries, and the flags that may refer to the Hub."""
     flags = Parser(add_help=False)
     for name in ("--config", *READ_FROM_HUB):
         flags.add_argument(name, nargs="?")
@@ -112,29 +112,33 @@ def _first_look(argv: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
 
 
 def _groups(kind: type[Recipe]) -> dict[str, Any]:
-    """The dataclasses of a recipe but ``TrainingArguments``."""
+    """The dataclasses of a recipe except ``TrainingArguments``."""
     groups = get_type_hints(kind, localns={"TrainingArguments": None})
     del groups["training"]
     return groups
 
 
 def _training_fields() -> set[str]:
-    """The names of the fields of ``TrainingArguments`` from its source: its import takes longer than torch's."""
+    """The field names of ``TrainingArguments``, parsed from its source: importing it takes longer than torch."""
     package = importlib.util.find_spec("transformers")
     assert package is not None
     assert package.origin is not None
     tree = ast.parse(Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8"))
-    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
     return {
-        node.target.id for node in found.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        node.target.id
+        for node in definition.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
 
 
 def _check_keys(entries: dict[str, Any], argv: list[str], config: str, known: set[str], command: str) -> None:
-    """Raise ConfigError for the first key or flag that is none of ``known``, naming the closest."""
+    """Raise ConfigError for the first key or flag that is not in ``known``, with the closest one."""
     for key in entries:
         if key in LAUNCH:
-            raise ConfigError(f"{key} in {config} is a flag only: give --{key.replace('_', '-')} on the command line")
+            raise ConfigError(
+                f"{key} in {config} is only available as a flag; give --{key.replace('_', '-')} on the command line"
+            )
         if key not in known:
             raise ConfigError(f"unknown key {str(key)!r} in {config}{suggestion(str(key), known)}")
     flags = known | {"config", "help", "help_all", *LAUNCH}
@@ -152,15 +156,15 @@ def _read(path: str) -> dict[str, Any]:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {why(error)}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an invalid date is a ValueError
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
-        raise ConfigError(f"config {path} must hold `key: value` lines")
+        raise ConfigError(f"config {path} must contain `key: value` lines")
     return entries
 
 
 def _flags(key: str, value: Any) -> list[str]:
-    """An entry as flags, so that file and command line are checked and converted alike."""
+    """Convert an entry to flags, which are then parsed like the command line."""
     if value is None:
         return []
     if isinstance(value, list):

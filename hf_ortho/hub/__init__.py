@@ -1,4 +1,4 @@
-"""The model card, the push to the Hub, and code that loads a model without this package."""
+"""Model cards, pushing to the Hub, and remote code that loads a model without this package."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What of a folder goes to the Hub: a whole model or adapter, without what a training needs to go on."""
+"""The files of a folder to push to the Hub: a complete model or adapter, without training state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..files import MANIFEST, TRAINING_MANIFEST, explain, json_object
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 STATES = (TRAINER_STATE_NAME, TRAINING_MANIFEST)
-LEFT_OUT = (".", f"{PREFIX_CHECKPOINT_DIR}-")  # how folders begin
+LEFT_OUT = (".", f"{PREFIX_CHECKPOINT_DIR}-")  # prefixes of folders
 FOLDERS = ("last-checkpoint", "__pycache__")
 UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
 
@@ -30,10 +30,10 @@ class Contents:
     """A folder that can be pushed.
 
     Attributes:
-        adapter: whether it holds an adapter, but not a model.
-        files: what is uploaded, as paths in the repository.
-        left_out: what is not: hidden files, pickles, checkpoints and states of a training; folders end in ``/``. The
-            manifest of ``OutputFolder`` is in neither.
+        adapter: whether the folder contains an adapter but no model.
+        files: files to upload, as paths in the repository.
+        left_out: files to leave out: hidden files, pickles, training checkpoints and states. Folders end in ``/``. The
+            manifest of ``OutputFolder`` is in neither list.
     """
 
     adapter: bool
@@ -42,23 +42,24 @@ class Contents:
 
 
 def contents_of(folder: str | os.PathLike) -> Contents:
-    """Check that a folder holds a whole model or adapter, and sort its files.
+    """Check that a folder contains a complete model or adapter, and sort its files.
 
-    A model has a config that transformers reads and all its weights as safetensors; an adapter of peft has
+    A model has a config that transformers can read, and all weights as safetensors. A peft adapter has
     ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
 
     Raises:
-        CheckpointError: there is neither, or a file is missing or cut short, or lacks what another one lists.
+        CheckpointError: the folder contains neither, or a file is missing, truncated, or lacks an entry that another
+            file lists.
     """
     place = Path(folder)
     if not place.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; name one that holds a model or an adapter")
+        raise CheckpointError(f"{folder} is not a folder; give a folder with a model or an adapter")
     adapter = (place / ADAPTER_CONFIG).is_file()
     model = (place / CONFIG_NAME).is_file()
     if not adapter and not model:
         raise CheckpointError(
-            f"{folder} holds neither a model nor an adapter: {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or "
-            f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, is expected"
+            f"{folder} contains neither a model nor an adapter: expected {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or "
+            f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}"
         )
     if adapter:
         _check_adapter(place)
@@ -74,7 +75,7 @@ def _check_model(folder: Path) -> None:
         raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {explain(error)}") from error
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if not single.is_file() and not index.is_file():
-        raise CheckpointError(f"{folder} is incomplete: it has a config, but neither {single.name} nor {index.name}")
+        raise CheckpointError(f"{folder} is incomplete: it has a config but neither {single.name} nor {index.name}")
     if single.is_file():
         shapes(single)
     if index.is_file():
@@ -82,15 +83,15 @@ def _check_model(folder: Path) -> None:
         for shard in sorted(set(places.values())):
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{folder} is incomplete: {shard}, which {index.name} lists, is missing")
-            lacking = {key for key, file in places.items() if file == shard} - shapes(folder / shard).keys()
-            if lacking:
-                raise CheckpointError(f"{folder} is incomplete: {shard} lacks {min(lacking)}, which {index.name} lists")
+            missing = {key for key, file in places.items() if file == shard} - shapes(folder / shard).keys()
+            if missing:
+                raise CheckpointError(f"{folder} is incomplete: {shard} lacks {min(missing)}, which {index.name} lists")
     if Provenance.of(json_object(folder / CONFIG_NAME), str(folder)).layers:
         try:
             load_activations(str(folder))
         except ConfigError as error:
             raise CheckpointError(
-                f"{folder} is incomplete: its config names learnable activations, but its weights hold none"
+                f"{folder} is incomplete: its config names learnable activations, but its weights have none"
             ) from error
 
 
@@ -99,7 +100,7 @@ def _check_adapter(folder: Path) -> None:
     if "peft_type" not in config:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name a peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} is incomplete: it has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}")
+        raise CheckpointError(f"{folder} is incomplete: it has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
     names = shapes(folder / ADAPTER_WEIGHTS)
     for layer in Provenance.of_adapter(config, str(folder / ADAPTER_CONFIG)).layers:
         if not any(f".{layer.module}." in name for name in names):
@@ -109,7 +110,7 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _sort(folder: Path) -> tuple[list[str], list[str]]:
-    """The paths to upload and those to leave out."""
+    """The paths to upload and the paths to leave out."""
     files: list[str] = []
     left_out: list[str] = []
     for place, folders, names in os.walk(folder):
@@ -119,8 +120,8 @@ def _sort(folder: Path) -> tuple[list[str], list[str]]:
             left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
         for name in filter(lambda name: name != MANIFEST, names):
             path = (here / name).relative_to(folder).as_posix()
-            unwanted = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
-            (left_out if unwanted else files).append(path)
-            if not unwanted and not (here / name).is_file():
-                raise CheckpointError(f"{folder} is incomplete: {path} is a link to a file that is not there")
+            excluded = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
+            (left_out if excluded else files).append(path)
+            if not excluded and not (here / name).is_file():
+                raise CheckpointError(f"{folder} is incomplete: {path} is a link to a missing file")
     return sorted(files), sorted(left_out)

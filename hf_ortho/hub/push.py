@@ -33,7 +33,7 @@ logger = logging.get_logger("hf_ortho")
 
 CARD = "README.md"
 WEIGHTS = "model*.safetensors*"
-AGAIN = "nothing was committed, and the same command resumes the upload"
+AGAIN = "nothing was committed; run the same command again to resume the upload"
 
 
 def push(
@@ -47,40 +47,39 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a whole model or adapter, with its card, as one commit; ``folder`` is not changed.
+    """Upload a complete model or adapter with its card in one commit. ``folder`` is not changed.
 
-    The upload is ``HfApi.create_commit``: unlike ``upload_folder``, which may split a folder into several commits, the
-    repository goes from one whole model to the next, with files that are not in the folder (the card as it reads on the
-    Hub, the remote code) and without weights of an earlier push that ``from_pretrained`` would prefer. huggingface_hub
-    retries the requests that carry the data (5 times, for 408, 429, 5xx and lost connections). After an interruption
-    the same call resumes: data that the Hub has is not sent again, and files that did not change are not part of the
-    commit.
+    This uses ``HfApi.create_commit`` because ``upload_folder`` may split a folder into several commits. The repository
+    thus always contains a complete model. The commit includes files that are not in the folder (the card for the Hub,
+    the remote code), and deletes weights of an earlier push that ``from_pretrained`` would prefer. huggingface_hub
+    retries data requests (5 times, for 408, 429, 5xx and lost connections). After an interruption, the same call
+    resumes: data already on the Hub is not sent again, and unchanged files are not part of the commit.
 
     Args:
-        folder: checked by ``contents_of``, which also says what is left out.
-        repo_id: ``owner/name``, or ``name`` for a repository of the token's own user; created if there is none.
-        private: whether a new repository is private; one that exists stays as it is, and that is logged.
-        revision: the branch, created from main if there is none, or ``refs/pr/N``; default: main.
-        create_pr: open a pull request against main, which needs no rights to the repository.
-        remote_code: add the file with which the model loads without hf_ortho, by ``trust_remote_code=True``.
-        token: default: that of ``hf auth login`` or ``HF_TOKEN``.
+        folder: the folder to push; see ``contents_of`` for the checks and the excluded files.
+        repo_id: ``owner/name``, or ``name`` for a repository of the current user. Created if it does not exist.
+        private: whether a new repository is private. An existing repository is not changed, which is logged.
+        revision: branch (created from main if it does not exist) or ``refs/pr/N``; default: main.
+        create_pr: open a pull request against main, which does not require write access.
+        remote_code: add code that loads the model without hf_ortho, with ``trust_remote_code=True``.
+        token: default: the token of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:
-        The URL of the pull request or commit; of the last commit if nothing has changed.
+        The URL of the pull request or commit, or of the last commit if nothing has changed.
 
     Raises:
-        CheckpointError: the folder does not hold a whole model or adapter.
-        ConfigError: the arguments do not fit each other, or ``repo_id`` is malformed.
-        HubError: no token, no rights, no network, or the Hub refuses. Nothing is committed; a repository that was
-            created for it stays, empty.
+        CheckpointError: the folder does not contain a complete model or adapter.
+        ConfigError: the arguments are incompatible, or ``repo_id`` is malformed.
+        HubError: no token, no write access, no network, or the Hub refuses. Nothing is committed. A newly created
+            repository remains, empty.
     """
     if is_commit(revision):
-        raise ConfigError(f"revision {revision}: is a commit, which nothing can be pushed to; name a branch")
+        raise ConfigError(f"revision {revision}: cannot push to a commit; give a branch")
     if create_pr and revision not in (None, "main"):
-        raise ConfigError(f"revision {revision}: a pull request is opened against main; leave one of the two out")
+        raise ConfigError(f"revision {revision}: a pull request is always against main; omit one of the two")
     contents = contents_of(folder)
     if remote_code and contents.adapter:
-        raise ConfigError(f"remote code: {folder} holds an adapter; only a whole model can carry it")
+        raise ConfigError(f"remote code: {folder} contains an adapter; only a full model can have remote code")
     code = add_remote_code(Path(folder)) if remote_code else {}
     info = find_or_create(repo_id, private=private, token=token)
     repo_id, branch = info.id, None if revision == "main" else revision
@@ -101,45 +100,45 @@ def push(
             create_pr=create_pr,
         )
     if done.oid == info.sha:
-        logger.warning(f"note: {repo_id} has all of it already, at {info.sha}: there was nothing to push")
+        logger.warning(f"note: {repo_id} is already up to date at {info.sha}: nothing to push")
     elif REMOTE_CODE in deleted:
-        logger.warning(f"note: {repo_id} no longer loads without hf_ortho; --remote-code keeps that")
+        logger.warning(f"note: {repo_id} no longer loads without hf_ortho; push with --remote-code to keep this")
     return str(done.pr_url or done.commit_url)
 
 
 def find_or_create(repo_id: str, *, private: bool | None = None, token: str | None = None) -> ModelInfo:
-    """The repository on the Hub, with its full name, created if there is none; the arguments are those of ``push``."""
+    """The Hub repository, with its full name. Created if it does not exist. See ``push`` for the arguments."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         meant = "/".join(repo_id.rstrip("/").split("/")[-2:])
-        hint = f"; do you mean {meant}?" if "://" in repo_id else ", of letters, digits, '-', '_' and '.'"
+        hint = f"; did you mean {meant}?" if "://" in repo_id else ", of letters, digits, '-', '_' and '.'"
         raise ConfigError(f"repository {repo_id!r}: must be owner/name, such as me/gpt2-hermite{hint}") from error
     if token is None and get_token() is None:
-        raise HubError(f"{repo_id}: no token for the Hub; run `hf auth login`, or set HF_TOKEN to one that may write")
+        raise HubError(f"{repo_id}: no Hub token; run `hf auth login`, or set HF_TOKEN to a token with write access")
     api = HfApi(token=token)
     with _one_sentence(repo_id):
         info = api.model_info(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
     if private and not info.private:
-        logger.warning(f"note: {info.id} exists and is public; it stays so until its settings on the Hub say otherwise")
+        logger.warning(f"note: {info.id} exists and is public; change this in its settings on the Hub")
     return info
 
 
 def _additions(folder: Path, contents: Contents, written: Mapping[str, bytes]) -> list[CommitOperationAdd]:
-    """The files of the folder, and what is written for the Hub, in the place of those of the same names."""
+    """The files of the folder, replaced or extended by the files in ``written``."""
     files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | dict(written)
     if contents.adapter:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if base and (Path(base).exists() or Path(base).is_absolute()):
             logger.warning(
-                f"note: {ADAPTER_CONFIG} names the base model {base}, a folder of this machine; set "
-                "base_model_name_or_path to its name on the Hub, so that others can load the adapter"
+                f"note: {ADAPTER_CONFIG} names the base model {base}, a local folder; set "
+                "base_model_name_or_path to its name on the Hub so others can load the adapter"
             )
     return [CommitOperationAdd(path, source) for path, source in sorted(files.items())]
 
 
 def _stale(info: ModelInfo, added: set[str]) -> list[str]:
-    """Weights and remote code of an earlier push that are no longer part of the model, if a model is pushed."""
+    """When pushing a model: the weights and remote code of an earlier push that are no longer part of it."""
     if not any(fnmatch.fnmatch(path, WEIGHTS) for path in added):
         return []
     present = {file.rfilename for file in info.siblings or []} - added
@@ -149,7 +148,7 @@ def _stale(info: ModelInfo, added: set[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _one_sentence(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever ends a request for good into a HubError."""
+    """Turn any final error of a request into a HubError."""
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -157,26 +156,28 @@ def _one_sentence(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _reason(error: BaseException, revision: str | None) -> str:
-    """What happened, and what would work."""
+    """Explain the error and suggest a fix."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return f"{explain(error).rstrip('.')}: {_reason(error.__cause__, revision)}"
     if isinstance(error, RevisionNotFoundError):
-        return f"it has no revision {revision}; name a branch, which is created, or an open pull request, refs/pr/N"
+        return (
+            f"it has no revision {revision}; give a branch (created automatically) or an open pull request, refs/pr/N"
+        )
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to push"
     if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached ({explain(error)}); {AGAIN}"
     if not isinstance(error, HfHubHTTPError):
         return f"{explain(error)}; {AGAIN}"
-    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
-    said = f"{status} {' '.join(said.split()).rstrip('.')}"
+    status, message = error.response.status_code, error.server_message or error.response.reason_phrase
+    message = f"{status} {' '.join(message.split()).rstrip('.')}"
     if status == 401:
-        return f"the Hub does not accept the token ({said}); run `hf auth login` with a valid one"
+        return f"the Hub does not accept the token ({message}); run `hf auth login` with a valid token"
     if status == 403:
         return (
-            f"the token has no right to write there ({said}); `hf auth login` with one that has, name a repository of "
-            "your own, or open a pull request with --create-pr"
+            f"the token has no write access there ({message}); run `hf auth login` with another token, use your own "
+            "repository, or open a pull request with --create-pr"
         )
     if status == 429 or status >= 500:
-        return f"the Hub could not take it ({said}); {AGAIN}"
-    return f"the Hub refuses ({said})"
+        return f"the Hub could not process the request ({message}); {AGAIN}"
+    return f"the Hub refuses the request ({message})"

@@ -1,4 +1,4 @@
-"""What a folder remembers of how its model was made: ``conversion.json``."""
+"""``conversion.json``: the record of how the model in a folder was made."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .results import DataSource, Results
 
 @dataclasses.dataclass
 class Record:
-    """The conversion of a model, and what was done and measured since.
+    """The conversion of a model and its later history.
 
     Attributes:
-        report: of the conversion, None without one.
-        results: measured figures, the earliest first.
+        report: report of the conversion, if any.
+        results: measured results, oldest first.
         commands: the commands that made the model.
-        data: what it was calibrated and trained on.
+        data: calibration and training data.
     """
 
     report: ConversionReport | None = None
@@ -34,10 +34,10 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> Record:
-        """Read ``conversion.json`` of a folder, an empty record without one.
+        """Read ``conversion.json`` from a folder. Without the file, the record is empty.
 
         Raises:
-            CheckpointError: the file is not what ``hf-ortho`` writes.
+            CheckpointError: the file was not written by ``hf-ortho``.
         """
         path = folder / FILE
         if not path.is_file():
@@ -52,20 +52,20 @@ class Record:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is not what hf-ortho writes ({error}); delete it or convert again"
+                f"{path} was not written by hf-ortho ({error}); delete it or convert again"
             ) from error
 
     def add(
         self, results: Sequence[Results] = (), commands: Sequence[str] = (), data: Sequence[DataSource] = ()
     ) -> None:
-        """Append what is new; figures of the same command on the same data are replaced."""
-        again = {(new.command, new.data) for new in results}
-        self.results = [old for old in self.results if (old.command, old.data) not in again] + list(results)
+        """Append new entries. Results of the same command on the same data are replaced."""
+        replaced = {(new.command, new.data) for new in results}
+        self.results = [old for old in self.results if (old.command, old.data) not in replaced] + list(results)
         self.commands += [new for new in commands if new not in self.commands]
         self.data += [new for new in data if new not in self.data]
 
     def save(self, folder: Path) -> None:
-        """Write ``conversion.json``, if there was a conversion."""
+        """Write ``conversion.json`` if there was a conversion."""
         if self.report is None:
             return
         plain = self.report.to_dict()
@@ -77,11 +77,11 @@ class Record:
 
 
 def carry_over(place: str, revision: str | None, folder: Path) -> None:
-    """Copy ``conversion.json`` from the model that a training started from, a folder or a Hub model, if it has one."""
+    """Copy ``conversion.json``, if any, from the model (a folder or Hub model) that a training started from."""
     try:
-        found = cached_file(place, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no network, and not in the cache
+        record = cached_file(place, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no network and not cached
         return
-    if found is not None:
+    if record is not None:
         with written(folder / FILE) as draft:
-            draft.write_bytes(Path(found).read_bytes())
+            draft.write_bytes(Path(record).read_bytes())

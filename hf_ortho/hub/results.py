@@ -1,4 +1,4 @@
-"""Measured figures, and the data, command and machine behind them."""
+"""Measured results with their data, command and machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ SECRETS = ("--hub-token", "--push-to-hub-token", "--token")
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """Where samples come from.
+    """The source of samples.
 
     Attributes:
-        name: a dataset on the Hub, or the bare name of a local file or folder.
-        config, split: as in ``load_dataset``.
-        revision: the resolved 40-hex commit of a dataset on the Hub.
-        samples: how many were used.
+        name: name of a Hub dataset, or file name of a local file or folder.
+        config, split: see ``load_dataset``.
+        revision: full commit hash of a Hub dataset.
+        samples: number of samples used.
+
+    Example:
+        >>> str(hf_ortho.hub.DataSource("my_text.txt", split="test", samples=32))
+        '`my_text.txt`, split `test`, 32 samples'
     """
 
     name: str
@@ -47,7 +51,7 @@ class DataSource:
         revision: str | None = None,
         split: str | None = None,
     ) -> DataSource:
-        """The source of a ``datasets.Dataset`` that was read from ``name``; a local path is cut to its last part."""
+        """The source of a ``datasets.Dataset`` loaded from ``name``. A local path is shortened to its last part."""
         if split is None and getattr(dataset, "split", None) is not None:
             split = str(dataset.split)
         samples = len(dataset) if hasattr(dataset, "__len__") else None
@@ -55,7 +59,7 @@ class DataSource:
 
     @property
     def on_hub(self) -> bool:
-        """Whether the name is a dataset id of the Hub."""
+        """Whether the name is a Hub dataset id."""
         return self.revision is not None
 
     def __str__(self) -> str:
@@ -69,18 +73,24 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Figures of the same metrics at several stages, on the same data.
+    """Values of the same metrics at several stages, on the same data.
 
     Attributes:
         values: stage (``source``, ``converted``, ``fine-tuned`` ...) to metric (a key of ``tasks.METRICS`` or another
-            name) to value, in this order; None where it was not run. The last stage is the model that the card is
-            about.
-        data: what they were measured on.
-        command: the command, or whatever else measured them.
+            name) to value, in order. Values that were not measured are None. The last stage is the model described by
+            the card.
+        data: evaluation data.
+        command: the command, or another description of the measurement.
         hardware: the machine; empty if nothing was run.
-        seed: of the run, if it has one.
-        note: what else a reader must know of the data, for example that it is a part.
-        kind: ``training`` if the last stage was trained after the first, else ``conversion``.
+        seed: seed of the run, if any.
+        note: a note about the data, such as that it is a subset.
+        kind: ``training`` if the model was trained between the first and last stage, else ``conversion``.
+
+    Example:
+        >>> values = {"source": {"loss": 2.0}, "converted": {"loss": 2.01}}
+        >>> source = hf_ortho.hub.DataSource("my_text.txt")
+        >>> hf_ortho.hub.Results(values, source, "python mine.py", hf_ortho.hub.hardware()).rows
+        [['loss', '2.00000', '2.01000', '+0.500%']]
     """
 
     values: Mapping[str, Mapping[str, float | None]]
@@ -93,19 +103,19 @@ class Results:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Results:
-        """What ``to_dict`` gave."""
+        """The inverse of ``to_dict``."""
         values = {
-            stage: {metric: None if value is None else float(value) for metric, value in found.items()}
-            for stage, found in plain["values"].items()
+            stage: {metric: None if value is None else float(value) for metric, value in metrics.items()}
+            for stage, metrics in plain["values"].items()
         }
-        trained = any("fine-tuned" in stage for stage in values)  # what tells it in a file without the kind
+        trained = any("fine-tuned" in stage for stage in values)  # for files without the kind
         kind = plain.get("kind", "training" if trained else "conversion")
         if kind not in ("conversion", "training"):
             raise ValueError(f"kind {kind!r}: must be conversion or training")
         return cls(**{**plain, "values": values, "data": DataSource(**plain["data"]), "kind": kind})
 
     def to_dict(self) -> dict:
-        """Plain JSON values; what is not finite becomes text."""
+        """Plain JSON values. Non-finite numbers become text."""
         plain = json_values(dataclasses.asdict(self), not_finite=str)
         if self.kind == "conversion":
             del plain["kind"]
@@ -113,35 +123,35 @@ class Results:
 
     @property
     def measured(self) -> list[str]:
-        """The stages with a figure."""
-        return [stage for stage, found in self.values.items() if any(value is not None for value in found.values())]
+        """The stages with at least one value."""
+        return [stage for stage, metrics in self.values.items() if any(value is not None for value in metrics.values())]
 
     @property
     def of_training(self) -> bool:
-        """Whether a training was measured."""
+        """Whether these are measured results of a training."""
         return self.kind == "training" and bool(self.measured)
 
     @property
     def columns(self) -> list[str]:
-        """The stages, and the change if there are two."""
+        """The stages, followed by the change if there are two."""
         return [*self.values, *(["change"] if len(self.values) == 2 else [])]
 
     @property
     def rows(self) -> list[list[str]]:
-        """One row of texts per metric."""
+        """One row of formatted values per metric."""
         rows = []
         for metric in next(iter(self.values.values())):
-            found = [values.get(metric) for values in self.values.values()]
-            cells = ["not run" if value is None else f"{value:.5f}" for value in found]
-            if len(found) == 2:
-                before, after = found
+            by_stage = [values.get(metric) for values in self.values.values()]
+            cells = ["not run" if value is None else f"{value:.5f}" for value in by_stage]
+            if len(by_stage) == 2:
+                before, after = by_stage
                 cells.append("-" if before is None or after is None else change(before, after))
             rows.append([metric, *cells])
         return rows
 
     @property
     def caption(self) -> str:
-        """On which data, by which command, on which machine."""
+        """The data, command and machine in one line."""
         seed = "" if self.seed is None else f", seed {self.seed}"
         note = f" ({self.note})" if self.note else ""
         if not self.hardware:
@@ -149,7 +159,7 @@ class Results:
         return f"On {self.data}{note}; by `{self.command}`{seed}; on {self.hardware}."
 
     def evaluations(self, task: str) -> list[EvalResult]:
-        """The figures of the last stage, as huggingface_hub's ``model-index`` takes them."""
+        """The values of the last stage, as entries of the ``model-index`` of huggingface_hub."""
         stage = list(self.values)[-1]
         return [
             EvalResult(
@@ -170,20 +180,30 @@ class Results:
 
 
 def hardware() -> str:
-    """The machine that a figure was measured on."""
+    """Describe this machine: its GPUs, or its CPU cores.
+
+    Example:
+        >>> "CPU cores" in hf_ortho.hub.hardware() or torch.cuda.is_available()
+        True
+    """
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:
-    """``hf-ortho COMMAND ...`` as it was typed, tokens of the Hub left out."""
-    kept: list[str] = []
+    """``hf-ortho COMMAND ...`` as typed, without Hub tokens.
+
+    Example:
+        >>> hf_ortho.hub.command_line("push", ["gpt2-hermite", "me/gpt2", "--token", "hf_secret"])
+        'hf-ortho push gpt2-hermite me/gpt2'
+    """
+    words: list[str] = []
     token, before = get_token(), ""
     for word in argv:
-        flag, equals, _ = word.replace("_", "-").partition("=")  # the recipe's flags have both spellings
+        flag, equals, _ = word.replace("_", "-").partition("=")  # flags of a recipe have both spellings
         secret = flag in SECRETS or before in SECRETS or (token and token in word)
         before = "" if equals else flag
         if not secret:
-            kept.append(word)
-    return shlex.join(["hf-ortho", command, *kept])
+            words.append(word)
+    return shlex.join(["hf-ortho", command, *words])

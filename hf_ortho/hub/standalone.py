@@ -1,4 +1,4 @@
-"""Copy definitions of this package, with all that they need of it, into one source text that imports nothing of it."""
+"""Copy definitions of this package, with their dependencies in it, into one source text that does not import it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import HfOrthoError
 
 PACKAGE = __name__.split(".")[0]
 DOCSTRING = ""
-# What evaluates a function. Of a class these members are copied, and those that they mention.
+# Members that evaluate a function: these, and the members that they mention, are copied from a class.
 EVALUATION = frozenset({DOCSTRING, "__init__", "value", "scratch_rows", "series", "cpu_series", "family"})
 
 
@@ -25,7 +25,7 @@ EVALUATION = frozenset({DOCSTRING, "__init__", "value", "scratch_rows", "series"
 class _Parsed:
     lines: list[str]
     definitions: dict[str, ast.stmt]
-    imports: dict[str, tuple[str, str]]  # the local name to (module, name in it or empty)
+    imports: dict[str, tuple[str, str]]  # local name to (module, name in the module or empty)
 
 
 @functools.cache
@@ -60,7 +60,13 @@ def _lines(parsed: _Parsed, node: ast.stmt) -> list[str]:
 
 
 class Standalone:
-    """Definitions in an order in which they can be executed, and the imports that they need."""
+    """Definitions in executable order, with their imports.
+
+    ``add`` parses the module of a definition and finds the names it mentions. Names from this package are added first,
+    recursively, so every definition follows its dependencies. Other names become imports. References through a module
+    of the package, such as ``formula.horner``, are rewritten to the bare name. The names of all definitions must
+    therefore be unique.
+    """
 
     def __init__(self) -> None:
         self._imports: set[tuple[str, str, str]] = set()
@@ -74,28 +80,28 @@ class Standalone:
     def add(
         self, module: ModuleType, name: str, *, members: Iterable[str] = (), without: Iterable[str] = (), own: str = ""
     ) -> None:
-        """Copy the definition ``name`` of ``module`` and, before it, what it mentions of this package.
+        """Copy the definition ``name`` of ``module``, preceded by its dependencies in this package.
 
         Args:
-            members: of a class, what to copy beside ``EVALUATION``.
-            without: of a class, what to leave out in any case.
-            own: the text that a class begins with in their place.
+            members: for a class: members to copy in addition to ``EVALUATION``.
+            without: for a class: members to leave out.
+            own: for a class: text that replaces the omitted members.
 
         Raises:
-            HfOrthoError: two modules define different things of that name.
+            HfOrthoError: two modules define the same name.
         """
         if name in self._origin:
             if self._origin[name] != module.__name__:
-                raise HfOrthoError(f"{name} is defined in both {self._origin[name]} and {module.__name__}: rename one")
+                raise HfOrthoError(f"{name} is defined in both {self._origin[name]} and {module.__name__}; rename one")
             return
         self._origin[name] = module.__name__
         parsed = _parsed(module)
         node = parsed.definitions[name]
         if isinstance(node, ast.ClassDef):
-            kept = _kept(node, EVALUATION.union(members) - set(without), set(without))
+            chosen = _chosen(node, EVALUATION.union(members) - set(without), set(without))
             header = parsed.lines[node.lineno - 1 : node.body[0].lineno - 1]
-            nodes: list[ast.AST] = [*node.bases, *kept]
-            text = "\n".join([*header, own + "\n".join(_body(parsed, kept))])
+            nodes: list[ast.AST] = [*node.bases, *chosen]
+            text = "\n".join([*header, own + "\n".join(_body(parsed, chosen))])
         else:
             nodes, text = [node], "\n".join(_lines(parsed, node))
         for alias, target in self._mentioned(parsed, module, nodes):
@@ -103,11 +109,11 @@ class Standalone:
         self._sources[name] = text
 
     def _mentioned(self, parsed: _Parsed, module: ModuleType, nodes: list[ast.AST]) -> list[tuple[str, str]]:
-        """Add what the nodes mention; returns (``module.name``, ``name``) of what they reach through a module."""
+        """Add the dependencies of the nodes; returns (``module.name``, ``name``) for references through a module."""
         renamed = []
-        found = [inner for node in nodes for inner in ast.walk(node)]
-        through = {id(n.value): n.attr for n in found if isinstance(n, ast.Attribute)}
-        for inner in found:
+        descendants = [inner for node in nodes for inner in ast.walk(node)]
+        through = {id(n.value): n.attr for n in descendants if isinstance(n, ast.Attribute)}
+        for inner in descendants:
             if not isinstance(inner, ast.Name):
                 continue
             if inner.id in parsed.definitions:
@@ -137,19 +143,19 @@ class Standalone:
 
     @property
     def definitions(self) -> str:
-        """Constants on lines of their own, blank lines around the others."""
+        """The source text: constants on consecutive lines, blank lines around other definitions."""
         text = "\n\n\n".join(self._sources.values())
         return re.sub(r"(?m)^(\w+ = .*)\n\n\n(?=\w+ = )", r"\1\n", text)
 
 
-def _kept(node: ast.ClassDef, wanted: set[str] | frozenset[str], without: set[str]) -> list[ast.stmt]:
-    """The members ``wanted``, and those that these mention as attributes."""
+def _chosen(node: ast.ClassDef, names: set[str] | frozenset[str], without: set[str]) -> list[ast.stmt]:
+    """The members ``names`` of a class, and recursively the members that they mention as attributes."""
     while True:
-        kept = [n for n in node.body if not wanted.isdisjoint(_targets(n))]
-        mentioned = {n.attr for member in kept for n in ast.walk(member) if isinstance(n, ast.Attribute)} - without
-        if wanted >= mentioned:
-            return kept
-        wanted = wanted | mentioned
+        chosen = [n for n in node.body if not names.isdisjoint(_targets(n))]
+        mentioned = {n.attr for member in chosen for n in ast.walk(member) if isinstance(n, ast.Attribute)} - without
+        if names >= mentioned:
+            return chosen
+        names = names | mentioned
 
 
 def _body(parsed: _Parsed, members: list[ast.stmt]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The tasks that models are trained for: one object per file, with its data, metrics and names.
+"""The tasks that models are trained for, one object per file, with its data, metrics and names.
 
-A further task is a file with its object, and an entry in ``TASKS``. Light to import: the files of the tasks import the
-libraries when they are used.
+To add a task, write a file that defines its object and add the object to ``TASKS``. This package is cheap to import:
+the task files import heavy libraries lazily.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["LOSS", "METRICS", "SUPPORTED", "TASKS", "Head", "Metric", "Task", "h
 TASKS: tuple[Task, ...] = (CAUSAL_LM, IMAGE_CLASSIFICATION)
 SUPPORTED = ", ".join(task.title for task in TASKS)
 METRICS = {metric.key: metric for task in TASKS for metric in task.metrics}
-# Heads of models that are converted and described, but not trained.
-OTHERS = (
+# Heads of models that can be converted and described, but not trained.
+UNTRAINED = (
     Head(("ForMaskedLM",), "AutoModelForMaskedLM", "fill-mask"),
     Head(("ForSequenceClassification",), "AutoModelForSequenceClassification", "text-classification", "SEQ_CLS"),
     Head(("ForTokenClassification",), "AutoModelForTokenClassification", "token-classification", "TOKEN_CLS"),
@@ -34,10 +34,10 @@ UNKNOWN = Head((), "AutoModel", None)
 
 
 def head_of(model: PreTrainedModel | str) -> Head:
-    """What is known of a model, or of a model class or a ``task_type`` of peft by its name."""
-    base: PreTrainedModel | str = getattr(model, "get_base_model", lambda: model)()  # behind an adapter of peft
+    """The head of a model, of a model class given by name, or of a peft ``task_type``."""
+    base: PreTrainedModel | str = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft adapter
     name = base if isinstance(base, str) else type(base).__name__
-    heads = (*TASKS, *OTHERS)
+    heads = (*TASKS, *UNTRAINED)
     return next((head for head in heads if name.endswith(head.endings) or name == head.peft_type), UNKNOWN)
 
 
@@ -45,9 +45,9 @@ def of(model: PreTrainedModel) -> Task:
     """The task that a model is trained for.
 
     Raises:
-        ConfigError: it is none of ``TASKS``.
+        ConfigError: the head of the model is not in ``TASKS``.
     """
     head = head_of(model)
     if not isinstance(head, Task):
-        raise ConfigError(f"{type(model).__name__} can be neither trained nor evaluated; the tasks are: {SUPPORTED}")
+        raise ConfigError(f"{type(model).__name__} cannot be trained or evaluated; supported tasks: {SUPPORTED}")
     return head

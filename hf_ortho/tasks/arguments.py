@@ -1,4 +1,4 @@
-"""The data of a recipe."""
+"""Data arguments of a recipe."""
 
 from __future__ import annotations
 
@@ -7,41 +7,57 @@ import dataclasses
 
 @dataclasses.dataclass
 class DataArguments:
-    """The data."""
+    """Training and evaluation data."""
 
     _argument_group_name = "data"
 
     dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "A file, a folder, a dataset on the Hub, pydoc_topics or digits."}
+        default=None, metadata={"help": "File, folder, Hub dataset, or a built-in dataset (pydoc_topics, digits)."}
     )
     eval_dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "Another such place for the evaluation; default: a split of dataset."}
+        default=None, metadata={"help": "Evaluation dataset, in the same formats. Default: a split of dataset."}
     )
-    dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
-    train_split: str | None = dataclasses.field(default=None, metadata={"help": "Default: train."})
+    dataset_config: str | None = dataclasses.field(
+        default=None, metadata={"help": "Configuration name of a Hub dataset."}
+    )
+    dataset_revision: str | None = dataclasses.field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
+    )
+    train_split: str | None = dataclasses.field(default=None, metadata={"help": "Training split. Default: train."})
     eval_split: str | None = dataclasses.field(
-        default=None, metadata={"help": "Default: validation or test, else a tenth of the training split."}
+        default=None,
+        metadata={"help": "Evaluation split. Default: validation or test, else a tenth of the training split."},
     )
-    text_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: text, or the only one."})
-    image_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: image, or the only one."})
-    label_column: str | None = dataclasses.field(default=None, metadata={"help": "Default: label, or the only one."})
+    text_column: str | None = dataclasses.field(
+        default=None, metadata={"help": "Text column. Default: text, or the only text column."}
+    )
+    image_column: str | None = dataclasses.field(
+        default=None, metadata={"help": "Image column. Default: image, or the only image column."}
+    )
+    label_column: str | None = dataclasses.field(
+        default=None, metadata={"help": "Label column. Default: label, or the only label column."}
+    )
     block_size: int | None = dataclasses.field(
-        default=None, metadata={"help": "Tokens per training sample; default: the model's context, at most 1024."}
+        default=None,
+        metadata={"help": "Tokens per training sample. Default: the context length of the model, at most 1024."},
     )
     streaming: bool = dataclasses.field(
-        default=False, metadata={"help": "Read the data while training instead of before it; needs max_steps."}
+        default=False, metadata={"help": "Read the data during training instead of before it. Requires max_steps."}
     )
     shuffle_buffer: int = dataclasses.field(
         default=10_000,
-        metadata={"help": "With streaming: documents or images in memory, per dataloader worker, to draw from."},
+        metadata={"help": "Streaming only: shuffle-buffer size in documents or images, per dataloader worker."},
     )
     shuffle_blocks: int = dataclasses.field(
         default=1024,
         metadata={
-            "help": "With streaming of text: blocks from which the next one is drawn; those of one document follow "
-            "each other in the stream."
+            "help": "Streaming text only: shuffle-buffer size in packed blocks (blocks of one document are otherwise "
+            "adjacent)."
         },
     )
-    max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
-    max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use the first N samples."})
+    max_train_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Train on the first N samples only."}
+    )
+    max_eval_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Evaluate on the first N samples only."}
+    )

@@ -1,4 +1,4 @@
-"""The datasets that need no network: what the dependencies carry."""
+"""Built-in datasets: they ship with the dependencies and need no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def pydoc_topics() -> DatasetDict:
-    """CPython's help texts (``pydoc_data.topics``, English): each paragraph once, every tenth held back."""
+    """CPython's help texts (``pydoc_data.topics``, English): unique paragraphs, every tenth held out."""
     from pydoc_data.topics import topics
 
     from datasets import Dataset, DatasetDict
@@ -29,7 +29,7 @@ def pydoc_topics() -> DatasetDict:
 
 
 def digits() -> DatasetDict:
-    """scikit-learn's ``load_digits``: 1,797 real 8 x 8 scans of handwritten digits, every fifth held back."""
+    """scikit-learn's ``load_digits``: 1,797 real 8 x 8 scans of handwritten digits, every fifth held out."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
     try:

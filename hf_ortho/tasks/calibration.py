@@ -1,4 +1,4 @@
-"""Batches that weight the fits of models whose labels nobody knows how to make."""
+"""Calibration batches without labels, for models without a supported task."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .samples import batches
 def unlabeled(
     checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None = None
 ) -> list[dict]:
-    """Text for an encoder or an encoder-decoder, images for an image model; see ``Head.calibration``."""
+    """Text for an encoder or an encoder-decoder, images for an image model. See ``Head.calibration``."""
     model = checkpoint.model
     if model.main_input_name == "pixel_values" and checkpoint.image_processor is not None:
-        found = batches(images(rows, checkpoint.image_processor, name=name), samples * 8, size=8)
-        return [{"pixel_values": batch["pixel_values"]} for batch in found]
+        inputs = batches(images(rows, checkpoint.image_processor, name=name), samples * 8, size=8)
+        return [{"pixel_values": batch["pixel_values"]} for batch in inputs]
     if model.main_input_name != "input_ids" or checkpoint.tokenizer is None:
         raise DataError(
-            f"{type(model).__name__} takes {model.main_input_name}, which --calibration-data cannot give it; "
-            "calibrate it in Python with hf_ortho.convert(model, calibration=batches), or leave the flag out"
+            f"{type(model).__name__} takes {model.main_input_name}, which --calibration-data cannot provide; "
+            "calibrate it in Python with hf_ortho.convert(model, calibration=batches), or omit the flag"
         )
     size = block_size or min(512, checkpoint.tokenizer.model_max_length)
-    found = batches(text_chunks(rows, checkpoint.tokenizer, size, name), samples)
+    inputs = batches(text_chunks(rows, checkpoint.tokenizer, size, name), samples)
     if model.config.is_encoder_decoder:
-        found = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in found]
-    return found
+        inputs = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in inputs]
+    return inputs

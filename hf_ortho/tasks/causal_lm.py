@@ -1,4 +1,4 @@
-"""Causal language modeling: blocks of tokens, each predicted from those before it; loss and perplexity."""
+"""Causal language modeling on blocks of tokens, measured by loss and perplexity."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CausalLM(Task):
     def calibration(
         self, checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None
     ) -> list[dict]:
-        """Blocks, a quarter of them with labels and cut into pieces: the logits of a long block outweigh a model."""
+        """Blocks. A quarter has labels and is cut into pieces: logits of long blocks exceed the model in memory."""
         from .samples import batches
 
         blocks = batches(self.prepare(checkpoint, rows, DataArguments(block_size=block_size), name), samples)

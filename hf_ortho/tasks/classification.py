@@ -1,4 +1,4 @@
-"""What tasks have in common whose samples each have one class, of images, texts or whatever else."""
+"""Base of the classification tasks: each sample, such as an image or a text, has one class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Classification(Task):
-    """A task whose ``prepare`` gives a column of ``ClassLabel``; see ``data.with_classes``."""
+    """A task whose ``prepare`` returns a ``ClassLabel`` column; see ``data.with_classes``."""
 
     def stream(
         self,
@@ -32,7 +32,7 @@ class Classification(Task):
 
         name = str(arguments.dataset)
         if held_back_rows is None:
-            raise ConfigError(f"streaming: {name} has no other split to evaluate on: give --eval_dataset")
+            raise ConfigError(f"streaming: {name} has no evaluation split; give --eval_dataset")
         prepare = partial(self.prepare, checkpoint, arguments=arguments)
         train = stream_classified(rows, partial(prepare, name=name), arguments, seed)
         self.adapt_head(checkpoint, train, seed)
@@ -47,7 +47,7 @@ class Classification(Task):
             raise DataError(f"the dataset has {len(names)} classes, {model.name_or_path} has {classes}")
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
-        """Name the classes of the dataset in the config, and make a new head if the model has other ones."""
+        """Write the class names of the dataset to the config, and replace the head if the classes differ."""
         import torch
         from transformers.utils import logging
 
@@ -65,13 +65,13 @@ class Classification(Task):
             if old == len(names):
                 return
             raise ConfigError(
-                f"{model.name_or_path} has {old} classes, the dataset {len(names)}, and "
+                f"{model.name_or_path} has {old} classes and the dataset {len(names)}, but "
                 f"{type(model).__name__} has no linear head to replace"
             )
         if old == len(names):
             logging.get_logger("hf_ortho").warning(
-                f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) are not those of the dataset "
-                f"({', '.join(names[:2])} ...): its head is replaced by a new one"
+                f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) differ from those of the "
+                f"dataset ({', '.join(names[:2])} ...): its head is replaced with a new one"
             )
         torch.manual_seed(seed)
         new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)

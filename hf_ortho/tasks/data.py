@@ -1,4 +1,4 @@
-"""Text and images from local files, the Hub, or the built-in datasets, as samples."""
+"""Text and images from local files, the Hub or the built-in datasets, prepared as samples."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 def load(
     name: str, *, config_name: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
-    """All splits of a dataset.
+    """Load all splits of a dataset.
 
     Args:
         name: a ``.txt``, ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, a folder of such files or of images
             (one subfolder per class), the name of a dataset on the Hub, or ``pydoc_topics`` / ``digits``.
-        config_name, revision: of a dataset on the Hub.
-        streaming: read when iterated instead of at once.
+        config_name, revision: configuration and revision of a Hub dataset.
+        streaming: read rows during iteration instead of all at once.
 
     Raises:
-        DataError: it does not exist or cannot be read.
+        DataError: the dataset does not exist or cannot be read.
     """
     if name in BUILT_IN:
         splits = BUILT_IN[name]()
@@ -51,13 +51,13 @@ def load(
                 return datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
             if files := files_of(path):
                 return load_files(files, streaming)
-            raise DataError(f"{name} holds no images and no file ending in one of {', '.join(BUILDERS)}")
+            raise DataError(f"{name} contains no images and no file ending in one of {', '.join(BUILDERS)}")
         if path.suffix in BUILDERS or name.startswith(("/", ".")):
             raise DataError(f"{name} does not exist")
         return datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
     except DataError:
         raise
-    except Exception as error:  # datasets raises many kinds, from pyarrow's to huggingface_hub's
+    except Exception as error:  # datasets raises many types, from pyarrow's to huggingface_hub's
         raise DataError(
             f"dataset {name!r} cannot be read as a file, a folder or a Hub dataset (built in: {', '.join(BUILT_IN)}): "
             f"{why_unreadable(name, error)}"
@@ -65,30 +65,30 @@ def load(
 
 
 def commit_of(name: str, *, config_name: str | None = None, revision: str | None = None) -> str | None:
-    """The resolved 40-hex commit of a dataset on the Hub; None for what is local, or cannot be read."""
+    """The full commit hash of a Hub dataset; None if the dataset is local or unreadable."""
     if name in BUILT_IN or Path(name).exists() or Path(name).suffix in BUILDERS or name.startswith(("/", ".")):
         return None
     try:
         commit = datasets.load_dataset_builder(name, config_name, revision=revision).hash or ""
-    except Exception:  # ``load`` says why
+    except Exception:  # ``load`` reports the reason
         return None
     return resolved(commit)
 
 
 def resolved(revision: str | None) -> str | None:
-    """A revision that is a 40-hex commit, else None."""
+    """The revision if it is a full commit hash, else None."""
     return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
 
 
-def pick(splits: DatasetDict, wanted: str | None, usual: tuple[str, ...], name: str) -> str:
-    """The name of the split ``wanted``, else of the first of ``usual`` that exists, else of the first one."""
-    if wanted and wanted not in splits:
-        raise DataError(f"dataset {name!r} has no split {wanted!r}; it has: {', '.join(splits)}")
-    return wanted or next((s for s in usual if s in splits), next(iter(splits)))
+def pick(splits: DatasetDict, requested: str | None, usual: tuple[str, ...], name: str) -> str:
+    """The name of the requested split, else of the first of ``usual`` that exists, else of the first split."""
+    if requested and requested not in splits:
+        raise DataError(f"dataset {name!r} has no split {requested!r}; it has: {', '.join(splits)}")
+    return requested or next((s for s in usual if s in splits), next(iter(splits)))
 
 
 def split(splits: DatasetDict, train: str | None, held_back: str | None, name: str) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation sets: the splits named, else train and validation or test; None if there is no other."""
+    """Training and evaluation sets: the named splits, else train and validation or test; None if there is only one."""
     first = pick(splits, train, TRAIN, name)
     usual = tuple(s for s in HELD_BACK if s in splits and s != first)
     if not held_back and not usual:
@@ -97,28 +97,28 @@ def split(splits: DatasetDict, train: str | None, held_back: str | None, name: s
 
 
 def tokens_per_sample(checkpoint: Checkpoint, arguments: DataArguments) -> int:
-    """``block_size``, by default the model's context, at most 1024.
+    """``block_size``; default: the context length of the model, at most 1024.
 
     Raises:
         DataError: the checkpoint has no tokenizer.
-        ConfigError: ``block_size`` is less than 2, or more than the context.
+        ConfigError: ``block_size`` is less than 2 or exceeds the context length.
     """
     if checkpoint.tokenizer is None:
         raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
     context = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None) or 1024
     size = arguments.block_size or min(context, 1024)
     if not 2 <= size <= context:
-        raise ConfigError(f"block_size {size}: must be from 2 to the model's context of {context}")
+        raise ConfigError(f"block_size {size}: must be between 2 and the model's context length of {context}")
     return size
 
 
 def text_blocks(
     dataset: Dataset, tokenizer, block_size: int, column: str | None = None, name: str = "dataset"
 ) -> Dataset:
-    """Tokenize and pack into blocks of exactly ``block_size`` tokens, documents separated by the EOS token.
+    """Tokenize documents, separated by the EOS token, and pack them into blocks of exactly ``block_size`` tokens.
 
-    Columns of the result: ``input_ids`` and ``labels`` (equal; a causal LM shifts them itself). The last partial block
-    is dropped.
+    The columns ``input_ids`` and ``labels`` are equal: a causal LM shifts the labels itself. The last partial block is
+    dropped.
     """
     column = text_column(dataset, column, name)
     pack = Packer(tokenizer, block_size)
@@ -136,9 +136,9 @@ def text_blocks(
 
 
 def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -> Dataset:
-    """Each document in chunks of at most ``size`` tokens, with the special tokens that the model was trained with.
+    """Tokenize each document into chunks of at most ``size`` tokens, with the special tokens of the model.
 
-    Column of the result: ``input_ids``, of different lengths.
+    The column is ``input_ids``, with varying lengths.
     """
     column = text_column(dataset, None, name)
 
@@ -151,14 +151,14 @@ def text_chunks(dataset: Dataset, tokenizer, size: int, name: str = "dataset") -
 
 
 def text_column(dataset: Dataset, column: str | None, name: str) -> str:
-    """The column ``column``, else ``text``, else the only one of text."""
+    """The given column, else ``text``, else the only text column."""
 
     def is_text(feature):
         return isinstance(feature, Value) and "string" in feature.dtype
 
     column = _column(dataset, column, ("text",), is_text, "text", name)
     if not is_text(dataset.features[column]):
-        raise DataError(f"{name}: column {column!r} does not hold text")
+        raise DataError(f"{name}: column {column!r} does not contain text")
     return column
 
 
@@ -172,7 +172,7 @@ def images(
 ) -> Dataset:
     """``pixel_values`` (C, H, W) float32 and ``labels`` int64, decoded and processed on access.
 
-    Labels are numbered as in ``known``, the classes of the model, if it has all of them; integers stay as they are.
+    Labels are renumbered as in ``known``, the classes of the model, if it contains them all. Integer labels are kept.
     """
     image_column = _column(dataset, image_column, ("image", "img"), lambda f: isinstance(f, Image), "image", name)
     label_column = class_column(dataset, label_column, name)
@@ -187,24 +187,24 @@ def images(
 
 
 def picture(row: dict, name: str):
-    """The RGB picture, of PIL, behind a row of an undecoded image column."""
+    """Decode a row of an undecoded image column as an RGB PIL image."""
     try:
         return Image().decode_example(row).convert("RGB")
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{name} holds an image that cannot be decoded: {error}") from error
+        raise DataError(f"{name} contains an image that cannot be decoded: {error}") from error
 
 
 def class_column(dataset: Dataset, column: str | None, name: str) -> str:
-    """The column ``column``, else ``label`` or ``labels``, else the only one of classes."""
+    """The given column, else ``label`` or ``labels``, else the only ``ClassLabel`` column."""
     return _column(dataset, column, ("label", "labels"), lambda f: isinstance(f, ClassLabel), "label", name)
 
 
 def with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> Dataset:
-    """``column`` as ``ClassLabel``: numbered as in ``known`` if that has all classes; integers stay as they are."""
+    """``column`` as ``ClassLabel``, renumbered as in ``known`` if it contains all classes. Integer labels are kept."""
     feature, labels = dataset.features[column], dataset[column][:]
     if isinstance(feature, Value) and "int" in feature.dtype:
         if min(labels) < 0:
-            raise DataError(f"{name}: column {column!r} holds the label {min(labels)}")
+            raise DataError(f"{name}: column {column!r} contains the negative label {min(labels)}")
         names = known if max(labels) + 1 == len(known) else [str(i) for i in range(max(labels) + 1)]
     elif isinstance(feature, ClassLabel):
         names = feature.names
@@ -217,20 +217,20 @@ def with_classes(dataset: Dataset, column: str, known: list[str], name: str) -> 
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """The names of the classes of a dataset from ``images``."""
+    """The class names of a dataset prepared by ``images``."""
     return next(f for f in dataset.features.values() if isinstance(f, ClassLabel)).names
 
 
-def _column(dataset: Dataset, wanted: str | None, usual: tuple[str, ...], fits, kind: str, name: str) -> str:
-    if wanted:
-        if wanted not in dataset.column_names:
-            raise DataError(f"{name} has no column {wanted!r}; it has: {', '.join(dataset.column_names)}")
-        return wanted
-    fitting = [c for c, f in dataset.features.items() if fits(f)]
-    for candidate in (*usual, *(fitting if len(fitting) == 1 else ())):
+def _column(dataset: Dataset, requested: str | None, usual: tuple[str, ...], fits, kind: str, name: str) -> str:
+    if requested:
+        if requested not in dataset.column_names:
+            raise DataError(f"{name} has no column {requested!r}; it has: {', '.join(dataset.column_names)}")
+        return requested
+    matching = [c for c, f in dataset.features.items() if fits(f)]
+    for candidate in (*usual, *(matching if len(matching) == 1 else ())):
         if candidate in dataset.column_names:
             return candidate
     raise DataError(
-        f"{name} has no {kind} column that can be told from the others ({', '.join(dataset.column_names)}): "
+        f"{name} has no unambiguous {kind} column (columns: {', '.join(dataset.column_names)}); "
         f"name it with --{kind}_column"
     )

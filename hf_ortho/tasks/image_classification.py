@@ -1,4 +1,4 @@
-"""Image classification: images through the model's own processor; loss, top-1 and top-5 accuracy."""
+"""Image classification with the image processor of the model, measured by loss, top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class ImageClassification(Classification):
         from .samples import batches
 
         prepared = self.prepare(checkpoint, rows, DataArguments(), name)
-        found = batches(prepared, samples * 8, size=8)
+        inputs = batches(prepared, samples * 8, size=8)
         if class_names(prepared) != classes_of(checkpoint.model):
-            found = [{"pixel_values": batch["pixel_values"]} for batch in found]  # the labels are not the model's
-        return found
+            # The labels do not match the classes of the model.
+            inputs = [{"pixel_values": batch["pixel_values"]} for batch in inputs]
+        return inputs
 
 
 TOP1 = Metric("top1", "top-1 accuracy", "accuracy")

@@ -1,4 +1,4 @@
-"""Documents in blocks of one size."""
+"""Packing of documents into blocks of equal size."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from itertools import chain
 
 import numpy as np
 
-# Documents that are tokenized at once: enough for the threads of a tokenizer, few enough for its memory, which takes
-# hundreds of bytes per token.
+# Documents to tokenize at once: enough for the threads of the tokenizer, few enough for its memory use of hundreds of
+# bytes per token.
 DOCUMENTS = 16
 
 
 class Packer:
     """Tokenizes documents and cuts them into blocks of exactly ``block_size`` tokens.
 
-    Each document is followed by the EOS token, if the tokenizer has one. What remains after the last block begins the
-    first block of the next call.
+    Each document is followed by the EOS token, if the tokenizer has one. Leftover tokens start the first block of the
+    next call.
     """
 
     def __init__(self, tokenizer, block_size: int) -> None:
@@ -25,7 +25,7 @@ class Packer:
         self.left = np.empty(0, np.int64)
 
     def __call__(self, texts: Iterable[str | None]) -> np.ndarray:
-        """The blocks that these documents complete, (count, block_size) int64; empty ones and None are left out."""
+        """The blocks completed by these documents, (count, block_size) int64. Empty documents and None are skipped."""
         documents = [text for text in texts if text]
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}

@@ -1,4 +1,4 @@
-"""Samples for the task of a checkpoint, from the data that a recipe names."""
+"""Training and evaluation samples from the data of a recipe."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def head(dataset: Dataset, count: int | None) -> Dataset:
 def load_splits(
     checkpoint: Checkpoint, arguments: DataArguments, seed: int = 0
 ) -> tuple[Dataset | Stream, Dataset | None]:
-    """Training and evaluation samples as the arguments describe them; ``seed`` orders a stream."""
+    """Load and prepare the training and evaluation samples. ``seed`` determines the order of a stream."""
     if not arguments.dataset:
-        raise ConfigError("dataset is missing: give --dataset, or dataset in the config")
+        raise ConfigError("dataset is missing; give --dataset, or dataset in the config")
     task = of(checkpoint.model)
     load = partial(data.load, streaming=arguments.streaming)
     config, revision = arguments.dataset_config, arguments.dataset_revision
     revision = data.commit_of(arguments.dataset, config_name=config, revision=revision) or revision
-    arguments.dataset_revision = revision  # a branch may move
+    arguments.dataset_revision = revision  # pin the commit: a branch may move
     splits = load(arguments.dataset, config_name=config, revision=revision)
     held_back_name = arguments.eval_dataset or arguments.dataset
     if arguments.eval_dataset:
@@ -59,7 +59,7 @@ def load_splits(
 
 
 def _hold_back(samples: Dataset, at_random: bool) -> tuple[Dataset, Dataset]:
-    """All but a tenth of the samples, and that tenth."""
+    """Split off a tenth of the samples."""
     count = max(1, len(samples) // 10)
     order = range(len(samples))
     if at_random:

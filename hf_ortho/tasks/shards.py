@@ -1,4 +1,4 @@
-"""Local data files: one, or a folder of them as the shards of one dataset."""
+"""Local data files: a single file, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parq
 
 
 def files_of(path: Path) -> list[str]:
-    """The file itself; of a folder, all below it with the first suffix of ``BUILDERS`` that occurs, sorted."""
+    """A file itself; for a folder, all files below it with the first suffix of ``BUILDERS`` that occurs, sorted."""
     if path.is_file():
         return [str(path)]
     files = sorted(str(p) for p in path.rglob("*") if p.is_file())
@@ -22,18 +22,18 @@ def files_of(path: Path) -> list[str]:
 
 
 def load_files(files: list[str], streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """The rows of files of one kind as the split ``train``."""
+    """Load files of the same type as the split ``train``."""
     suffix = Path(files[0]).suffix.lower()
-    # A text file is one document: its line breaks are part of the text. Parquet is otherwise read by whole row groups,
-    # which fails for a file without rows.
+    # A text file is one document, including its line breaks. Parquet is otherwise read by whole row groups, which fails
+    # for a file without rows.
     kinds: dict[str, dict] = {".txt": {"sample_by": "document"}, ".parquet": {"batch_size": 1000}}
     return datasets.load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming, **kinds.get(suffix, {}))
 
 
 def why_unreadable(name: str, error: Exception) -> str:
-    """What is wrong with a dataset: the file at fault and why, if it is a local one, else the error's own reason.
+    """Explain an error: the faulty file and the reason for a local dataset, else the message of the error.
 
-    All files are read again for this, because the error does not say in which one it arose.
+    All files are read again because the error does not name the file.
     """
     columns: set[str] = set()
     for file in files_of(Path(name)):
@@ -41,9 +41,7 @@ def why_unreadable(name: str, error: Exception) -> str:
             for row in load_files([file], streaming=True)["train"]:
                 columns = columns or set(row)
                 if missing := columns - set(row):
-                    return (
-                        f"{file} has {', '.join(row)} but no column {', '.join(missing)}, as the files before it have"
-                    )
-        except Exception as found:
-            return f"{file}: {explain(found)}"
+                    return f"{file} has {', '.join(row)} but lacks column {', '.join(missing)} of the files before it"
+        except Exception as file_error:
+            return f"{file}: {explain(file_error)}"
     return explain(error)

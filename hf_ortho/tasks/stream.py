@@ -1,4 +1,4 @@
-"""Corpora that are read while training, in a shuffled order that the seed fixes."""
+"""Streaming: datasets read during training, in a shuffled order determined by the seed."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Samples = Callable[[Iterable[dict]], Iterator[dict]]
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Samples made on the fly from the rows of a dataset, pass after pass without end.
+    """An infinite stream of samples, made on the fly by repeated passes over the rows of a dataset.
 
-    Each pass takes the shards in a new order and the rows from a shuffle buffer, both by the seed and the number of the
-    pass. With several dataloader workers each reads its own shards, so the order depends on their number too.
+    Each pass shuffles the shards, and the rows within a buffer, from the seed and the number of the pass. Each
+    dataloader worker reads different shards, so the order also depends on the number of workers.
 
-    Without end, because Trainer takes a stream for a single epoch and finds its place in it again by the number of
-    batches since the start.
+    The stream is infinite because Trainer treats it as a single epoch: on resume, Trainer skips the number of batches
+    consumed since the start.
 
     Args:
-        rows: what is read.
-        samples: makes samples of rows; may keep what is left of some rows for the next sample.
-        name: of the dataset, for messages.
-        seed: of the order.
-        buffer_size: rows from which the next one is drawn.
-        mixing: samples from which the next one is drawn: those of one row follow each other otherwise.
-        features: of the samples, where they name classes.
+        rows: the rows to read.
+        samples: makes samples from rows. It may carry leftovers of some rows over to the next sample.
+        name: name of the dataset, for messages.
+        seed: seed of the order.
+        buffer_size: shuffle-buffer size in rows.
+        mixing: shuffle-buffer size in samples (samples of one row are otherwise adjacent).
+        features: features of the samples if they contain class names.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _shuffled(self) -> Iterator[dict]:
         for number in count():
-            # Not set_epoch, whose value is shared by all workers, while they may be in different passes.
+            # Not set_epoch: all workers share its value, but they may be in different passes.
             order = np.random.default_rng([self.seed, number])
-            # One shard at a time: several are read by threads, for whose end datasets waits 5 s.
+            # One shard at a time: datasets reads several in threads and waits 5 s for them to end.
             rows = self.rows.shuffle(generator=order, buffer_size=self.buffer_size, max_buffer_input_shards=1)
             row = None
             for row in read(rows, self.name):
@@ -68,12 +68,12 @@ class Stream(torch.utils.data.IterableDataset):
                 return
 
     def head(self, number: int) -> list[dict]:
-        """The first samples of the dataset in its own order, at most ``number`` of them."""
+        """The first samples, at most ``number``, in the unshuffled order of the dataset."""
         return list(islice(self.samples(read(self.rows, self.name)), number))
 
 
 def mixed(samples: Iterable[dict], size: int, order: np.random.Generator) -> Iterator[dict]:
-    """Each sample once, drawn from a buffer of ``size`` of them, which is filled first."""
+    """Each sample once, drawn at random from a buffer of ``size`` samples, which is filled first."""
     buffer: list[dict] = []
     for sample in samples:
         if len(buffer) < size:
@@ -86,24 +86,24 @@ def mixed(samples: Iterable[dict], size: int, order: np.random.Generator) -> Ite
 
 
 def check_stream(arguments: DataArguments, training: TrainingArguments) -> None:
-    """Raise ``ConfigError`` for arguments that do not fit a stream."""
+    """Raise ``ConfigError`` for arguments that are invalid for a stream."""
     if training.max_steps < 1 and arguments.max_train_samples is None:
-        raise ConfigError("streaming: a stream has no end, so max_steps says when the training ends: give --max_steps")
+        raise ConfigError("streaming: a stream is infinite, so training needs a number of steps; give --max_steps")
     for key in ("shuffle_buffer", "shuffle_blocks"):
         if (value := getattr(arguments, key)) < 1:
             raise ConfigError(f"{key} {value}: must be at least 1")
 
 
 def read(rows: Iterable[dict], name: str) -> Iterator[dict]:
-    """The rows; what goes wrong when they are read becomes a ``DataError``."""
+    """Yield the rows. Any error while reading becomes a ``DataError``."""
     try:
         yield from rows
-    except Exception as error:  # datasets raises many kinds, from pyarrow's to huggingface_hub's
+    except Exception as error:  # datasets raises many types, from pyarrow's to huggingface_hub's
         raise DataError(f"dataset {name!r} cannot be read: {why_unreadable(name, error)}") from error
 
 
 def without_rows(rows: IterableDataset, name: str) -> Dataset:
-    """An empty dataset with the columns and types of a stream; the first row tells them if the stream does not."""
+    """An empty dataset with the columns and types of a stream, inferred from the first row if necessary."""
     features = rows.features or Dataset.from_list(list(read(rows.take(1), name))).features
     return Dataset.from_dict({column: [] for column in features}, features)
 
@@ -111,7 +111,7 @@ def without_rows(rows: IterableDataset, name: str) -> Dataset:
 def packed(
     rows: Iterable[dict], tokenizer, block_size: int, column: str, held_back: frozenset[str] = frozenset()
 ) -> Iterator[dict]:
-    """Blocks of tokens (see ``Packer``) as ``input_ids`` and ``labels``, without the documents that are held back."""
+    """Blocks of tokens (see ``Packer``) as ``input_ids`` and ``labels``, without the held-out documents."""
     pack, rows = Packer(tokenizer, block_size), iter(rows)
     while texts := [row[column] for row in islice(rows, DOCUMENTS)]:
         for block in torch.from_numpy(pack(text for text in texts if text not in held_back)):
@@ -120,7 +120,7 @@ def packed(
 
 
 def prepared(rows: Iterable[dict], features: Features, prepare: Callable[[Dataset], Dataset]) -> Iterator[dict]:
-    """Samples of rows, 32 rows at a time; ``prepare`` is what a whole dataset goes through."""
+    """Samples made from 32 rows at a time; ``prepare`` is the transform of a whole dataset."""
     rows = iter(rows)
     while batch := list(islice(rows, 32)):
         yield from prepare(Dataset.from_list(batch, features=features))
@@ -134,14 +134,14 @@ def stream_text(
     arguments: DataArguments,
     seed: int,
 ) -> tuple[Stream | Dataset, Dataset]:
-    """A stream of blocks for the training, and a whole dataset of blocks for the evaluation.
+    """A stream of blocks for training, and a dataset of blocks for evaluation.
 
-    Without rows for the evaluation its ``max_eval_samples`` blocks are the first ones, and the documents that they are
-    made of never train, wherever they occur. ``max_train_samples`` gives a whole dataset of the first blocks.
+    Without evaluation rows, the first ``max_eval_samples`` blocks are held out, and their documents are excluded from
+    training wherever they occur. With ``max_train_samples``, the training set is a dataset of the first blocks.
 
     Raises:
-        ConfigError: there is nothing to evaluate on, and no ``max_eval_samples``.
-        DataError: there is no column of text, or a part has less than one block.
+        ConfigError: there is no evaluation data and no ``max_eval_samples``.
+        DataError: there is no text column, or a set has less than one block.
     """
     name, held_back_name = str(arguments.dataset), str(arguments.eval_dataset or arguments.dataset)
     blocks = partial(packed, tokenizer=tokenizer, block_size=block_size)
@@ -150,8 +150,8 @@ def stream_text(
     if held_back_rows is None:
         if arguments.max_eval_samples is None:
             raise ConfigError(
-                f"streaming: {name} has no other split to evaluate on: give --eval_dataset, or --max_eval_samples N to "
-                "hold back the documents of the first N blocks"
+                f"streaming: {name} has no evaluation split; give --eval_dataset, or --max_eval_samples N to hold out "
+                "the documents of the first N blocks"
             )
         documents = _documents_of(read(rows, name), Packer(tokenizer, block_size), column, arguments.max_eval_samples)
         evaluation = blocks([{column: text} for text in documents], column=column)
@@ -164,8 +164,8 @@ def stream_text(
     stream = Stream(documents_only, train_blocks, name, seed, arguments.shuffle_buffer, mixing=arguments.shuffle_blocks)
     train = stream.head(arguments.max_train_samples or 1)
     if not train:
-        but = f" but for the {len(documents)} documents held back: give --eval_dataset" if documents else ""
-        raise DataError(f"{name} has less than one block of {block_size} tokens{but}")
+        rest = f" after holding out {len(documents)} documents; give --eval_dataset" if documents else ""
+        raise DataError(f"{name} has less than one block of {block_size} tokens{rest}")
     held_back = _whole(islice(evaluation, arguments.max_eval_samples))
     if not len(held_back):
         raise DataError(f"{held_back_name} has less than one block of {block_size} tokens to evaluate on")
@@ -191,21 +191,21 @@ def _whole(blocks: Iterable[dict]) -> Dataset:
 def stream_classified(
     rows: IterableDataset, prepare: Callable[[Dataset], Dataset], arguments: DataArguments, seed: int
 ) -> Stream | Dataset:
-    """A stream of samples with a class; a whole dataset of the first ``max_train_samples`` of them if that is given.
+    """A stream of labeled samples, or a dataset of the first ``max_train_samples`` samples if that is given.
 
     Args:
-        prepare: makes samples of a whole dataset, see ``Task.prepare``.
+        prepare: makes samples from a dataset; see ``Task.prepare``.
 
     Raises:
-        DataError: the labels are not a ``ClassLabel``, so that the classes are not known before all rows are read.
+        DataError: the labels are not a ``ClassLabel``, so the classes are unknown until all rows are read.
     """
     name, rows = str(arguments.dataset), undecoded(rows)
     empty = without_rows(rows, name)
     column = data.class_column(empty, arguments.label_column, name)
     if not isinstance(empty.features[column], ClassLabel):
         raise DataError(
-            f"streaming: column {column!r} of {name} is not a ClassLabel, so its classes are not known before it is "
-            "read whole: leave out streaming"
+            f"streaming: column {column!r} of {name} is not a ClassLabel, so its classes are unknown until all rows "
+            "are read; set streaming: false"
         )
     if arguments.max_train_samples is not None:
         return prepare(first_rows(rows, arguments.max_train_samples, name))
@@ -214,13 +214,13 @@ def stream_classified(
 
 
 def undecoded(rows: IterableDataset) -> IterableDataset:
-    """Rows whose images are decoded when they are processed, not in the shuffle buffer."""
+    """The rows with undecoded images: they are decoded on processing, not in the shuffle buffer."""
     for column in [column for column, feature in (rows.features or {}).items() if isinstance(feature, Image)]:
         rows = rows.cast_column(column, Image(decode=False))
     return rows
 
 
 def first_rows(rows: IterableDataset, number: int | None, name: str) -> Dataset:
-    """The first ``number`` rows of a stream (None: all) as a whole dataset."""
+    """The first ``number`` rows of a stream (all if None) as a dataset."""
     rows = undecoded(rows)
     return Dataset.from_list(list(islice(read(rows, name), number)), features=without_rows(rows, name).features)

@@ -1,4 +1,4 @@
-"""What loading, training, evaluation and cards need to know of a task: ``Task``, one object for each."""
+"""``Task``: the properties of a task that loading, training, evaluation and cards use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A figure of an evaluation.
+    """An evaluation metric.
 
     Attributes:
-        key: under which ``compute_metrics`` gives it.
-        name: for readers.
-        evaluate_name: of the metric in the ``evaluate`` library, which the Hub lists; None if it is not one of them.
-        unit: empty for a plain number.
+        key: key in the result of ``compute_metrics``.
+        name: display name.
+        evaluate_name: name in the ``evaluate`` library, as listed on the Hub; None if it is not listed.
+        unit: unit; empty for a plain number.
     """
 
     key: str
@@ -42,13 +42,13 @@ LOSS = Metric("loss", "loss", unit="nats")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What the class of a model says of it.
+    """The head of a model, recognized by the name of its class.
 
     Attributes:
-        endings: of the names of such classes.
-        auto_class: of transformers, which loads them.
-        pipeline_tag: on the Hub, None if it has none.
-        peft_type: ``task_type`` in peft, None if it has none.
+        endings: endings of the class names.
+        auto_class: the auto class of transformers that loads such models.
+        pipeline_tag: pipeline tag on the Hub, or None.
+        peft_type: ``task_type`` in peft, or None.
     """
 
     endings: tuple[str, ...]
@@ -57,22 +57,23 @@ class Head:
     peft_type: str | None = None
 
     def model_class(self, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-        """The class of transformers with this head for a config, None if there is none."""
+        """The transformers class with this head for a config, or None."""
         import transformers
 
-        found = getattr(transformers, self.auto_class)._model_mapping.get(type(config), None)
-        return found[0] if isinstance(found, tuple) else found
+        classes = getattr(transformers, self.auto_class)._model_mapping.get(type(config), None)
+        return classes[0] if isinstance(classes, tuple) else classes
 
     def calibration(
         self, checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None
     ) -> list[dict]:
-        """Model inputs that weight the fits of a conversion, from the dataset ``name``; with labels where they fit.
+        """Model inputs from the dataset ``name`` for calibrating a conversion, with labels if they fit the model.
 
         Args:
-            samples: texts of ``block_size`` tokens (None: the model's context), or images times 8.
+            samples: number of texts, each of ``block_size`` tokens (the context length if None), or of batches of 8
+                images.
 
         Raises:
-            HfOrthoError: the data do not fit the model.
+            HfOrthoError: the data does not fit the model.
         """
         from .calibration import unlabeled
 
@@ -84,12 +85,12 @@ class Task(Head, abc.ABC):
     """A task that models are trained for and evaluated on.
 
     Attributes:
-        title: for sentences.
-        metrics: what ``compute_metrics`` gives, in this order.
-        compared: the one of them that a comparison shows.
-        default_dataset: that ``hf-ortho evaluate`` takes if none is named; None if there is none.
-        random_split: whether a tenth that is held back is drawn at random instead of from the end.
-        augments_images: whether its samples are images with a class, which may be cropped, mirrored and mixed.
+        title: name of the task within a sentence.
+        metrics: the metrics that ``compute_metrics`` returns, in order.
+        compared: the metric that a comparison shows.
+        default_dataset: default dataset of ``hf-ortho evaluate``, or None.
+        random_split: whether a held-out tenth is drawn at random instead of from the end.
+        augments_images: whether the samples are labeled images that can be cropped, mirrored and mixed.
     """
 
     title: str
@@ -101,7 +102,7 @@ class Task(Head, abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
-        """Model inputs and ``labels`` from the rows of one split of the dataset ``name``."""
+        """Prepare the rows of one split of the dataset ``name`` as model inputs with ``labels``."""
 
     @abc.abstractmethod
     def stream(
@@ -112,26 +113,26 @@ class Task(Head, abc.ABC):
         arguments: DataArguments,
         seed: int,
     ) -> tuple[Stream | Dataset, Dataset]:
-        """Training samples that are made while they are read, in an order by ``seed``, and those to evaluate on."""
+        """A stream of training samples in an order determined by ``seed``, and the evaluation samples."""
 
     @abc.abstractmethod
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """``metrics`` by their keys; an argument of Trainer."""
+        """Compute ``metrics``, by key; passed to Trainer."""
 
     def preprocess_logits_for_metrics(self, logits: Any, labels: Tensor) -> Any:
-        """What is kept of a model's outputs for ``compute_metrics``; an argument of Trainer."""
+        """Reduce the logits before they are stored for ``compute_metrics``; passed to Trainer."""
         return logits
 
     def collator(self, checkpoint: Checkpoint) -> Callable[[list[dict]], dict]:
-        """Makes a batch of samples."""
+        """The data collator."""
         from transformers import default_data_collator
 
         return default_data_collator
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
-        """Give the model a new head, drawn from ``seed``, if the samples need one; sets ``checkpoint.new_head``."""
+        """Replace the head, initialized from ``seed``, if the samples require it; sets ``checkpoint.new_head``."""
         return None
 
     def check(self, model: PreTrainedModel, samples: Dataset) -> None:
-        """Raise DataError for samples that the model cannot be evaluated on."""
+        """Raise DataError if the model cannot be evaluated on the samples."""
         return None

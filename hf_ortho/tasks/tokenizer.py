@@ -11,13 +11,13 @@ END = "<|endoftext|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end-of-text token: 257 in all."""
+    """One token per byte plus an end-of-text token, 257 in total."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     return _wrap(_byte_level(models.BPE(vocab=vocabulary | {END: len(vocabulary)}, merges=[])))
 
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding with at most ``vocab_size`` tokens (257 or more), the end of text among them."""
+    """Byte-level byte-pair encoding with up to ``vocab_size`` tokens (at least 257), including end of text."""
     tokenizer = _byte_level(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(

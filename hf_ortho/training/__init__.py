@@ -1,4 +1,4 @@
-"""Training on the ecosystem's own engines."""
+"""Training with Trainer, Accelerate and PEFT."""
 
 import lazy_loader
 

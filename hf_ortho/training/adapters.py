@@ -1,4 +1,4 @@
-"""PEFT in a training: LoRA next to trained activations, merged at the end, or an adapter that is saved alone."""
+"""PEFT in training: LoRA alongside trained activations, merged at the end, or an adapter that is saved separately."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 def add_lora(
     model: PreTrainedModel, arguments: LoraArguments, seed: int, policy: str = "lora+activations", **options
 ) -> PeftModel:
-    """Wrap ``model`` with LoRA on its linear layers; activations are trained as they are (``modules_to_save``).
+    """Wrap ``model`` with LoRA on its linear layers. Activations are trained in full (``modules_to_save``).
 
-    ``policy`` is ``lora`` or ``lora+activations``; ``options`` go to ``LoraConfig``.
+    ``policy`` is ``lora`` or ``lora+activations``. ``options`` are passed to ``LoraConfig``.
 
     Raises:
-        ConfigError: a value does not fit, or no layer has such a name.
+        ConfigError: a value is invalid, or no layer matches a target name.
+
+    Example:
+        >>> from hf_ortho.training import LoraArguments, add_lora
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> wrapped = add_lora(model, LoraArguments(lora_r=2, lora_target_modules=["c_fc"]), seed=0)
+        >>> wrapped.get_nb_trainable_parameters()[0]  # 2 layers: 160 of LoRA, 6 of the activation
+        332
     """
     saved = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
     if policy == "lora+activations" and not saved:
         raise ConfigError(NO_ACTIVATIONS.format(policy))
     saved = [*(saved if policy == "lora+activations" else []), *options.pop("modules_to_save", [])]
-    set_seed(seed)  # of the adapters' initial values, the same in all processes
+    set_seed(seed)  # the same initial adapters in all processes
     try:
         config = LoraConfig(
             r=arguments.lora_r,
@@ -60,18 +67,26 @@ def add_adapter(
     calibration: list[dict] | None = None,
     resume: str | None = None,
 ) -> PeftModel:
-    """Wrap the model with what ``train`` names, to be saved as an adapter: the base model stays as it is.
+    """Wrap the model with an adapter for the policy ``arguments.train``. The base model is not changed.
 
-    A head that was made for the classes of the dataset is trained and saved too. ``calibration`` weights the fit of
-    activations; those of the checkpoint ``resume`` are not fitted again.
+    A new head for the classes of the dataset is trained and saved with the adapter. ``calibration`` weights the fit of
+    activations. With a checkpoint ``resume``, the activations are not refitted.
 
     Raises:
         HfOrthoError: a value does not fit the model.
+
+    Example:
+        >>> from hf_ortho.checkpoints.load import Checkpoint
+        >>> from hf_ortho.training import LoraArguments, ModelArguments, add_adapter
+        >>> arguments = ModelArguments(train="activations", activation="hermite_3", adapter=True)
+        >>> wrapped = add_adapter(Checkpoint(model, None, None, None), arguments, LoraArguments(), seed=0)
+        >>> type(wrapped).__name__
+        'PeftModelForCausalLM'
     """
     if checkpoint.merged:
         raise ConfigError(
-            f"adapter: {arguments.model} is an adapter itself, of which only the merged model is in memory; save that "
-            "one with merge_and_unload().save_pretrained(...) and give it as model"
+            f"adapter: {arguments.model} is itself an adapter and was merged on loading; save the merged model with "
+            "merge_and_unload().save_pretrained(...) and give it as model"
         )
     head = [checkpoint.new_head] if checkpoint.new_head else []
     options: dict[str, Any] = {
@@ -97,26 +112,33 @@ def add_adapter(
 
 
 def check_adapter(arguments: ModelArguments) -> None:
-    """Raise ConfigError if an adapter cannot hold what ``train`` names."""
+    """Raise ConfigError if an adapter does not support the policy ``train``."""
     if arguments.train not in ADAPTERS:
         raise ConfigError(
-            f"adapter: train {arguments.train!r} has none; take {', '.join(ADAPTERS)} (a head that the dataset's "
-            "classes ask for is added by itself), or leave adapter out"
+            f"adapter: train {arguments.train!r} has no adapter; use {', '.join(ADAPTERS)} (a new head for the classes "
+            "of the dataset is added automatically), or omit adapter"
         )
     if arguments.init == "scratch":
-        raise ConfigError("adapter: needs a pretrained model, not init scratch")
+        raise ConfigError("adapter: requires a pretrained model, not init scratch")
     if arguments.train == "activations" and not arguments.activation:
-        raise ConfigError("adapter: train 'activations' needs --activation, such as hermite_8")
+        raise ConfigError("adapter: train 'activations' requires --activation, such as hermite_8")
 
 
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    with warnings.catch_warnings():  # peft warns of what it then sets right: the orientation of GPT-2's layers
+    with warnings.catch_warnings():  # peft warns about the orientation of GPT-2's layers, and corrects it
         warnings.simplefilter("ignore")
         return cast(PeftModel, get_peft_model(model, config))
 
 
 def merge_lora(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:
-    """The base model with the adapters added to its weights; ``state_dict`` stands for a model that is sharded."""
+    """Merge the adapters into the weights of the base model. ``state_dict`` holds the full tensors of a sharded model.
+
+    Example:
+        >>> from hf_ortho.training import LoraArguments, add_lora, merge_lora
+        >>> arguments = LoraArguments(lora_target_modules=["c_fc"])
+        >>> type(merge_lora(add_lora(model, arguments, seed=0, policy="lora"))).__name__
+        'GPT2LMHeadModel'
+    """
     whole = model
     if state_dict is not None:
         base = rebuild(cast(PreTrainedModel, model.get_base_model()), model.config)

@@ -1,4 +1,4 @@
-"""The fields of a recipe beside those of ``TrainingArguments``."""
+"""The fields of a recipe other than ``TrainingArguments``."""
 
 from __future__ import annotations
 
@@ -18,62 +18,67 @@ POLICIES = ("all", "activations", "activations+norms", "activations+head", "norm
 
 @dataclasses.dataclass
 class ModelArguments:
-    """The model and its activation."""
+    """Model and activation."""
 
     _argument_group_name = "model"
 
     init: str = dataclasses.field(
         default="pretrained",
-        metadata={"help": "pretrained, or scratch: fresh weights from the seed, only config and processor are read."},
+        metadata={"help": "pretrained, or scratch (random weights; only the config and processor are loaded)."},
     )
-    model: str | None = dataclasses.field(default=None, metadata={"help": "A folder or a model on the Hub."})
-    model_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit."})
+    model: str | None = dataclasses.field(default=None, metadata={"help": "Folder or Hub model."})
+    model_revision: str | None = dataclasses.field(
+        default=None, metadata={"help": "Branch, tag or commit of the Hub model."}
+    )
     dtype: str = dataclasses.field(
-        default="float32", metadata={"help": "Of the weights: auto, float32, bfloat16, float16."}
+        default="float32", metadata={"help": "Data type of the weights: auto, float32, bfloat16 or float16."}
     )
     activation: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Convert to this first, such as hermite_8, unless the model has it already; with init scratch any "
-            "name in ACT2FN, such as gelu, and nothing is converted."
+            "help": "Activation to convert to before training, such as hermite_8, unless the model already has it. "
+            "With init scratch, any name in ACT2FN, such as gelu (nothing is converted)."
         },
     )
     activation_init: str = dataclasses.field(
         default="gelu",
         metadata={
-            "help": "How a learnable activation starts in init scratch: paper, unit, or a name in ACT2FN that "
-            "it is fitted to."
+            "help": "With init scratch, initialization of a learnable activation: paper, unit, or a name in "
+            "ACT2FN to fit it to."
         },
     )
     model_type: str | None = dataclasses.field(
-        default=None, metadata={"help": "For init scratch without model: gpt2, convnext ..., in its default config."}
+        default=None,
+        metadata={
+            "help": "With init scratch and no model: model type, such as gpt2 or convnext, in its default config."
+        },
     )
     config_overrides: dict | str | None = dataclasses.field(
-        default=None, metadata={"help": "For init scratch: other values in the config, such as {n_layer: 4}."}
+        default=None, metadata={"help": "With init scratch: config values to override, such as {n_layer: 4}."}
     )
     tokenizer: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "For init scratch: bytes, bpe (learned from the dataset), a folder or a name on the Hub."},
+        metadata={"help": "With init scratch: bytes, bpe (learned from the dataset), a folder or a Hub name."},
     )
-    vocab_size: int = dataclasses.field(default=4096, metadata={"help": "Tokens of tokenizer bpe."})
+    vocab_size: int = dataclasses.field(default=4096, metadata={"help": "Vocabulary size of tokenizer bpe."})
     image_processor_overrides: dict | str | None = dataclasses.field(
-        default=None, metadata={"help": "For init scratch: other values in the image processor, such as its size."}
+        default=None, metadata={"help": "With init scratch: image processor values to override, such as its size."}
     )
     calibration_samples: int = dataclasses.field(
-        default=8, metadata={"help": "Training samples that weight the fit of a conversion; 0 for the data-free fit."}
+        default=8, metadata={"help": "Number of training samples to calibrate a conversion with (0: data-free fit)."}
     )
-    train: str = dataclasses.field(default="all", metadata={"help": f"What to train: {', '.join(POLICIES)}."})
+    train: str = dataclasses.field(default="all", metadata={"help": f"Parameters to train: {', '.join(POLICIES)}."})
     adapter: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Save a PEFT adapter instead of a whole model; with train activations the model is not converted."
+            "help": "Save a PEFT adapter instead of the full model. With train activations, the model is not converted."
         },
     )
     fuse_mlp: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Recompute the activations in the backward instead of keeping their outputs for the next linear "
-            "layer: the same weights with less memory, for one more forward of each activation."
+            "help": "Recompute the activations in the backward pass instead of saving their outputs for the next "
+            "linear layer. Gives the same weights with less memory, but one extra forward per activation."
         },
     )
 
@@ -83,16 +88,16 @@ class ModelArguments:
 
 
 def _mapping(key: str, value: dict | str | None) -> dict:
-    """A mapping of YAML, which the command line gives as text."""
+    """A YAML mapping, given as text on the command line."""
     import yaml
 
     try:
-        found = yaml.safe_load(value) if isinstance(value, str) else value
+        mapping = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
-        found = value
-    if not isinstance(found, dict | None):
+        mapping = value
+    if not isinstance(mapping, dict | None):
         raise ConfigError(f"{key} {value!r}: must be a mapping, such as {{n_layer: 4}}")
-    return found or {}
+    return mapping or {}
 
 
 @dataclasses.dataclass
@@ -103,13 +108,14 @@ class CompareArguments:
 
     activations: list[str] = dataclasses.field(
         default_factory=lambda: ["gelu", "hermite_3", "fourier_5", "tropical_5", "tropical_rational_5"],
-        metadata={"help": "Names in ACT2FN; the first is what the others are compared with."},
+        metadata={"help": "Names in ACT2FN. The first is the reference of the comparison."},
     )
     seeds: list[int] = dataclasses.field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Each seeds weights, order of the data and dropout."}
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the weights, data order and dropout."}
     )
     timing_rounds: int = dataclasses.field(
-        default=20, metadata={"help": "Interleaved optimizer steps per activation to time after the runs; 0: none."}
+        default=20,
+        metadata={"help": "Number of optimizer steps per activation to time after the runs, interleaved (0: none)."},
     )
 
 
@@ -126,22 +132,24 @@ class OptimizerArguments:
     activation_learning_rate: float | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Learning rate of the activations' parameters; default: learning_rate, from scratch at least 0.01."
+            "help": "Learning rate of activation parameters. Default: learning_rate (with init scratch, at least 0.01)."
         },
     )
     activation_gradient_scale: float = dataclasses.field(
-        default=1.0, metadata={"help": "Multiplies their gradients before each step; moves SGD, not Adam."}
+        default=1.0,
+        metadata={"help": "Factor on the gradients of activations before each step. Affects SGD but not Adam."},
     )
     activation_natural_steps: bool = dataclasses.field(
         default=False,
-        metadata={"help": "Optimize each coefficient in its natural unit, sqrt(k!) for hermite_n."},
+        metadata={"help": "Optimize each coefficient in its natural unit, such as sqrt(k!) for hermite_n."},
     )
     domain_penalty: float = dataclasses.field(
         default=0.0,
-        metadata={"help": "Weight of the mean squared distance of pre-activations from their interval, in the loss."},
+        metadata={"help": "Weight in the loss of the mean squared distance of pre-activations from their interval."},
     )
     domain_penalty_interval: list[float] | None = dataclasses.field(
-        default=None, metadata={"help": "lo hi; default: the domain of each activation."}
+        default=None,
+        metadata={"help": "Interval of the domain penalty: lo hi. Default: the domain of each activation."},
     )
 
     def __post_init__(self):
@@ -150,27 +158,31 @@ class OptimizerArguments:
         for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
             value = getattr(self, key)
             if value is not None and not 0.0 <= value < math.inf:
-                raise ConfigError(f"{key} {value}: must be a finite number, at least 0")
+                raise ConfigError(f"{key} {value}: must be a finite number and at least 0")
         if self.domain_penalty_interval is not None and not is_interval(self.domain_penalty_interval):
-            raise ConfigError(f"domain_penalty_interval {self.domain_penalty_interval}: must be two numbers lo < hi")
+            raise ConfigError(
+                f"domain_penalty_interval {self.domain_penalty_interval}: must be two finite numbers lo < hi"
+            )
 
     @property
     def needs_own_groups(self) -> str:
         """The first field that needs separate parameter groups or steps for activations; empty if none does."""
-        own = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps")
+        fields = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return next((key for key in own if getattr(self, key) != defaults[key]), "")
+        return next((key for key in fields if getattr(self, key) != defaults[key]), "")
 
 
 @dataclasses.dataclass
 class LoggingArguments:
-    """What is recorded of the activations."""
+    """Recording of the activations during training."""
 
     _argument_group_name = "activations: logging"
 
     log_activations: int | None = dataclasses.field(
         default=None,
-        metadata={"help": "Record them every N steps, for the logs and `hf-ortho plot --history`; default: never."},
+        metadata={
+            "help": "Record the activations every N steps, for logs and `hf-ortho plot --history`. Default: never."
+        },
     )
 
     def __post_init__(self):
@@ -180,52 +192,68 @@ class LoggingArguments:
 
 @dataclasses.dataclass
 class AugmentationArguments:
-    """Augmentation of training images, and the average of the weights; all off by default."""
+    """Augmentation of training images and averaging of the weights. Everything is off by default."""
 
     _argument_group_name = "augmentation"
 
     random_crop: float | None = dataclasses.field(
         default=None,
-        metadata={"help": "Smallest share of the area that a random resized crop keeps; 0.08 is usual for ImageNet."},
+        metadata={
+            "help": "Minimum area of a random resized crop, as a fraction of the image; ImageNet commonly uses 0.08."
+        },
     )
-    horizontal_flip: bool = dataclasses.field(default=False, metadata={"help": "Mirror half of the images, by chance."})
+    horizontal_flip: bool = dataclasses.field(
+        default=False, metadata={"help": "Mirror each image with probability 1/2."}
+    )
     randaugment: list[float] | None = dataclasses.field(
         default=None,
-        metadata={"help": "Mean magnitude of RandAugment, from 0 to 10, and its standard deviation: 9 0.5."},
+        metadata={"help": "Mean magnitude of RandAugment (0 to 10) and its standard deviation, such as 9 0.5."},
     )
     random_erasing: float = dataclasses.field(
-        default=0.0, metadata={"help": "Probability that a rectangle of an image is replaced by noise."}
+        default=0.0, metadata={"help": "Probability of replacing a rectangle of an image with noise."}
     )
     mixup: float = dataclasses.field(
-        default=0.0, metadata={"help": "alpha of mixup: the shares of two images are drawn from Beta(alpha, alpha)."}
+        default=0.0, metadata={"help": "alpha of mixup: mix images with weights from Beta(alpha, alpha)."}
     )
     cutmix: float = dataclasses.field(
         default=0.0,
-        metadata={"help": "alpha of cutmix; with mixup too each batch gets one of them, by chance."},
+        metadata={"help": "alpha of cutmix. With mixup, each batch randomly gets one of the two."},
     )
     ema_decay: float | None = dataclasses.field(
         default=None,
-        metadata={"help": "Evaluate and save an exponential moving average of the weights, with this decay per step."},
+        metadata={"help": "Evaluate and save an exponential moving average of the weights with this decay per step."},
     )
 
 
 @dataclasses.dataclass
 class LoraArguments:
-    """For ``train: lora`` and ``lora+activations``."""
+    """LoRA, for ``train: lora`` and ``lora+activations``."""
 
     _argument_group_name = "LoRA"
 
     lora_r: int = dataclasses.field(default=8, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = dataclasses.field(default=16, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout before the LoRA matrices."})
+    lora_dropout: float = dataclasses.field(
+        default=0.0, metadata={"help": "Dropout on the input of the LoRA matrices."}
+    )
     lora_target_modules: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Names of the layers that get LoRA; default: all linear layers but the head."}
+        default=None,
+        metadata={"help": "Names of the layers to apply LoRA to. Default: all linear layers except the head."},
     )
 
 
 @dataclasses.dataclass
 class Recipe:
-    """All that one training needs; the fields of its groups are the keys of a YAML recipe and the flags."""
+    """All settings of one training. The fields of its groups are the keys of a YAML recipe and the command-line flags.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from hf_ortho.training import DataArguments, ModelArguments, Recipe
+        >>> model_arguments = ModelArguments(init="scratch", model_type="gpt2", activation="hermite_3")
+        >>> recipe = Recipe(model_arguments, DataArguments("pydoc_topics"), TrainingArguments("out"))
+        >>> recipe.optimizer_arguments().activation_learning_rate
+        0.01
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -236,9 +264,9 @@ class Recipe:
     augmentation: AugmentationArguments = dataclasses.field(default_factory=AugmentationArguments)
 
     def optimizer_arguments(self) -> OptimizerArguments:
-        """``optimizer`` with the default learning rate of activations for a model from scratch.
+        """``optimizer``, with the default learning rate of activations for a model from scratch.
 
-        Their parameters are of order 1, whatever the width, and have far to go there, unlike those of a conversion.
+        Their parameters are of order 1 for any width and have far to move, unlike after a conversion.
         """
         given = self.optimizer.activation_learning_rate
         if given is not None or self.model.init != "scratch":

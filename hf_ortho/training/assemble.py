@@ -1,4 +1,4 @@
-"""What a recipe describes, put together: checkpoint, samples, and the Trainer."""
+"""Assemble the checkpoint, the samples and the Trainer of a recipe."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .trainer import ActivationTrainer
 
 
 def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | None, ConversionReport | None]:
-    """The checkpoint, converted or new, the samples for training and evaluation, and the report of the activations."""
+    """The converted or new checkpoint, the training and evaluation samples, and the report of the activations."""
     arguments, training = recipe.model, recipe.training
     if arguments.init == "scratch":
         checkpoint, report = scratch_checkpoint(arguments, recipe.data, training.seed)
     else:
         place, report = str(arguments.model), None
         checkpoint = load_checkpoint(place, revision=arguments.model_revision, dtype=arguments.dtype, **sharding())
-    with training.main_process_first(desc="preparing the data"):  # the others read what it caches
+    with training.main_process_first(desc="preparing the data"):  # the other processes read its cache
         seed = training.seed if training.data_seed is None else training.data_seed
         train, held_back = load_splits(checkpoint, recipe.data, seed)
     if arguments.init != "scratch" and not (arguments.adapter and arguments.train == "activations"):
@@ -50,7 +50,7 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
 def _convert_first(
     checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream
 ) -> ConversionReport | None:
-    """Convert unless the model has the activation already, learnable or not."""
+    """Convert the model unless it already has the activation, learnable or not."""
     name, model = arguments.activation, checkpoint.model
     if not name:
         return None
@@ -60,18 +60,18 @@ def _convert_first(
         return None
     if arguments.adapter:
         raise ConfigError(
-            f"adapter: train {arguments.train!r} needs a base model that is saved as {name}, {model.name_or_path} has "
-            f"{', '.join(sorted(present))}; make one with hf-ortho convert, and give that as model"
+            f"adapter: train {arguments.train!r} needs a base model saved with {name}, but {model.name_or_path} has "
+            f"{', '.join(sorted(present))}; convert it with hf-ortho convert and give the result as model"
         )
     if not learnable:
         raise ConfigError(
-            f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}; only learnable activations, "
-            "such as hermite_8, can be converted to"
+            f"activation {name!r}: {model.name_or_path} has {', '.join(sorted(present))}, which can only be "
+            "converted to a learnable activation, such as hermite_8"
         )
-    if is_fsdp_enabled():  # and transformers has read the weights in the main process alone
+    if is_fsdp_enabled():  # transformers then reads the weights in the main process only
         raise ConfigError(
             f"activation {arguments.activation}: the fit needs the weights in all processes; set "
-            "fsdp_cpu_ram_efficient_loading to false, or convert the model before"
+            "fsdp_cpu_ram_efficient_loading to false, or convert the model beforehand"
         )
     samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
     return convert(model, name, calibration=samples)
@@ -84,18 +84,18 @@ def build_trainer(
     held_back: Dataset | None,
     resume: str | None = None,
 ) -> tuple[ActivationTrainer, int]:
-    """The Trainer of a recipe, its model frozen where the recipe says so, and the number of trained parameters.
+    """The Trainer of a recipe, with frozen parameters as configured, and the number of trainable parameters.
 
-    ``resume`` is the checkpoint that the training goes on from.
+    ``resume`` is the checkpoint to resume from.
 
     Raises:
-        ConfigError: an argument does not fit the model or the data.
+        ConfigError: an argument is incompatible with the model or the data.
     """
     arguments, training = recipe.model, recipe.training
     if arguments.adapter or arguments.train.startswith("lora"):
         if sharding():
-            what = f"train {arguments.train!r}" + (" with adapter" if arguments.adapter else "")
-            raise ConfigError(f"{what} and tensor parallelism do not go together; take multi_gpu or fsdp2")
+            setting = f"train {arguments.train!r}" + (" with adapter" if arguments.adapter else "")
+            raise ConfigError(f"{setting} cannot be combined with tensor parallelism; use multi_gpu or fsdp2")
         checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train, resume))
         freeze_domains(checkpoint.model)
         trainable = sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad)
@@ -126,7 +126,7 @@ def build_trainer(
         trainer = make_trainer(checkpoint, training, train, held_back, **options)
     except HfOrthoError:
         raise
-    except Exception as error:  # a logger that is not installed, a Hub that cannot be reached, values that do not fit
+    except Exception as error:  # a missing logger, an unreachable Hub, invalid values
         raise ConfigError(f"training arguments: {explain(error)}") from error
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
     return trainer, trainable

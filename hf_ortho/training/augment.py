@@ -1,7 +1,7 @@
-"""Augmentation of training images: crop, flip, RandAugment and erasing of each, mixup and cutmix of a batch.
+"""Augmentation of training images: crop, flip, RandAugment and erasing per image, mixup and cutmix per batch.
 
-Whatever is random is drawn from the seed, the epoch and the number of the row, so that the same images come for any
-number of workers and processes, and after a resume in the middle of an epoch.
+All randomness depends only on the seed, the epoch and the row number, so the images are the same for any number of
+workers and processes, and after resuming in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OF_IMAGES = ("random_crop", "horizontal_flip", "randaugment", "random_erasing", 
 def check_augmentation(
     arguments: AugmentationArguments, training: TrainingArguments, checkpoint: Checkpoint, train: Any
 ) -> None:
-    """Raise ConfigError where an argument does not fit its range, the checkpoint's task or the data."""
+    """Raise ConfigError if an argument is out of range, or does not fit the task of the checkpoint or the data."""
     ranges = {
         "random_crop": (arguments.random_crop, "above 0 and at most 1", lambda v: 0 < v <= 1),
         "random_erasing": (arguments.random_erasing, "from 0 to 1", lambda v: 0 <= v <= 1),
@@ -45,31 +45,33 @@ def check_augmentation(
         len(levels) in (1, 2) and 0 <= levels[0] <= 10 and 0 <= levels[-1] < math.inf
     ):
         raise ConfigError(
-            f"randaugment {' '.join(map(str, levels))}: must be a magnitude from 0 to 10, and optionally its standard "
-            "deviation"
+            f"randaugment {' '.join(map(str, levels))}: must be a magnitude between 0 and 10, and optionally its "
+            "standard deviation"
         )
-    asked = [key for key in OF_IMAGES if getattr(arguments, key)]
-    if asked and not of(checkpoint.model).augments_images:
-        raise ConfigError(
-            f"{asked[0]}: augments images with a class, which {type(checkpoint.model).__name__} does not take"
-        )
-    if asked and not isinstance(train, Dataset):
-        raise ConfigError(f"{asked[0]}: needs images in any order, not a stream; set streaming: false")
+    enabled = [key for key in OF_IMAGES if getattr(arguments, key)]
+    if enabled and not of(checkpoint.model).augments_images:
+        raise ConfigError(f"{enabled[0]}: needs labeled images, which {type(checkpoint.model).__name__} does not take")
+    if enabled and not isinstance(train, Dataset):
+        raise ConfigError(f"{enabled[0]}: requires random access to the images; set streaming: false")
     if arguments.ema_decay is None:
         return
     if training.load_best_model_at_end:
-        raise ConfigError("ema_decay: averages the weights up to the last step; set load_best_model_at_end: false")
+        raise ConfigError("ema_decay: averages the weights until the last step; set load_best_model_at_end: false")
     if training.deepspeed_plugin is not None:
-        raise ConfigError("ema_decay: DeepSpeed keeps the weights to itself; use one process, DDP or FSDP2")
+        raise ConfigError(
+            "ema_decay: not supported by DeepSpeed, which manages the weights itself; use one process, DDP or FSDP2"
+        )
     for name, parameter in checkpoint.model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise ConfigError(f"ema_decay: {name} is {parameter.dtype}, too coarse for an average; set dtype: float32")
+            raise ConfigError(
+                f"ema_decay: {name} is {parameter.dtype}, too imprecise for an average; set dtype: float32"
+            )
 
 
 def augment(trainer: ActivationTrainer, checkpoint: Checkpoint, arguments: AugmentationArguments, name: str) -> None:
-    """Make ``trainer`` train on augmented images of the dataset called ``name``, and average its weights.
+    """Make ``trainer`` train on augmented images of the dataset ``name``, and average the weights.
 
-    Evaluation data stays as it is.
+    Evaluation data is not augmented.
     """
     if any(getattr(arguments, key) for key in OF_IMAGES):
         assert isinstance(trainer.train_dataset, Dataset)
@@ -86,10 +88,23 @@ def augment(trainer: ActivationTrainer, checkpoint: Checkpoint, arguments: Augme
 
 
 class AugmentedImages(torch.utils.data.Dataset):
-    """The images of ``data.images``, augmented before and, for erasing, after the processor.
+    """The dataset of ``data.images``, augmented before the image processor (erasing: after it).
 
-    Samples are as those of ``images``: ``pixel_values`` (C, H, W) and ``labels``; with mixup or cutmix also ``key``, an
-    integer that seeds the mixing of a batch.
+    Samples have the same columns: ``pixel_values`` (C, H, W) and ``labels``. With mixup or cutmix they also have
+    ``key``, an integer that seeds the mixing of the batch.
+
+    Example:
+        >>> import datasets
+        >>> from transformers import ViTImageProcessorPil
+        >>> from hf_ortho.tasks.data import images
+        >>> from hf_ortho.training import AugmentationArguments, AugmentedImages
+        >>> features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        >>> noise = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8).numpy()
+        >>> rows = datasets.Dataset.from_dict({"image": list(noise), "label": [0, 1]}, features=features)
+        >>> processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+        >>> flipped = AugmentationArguments(horizontal_flip=True)
+        >>> AugmentedImages(images(rows, processor), processor, flipped, seed=0)[0]["pixel_values"].shape
+        torch.Size([3, 8, 8])
     """
 
     def __init__(self, images: Dataset, processor, arguments: AugmentationArguments, seed: int, name: str = "dataset"):
@@ -102,7 +117,7 @@ class AugmentedImages(torch.utils.data.Dataset):
         self.size = (width, height)
         red, green, blue = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
         self.fill = (round(255 * red), round(255 * green), round(255 * blue))
-        # Shared with the workers of a DataLoader, which may outlive an epoch.
+        # Shared with the workers of a DataLoader, which may persist across epochs.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -157,7 +172,7 @@ class _Epochs(TrainerCallback):
 
 
 def erase(image: Tensor, rng: np.random.Generator) -> None:
-    """Fill a rectangle of a normalized image (C, H, W) with N(0, 1), in place: 2 to 33 % of the area, sides 0.3 to 3.3.
+    """Fill a rectangle of a normalized image (C, H, W) with N(0, 1) in place: 2 to 33% of the area, aspect 0.3 to 3.3.
 
     Source: Zhong et al., Random erasing data augmentation (2020).
     """
@@ -173,14 +188,20 @@ def erase(image: Tensor, rng: np.random.Generator) -> None:
 
 
 class MixingCollator:
-    """Batches of mixed images: mixup or cutmix of each image with its opposite in the batch, one share per batch.
+    """Data collator for mixup and cutmix: mixes each image with its opposite in the batch, with one weight per batch.
 
-    With shares s ~ Beta(alpha, alpha), mixup gives s x_i + (1 - s) x_j; cutmix puts a box of x_j, of the area 1 - s
-    before it is cut at the border, into x_i. ``labels`` become probabilities (batch, classes): s' for the class of x_i
-    and 1 - s' for that of x_j, s' being the share that the image really kept. With both given each batch gets one of
-    them with probability 1/2. Samples without a ``key`` (those of an evaluation) are batched as they are.
+    With a weight s ~ Beta(alpha, alpha), mixup gives s x_i + (1 - s) x_j. Cutmix pastes a box of x_j, of area 1 - s
+    before clipping at the border, into x_i. ``labels`` become probabilities (batch, classes): s' for the class of x_i
+    and 1 - s' for the class of x_j, where s' is the actual share of x_i. If both are enabled, each batch
+    gets one of them with probability 1/2. Samples without a ``key`` (evaluation) are batched unchanged.
 
     Sources: Zhang et al., mixup (2018); Yun et al., CutMix (2019).
+
+    Example:
+        >>> samples = [{"pixel_values": torch.zeros(3, 4, 4), "labels": label, "key": 7} for label in (0, 1)]
+        >>> batch = hf_ortho.training.MixingCollator(classes=2, mixup=0.8, cutmix=0.0)(samples)
+        >>> batch["labels"].sum(1).tolist()  # probabilities
+        [1.0, 1.0]
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float):
@@ -204,7 +225,7 @@ class MixingCollator:
 
 
 def _box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[slice, slice]:
-    """A box of the area 1 - share around a random pixel, cut at the border."""
+    """A box of area 1 - share around a random pixel, clipped at the border."""
     side = math.sqrt(1 - share)
 
     def span(length: int) -> slice:
@@ -216,10 +237,15 @@ def _box(height: int, width: int, share: float, rng: np.random.Generator) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class SoftTargetLoss:
-    """``compute_loss_func`` of a Trainer for class numbers (batch,) or probabilities (batch, classes).
+    """``compute_loss_func`` for Trainer with class indices (batch,) or probabilities (batch, classes).
 
-    -sum_c t_c log p_c, with t = (1 - label_smoothing) target + label_smoothing / classes, averaged over the images of
-    an optimizer step.
+    The loss is -sum_c t_c log p_c with t = (1 - label_smoothing) target + label_smoothing / classes, averaged over the
+    images of an optimizer step.
+
+    Example:
+        >>> loss = hf_ortho.training.SoftTargetLoss()
+        >>> round(loss({"logits": torch.zeros(1, 2)}, torch.tensor([[0.5, 0.5]])).item(), 4)  # log 2
+        0.6931
     """
 
     label_smoothing: float = 0.0
@@ -228,6 +254,6 @@ class SoftTargetLoss:
         logits = outputs["logits"].float()
         if num_items_in_batch is None:
             return cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # The Trainer counts the entries of labels, which are several per image for probabilities.
+        # Trainer counts the entries of labels: with probabilities, one per image and class.
         images = num_items_in_batch * len(labels) / labels.numel()
         return cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum") / images

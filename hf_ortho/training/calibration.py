@@ -1,4 +1,4 @@
-"""Batches that weight the fits of a conversion, from a dataset by its name."""
+"""Calibration batches for a conversion, from a dataset given by name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..tasks import data, head_of
 def calibration_batches(
     checkpoint: Checkpoint, name: str, *, samples: int, split: str | None = None, block_size: int | None = None
 ) -> tuple[list[dict], DataSource]:
-    """Batches of the dataset ``name``, and where they come from.
+    """Batches of the dataset ``name``, and their source.
 
     Args:
-        samples: blocks of text, or images times 8.
-        split: the training split if None.
-        block_size: tokens per block; the model's context, at most 1024, if None.
+        samples: number of blocks of text, or of batches of 8 images.
+        split: default: the training split.
+        block_size: tokens per block; default: the context length of the model, at most 1024.
 
     Raises:
-        DataError: the data do not fit the model, or ``samples`` is less than 1.
+        DataError: the data does not fit the model, or ``samples`` is less than 1.
     """
     if samples < 1:
         raise DataError(f"--calibration-samples {samples}: must be at least 1")

@@ -1,4 +1,4 @@
-"""Training checkpoints that can be told from what a killed process left."""
+"""Training checkpoints with a manifest, which distinguishes complete ones from leftovers of a killed process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from ..files import TRAINING_MANIFEST as MANIFEST
 from ..files import set_aside, use_umask
 
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
-START = '{\n "'  # of a manifest
-# What reading a file raises that may be another's: of other bytes, no JSON, nested too deeply, or no object.
+START = '{\n "'  # how a manifest begins
+# Errors on reading a foreign file: undecodable, not JSON, nested too deeply, or not an object.
 UNREADABLE = (OSError, ValueError, RecursionError, AttributeError, TypeError)
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of ``manifest.json`` is there in its size, and ``trainer_state.json``, written after it, too.
+    """Whether all files in ``manifest.json`` exist with the right size, and ``trainer_state.json`` exists as well.
 
-    A save that was killed has an empty manifest or lacks the state; a deletion that was killed lacks a file.
+    The state is written after the manifest. A killed save leaves an empty manifest or no state. A killed deletion
+    leaves a file missing.
     """
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text())
@@ -38,7 +39,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """List the files of a checkpoint with their sizes in bytes."""
+    """Write a manifest with the sizes of all files of a checkpoint, in bytes."""
     (checkpoint / MANIFEST).write_text(json.dumps(_sizes(checkpoint), indent=1))
 
 
@@ -48,9 +49,9 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The ``checkpoint-N`` folders, by N."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name[len(PREFIX) :].isdecimal()]
-    return sorted(found, key=step_of)
+    """The ``checkpoint-N`` folders, sorted by N."""
+    folders = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name[len(PREFIX) :].isdecimal()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -59,7 +60,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints, by step, that are whole for every process, which may each have a disk of its own.
+    """The checkpoints that are complete for every process, sorted by step. Processes may have separate disks.
 
     Every process must call it.
     """
@@ -69,15 +70,15 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def resume_point(folder: Path, whole: list[Path], *, required: bool) -> Path | None:
-    """The checkpoint to resume from, None to start anew.
+    """The checkpoint to resume from, or None for a fresh start.
 
     Args:
-        whole: of ``whole_checkpoints``.
-        required: whether starting anew is out of the question. It is so too where that could lose something: if the
-            folder holds a model, or checkpoints without ``manifest.json``.
+        whole: result of ``whole_checkpoints``.
+        required: whether a fresh start is an error. It is always an error if it could lose data: if the folder contains
+            a model, or checkpoints without ``manifest.json``.
 
     Raises:
-        ConfigError: there is no whole checkpoint, and the training cannot start anew.
+        ConfigError: there is no complete checkpoint, and a fresh start is not allowed.
     """
     if whole:
         return whole[-1]
@@ -85,26 +86,26 @@ def resume_point(folder: Path, whole: list[Path], *, required: bool) -> Path | N
     foreign = [p for p in present if not (p / MANIFEST).is_file()]
     if foreign:
         raise ConfigError(
-            f"resume_from_checkpoint: {folder} holds no checkpoint that is known to be whole, since {foreign[-1].name} "
-            f"has no {MANIFEST}; if it is, name it: --resume_from_checkpoint {foreign[-1]}"
+            f"resume_from_checkpoint: {folder} has no checkpoint that is known to be complete, because "
+            f"{foreign[-1].name} has no {MANIFEST}; if it is complete, use --resume_from_checkpoint {foreign[-1]}"
         )
     if required:
-        reason = f"no whole checkpoint, {present[-1].name} is incomplete" if present else "no checkpoint-N folder"
+        reason = f"no complete checkpoint ({present[-1].name} is incomplete)" if present else "no checkpoint-N folder"
         raise ConfigError(
-            f"resume_from_checkpoint true: {folder} holds {reason}; "
-            "with --resume_from_checkpoint auto the training starts anew then"
+            f"resume_from_checkpoint true: {folder} has {reason}; "
+            "use --resume_from_checkpoint auto to start from the beginning"
         )
     if (folder / "config.json").is_file():
         raise ConfigError(
-            f"resume_from_checkpoint auto: {folder} holds a model but no training checkpoint; name another output_dir"
+            f"resume_from_checkpoint auto: {folder} contains a model but no training checkpoint; use another output_dir"
         )
     return None
 
 
 def _is_own(checkpoint: Path, saved: dict[str, int] | None = None) -> bool:
-    """Whether a checkpoint holds nothing but files of its save, in the sizes of ``saved``, by default its manifest.
+    """Whether a checkpoint contains only files of its save, with the sizes in ``saved`` (default: its manifest).
 
-    Another content of the same size is taken for the save's; the sums of gigabytes would take too long.
+    Changed contents of the same size go unnoticed: checksums of gigabytes would take too long.
     """
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text()) if saved is None else saved
@@ -117,9 +118,9 @@ def _is_own(checkpoint: Path, saved: dict[str, int] | None = None) -> bool:
 
 
 def _is_leftover(checkpoint: Path) -> bool:
-    """Whether a killed save left a checkpoint: its manifest is the first one, or it lacks the state.
+    """Whether a checkpoint is the leftover of a killed save: its manifest is the initial one, or it has no state.
 
-    Without the state, the manifest must be cut short, or list all that is there.
+    Without the state, the manifest must be truncated, or list all existing files.
     """
     try:
         manifest = (checkpoint / MANIFEST).read_text()
@@ -136,13 +137,13 @@ def _is_leftover(checkpoint: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves left in the output folder of a training; nothing that others wrote or made smaller."""
+    """Remove the leftovers of killed saves from the output folder of a training, but no foreign or truncated files."""
     for checkpoint in filter(_is_leftover, checkpoints(folder)):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def make_way(checkpoint: Path) -> None:
-    """Remove an earlier checkpoint of the same step if it holds nothing but the files of its save, else rename it."""
+    """Remove an earlier checkpoint of the same step if it contains only files of its save, else rename it."""
     if _is_own(checkpoint):
         shutil.rmtree(checkpoint, ignore_errors=True)
     elif os.path.lexists(checkpoint):
@@ -150,19 +151,19 @@ def make_way(checkpoint: Path) -> None:
 
 
 class WholeCheckpoints(Trainer):
-    """``Trainer`` whose checkpoints carry a manifest, so that only whole ones are resumed from.
+    """``Trainer`` that writes a manifest into each checkpoint and only resumes from complete ones.
 
-    ``manifest.json`` lists every file with its size, once all processes have written theirs; ``trainer_state.json``
-    comes after it, and the deletions of ``save_total_limit`` after that, which pass over and do not count a checkpoint
-    with files that its save did not write. ``train`` starts by removing what killed saves left, and
-    ``resume_from_checkpoint=True`` takes the last whole checkpoint. A training that had ended takes no more steps.
+    ``manifest.json`` lists all files with their sizes once every process has written its files. It is followed by
+    ``trainer_state.json``, and then by the deletions of ``save_total_limit``. These skip, and do not count, checkpoints
+    with foreign files. ``train`` first removes the leftovers of killed saves. ``resume_from_checkpoint=True`` uses the
+    last complete checkpoint. A finished training takes no more steps.
 
-    With several nodes ``output_dir`` must be on a disk that all of them share, or ``save_on_each_node`` be set.
+    With multiple nodes, ``output_dir`` must be on a shared disk, or ``save_on_each_node`` must be set.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._saved: dict[Path, dict[str, int]] = {}  # the files of checkpoints without manifest, with save_only_model
+        self._saved: dict[Path, dict[str, int]] = {}  # files of checkpoints without a manifest (save_only_model)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         folder = Path(str(self.args.output_dir))
@@ -214,21 +215,21 @@ class WholeCheckpoints(Trainer):
         finally:
             self.args.save_total_limit = limit
 
-    def _rotate(self, folder: Path, kept: set[str]) -> None:
-        """Delete the oldest checkpoints beyond ``save_total_limit``, but for ``kept`` and the best."""
+    def _rotate(self, folder: Path, protected: set[str]) -> None:
+        """Delete the oldest checkpoints beyond ``save_total_limit``, except ``protected`` and the best."""
         limit = self.args.save_total_limit or 0
         if limit <= 0 or not self.args.should_save:
             return
         if best := self.state.best_model_checkpoint:
-            kept = kept | {Path(best).name}
+            protected = protected | {Path(best).name}
         own = [p for p in checkpoints(folder) if _is_own(p, self._saved.get(p))]
         own.sort(key=lambda p: (p.stat().st_mtime, step_of(p)))
-        excess = len(own) - max(limit, len(kept))
-        for checkpoint in [p for p in own if p.name not in kept][: max(excess, 0)]:
+        excess = len(own) - max(limit, len(protected))
+        for checkpoint in [p for p in own if p.name not in protected][: max(excess, 0)]:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)  # the last file that every process writes
+        super()._save_rng_state(output_dir)  # the last file written by every process
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(Path(output_dir))

@@ -1,4 +1,4 @@
-"""The same training with several activations and seeds: a grid of runs that can be interrupted and resumed."""
+"""Compare activations: a resumable grid of the same training over activations and seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .finetune import finetune, output_folder
 from .trainer import ActivationTrainer
 
 T = TypeVar("T")
-# What one run of the grid may differ in, and what changes no figure.
+# Fields that may differ between runs of the grid, or that do not affect the results.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
 
 
@@ -40,9 +40,9 @@ class Run:
     """One finished training.
 
     Attributes:
-        metrics: of the evaluation after it: those of the task, by their keys.
-        history: (step, mean training loss since the step before) pairs.
-        diverged: why it was stopped, with neither metrics nor history; empty if it was not.
+        metrics: metrics of the task after the training, by key.
+        history: (step, mean training loss since the previous step) pairs.
+        diverged: reason if the training diverged, in which case there are no metrics and no history; empty otherwise.
     """
 
     activation: str
@@ -57,7 +57,7 @@ class Run:
             run = cls(**plain)
             metrics = {key: float(value) for key, value in run.metrics.items()}
             if not run.diverged:
-                metrics["loss"]  # which a finished run has
+                metrics["loss"]  # every finished run has it
             history = [(step, float(loss)) for step, loss in run.history]
             return dataclasses.replace(run, metrics=metrics, history=history)
 
@@ -65,12 +65,12 @@ class Run:
 
 
 def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallback] | None = None) -> Iterator[Run]:
-    """Every activation with every seed, seed by seed; what is finished is read, what was interrupted resumes.
+    """Run every activation with every seed, seed by seed. Finished runs are read and interrupted runs resume.
 
-    ``callback`` gives a callback for the Trainer of an activation and a seed.
+    ``callback`` creates a Trainer callback for an activation and a seed.
 
     Raises:
-        HfOrthoError: an argument does not fit, or the folder holds the runs of another recipe.
+        HfOrthoError: an argument is invalid, or the folder contains runs of another recipe.
     """
     grid = comparison.compare
     for name in grid.activations:
@@ -78,7 +78,7 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
     for key in ("activations", "seeds"):
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{key} {values}: give at least one, each once")
+            raise ConfigError(f"{key} {values}: give at least one, without duplicates")
     main_decides(comparison.training, lambda: output_folder(comparison))
     folder = Path(str(comparison.training.output_dir))
     with PartialState().main_process_first():
@@ -89,7 +89,7 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
                 callbacks = [] if callback is None else [callback(name, seed)]
                 run = _run(comparison, name, seed, folder / name / f"seed-{seed}", callbacks)
             except HfOrthoError:
-                if not any(folder.glob("*/*/*")):  # nothing was run yet: the next recipe may be another
+                if not any(folder.glob("*/*/*")):  # nothing has run yet, so another recipe may use the folder
                     (folder / "recipe.json").unlink(missing_ok=True)
                 raise
             yield run
@@ -109,7 +109,7 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
         run = Run(activation, seed, {}, [], str(error))
     else:
         if result.after is None:
-            raise ConfigError("a comparison needs evaluation data: give eval_dataset or eval_split")
+            raise ConfigError("a comparison needs evaluation data; give eval_dataset or eval_split")
         history = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
         run = Run(activation, seed, result.after, history)
     _write(file, json.dumps(dataclasses.asdict(run)))
@@ -117,7 +117,7 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
 
 
 def _empty(folder: Path) -> None:
-    """Remove what an interrupted run has left, and nothing else: its files are replaced by none."""
+    """Remove the files of an interrupted run, and no others."""
     if folder.is_dir():
         remove_leftovers(folder)
         with OutputFolder(folder, beside=True).writing():
@@ -130,28 +130,28 @@ def _member(comparison: Comparison, activation: str, seed: int, folder: Path) ->
     recipe.model.activation = activation
     recipe.training.seed = seed
     recipe.training.output_dir = str(folder)
-    if not isinstance(ACT2FN[activation], LearnableActivation):  # what is asked of activations is nothing to it
+    if not isinstance(ACT2FN[activation], LearnableActivation):  # these options need learnable activations
         recipe.optimizer = dataclasses.replace(recipe.optimizer, domain_penalty=0.0)
         recipe.logging = LoggingArguments()
     return recipe
 
 
 def _claim(comparison: Comparison, folder: Path) -> None:
-    """Note the recipe in the folder, or check that it is the one noted there."""
+    """Save the recipe in the folder, or check that it equals the saved recipe."""
     groups = (dataclasses.asdict(getattr(comparison, field.name)) for field in dataclasses.fields(Recipe))
     recipe = {key: _plain(value) for group in groups for key, value in group.items() if key not in FREE}
     file = folder / "recipe.json"
     if file.is_file():
-        noted = _read(file, lambda plain: {**plain})
-        for key in recipe.keys() | noted.keys():
-            if recipe.get(key) != noted.get(key):
+        saved = _read(file, lambda plain: {**plain})
+        for key in recipe.keys() | saved.keys():
+            if recipe.get(key) != saved.get(key):
                 raise ConfigError(
-                    f"output_dir {folder} holds runs with {key} {noted.get(key)!r}, now it is {recipe.get(key)!r}: "
-                    "name another folder"
+                    f"output_dir {folder} contains runs with {key} {saved.get(key)!r}, but {key} is now "
+                    f"{recipe.get(key)!r}; use another folder"
                 )
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"output_dir {folder} exists and holds no comparison; name another")
+        raise ConfigError(f"output_dir {folder} exists and does not contain a comparison; use another")
     _write(file, json.dumps(recipe, indent=1))
 
 
@@ -163,7 +163,7 @@ def _read(file: Path, build: Callable[[Any], T]) -> T:
     try:
         return build(json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not what hf-ortho compare writes; move it away") from error
+        raise ConfigError(f"{file} was not written by hf-ortho compare; move it away") from error
 
 
 def _write(file: Path, text: str) -> None:
@@ -173,16 +173,17 @@ def _write(file: Path, text: str) -> None:
             draft.write_text(text)
 
 
-# ---- what the runs say ---------------------------------------------------------------------------------------------
+# ---- summary -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One activation over the seeds that it and the first activation have finished.
+    """The results of one activation over its finished seeds.
 
     Attributes:
-        mean, spread: of the metric; the spread is the standard deviation, 0 for one seed.
-        difference, difference_spread: of the metric minus that of the first activation with the same seed.
+        mean, spread: mean and standard deviation of the metric (0 for one seed).
+        difference, difference_spread: mean and standard deviation of the metric minus the metric of the first
+            activation with the same seed.
     """
 
     activation: str
@@ -194,14 +195,14 @@ class Summary:
 
 
 def summarize(runs: list[Run], metric: str) -> list[Summary]:
-    """One row per activation, in the order of the runs; the first is the reference."""
-    found: dict[str, dict[int, float]] = {}
+    """One summary per activation, in the order of the runs. The first activation is the reference."""
+    by_activation: dict[str, dict[int, float]] = {}
     for run in runs:
         if not run.diverged:
-            found.setdefault(run.activation, {})[run.seed] = run.metrics[metric]
-    reference = next(iter(found.values()))
+            by_activation.setdefault(run.activation, {})[run.seed] = run.metrics[metric]
+    reference = next(iter(by_activation.values()))
     rows = []
-    for name, values in found.items():
+    for name, values in by_activation.items():
         differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
         rows.append(Summary(name, len(values), *_mean(list(values.values())), *_mean(differences or [math.nan])))
     return rows
@@ -215,9 +216,9 @@ def _mean(values: list[float]) -> tuple[float, float]:
 
 
 def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times], dict[str, float]]:
-    """Seconds of the update by one micro-batch with each activation, and the bytes that its forward pass keeps.
+    """Time an optimizer step on one micro-batch with each activation, and count the bytes saved by its forward pass.
 
-    The steps are interleaved in one process, so that what else runs on the machine slows all alike; the first
+    The steps are interleaved in one process, so other load on the machine slows all of them alike. The first
     activation is the reference of the ratios.
     """
     arguments, steps, forwards = comparison.training, {}, {}
@@ -231,7 +232,7 @@ def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times]
 
 
 def _step(trainer: ActivationTrainer) -> tuple[Callable[[], None], Callable[[], object]]:
-    """The update by one micro-batch, and its forward pass."""
+    """An optimizer step on one micro-batch, and its forward pass."""
     batch = next(iter(trainer.get_train_dataloader()))
     model, optimizer = trainer.accelerator.prepare(cast(nn.Module, trainer.model).train(), trainer.create_optimizer())
     trainer.current_gradient_accumulation_steps = 1

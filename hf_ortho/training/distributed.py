@@ -1,4 +1,4 @@
-"""What a training in several processes needs beside its engine: one decision, one state dict, float32 activations."""
+"""Helpers for distributed training: decisions of the main process, full state dicts, float32 activations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def main_decides(arguments: TrainingArguments, question: Callable[[], T]) -> T:
-    """The answer of the main process, in all processes.
+    """The answer of the main process, broadcast to all processes.
 
-    For questions about files that the main process itself is about to write.
+    Use it for questions about files that the main process is about to write.
 
     Raises:
-        HfOrthoError: that of the main process, in all processes.
+        HfOrthoError: the error of the main process, raised in all processes.
     """
     answer: list = [None, None]
     if arguments.process_index == 0:
@@ -38,17 +38,17 @@ def main_decides(arguments: TrainingArguments, question: Callable[[], T]) -> T:
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
-    """The trained tensors where processes hold shards of them (FSDP, DeepSpeed, tensor parallelism), else None.
+    """The full tensors of a sharded model (FSDP, DeepSpeed, tensor parallelism), or None if it is not sharded.
 
-    Every process must call it; the main process gets all tensors, on the CPU.
+    Every process must call it. The main process gets all tensors, on the CPU.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    elif any(isinstance(p, DTensor) for p in model.parameters()):  # transformers sharded them when it loaded them
+    elif any(isinstance(p, DTensor) for p in model.parameters()):  # sharded by transformers on loading
         state = model.state_dict()
         gathered = {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()}
-        model.config.distributed_config = None  # save_pretrained would wait for all processes to call it
+        model.config.distributed_config = None  # else save_pretrained waits for all processes to call it
     else:
         return None
     tied = model.all_tied_weights_keys
@@ -56,11 +56,11 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
 
 
 def keep_float32(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
-    """Have FSDP2 leave the parameters of activations in float32, in a model of any dtype and under bf16."""
+    """Keep the parameters of activations in float32 under FSDP2, for a model of any dtype and with bf16."""
     activations = sorted({type(m).__name__ for m in model.modules() if isinstance(m, LearnableActivation)})
     if not activations or plugin.fsdp_version != 2:
         return
-    plugin.mixed_precision_policy = None  # it rounds all parameters; ActivationTrainer takes autocast instead
+    plugin.mixed_precision_policy = None  # it would round all parameters; ActivationTrainer uses autocast instead
     if any(p.dtype != torch.float32 for p in model.parameters()):  # FSDP2 shards one dtype at a time
         layers = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
         plugin.transformer_cls_names_to_wrap = [*layers, *activations]

@@ -14,41 +14,49 @@ KEY = "ema"
 
 
 class ExponentialMovingAverage(TrainerCallback):
-    """average <- decay * average + (1 - decay) * weight after every optimizer step, from the weights after the first.
+    """average <- decay * average + (1 - decay) * weight after every optimizer step, starting at the first.
 
-    Trained parameters are averaged; frozen ones and buffers are the model's own. The averages are part of the
-    optimizer's state, so that checkpoints hold them (a checkpoint's model file holds the weights that training goes on
-    with). When the training ends the model takes its averages.
+    Trained parameters are averaged; frozen parameters and buffers are not. The averages are part of the optimizer
+    state, so checkpoints include them. The model file of a checkpoint holds the weights needed to resume training. At
+    the end of training, the model takes the averages.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from hf_ortho.training import ActivationTrainer, ExponentialMovingAverage
+        >>> average = ExponentialMovingAverage(decay=0.999)
+        >>> arguments = TrainingArguments("out", report_to=[])
+        >>> trainer = ActivationTrainer(model, arguments, callbacks=[average])
+        >>> trainer.average = average  # evaluate the averaged weights
     """
 
     def __init__(self, decay: float):
         self.update = get_ema_multi_avg_fn(decay)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the first step of ``optimizer`` begin the averages, before any checkpoint is loaded.
+        """Start the averages at the first step of ``optimizer``, before any checkpoint is loaded.
 
-        FSDP2 takes such a step with zero gradients, and loads sharded only what the state then has.
+        FSDP2 takes this step with zero gradients, and only loads the entries that are then in the state.
         """
 
         def begin(optimizer, args, kwargs) -> None:
             for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-                kept = optimizer.state[parameter]
-                if KEY not in kept:
-                    kept[KEY] = parameter.detach().clone()
+                state = optimizer.state[parameter]
+                if KEY not in state:
+                    state[KEY] = parameter.detach().clone()
 
         optimizer.register_step_post_hook(begin)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if getattr(optimizer, "step_was_skipped", False):  # by fp16's GradScaler
+        if getattr(optimizer, "step_was_skipped", False):  # by the GradScaler of fp16
             return
         averages, weights = [], []
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            kept = optimizer.state[parameter]
-            if KEY in kept:
-                averages.append(kept[KEY])
+            state = optimizer.state[parameter]
+            if KEY in state:
+                averages.append(state[KEY])
                 weights.append(parameter.detach())
             else:
-                kept[KEY] = parameter.detach().clone()
+                state[KEY] = parameter.detach().clone()
         if averages:
             self.update(averages, weights, None)
 
@@ -57,7 +65,7 @@ class ExponentialMovingAverage(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-        """The model of ``optimizer`` has its averages inside the block, and its weights again after it."""
+        """Within the block, the model has the averages as its weights."""
         averages = _averages(optimizer)
         weights = [(parameter, parameter.detach().clone()) for parameter, _ in averages]
         try:

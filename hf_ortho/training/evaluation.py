@@ -1,4 +1,4 @@
-"""The Trainer for the task of a checkpoint."""
+"""Evaluation of a checkpoint, and the Trainer for its task."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .trainer import ActivationTrainer
 def make_trainer(
     checkpoint: Checkpoint, arguments: TrainingArguments, train=None, held_back=None, **options
 ) -> ActivationTrainer:
-    """A Trainer with the task's metrics; ``options`` are further arguments of ``ActivationTrainer``."""
+    """A Trainer with the metrics of the task. ``options`` are passed to ``ActivationTrainer``."""
     task = tasks.of(checkpoint.model)
-    # Images are processed on access, from columns that the model does not take.
+    # Images are processed on access, from columns that are not inputs of the model.
     arguments.remove_unused_columns = False
     trainer = ActivationTrainer(
         model=checkpoint.model,
@@ -41,10 +41,18 @@ def make_trainer(
 
 
 def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
-    """The metrics of a checkpoint's task on prepared samples, by their keys.
+    """Evaluate a checkpoint on prepared samples and return the metrics of its task, by key.
 
     Raises:
-        HfOrthoError: the model has no task, or the samples are not for it.
+        HfOrthoError: the model has no supported task, or the samples do not fit it.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from hf_ortho.checkpoints.load import Checkpoint
+        >>> ids = [[1, 2, 3, 4]] * 2
+        >>> samples = Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
+        >>> sorted(hf_ortho.training.evaluate_model(Checkpoint(model, None, None, None), samples))
+        ['loss', 'perplexity']
     """
     tasks.of(checkpoint.model).check(checkpoint.model, dataset)
     with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:

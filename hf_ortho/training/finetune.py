@@ -1,4 +1,4 @@
-"""Train a checkpoint, or a model from scratch, as a recipe says; the commands are thin layers over this."""
+"""Train a checkpoint, or a model from scratch, from a recipe. The commands are thin layers over this."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .policies import POLICIES
 
 @dataclasses.dataclass
 class Result:
-    """What a training gave: the checkpoint in memory, the metrics, and the conversion or fit if there was one.
+    """The result of a training: the checkpoint in memory, the metrics, and the conversion or fit, if any.
 
-    ``before`` is None for a model from scratch, both metrics are None without evaluation data, ``held_back``;
-    ``history`` is what Trainer logged.
+    ``before`` is None for a model from scratch. Both metrics are None without evaluation data (``held_back``).
+    ``history`` is the log history of Trainer.
     """
 
     checkpoint: Checkpoint
@@ -49,21 +49,33 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     finish: Callable[[Path, Result], None] | None = None,
 ) -> Result:
-    """Load and convert if asked, or start from scratch; train, evaluate, and save into ``output_dir``.
+    """Load a model, or create one from scratch; convert it if requested, train, evaluate, and save to ``output_dir``.
 
-    Resumes where ``resume_from_checkpoint`` says so: a folder, ``"true"`` for the last whole checkpoint in the output
-    folder, or ``"auto"`` for that one if there is one, else the start. ``callbacks`` go to the Trainer. ``finish`` adds
-    files to the draft of the output folder; what it raises is raised once the model is in place.
+    ``resume_from_checkpoint`` is a checkpoint folder, ``"true"`` for the last complete checkpoint in the output folder,
+    or ``"auto"`` for the same if there is one, else a fresh start. ``callbacks`` are passed to Trainer. ``finish`` adds
+    files to the draft of the output folder. Its errors are raised after the model is saved.
 
     Raises:
-        HfOrthoError: an argument does not fit; nothing is written.
+        HfOrthoError: an argument is invalid; nothing is written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from transformers import TrainingArguments
+        >>> from hf_ortho.training import DataArguments, ModelArguments, Recipe, finetune
+        >>> model.save_pretrained("model")
+        >>> _ = Path("text.txt").write_text("Hello, world. " * 99)
+        >>> arguments = TrainingArguments("out", max_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
+        >>> source = ModelArguments("scratch", "model", tokenizer="bytes", activation="hermite_3")
+        >>> result = finetune(Recipe(source, DataArguments("text.txt", block_size=8), arguments))
+        >>> sorted(result.after)
+        ['loss', 'perplexity']
     """
     model_arguments, arguments = recipe.model, recipe.training
     if model_arguments.init not in ("pretrained", "scratch"):
         raise ConfigError(f"init {model_arguments.init!r}: must be pretrained or scratch")
     scratch = model_arguments.init == "scratch"
     if not scratch and not model_arguments.model:
-        raise ConfigError("model is missing: give --model, or model in the config")
+        raise ConfigError("model is missing; give --model, or model in the config")
     if model_arguments.train not in POLICIES:
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
     if model_arguments.adapter:
@@ -83,7 +95,7 @@ def finetune(
     whole = whole_checkpoints(folder)
     resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole))
     checkpoint, train, held_back, report = assemble(recipe)
-    # Accelerate takes a model that was evaluated before the training for one that is prepared, and does not wrap it.
+    # Accelerate treats a model that was evaluated before training as prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
     trainer, trainable = build_trainer(recipe, checkpoint, train, held_back, resume)
     if isinstance(checkpoint.model, PeftModel):
@@ -92,13 +104,13 @@ def finetune(
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except DataError as error:  # with its traceback, if it comes from a dataloader worker
+    except DataError as error:  # includes a traceback if raised in a dataloader worker
         raise DataError(str(error).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
     except (RuntimeError, ValueError) as error:
         if resume is None or not re.search("size mismatch|parameter group", str(error)):
             raise
         raise ConfigError(
-            f"resume_from_checkpoint {resume}: made with another model, activation or train; name another output_dir"
+            f"resume_from_checkpoint {resume}: made with another model, activation or train; use another output_dir"
         ) from error
     before = metrics_at_start(trainer) if held_back is not None else None
     after = metrics_of(trainer) if held_back is not None else None
@@ -107,7 +119,9 @@ def finetune(
     if trainer.is_world_process_zero():
         if isinstance(checkpoint.model, PeftModel) and not model_arguments.adapter:
             checkpoint.model, state_dict = merge_lora(checkpoint.model, state_dict), None
-        copies = arguments.push_to_hub and arguments.hub_strategy != "end"  # Trainer copies what it pushes at each save
+        copies = (
+            arguments.push_to_hub and arguments.hub_strategy != "end"
+        )  # Trainer copies the files that it pushes at each save
         made = [file.name for place in checkpoints(folder) for file in place.iterdir()] if copies else ()
         with output.writing(made) as draft:
             save_checkpoint(checkpoint, draft, state_dict)
@@ -123,35 +137,35 @@ def finetune(
 
 
 def output_folder(recipe: Recipe) -> OutputFolder:
-    """``output_dir``, checked against what the recipe reads; other files in it stay.
+    """``output_dir``, checked against the inputs of the recipe. Other files in it are kept.
 
     Raises:
-        OutputError: it cannot be written, or contains an input.
+        OutputError: the folder cannot be written, or contains an input.
     """
     inputs = (recipe.model.model, recipe.model.tokenizer, recipe.data.dataset, recipe.data.eval_dataset)
     return OutputFolder(str(recipe.training.output_dir), keep=inputs, beside=True)
 
 
 def _resume_from(arguments: TrainingArguments, folder: Path, whole: list[Path]) -> str | None:
-    asked = arguments.resume_from_checkpoint
-    if asked and str(asked).lower() not in ("true", "auto", "false"):
-        if not Path(asked).is_dir():
-            raise ConfigError(f"resume_from_checkpoint {asked}: no such folder")
-        if not (Path(asked) / "trainer_state.json").is_file():
+    requested = arguments.resume_from_checkpoint
+    if requested and str(requested).lower() not in ("true", "auto", "false"):
+        if not Path(requested).is_dir():
+            raise ConfigError(f"resume_from_checkpoint {requested}: the folder does not exist")
+        if not (Path(requested) / "trainer_state.json").is_file():
             raise ConfigError(
-                f"resume_from_checkpoint {asked}: no checkpoint of a training, it has no trainer_state.json"
+                f"resume_from_checkpoint {requested}: not a training checkpoint, it has no trainer_state.json"
             )
-        if (Path(asked) / MANIFEST).is_file() and not is_whole(Path(asked)):
+        if (Path(requested) / MANIFEST).is_file() and not is_whole(Path(requested)):
             raise ConfigError(
-                f"resume_from_checkpoint {asked}: incomplete, or not what its {MANIFEST} lists; name another, or true "
-                "for the last whole one in output_dir"
+                f"resume_from_checkpoint {requested}: incomplete, or different from its {MANIFEST}; use another, or "
+                "true for the last complete checkpoint in output_dir"
             )
-        return str(asked)
-    if asked and str(asked).lower() in ("true", "auto"):
-        latest = resume_point(folder, whole, required=str(asked).lower() == "true")
+        return str(requested)
+    if requested and str(requested).lower() in ("true", "auto"):
+        latest = resume_point(folder, whole, required=str(requested).lower() == "true")
         return None if latest is None else str(latest)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"output_dir {folder} exists and is not empty; name another, or resume with --resume_from_checkpoint true"
+            f"output_dir {folder} exists and is not empty; use another or resume with --resume_from_checkpoint true"
         )
     return None

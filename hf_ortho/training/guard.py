@@ -1,4 +1,4 @@
-"""Stop a training at the first loss or parameter that is not finite, and say where it came from."""
+"""Stop training at the first non-finite loss or parameter, and report its origin."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ from ..processes import any_process
 
 
 class FiniteGuard(TrainerCallback):
-    """Raise ``NonFiniteError`` rather than log, evaluate or save a model whose parameters are not finite.
+    """Trainer callback that raises ``NonFiniteError`` before a model with non-finite parameters is logged or saved.
 
-    For any ``Trainer``: ``Trainer(..., callbacks=[hf_ortho.FiniteGuard()])``. The trainable parameters are looked at
-    whenever Trainer logs, evaluates or saves, and at the end of the training, on all processes together. Gradients are
-    not, so that steps which fp16's ``GradScaler`` skips do no harm.
+    Works with any ``Trainer``. The trainable parameters are checked whenever Trainer logs, evaluates or saves, and at
+    the end of training, on all processes together. Gradients are not checked, so steps skipped by the ``GradScaler`` of
+    fp16 are allowed.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> trainer = Trainer(model, TrainingArguments("out", report_to=[]), callbacks=[hf_ortho.FiniteGuard()])
+        >>> "FiniteGuard" in trainer.callback_handler.callback_list
+        True
     """
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -37,11 +43,11 @@ class FiniteGuard(TrainerCallback):
 
 
 class FiniteLoss(Trainer):
-    """``Trainer`` with ``FiniteGuard``, which also stops at a loss that is not finite, before the optimizer's step.
+    """``Trainer`` with ``FiniteGuard`` that also stops at a non-finite loss, before the optimizer step.
 
-    The batch is run forward once more then, to find the first layer whose output is not finite. The loss is looked at
-    where ``logging_nan_inf_filter``, which is on by default, makes Trainer wait for it anyway; several processes share
-    one flag per batch for that. Under fp16 the loss may overflow as long as the scale of the ``GradScaler`` exceeds 1.
+    It then runs the batch forward again to find the first layer with non-finite outputs. The loss is checked only with
+    ``logging_nan_inf_filter`` (on by default), where Trainer synchronizes on it anyway. Multiple processes share one
+    flag per batch. Under fp16 the loss may overflow while the scale of the ``GradScaler`` exceeds 1.
     """
 
     def __init__(self, *args, **kwargs):
@@ -53,43 +59,45 @@ class FiniteLoss(Trainer):
         if self.args.logging_nan_inf_filter and any_process(~torch.isfinite(loss).all()).item():
             scaler = getattr(self.accelerator, "scaler", None)
             if scaler is None or scaler.get_scale() <= 1:
-                raise _error(self.args, self.state.global_step + 1, f"the loss is not finite, {self._origin(inputs)}")
+                raise _error(self.args, self.state.global_step + 1, f"the loss is not finite{self._origin(inputs)}")
         return loss
 
     def _origin(self, inputs) -> str:
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        with first_non_finite(model) as found, torch.no_grad(), self.compute_loss_context_manager():
+        with first_non_finite(model) as origins, torch.no_grad(), self.compute_loss_context_manager():
             self.compute_loss(model, self._prepare_inputs(inputs))
-        found = gather_object(found)
-        return f"and so are {found[0]}, first of all layers" if found else "though the output of every layer is"
+        origins = gather_object(origins)
+        return (
+            f"; the first non-finite values are {origins[0]}" if origins else ", although the outputs of all layers are"
+        )
 
 
 @contextlib.contextmanager
 def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Within the block, look for the first layer of ``model``, in the order of the forward pass, that is not finite.
+    """Within the block, find the first non-finite layer of ``model`` in the order of the forward pass.
 
-    Gives a list that will hold nothing or one phrase: the pre-activations or outputs of a learnable activation, or the
-    parameters or outputs of another module without children.
+    Yields a list that will contain at most one phrase: the pre-activations or outputs of a learnable activation, or the
+    parameters or outputs of another leaf module.
     """
-    found: list[str] = []
+    origins: list[str] = []
 
     def hook(name: str):
         def look(module, args, output):
-            if found:
+            if origins:
                 return
             outputs = output if isinstance(output, tuple) else (output,)
             if isinstance(module, LearnableActivation) and not all(map(_is_finite, args)):
-                found.append(f"the pre-activations of {name}")
+                origins.append(f"the pre-activations of {name}")
             elif not all(map(_is_finite, outputs)):
                 damaged = not all(map(_is_finite, _trained(module).values()))
-                found.append(f"the {'parameters' if damaged else 'outputs'} of {name}")
+                origins.append(f"the {'parameters' if damaged else 'outputs'} of {name}")
 
         return look
 
     layers = [(n, m) for n, m in model.named_modules() if next(m.children(), None) is None]
     handles = [module.register_forward_hook(hook(name)) for name, module in layers]
     try:
-        yield found
+        yield origins
     finally:
         for handle in handles:
             handle.remove()
@@ -101,7 +109,7 @@ def _is_finite(value) -> bool:
 
 @torch.no_grad()
 def check_parameters(model: nn.Module, args: TrainingArguments, step: int) -> None:
-    """Raise ``NonFiniteError`` if a trainable parameter is not finite on any process; the domain may be infinite."""
+    """Raise ``NonFiniteError`` if a trainable parameter is not finite on any process. Infinite domains are allowed."""
     values = _trained(model)
     if not values:
         return
@@ -110,12 +118,12 @@ def check_parameters(model: nn.Module, args: TrainingArguments, step: int) -> No
     if bad:
         learnable = {n for n, m in model.named_modules() if isinstance(m, LearnableActivation)}
         first = next((name for name in bad if name.rpartition(".")[0] in learnable), bad[0])
-        kind = "first activation among them" if first.rpartition(".")[0] in learnable else "first"
-        raise _error(args, step, f"{len(bad)} of {len(values)} trained parameters are not finite, the {kind} {first}")
+        kind = "first activation" if first.rpartition(".")[0] in learnable else "first"
+        raise _error(args, step, f"{len(bad)} of {len(values)} trained parameters are not finite; {kind}: {first}")
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What this process holds of the trainable parameters, in the order of the modules; infinite domains as 0."""
+    """The local part of the trainable parameters, in the order of the modules, with infinite domains as 0."""
     values = {}
     domains = {id(m.domain) for m in model.modules() if isinstance(m, LearnableActivation)}
     for name, parameter in model.named_parameters():
@@ -130,5 +138,5 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _error(args: TrainingArguments, step: int, reason: str) -> NonFiniteError:
     folder = Path(str(args.output_dir))
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    place = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
+    place = f"the last good checkpoint is {last}" if last else "no checkpoint was saved"
     return NonFiniteError(f"step {step}: {reason}; {place}; a lower learning_rate or max_grad_norm may help")

@@ -1,4 +1,4 @@
-"""The activations over a training on disk: one safetensors file per recorded step."""
+"""The recorded history of activations during training: one safetensors file per recorded step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "activations"
 
 
 def recorded_steps(run: str | Path) -> list[tuple[int, Path]]:
-    """(step, file) of each recorded step in the output folder of a training, by step; empty without any."""
+    """The recorded steps in the output folder of a training as (step, file) pairs, sorted by step."""
     files = (Path(run) / FOLDER).glob("step-*.safetensors")
     return sorted((int(match[1]), path) for path in files if (match := re.fullmatch(r"step-(\d+)", path.stem)))
 
@@ -29,7 +29,7 @@ def write_step(
     modules: Mapping[str, LearnableActivation],
     statistics: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Record the activations, by path, and what else is known of each; the file is whole or not there."""
+    """Record activations and their statistics, both by path. The file is written atomically."""
     folder = Path(run) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{path}.{key}": value for path, m in modules.items() for key, value in m.state_dict().items()}
@@ -39,24 +39,24 @@ def write_step(
 
 
 def read_step(file: Path) -> tuple[dict[str, LearnableActivation], dict[str, dict[str, float]]]:
-    """The activations and the statistics of one recorded step, each by path.
+    """The activations and statistics of one recorded step, both by path.
 
     Raises:
-        CheckpointError: the file is none of ``write_step``.
+        CheckpointError: the file was not written by ``write_step``.
     """
     try:
         with safe_open(file, "pt") as stored:
-            about = stored.metadata() or {}
-            modules = {path: build(name) for path, name in json.loads(about["activations"]).items()}
+            metadata = stored.metadata() or {}
+            modules = {path: build(name) for path, name in json.loads(metadata["activations"]).items()}
             for path, module in modules.items():
                 module.load_state_dict({key: stored.get_tensor(f"{path}.{key}") for key in module.state_dict()})
-            return modules, json.loads(about["statistics"])
+            return modules, json.loads(metadata["statistics"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read as recorded activations: {error}") from error
 
 
 def drop_after(run: str | Path, step: int) -> None:
-    """Remove what was recorded after ``step``, for a training that goes on from there."""
+    """Remove the steps recorded after ``step``, from which a training resumes."""
     for later, path in recorded_steps(run):
         if later > step:
             path.unlink()

@@ -1,4 +1,4 @@
-"""A callback of Trainer that records the activations."""
+"""A Trainer callback that records the activations."""
 
 from __future__ import annotations
 
@@ -28,32 +28,41 @@ from .optimizer import activations_by_path
 
 
 class ActivationLogger(TrainerCallback):
-    """Records the learnable activations of a model at regular steps.
+    """Trainer callback that records the learnable activations of a model at regular steps.
 
-    Recorded are, per activation: all parameters; ``gain``, ``gain_derivative``: E[f^2] and E[f'^2] under N(0, 1); of
-    the pre-activations in the batch of that step, in their own unit and over all processes, padding included:
-    ``minimum``, ``maximum``, ``mean``, ``std``, and ``outside``, the share outside the domain. Steps in between cost
-    nothing. A recorded step of a compiled model runs uncompiled, as compiled code takes no new hooks.
+    It records for each activation:
 
-    Scalars go to whatever ``report_to`` names, under ``activations/``, and neither to the console nor to
-    ``log_history``. A picture of the shapes now and at the start goes to TensorBoard, trackio and wandb. A history goes
-    to ``output_dir/activations``, one file per step, which ``hf-ortho plot --history output_dir`` draws; a resumed
-    training continues it.
+    - all parameters;
+    - ``gain``, ``gain_derivative``: E[f^2] and E[f'^2] under N(0, 1);
+    - statistics of the pre-activations in the batch, over all processes and including padding: ``minimum``,
+      ``maximum``, ``mean``, ``std``, and ``outside``, the fraction outside the domain.
 
-    Works under DDP and FSDP2. To be given to ``Trainer(..., callbacks=[hf_ortho.ActivationLogger()])``.
+    Other steps have no overhead. A recorded step of a compiled model runs uncompiled, as compiled code ignores new
+    hooks.
+
+    Scalars are sent to the integrations in ``report_to`` under ``activations/``, but not to the console or
+    ``log_history``. TensorBoard, trackio and wandb also get a figure of the current and initial shapes. The history is
+    saved to ``output_dir/activations``, one file per step; plot it with ``hf-ortho plot --history output_dir``. A
+    resumed training continues it. DDP and FSDP2 are supported.
 
     Args:
-        every: steps from one record to the next; ``logging_steps`` if None.
-        picture_every: steps from one picture to the next, 0 for none; ten records if None.
+        every: number of steps between records; default: ``logging_steps``.
+        picture_every: number of steps between figures, 0 for none; default: every tenth record.
 
     Raises:
-        ConfigError: a value is out of range; once the training begins, if the model has no learnable activations.
+        ConfigError: a value is out of range, or, at the start of training, the model has no learnable activations.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> logger = hf_ortho.ActivationLogger(every=100)
+        >>> trainer = Trainer(model, TrainingArguments("out", report_to=[]), callbacks=[logger])
     """
 
     def __init__(self, every: int | None = None, picture_every: int | None = None):
         for name, value, least in (("every", every, 1), ("picture_every", picture_every, 0)):
             if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name} {value!r} of ActivationLogger: must be an integer, at least {least}")
+                raise ConfigError(f"ActivationLogger: {name} {value!r} must be an integer and at least {least}")
         self.every = every
         self.picture_every = picture_every
         self._watched: list[_Moments] = []
@@ -86,7 +95,7 @@ class ActivationLogger(TrainerCallback):
 
     @staticmethod
     def _set_stance(stance: str) -> None:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and this would import it
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and this would import it
             torch.compiler.set_stance(stance)
 
     def _record(self, args, state, control, model) -> None:
@@ -100,20 +109,22 @@ class ActivationLogger(TrainerCallback):
             gain, gain_derivative = module.gain()
             statistics[path] = {"gain": gain, "gain_derivative": gain_derivative} | (moments[i] if moments else {})
         history.write_step(args.output_dir, state.global_step, modules, statistics)
-        scalars = {f"activations/{p}.{key}": value for p, found in statistics.items() for key, value in found.items()}
+        scalars = {f"activations/{p}.{key}": value for p, values in statistics.items() for key, value in values.items()}
         for path, module in modules.items():
             for name, values in module.named_parameters():
                 scalars |= {f"activations/{path}.{name}.{i}": v for i, v in enumerate(values.tolist())}
-        finite = {key: value for key, value in scalars.items() if math.isfinite(value)}  # no domain is infinite
+        finite = {key: value for key, value in scalars.items() if math.isfinite(value)}  # domains may be infinite
         for integration in self._integrations:
             integration.on_log(args, state, control, model=model, logs=dict(finite))
         if self._picture_every and state.global_step % self._picture_every == 0:
             self._show(args, state)
 
     def _show(self, args, state) -> None:
-        takers = [c for c in self._integrations if isinstance(c, (TensorBoardCallback, TrackioCallback, WandbCallback))]
+        viewers = [
+            c for c in self._integrations if isinstance(c, (TensorBoardCallback, TrackioCallback, WandbCallback))
+        ]
         steps = history.recorded_steps(args.output_dir)
-        if not takers or len(steps) < 2:
+        if not viewers or len(steps) < 2:
             return
         from matplotlib.image import imread
 
@@ -122,16 +133,16 @@ class ActivationLogger(TrainerCallback):
         with tempfile.TemporaryDirectory(prefix="hf_ortho.") as folder:
             path = str(Path(folder) / "shapes.png")
             plot_history([Snapshot(history.read_step(file)[0], step) for step, file in (steps[0], steps[-1])], path)
-            for taker in takers:
-                _send_picture(taker, path, imread(path), state.global_step)
+            for viewer in viewers:
+                _send_picture(viewer, path, imread(path), state.global_step)
 
 
-def _send_picture(taker: TrainerCallback, path: str, pixels, step: int) -> None:
+def _send_picture(viewer: TrainerCallback, path: str, pixels, step: int) -> None:
     tag = "activations/shapes"
-    if isinstance(taker, TensorBoardCallback):
-        taker.tb_writer.add_image(tag, pixels, step, dataformats="HWC")
+    if isinstance(viewer, TensorBoardCallback):
+        viewer.tb_writer.add_image(tag, pixels, step, dataformats="HWC")
     else:
-        if isinstance(taker, WandbCallback):
+        if isinstance(viewer, WandbCallback):
             import wandb as tracker
         else:
             import trackio as tracker
@@ -139,7 +150,7 @@ def _send_picture(taker: TrainerCallback, path: str, pixels, step: int) -> None:
 
 
 class _Moments:
-    """Moments of the inputs of one activation, from now until ``close``."""
+    """Moments of the inputs of one activation, accumulated until ``close``."""
 
     def __init__(self, module: LearnableActivation):
         self.sums: Any = 0
@@ -178,7 +189,7 @@ class _Moments:
 
 @torch.no_grad()
 def _whole(module: LearnableActivation) -> LearnableActivation:
-    """A copy on the CPU, put together if it is sharded; to be called by all processes."""
+    """A full copy on the CPU. If the module is sharded, all processes must call this."""
     copy = build(module.name)
     full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in module.state_dict().items()}
     copy.load_state_dict(full)
@@ -186,10 +197,10 @@ def _whole(module: LearnableActivation) -> LearnableActivation:
 
 
 def _handler() -> CallbackHandler:
-    """Who called: callbacks are given all of a Trainer but the integrations among its callbacks."""
+    """The calling ``CallbackHandler``: Trainer does not pass its integrations to callbacks."""
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
             return handler
         frame = frame.f_back
-    raise ConfigError("ActivationLogger: works as a callback of transformers.Trainer only")
+    raise ConfigError("ActivationLogger: only works as a callback of transformers.Trainer")

@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers that treat the parameters of activations apart."""
+"""Parameter groups and optimizers with separate settings for the parameters of activations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..checkpoints.adapter import ATTRIBUTE
 from ..errors import ConfigError
 from ..text import suggestion
 
-# LBFGS takes no groups, SparseAdam no dense gradients, Muon only matrices.
+# Excluded: LBFGS has no parameter groups, SparseAdam needs sparse gradients, and Muon accepts matrices only.
 NAMES: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): cls
     for name, cls in vars(torch.optim).items()
@@ -32,21 +32,28 @@ NAMES: dict[str, type[torch.optim.Optimizer]] = {
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, activation_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model as groups for any ``torch.optim.Optimizer``.
+    """Group the trainable parameters of a model for any ``torch.optim.Optimizer``.
 
-    Up to three groups, without the empty ones: what decays (the rule of ``Trainer``: all but norms and biases), what
-    does not, and the parameters of learnable activations, which do not either: decay would pull them to f = 0. Frozen
-    parameters are left out, tied ones come once. Wrapped models (DDP, FSDP2, ``torch.compile``) will do; parameters on
-    different device meshes get groups of their own, as fused optimizers ask for.
+    There are up to three non-empty groups: parameters with weight decay (as in ``Trainer``: all except norms and
+    biases), parameters without, and the parameters of learnable activations, also without weight decay, which would
+    pull them toward f = 0. Frozen parameters are excluded and tied parameters appear once. The model may be wrapped
+    (DDP, FSDP2, ``torch.compile``). Each device mesh gets separate groups, as fused optimizers require.
 
     Args:
         model: any module.
-        lr: the learning rate.
-        weight_decay: of the first group.
-        activation_lr: the learning rate of activations; ``lr`` if None.
+        lr: learning rate.
+        weight_decay: weight decay of the first group.
+        activation_lr: learning rate of the activations; default: ``lr``.
 
     Raises:
-        ConfigError: a value is negative or not finite, or nothing is trainable.
+        ConfigError: a value is negative or not finite, or no parameter is trainable.
+
+    Example:
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> groups = hf_ortho.param_groups(model, lr=1e-3, weight_decay=0.1, activation_lr=1e-2)
+        >>> [(group["lr"], group["weight_decay"]) for group in groups]
+        [(0.001, 0.1), (0.001, 0.0), (0.01, 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     _check(lr=lr, weight_decay=weight_decay, activation_lr=activation_lr)
     learned = {id(p) for module in activations_by_path(model).values() for p in module.parameters(recurse=False)}
@@ -60,7 +67,7 @@ def param_groups(
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
     in_order = sorted(groups.items(), key=lambda item: item[0][0])  # Trainer logs the learning rate of the first
-    return [{"params": found, "lr": rates[kind][0], "weight_decay": rates[kind][1]} for (kind, _), found in in_order]
+    return [{"params": params, "lr": rates[kind][0], "weight_decay": rates[kind][1]} for (kind, _), params in in_order]
 
 
 def optimizer_cls_and_kwargs(
@@ -75,22 +82,30 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[Any, dict[str, Any]]:
     """The argument for ``Trainer(..., optimizer_cls_and_kwargs=hf_ortho.optimizer_cls_and_kwargs(...))``.
 
-    ``Trainer`` gives such an optimizer none of its own ``TrainingArguments``: learning rate, weight decay and betas are
-    those given here. The schedule multiplies the learning rate of each group.
+    ``Trainer`` ignores the learning rate, weight decay and betas in ``TrainingArguments`` and uses the values given
+    here. The schedule multiplies the learning rate of each group.
 
     Args:
-        name_or_cls: a class, or the name of one in ``torch.optim`` in lower case, such as adamw, sgd, adafactor.
-        lr, weight_decay, activation_lr: as in ``param_groups``.
-        gradient_scale, natural_steps: as in ``scale_steps``.
-        options: for the class, such as ``betas=(0.9, 0.95)``.
+        name_or_cls: an optimizer class, or the lowercase name of a class in ``torch.optim``, such as adamw or sgd.
+        lr, weight_decay, activation_lr: see ``param_groups``.
+        gradient_scale, natural_steps: see ``scale_steps``.
+        options: further arguments of the class, such as ``betas=(0.9, 0.95)``.
 
     Raises:
-        ConfigError: an unknown name or option, or a value out of range.
+        ConfigError: unknown name or option, or a value out of range.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> chosen = hf_ortho.optimizer_cls_and_kwargs("sgd", lr=0.1, activation_lr=0.01)
+        >>> trainer = Trainer(model, TrainingArguments("out", report_to=[]), optimizer_cls_and_kwargs=chosen)
+        >>> [group["lr"] for group in trainer.create_optimizer().param_groups]
+        [0.1, 0.1, 0.01]
     """
     cls: Any = name_or_cls
     if isinstance(cls, str):
         if cls not in NAMES:
-            raise ConfigError(f"optimizer {cls!r}: no such class in torch.optim{suggestion(cls, NAMES)}")
+            raise ConfigError(f"optimizer {cls!r} does not exist in torch.optim{suggestion(cls, NAMES)}")
         cls = NAMES[cls]
     _check(lr=lr, weight_decay=weight_decay, activation_lr=activation_lr, gradient_scale=gradient_scale)
     try:
@@ -107,25 +122,35 @@ def optimizer_cls_and_kwargs(
     return lambda: build, {}
 
 
-optimizer = optimizer_cls_and_kwargs  # its earlier name
+optimizer = optimizer_cls_and_kwargs  # the former name
 
 
 def scale_steps(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, gradient_scale: float = 1.0, natural_steps: bool = False
 ) -> torch.optim.Optimizer:
-    """Let an optimizer see the parameters of activations in other units, by hooks on its ``step``; returns it.
+    """Rescale the parameters of activations for an optimizer, by hooks on its ``step``; returns the optimizer.
 
-    With ``natural_steps`` it steps u = c / s and gets the gradient s * dL/dc, with s of
-    ``LearnableActivation.natural_units``, such as sqrt(k!) for the coefficient c_k of a Hermite series: Adam's steps of
-    one learning rate in u then move f about equally for all k, and its epsilon weighs equally on them.
-    ``gradient_scale`` multiplies the gradients, after any clipping; it moves SGD, while Adam does not notice it.
+    With ``natural_steps``, the optimizer updates u = c / s with the gradient s * dL/dc, where s is from
+    ``LearnableActivation.natural_units``, such as sqrt(k!) for the coefficient c_k of a Hermite series. A step of Adam
+    in u then changes f by about the same amount for all k, and its epsilon has the same effect on all of them.
+    ``gradient_scale`` multiplies the gradients after clipping. This affects SGD but not Adam.
 
-    Saved states are in these units, so that a resumed training calls this again with the same values. The parameters
-    may be replaced in their groups by sharded ones, as Accelerate does for FSDP2, but not be flattened, as DeepSpeed
-    does. ``step`` takes no closure.
+    Saved optimizer states are in these units, so call this with the same values to resume. Parameters may be replaced
+    by sharded ones in their groups, as by Accelerate for FSDP2, but not flattened, as by DeepSpeed. ``step`` cannot
+    take a closure.
 
     Raises:
         ConfigError: ``gradient_scale`` is negative or not finite.
+
+    Example:
+        >>> act = hf_ortho.activations.build("hermite_3")
+        >>> before = act.coefficients.detach().clone()
+        >>> optimizer = torch.optim.Adam(act.parameters(), lr=0.01)
+        >>> optimizer = hf_ortho.scale_steps(optimizer, act, natural_steps=True)
+        >>> act(torch.linspace(-1, 2, 9)).sum().backward()
+        >>> optimizer.step()
+        >>> [round(abs(step) / 0.01, 2) for step in (act.coefficients - before).tolist()]  # sqrt(k!)
+        [1.0, 1.0, 1.41, 2.45]
     """
     _check(gradient_scale=gradient_scale)
     if gradient_scale == 1.0 and not natural_steps:
@@ -135,14 +160,16 @@ def scale_steps(
         natural = module.natural_units() if natural_steps else {}
         for name, parameter in module.named_parameters(recurse=False):
             units[id(parameter)] = torch.tensor(natural[name]) if name in natural else None
-    # by place in the groups, where Accelerate may put other tensors
+    # Remember places in the groups, not tensors: Accelerate may replace the tensors.
     places = [
         (group, i, units[id(parameter)])
         for group, entries in enumerate(optimizer.param_groups)
         for i, parameter in enumerate(entries["params"])
         if id(parameter) in units
     ]
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    # ``step`` runs on u: before it, the parameter becomes u = c / s and its gradient s * dL/dc. After it, the change of
+    # u is applied to the saved c, so rounding of c / s * s cannot accumulate.
+    scaled_parameters: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def prepare(optimizer, args, kwargs) -> None:
@@ -157,13 +184,13 @@ def scale_steps(
                 old, scaled = parameter.clone(), parameter / s
                 parameter.grad *= s
                 parameter.copy_(scaled)
-                seen.append((parameter, old, scaled, s))
+                scaled_parameters.append((parameter, old, scaled, s))
 
     @torch.no_grad()
     def finish(optimizer, args, kwargs) -> None:
-        for parameter, old, scaled, s in seen:
+        for parameter, old, scaled, s in scaled_parameters:
             parameter.copy_(old + s * (parameter - scaled))
-        seen.clear()
+        scaled_parameters.clear()
 
     optimizer.register_step_pre_hook(prepare)
     optimizer.register_step_post_hook(finish)
@@ -171,7 +198,7 @@ def scale_steps(
 
 
 def _placed(unit: Tensor, parameter: Tensor) -> Tensor:
-    """``unit`` where and how ``parameter`` is: on its device, and sharded as it is."""
+    """``unit`` on the device of ``parameter``, and sharded like it."""
     if not hasattr(parameter, "placements"):
         return unit.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
@@ -182,9 +209,9 @@ def _placed(unit: Tensor, parameter: Tensor) -> Tensor:
 
 
 def activations_by_path(model: nn.Module) -> dict[str, LearnableActivation]:
-    """The activations in use by their paths in the plain model, whatever wraps it: an engine, a compiler or peft.
+    """The active learnable activations by path in the plain model, unwrapped from engines, compilers and peft.
 
-    Of those that peft trains (``modules_to_save``, ``OrthoConfig``) it is the trained one, not the original beside it.
+    Where peft keeps an original and a trained copy (``modules_to_save``, ``OrthoConfig``), this is the trained copy.
     """
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):
@@ -199,4 +226,4 @@ def activations_by_path(model: nn.Module) -> dict[str, LearnableActivation]:
 def _check(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and (not isinstance(value, (int, float)) or not 0.0 <= value < math.inf):
-            raise ConfigError(f"{name} {value!r}: must be a finite number, at least 0")
+            raise ConfigError(f"{name} {value!r}: must be a finite number and at least 0")

@@ -1,4 +1,4 @@
-"""A loss on pre-activations that leave an interval."""
+"""A penalty on pre-activations outside an interval."""
 
 from __future__ import annotations
 
@@ -16,30 +16,36 @@ from .optimizer import activations_by_path
 
 
 class DomainPenalty:
-    r"""Adds to the loss of a model, in training mode,
+    r"""Adds a penalty to the loss of a model in training mode:
 
-        weight * (1/L) sum_l mean_i d(x_li)^2,    d(x) = x - clamp(x, lo, hi),
+        weight * (1/L) sum_l mean_i d(x_li)^2,    d(x) = x - clamp(x, lo, hi).
 
-    the mean over the L learnable activations, and over all elements x_li of their pre-activations (padding included),
-    of the squared distance to [lo, hi]. Activations without tails are wrong outside the interval that they were made
-    for: the penalty keeps their inputs there.
+    This is the squared distance of pre-activations to [lo, hi], averaged over the L learnable activations and over all
+    elements x_li of their inputs (padding included). Activations without tails are only accurate on the interval that
+    they were fitted on, and the penalty keeps their inputs there.
 
-    It is a matter of hooks on the model and on its activations, with nothing new in the state dict. Where the model
-    returns a ``loss``, the penalty is in it: with ``Trainer``, Accelerate, DDP, FSDP2, gradient accumulation (under
-    ``num_items_in_batch`` by the share of the labels, as the loss itself), ``torch.compile`` (create it first) and
-    gradient checkpointing (not reentrant). Otherwise, as in a loop with a loss of its own, add ``penalty.loss()``::
+    The penalty uses hooks on the model and its activations. It adds nothing to the state dict. If the model returns a
+    ``loss``, the penalty is included. This works with ``Trainer``, Accelerate, DDP, FSDP2, gradient accumulation (with
+    ``num_items_in_batch``, scaled by the share of the labels, like the loss itself), ``torch.compile`` (create the
+    penalty first) and non-reentrant gradient checkpointing. If you compute the loss yourself, add ``penalty.loss()``::
 
-        penalty = hf_ortho.DomainPenalty(model, 0.1, (-4.0, 4.0))
         loss = criterion(model(x), y) + penalty.loss()
 
     Args:
-        model: any module with learnable activations, not wrapped.
-        weight: at least 0, per squared unit of the pre-activation.
-        interval: lo < hi, the same for all activations; the ``domain`` of each if None.
+        model: any unwrapped module with learnable activations.
+        weight: weight per squared unit of the pre-activation, at least 0.
+        interval: (lo, hi) with lo < hi for all activations; default: the ``domain`` of each activation.
 
     Raises:
         ConfigError: the model has no learnable activations, a value is out of range, or ``interval`` is None and the
             domain of an activation is not finite.
+
+    Example:
+        >>> net = torch.nn.Sequential(hf_ortho.activations.build("hermite_3"))
+        >>> penalty = hf_ortho.DomainPenalty(net, weight=0.5, interval=(-1.0, 1.0))
+        >>> y = net(torch.tensor([0.0, 3.0]))
+        >>> penalty.loss().item()  # 0.5 * mean(0^2, 2^2)
+        1.0
     """
 
     def __init__(self, model: nn.Module, weight: float, interval: Sequence[float] | None = None):
@@ -47,9 +53,9 @@ class DomainPenalty:
         if not modules:
             raise ConfigError(f"DomainPenalty: {type(model).__name__} has no learnable activations; convert it first")
         if not 0.0 <= weight < math.inf:
-            raise ConfigError(f"weight {weight!r} of DomainPenalty: must be finite and at least 0")
+            raise ConfigError(f"DomainPenalty: weight {weight!r} must be finite and at least 0")
         if interval is not None and not is_interval(interval):
-            raise ConfigError(f"interval {interval!r} of DomainPenalty: must be two finite numbers lo < hi")
+            raise ConfigError(f"DomainPenalty: interval {interval!r} must be two finite numbers lo < hi")
         for path, module in modules.items() if interval is None else ():
             if not all(map(math.isfinite, module.domain.tolist())):
                 raise ConfigError(f"DomainPenalty: the domain of {path} is {module.domain.tolist()}; give an interval")
@@ -65,21 +71,24 @@ class DomainPenalty:
 
     @property
     def pending(self) -> bool:
-        """Whether the last forward left a penalty that is in no loss yet."""
+        """Whether the penalty of the last forward has not been added to a loss yet."""
         return bool(self._terms)
 
     def loss(self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The penalty of the last forward, a scalar; once, and only if the model returned no loss.
+        """The penalty of the last forward, a scalar. Call it once per forward, and only if the model returns no loss.
 
         Args:
-            labels, num_items_in_batch: of a loss that is divided by ``num_items_in_batch``: the penalty is then
-                multiplied by the share that ``labels`` have in it.
+            labels, num_items_in_batch: for a loss that is divided by ``num_items_in_batch``: scale the penalty by the
+                share of ``labels`` in it.
 
         Raises:
-            ConfigError: there was no forward in training mode since the last call, or the model's loss has it.
+            ConfigError: no forward in training mode since the last call, or the loss of the model includes the penalty.
+
         """
         if not self._terms:
-            raise ConfigError("DomainPenalty.loss(): the model's own loss has it, or no forward in training mode ran")
+            raise ConfigError(
+                "DomainPenalty.loss(): the loss of the model already includes it, or no forward in training mode ran"
+            )
         total = self.weight * self._share * torch.stack(self._terms).sum()
         self._terms.clear()
         if labels is None or num_items_in_batch is None:
@@ -88,18 +97,18 @@ class DomainPenalty:
         return total * counted.ne(-100).sum() / num_items_in_batch
 
     def remove(self) -> None:
-        """Take the penalty off the model."""
+        """Remove the penalty from the model."""
         for handle in self._handles:
             handle.remove()
 
     def _start(self, model: nn.Module, args: tuple) -> None:
-        left, self._running = bool(self._terms) and not self._running, model.training and torch.is_grad_enabled()
+        unused, self._running = bool(self._terms) and not self._running, model.training and torch.is_grad_enabled()
         self._terms.clear()
-        if left:
+        if unused:
             self._running = False
             raise ConfigError(
-                "DomainPenalty: the loss of the last step is without it, as the model returned none; add "
-                "penalty.loss() to the loss"
+                "DomainPenalty: missing from the loss of the last step, because the model returned no loss; add "
+                "penalty.loss() to your loss"
             )
 
     def _observe(self, module: LearnableActivation, args: tuple[Tensor, ...]) -> None:
@@ -107,12 +116,12 @@ class DomainPenalty:
             return
         lo, hi = module.domain.detach() if self.interval is None else self.interval
         term = _SquaredDistance.apply(args[0], lo, hi)
-        if self._running:  # not when a checkpoint is computed again in the backward
+        if self._running:  # not when gradient checkpointing recomputes the forward
             if not torch.is_grad_enabled():
-                raise ConfigError("DomainPenalty: reentrant checkpointing drops its gradient; set use_reentrant=False")
+                raise ConfigError("DomainPenalty: reentrant checkpointing drops the gradient; set use_reentrant=False")
             self._terms.append(term)
 
-    @torch.compiler.disable  # a break of the graph where it ends
+    @torch.compiler.disable  # breaks the graph at its end
     def _finish(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         running, self._running = self._running, False
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
@@ -123,13 +132,13 @@ class DomainPenalty:
 
 
 def _shifts(model: nn.Module) -> bool:
-    """Whether ``Trainer`` counts the labels without the first of each row, as a causal language model does."""
+    """Whether ``Trainer`` skips the first label of each row when it counts labels, as for a causal language model."""
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """mean d(x)^2; keeps x, which the activation keeps anyway."""
+    """mean d(x)^2. Saves only x, which the activation saves anyway."""
 
     @staticmethod
     def forward(ctx, x, lo, hi):

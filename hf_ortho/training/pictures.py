@@ -1,4 +1,4 @@
-"""Random operations on a PIL picture: resized crop and RandAugment."""
+"""Random operations on a PIL image: resized crop and RandAugment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fill = tuple[int, int, int]
 
 
 def random_resized_crop(picture: Image, size: tuple[int, int], smallest: float, rng: np.random.Generator) -> Image:
-    """A box of at least ``smallest`` of the area and a side ratio from 3/4 to 4/3, resized to (width, height) ``size``.
+    """Crop at least ``smallest`` of the area, with an aspect ratio from 3/4 to 4/3, and resize to (width, height).
 
     Source: Szegedy et al., Going deeper with convolutions (2015), section 6.
     """
@@ -38,8 +38,8 @@ def _solarize_add(picture: Image, level: float, _: Fill) -> Image:
     return picture.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
 
 
-# Each takes a picture, a level from -1 to 1 (its sign is a direction where there are two, its size the strength) and
-# the color of pixels from outside.
+# Each takes an image, a level from -1 to 1 (the absolute value is the strength, the sign the direction, if any) and the
+# fill color.
 OPERATIONS: dict[str, Callable[[Image, float, Fill], Image]] = {
     "autocontrast": lambda picture, level, fill: ImageOps.autocontrast(picture),
     "equalize": lambda picture, level, fill: ImageOps.equalize(picture),
@@ -60,12 +60,11 @@ OPERATIONS: dict[str, Callable[[Image, float, Fill], Image]] = {
 
 
 def rand_augment(picture: Image, magnitude: float, deviation: float, fill: Fill, rng: np.random.Generator) -> Image:
-    """Two operations drawn with replacement, each applied with probability 1/2 at a level of N(magnitude, deviation²).
+    """Draw two operations with replacement and apply each with probability 1/2 at a level of N(magnitude, deviation²).
 
-    Levels are cut to [0, 10], in tenths of the strongest change.
+    Levels are clamped to [0, 10]; 10 is the strongest change.
 
-    Source: Cubuk et al., RandAugment (2020), with the random levels and the probability of 1/2 with which ConvNeXt was
-    trained.
+    Source: Cubuk et al., RandAugment (2020), with the random levels and the probability 1/2 of the ConvNeXt training.
     """
     for name in rng.choice(list(OPERATIONS), size=2):
         if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Freezing policies: which parameters of a model are trained."""
+"""Freezing policies: which parameters of a model to train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ LEARNABLE = tuple(policy for policy in POLICIES if "activations" in policy)
 
 
 def activation_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that belong to learnable activations."""
+    """Names of the parameters of learnable activations.
+
+    Example:
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> sorted(hf_ortho.training.activation_parameters(model))[0]
+        'transformer.h.0.mlp.act.coefficients'
+    """
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
@@ -24,17 +30,25 @@ def activation_parameters(model: nn.Module) -> set[str]:
 
 
 def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> int:
-    """Freeze all but what ``policy`` names and return the number of trainable parameters.
+    """Freeze all parameters except those of ``policy`` and return the number of trainable parameters.
 
-    ``all``: everything but the domains of activations. ``activations``: their series alone. ``activations+head``:
-    these and the output head, which is what lies outside the base model, or the output embeddings (for a tied language
-    model these are the input embeddings too). ``activations+norms``: these and the layers whose class is named after a
-    norm (LayerNorm, RMSNorm, BatchNorm2d, ...). ``lora+activations``: these and the adapters of ``add_lora``.
-    ``norms``, ``head`` and ``lora`` leave the activations out, to compare an original model with one whose activations
-    learn. The module ``new_head``, a head without training, is trained in any case.
+    - ``all``: all parameters except the domains of activations.
+    - ``activations``: the series of activations.
+    - ``activations+head``: also the output head: the modules outside the base model, or the output embeddings (for a
+      tied language model, also the input embeddings).
+    - ``activations+norms``: also layers whose class name contains "norm" (LayerNorm, RMSNorm, BatchNorm2d, ...).
+    - ``lora+activations``: also the adapters of ``add_lora``.
+    - ``norms``, ``head``, ``lora``: the same without activations, as a baseline for an original model.
+
+    The untrained module ``new_head`` is always trained.
 
     Raises:
         ConfigError: unknown policy, or the model has no learnable activations, norms, head or adapters to train.
+
+    Example:
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> hf_ortho.training.set_trainable(model, "activations")  # 2 layers of 4 coefficients
+        8
     """
     if policy not in POLICIES:
         raise ConfigError(f"train {policy!r}: must be one of {', '.join(POLICIES)}")
@@ -42,15 +56,15 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
     if policy != "all":
         if not names and policy in LEARNABLE:
             raise ConfigError(NO_ACTIVATIONS.format(policy))
-        # Of activations under peft only the copies are in use.
+        # peft uses copies of activations instead of the original modules.
         used = (p for n, p in model.named_parameters() if n in names and ".original_module." not in n)
         chosen = {id(p) for p in used} if policy in LEARNABLE else set()
         if policy in OTHERS:
-            find, lacking = OTHERS[policy]
-            others = find(model)
-            if not others:
-                raise ConfigError(f"train {policy!r}: {type(model).__name__} has no {lacking}; use 'activations'")
-            chosen |= {id(p) for p in others}
+            find, missing = OTHERS[policy]
+            parameters = find(model)
+            if not parameters:
+                raise ConfigError(f"train {policy!r}: {type(model).__name__} has no {missing}; use 'activations'")
+            chosen |= {id(p) for p in parameters}
         if new_head:
             chosen |= {id(p) for p in model.get_submodule(new_head).parameters()}
         for parameter in model.parameters():
@@ -60,7 +74,7 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
 
 
 def freeze_domains(model: nn.Module) -> None:
-    """Keep the domains of all activations from being trained."""
+    """Freeze the domains of all activations."""
     for module in model.modules():
         if isinstance(module, LearnableActivation):
             module.domain.requires_grad_(False)
@@ -76,7 +90,7 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def norm_layers(model: nn.Module) -> list[str]:
-    """Paths of the layers whose class is named after a norm."""
+    """Paths of layers whose class name contains "norm"."""
     return [path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()]
 
 

@@ -1,4 +1,4 @@
-"""A model with fresh weights from a config, with the activation and the processor that a recipe names."""
+"""Models with random weights from a config, with the activation and the processor of a recipe."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from .arguments import DataArguments, ModelArguments
 from .tensor_parallel import sharding
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_DOCUMENTS = 10_000  # that byte-pair encoding is learned from
+TOKENIZER_DOCUMENTS = 10_000  # documents to learn byte-pair encoding from
 
 
 def scratch_checkpoint(
     arguments: ModelArguments, data_arguments: DataArguments, seed: int
 ) -> tuple[Checkpoint, ConversionReport | None]:
-    """A checkpoint with weights drawn from ``seed``, and the report of the activations' fit if they were fitted.
+    """A checkpoint with random weights, and the report of the fit if the activations were fitted.
 
-    The same seed draws the same weights whatever the activation is.
+    The weights depend on ``seed`` but not on the activation.
 
     Raises:
-        HfOrthoError: an argument does not fit.
+        HfOrthoError: an argument is invalid.
     """
     if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed {seed}: must be from 0 to 2^32 - 1")
+        raise ConfigError(f"seed {seed}: must be between 0 and 2^32 - 1")
     if sharding():
-        raise ConfigError("init scratch and tensor parallelism do not go together; take multi_gpu or fsdp2")
+        raise ConfigError("init scratch cannot be combined with tensor parallelism; use multi_gpu or fsdp2")
     config, commit = _config(arguments)
     classes = (task.model_class(config) for task in TASKS)
     cls = next((cls for cls in classes if cls is not None), None)
     if cls is None:
-        raise ConfigError(f"model_type {config.model_type!r}: the tasks of init scratch are: {SUPPORTED}")
+        raise ConfigError(f"model_type {config.model_type!r} has no supported task; init scratch supports: {SUPPORTED}")
     tokenizer = image_processor = None
     if cls.main_input_name == "input_ids":
         tokenizer = _tokenizer(arguments, data_arguments, commit)
@@ -70,7 +70,7 @@ def scratch_checkpoint(
     model.config._commit_hash = commit
     size = config.get_text_config().vocab_size if tokenizer is not None else 0
     if tokenizer is not None and len(tokenizer) > size:
-        raise ConfigError(f"vocab_size {size} of the config: the tokenizer has {len(tokenizer)} tokens")
+        raise ConfigError(f"vocab_size {size} of the config is less than the {len(tokenizer)} tokens of the tokenizer")
     if arguments.dtype not in DTYPES:
         raise ConfigError(f"dtype {arguments.dtype!r}: must be one of {', '.join(DTYPES)}")
     torch.nn.Module.to(model, DTYPES[arguments.dtype])
@@ -80,10 +80,10 @@ def scratch_checkpoint(
 def build_model(
     cls: type[PreTrainedModel], config: PreTrainedConfig, activation: str | None, init: str, seed: int
 ) -> tuple[PreTrainedModel, ConversionReport | None]:
-    """A ``cls`` of ``config`` with ``activation``, any name in ``ACT2FN``, or the config's own if None.
+    """Build a ``cls`` from ``config`` with ``activation``, a name in ``ACT2FN`` (None: unchanged).
 
-    A learnable activation starts as ``init`` says: ``paper`` or ``unit``, or as the fit to another name in
-    ``ACT2FN``, whose report is the second result.
+    ``init`` initializes a learnable activation: ``paper``, ``unit``, or a name in ``ACT2FN`` to fit it to. The second
+    result is the report of this fit, or None.
     """
 
     def fresh(device: str = "cpu") -> PreTrainedModel:
@@ -101,8 +101,8 @@ def build_model(
     fitted = learnable and init not in INITIALIZATIONS
     if fitted and init not in ACT2FN:
         raise ConfigError(
-            f"activation_init {init!r}: must be one of {', '.join(INITIALIZATIONS)}, or a function of ACT2FN, such as "
-            "gelu, to be fitted"
+            f"activation_init {init!r}: must be one of {', '.join(INITIALIZATIONS)}, or a name in ACT2FN to fit, "
+            "such as gelu"
         )
     for site in find_sites(fresh("meta"))[0]:
         set_field(config, site.field, site.prefix + (init if fitted else activation))
@@ -120,8 +120,7 @@ def build_model(
 def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
     if bool(arguments.model) == bool(arguments.model_type):
         raise ConfigError(
-            "init scratch: give either model, a folder or a model on the Hub with a config.json, or model_type, such "
-            "as gpt2"
+            "init scratch: give either model (a folder or Hub model with a config.json) or model_type, such as gpt2"
         )
     commit, overrides = None, cast(dict, arguments.config_overrides)
     try:
@@ -131,7 +130,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
             revision = commit or arguments.model_revision
             config = AutoConfig.from_pretrained(arguments.model, revision=revision)
             stored = PreTrainedConfig.get_config_dict(arguments.model, revision=revision)[0]
-            stored.pop("hf_ortho", None)  # the provenance of other weights
+            stored.pop("hf_ortho", None)  # the provenance of the original weights
         else:
             config, stored = AutoConfig.for_model(str(arguments.model_type)), {}
     except (OSError, ValueError, KeyError) as error:
@@ -141,7 +140,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
         if key not in known:
             raise ConfigError(f"config_overrides: {type(config).__name__} has no {key!r}{suggestion(key, known)}")
     try:
-        return type(config).from_dict({**stored, **overrides}), commit  # some fields follow from others
+        return type(config).from_dict({**stored, **overrides}), commit  # some fields are derived from others
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"config_overrides {overrides}: {explain(error)}") from error
 
@@ -156,14 +155,14 @@ def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit:
         return bpe_tokenizer(_texts(data_arguments), arguments.vocab_size)
     place = name or arguments.model
     if not place:
-        raise ConfigError("tokenizer is missing: bytes, bpe (learned from the dataset), a folder, or a name on the Hub")
+        raise ConfigError("tokenizer is missing; give bytes, bpe (learned from the dataset), a folder or a Hub name")
     try:
-        found = processor_of(AutoTokenizer, TOKENIZER_FILES, place, commit if place == arguments.model else None)
+        tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, place, commit if place == arguments.model else None)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of {place}: {explain(error)}") from error
-    if found is None:
-        raise CheckpointError(f"{place} has no tokenizer; name one with tokenizer: bytes, bpe, a folder or a Hub name")
-    return found
+    if tokenizer is None:
+        raise CheckpointError(f"{place} has no tokenizer; set tokenizer to bytes, bpe, a folder or a Hub name")
+    return tokenizer
 
 
 def _texts(arguments: DataArguments):
@@ -179,15 +178,15 @@ def _texts(arguments: DataArguments):
 def _image_processor(arguments: ModelArguments, config: PreTrainedConfig, commit: str | None):
     options = cast(dict, arguments.image_processor_overrides)
     if arguments.model:
-        found = processor_of(AutoImageProcessor, IMAGE_FILES, arguments.model, commit)
-        if found is None:
+        processor = processor_of(AutoImageProcessor, IMAGE_FILES, arguments.model, commit)
+        if processor is None:
             raise CheckpointError(f"{arguments.model} has no image processor; give model_type instead of model")
-        cls: Any = type(found)
-        options = {**found.to_dict(), **options}
+        cls: Any = type(processor)
+        options = {**processor.to_dict(), **options}
     else:
         backends = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
         if not backends:
-            raise ConfigError(f"model_type {config.model_type!r} has no image processor; name a model to take it from")
+            raise ConfigError(f"model_type {config.model_type!r} has no image processor; give a model to take it from")
         cls = backends["pil"] if isinstance(backends, dict) else backends[0]
     try:
         return cls(**options)

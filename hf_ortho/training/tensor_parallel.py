@@ -1,4 +1,4 @@
-"""Tensor parallelism by transformers: load a model in shards, and sum the gradients of its activations."""
+"""Tensor parallelism with transformers: load a model in shards, and sum the gradients of its activations."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from ..activations import LearnableActivation
 
 
 def sharding() -> dict[str, Any]:
-    """What ``from_pretrained`` takes to split the layers as Accelerate's ``parallelism_config_tp_size`` says."""
+    """Arguments of ``from_pretrained`` for the ``parallelism_config_tp_size`` of Accelerate."""
     size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
     return {"distributed_config": DistributedConfig(tp_size=size)} if size > 1 else {}
 
 
 def reduce_activation_gradients(model: PreTrainedModel) -> int:
-    """Sum the gradients of activations over the processes that each see a part of their input; returns how many.
+    """Sum the gradients of activations over tensor-parallel processes; returns the number of these activations.
 
-    An activation between split layers is whole in every process, its gradient is that of a slice of the units.
-    transformers' plan ``replicated_with_grad_allreduce`` sums what has accumulated, so it is right for one backward
-    per step only; this is right for any number. Call it once, after the last change of the modules.
+    An activation between sharded layers is replicated, but each process sees a slice of its inputs, so each gradient is
+    partial. The ``replicated_with_grad_allreduce`` plan of transformers sums accumulated gradients, so it is only
+    correct for one backward per step. This is correct for any number. Call it once, after the last change of modules.
+
+    Example:
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> hf_ortho.training.reduce_activation_gradients(model)  # no layer is sharded
+        0
     """
     count = 0
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The Trainer whose optimizer treats activations apart."""
+"""``ActivationTrainer``: Trainer with separate optimizer settings for activations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,23 @@ from .policies import freeze_domains
 
 
 class ActivationTrainer(FiniteLoss, WholeCheckpoints):
-    """``Trainer`` with the parameter groups of ``param_groups``, for every optimizer that it knows by name.
+    """``Trainer`` with the parameter groups of ``param_groups``, for all named optimizers of ``TrainingArguments``.
 
-    It also stops rather than save what is not finite, and resumes from whole checkpoints only.
+    It also stops before saving a non-finite model, and only resumes from complete checkpoints.
 
     Args:
-        optimizer_arguments: how the activations are optimized; None for the defaults.
-        penalty: is added to losses that the model does not compute itself, as with label smoothing.
+        optimizer_arguments: how to optimize the activations; default: ``OptimizerArguments()``.
+        penalty: penalty to add to losses that the model does not compute itself, such as with label smoothing.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from hf_ortho.training import ActivationTrainer, OptimizerArguments
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> arguments = TrainingArguments("out", learning_rate=1e-3, report_to=[])
+        >>> faster = OptimizerArguments(activation_learning_rate=0.01)
+        >>> trainer = ActivationTrainer(model, arguments, optimizer_arguments=faster)
+        >>> [group["lr"] for group in trainer.create_optimizer().param_groups]
+        [0.001, 0.001, 0.01]
     """
 
     average: ExponentialMovingAverage | None = None
@@ -53,7 +63,7 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
             )
         elif chosen is not None and chosen.needs_own_groups:
             raise ConfigError(
-                f"optim {args.optim}: groups its parameters itself, so {chosen.needs_own_groups} cannot be set"
+                f"optim {args.optim}: creates its own parameter groups, so {chosen.needs_own_groups} cannot be set"
             )
         return cls, kwargs
 
@@ -70,23 +80,23 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         scale, natural = chosen.activation_gradient_scale, chosen.activation_natural_steps
         if (scale != 1.0 or natural) and self.is_deepspeed_enabled:
             key = "activation_natural_steps" if natural else f"activation_gradient_scale {scale}"
-            raise ConfigError(f"{key}: DeepSpeed flattens the parameters; use another engine")
+            raise ConfigError(f"{key}: not supported by DeepSpeed, which flattens the parameters; use another engine")
         target: Any = self.model if model is None else model
         return scale_steps(super().create_optimizer(model), target, gradient_scale=scale, natural_steps=natural)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels")
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.penalty is None or not self.penalty.pending:
-            return found
+            return result
         term = self.penalty.loss(labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             term = term * (self.accelerator.num_processes // self.get_tp_size())
-        return (found[0] + term, found[1]) if return_outputs else found + term
+        return (result[0] + term, result[1]) if return_outputs else result + term
 
     def evaluation_loop(self, *args, **kwargs):
-        """Evaluate the averaged weights, if there are any."""
-        if self.get_tp_size() > 1:  # every process has the results for all samples
+        """Evaluate the averaged weights, if any."""
+        if self.get_tp_size() > 1:  # every process already has the results for all samples
             self.gather_function = lambda tensors: tensors
         with self.average.applied(self.optimizer) if self.average else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)
@@ -98,17 +108,17 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         return super().autocast_smart_context_manager(cache_enabled)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the card of ``hf_ortho.hub`` into ``output_dir``; ``push_to_hub`` calls this once the model is there.
+        """Write the model card of ``hf_ortho.hub`` to ``output_dir``. ``push_to_hub`` calls this after saving.
 
         Args:
-            language, license, tags: go into the metadata, as with ``Trainer``.
-            dataset: what the evaluation samples are called; the other arguments of ``Trainer`` change nothing.
+            language, license, tags: metadata, as in ``Trainer``.
+            dataset: name of the evaluation dataset. Other arguments of ``Trainer`` are ignored.
         """
         if self.is_world_process_zero():
-            from .trainer_card import write_trainer_card  # which needs all of hf_ortho.hub
+            from .trainer_card import write_trainer_card  # imports all of hf_ortho.hub
 
             write_trainer_card(self, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        freeze_domains(self.accelerator.unwrap_model(self.model))  # peft makes all that it loads trainable
+        freeze_domains(self.accelerator.unwrap_model(self.model))  # peft makes all loaded parameters trainable

@@ -1,4 +1,4 @@
-"""The model card of what a Trainer has trained."""
+"""The model card of a model trained with ``ActivationTrainer``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_trainer_card(
     dataset: str | list[str] | None = None,
     **others: object,
 ) -> None:
-    """Write README.md into ``output_dir``, with the metrics that were logged; ``others`` are not used."""
+    """Write README.md to ``output_dir`` with the logged metrics. ``others`` are ignored."""
     arguments, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     before, after = metrics_at_start(trainer), metrics_logged(trainer)
     results = []

@@ -51,7 +51,7 @@ def test_of_many_activations_64_are_shown(converted_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "no checkpoint is named"),
+        ("", "no checkpoint given"),
         ("/no/such/folder", "/no/such/folder does not exist"),
         ("nobody/nothing", "nobody/nothing cannot be loaded"),
     ],
@@ -75,7 +75,7 @@ def test_visitors_read_no_folder(converted_folder, monkeypatch, name):
     monkeypatch.chdir(converted_folder.parent)
     monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", None)
     name = name.format(folder=converted_folder, name=converted_folder.name)
-    with pytest.raises(HfOrthoError, match="is not a model on the Hub: give OWNER/NAME"):
+    with pytest.raises(HfOrthoError, match="is not a Hub model; give OWNER/NAME"):
         shapes(name, public=True)
 
 
@@ -108,21 +108,21 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder))
     assert shapes("gpt2", public=True).commands.splitlines()[0] == "hf-ortho inspect gpt2 --json"
     assert deleted == ["a", "b"]
-    with pytest.raises(HfOrthoError, match="is not a revision: give a branch"):
+    with pytest.raises(HfOrthoError, match="is not a revision; give a branch"):
         shapes("owner/name", "../../x", public=True)
     size = 3e9
-    with pytest.raises(HfOrthoError, match=r"owner/name has 3.0 GB of weights, and this page reads at most 2 GB"):
+    with pytest.raises(HfOrthoError, match=r"owner/name has 3.0 GB of weights, but this page accepts at most 2 GB"):
         shapes("owner/name", public=True)
     size = 1e6
     for file in ("config.json", "adapter_config.json", "model.safetensors.index.json"):
         json_files = {file: 1.1e7}
-        with pytest.raises(HfOrthoError, match=f"{file} of owner/name has 11.0 MB, and this page reads at most 10 MB"):
+        with pytest.raises(HfOrthoError, match=f"{file} of owner/name has 11.0 MB, but this page accepts at most 10 MB"):
             shapes("owner/name", public=True)
     json_files, count = {}, len(loaded)
     for base in (str(converted_folder), "../x", "~/x", "/etc", converted_folder.name):
         adapter = {"base_model_name_or_path": base}
         monkeypatch.chdir(converted_folder.parent)
-        with pytest.raises(HfOrthoError, match=r"owner/name is an adapter; its base model .* is not a model on"):
+        with pytest.raises(HfOrthoError, match=r"owner/name is an adapter; its base model .* is not a Hub model"):
             shapes("owner/name", public=True)
     assert len(loaded) == count
     adapter = {"base_model_name_or_path": "owner/base", "revision": "v2"}

@@ -108,12 +108,12 @@ def test_without_tails_the_picture_ends_with_the_domain():
         (("gelu", "spline", 3), "unknown activation 'spline'"),
         (("relu2", "hermite", 8), "relu2 has no asymptotic slope"),
         (("gelut", "hermite", 8), "unknown source activation 'gelut'"),
-        (("gelu", "fourier", 8, False), "fourier_8 without tails is wrong outside its domain"),
-        (("gelu", "hermite", 8, True, (2, -2)), "domain from 2 to -2: lo must be below hi"),
-        (("gelu", "hermite", 8, True, (1, 1)), "domain from 1 to 1: lo must be below hi"),
+        (("gelu", "fourier", 8, False), "fourier_8 without tails is inaccurate outside its domain"),
+        (("gelu", "hermite", 8, True, (2, -2)), "domain from 2 to -2: lo must be at least 0.01 below hi"),
+        (("gelu", "hermite", 8, True, (1, 1)), "domain from 1 to 1: lo must be at least 0.01 below hi"),
         (("gelu", "hermite", 8, True, (-1e30, 1)), "domain from -1e+30 to 1: "),
         (("gelu", "hermite", 8, True, (math.nan, 1)), "domain from nan to 1: "),
-        (("gelu", "hermite", 8, True, (None, 1)), "the domain needs two numbers"),
+        (("gelu", "hermite", 8, True, (None, 1)), "the domain requires two numbers"),
     ],
 )
 def test_refuses(arguments, message):

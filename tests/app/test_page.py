@@ -41,7 +41,7 @@ def served(converted_folder):
         yield address, space
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
-    assert address == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+    assert address == f"http://127.0.0.1:{port}/ (press Ctrl-C to stop)\n"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_page(page, converted_folder):
             page.wait_for_selector("[role=alert]", state="hidden")
     page.get_by_label("two numbers").check()
     page.get_by_label("lo", exact=True).fill("4")
-    page.wait_for_selector("[role=alert]:has-text('domain from 4 to 3: lo must be below hi')")
+    page.wait_for_selector("[role=alert]:has-text('domain from 4 to 3: lo must be at least 0.01 below hi')")
     page.get_by_label("lo", exact=True).fill("-2.5")
     page.wait_for_selector("text=--domain -2.5 3.0")
     assert [float(end) for end in cells(page, "domain")] == [-2.5, 3.0]

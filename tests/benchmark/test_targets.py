@@ -39,9 +39,9 @@ def test_tolerance(ratio, fails, verdict):
     ("floor", "ratio", "fails", "verdict"),
     [
         (1.9, 2.28, False, "missed by 14%"),  # below the limit, it changes nothing
-        (3.0, 2.9, False, "met, for the floor of 3.00 measured here"),
-        (3.0, 3.3, False, "missed by 10%, for the floor of 3.00 measured here"),
-        (3.0, 3.6, True, "missed by 20%, for the floor of 3.00 measured here"),
+        (3.0, 2.9, False, "met, relative to the measured floor of 3.00"),
+        (3.0, 3.3, False, "missed by 10%, relative to the measured floor of 3.00"),
+        (3.0, 3.6, True, "missed by 20%, relative to the measured floor of 3.00"),
     ],
 )
 def test_a_floor_above_the_limit_takes_its_place(floor, ratio, fails, verdict):

@@ -56,7 +56,7 @@ def test_folders_are_for_this_machine_only(hf_ortho_command, launched, tmp_path,
         launched["class"].share_url = "https://x.gradio.live"
     ran = hf_ortho_command("app", "--port", 7000, "--model", tmp_path, "--revision", "r", *flags)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out == f"{launched['class'].share_url or 'http://127.0.0.1:7860/'} (Ctrl-C ends it)\n"
+    assert ran.out == f"{launched['class'].share_url or 'http://127.0.0.1:7860/'} (press Ctrl-C to stop)\n"
     assert (launched["model"], launched["revision"], launched["public"]) == (str(tmp_path), "r", public)
     assert (launched["server_port"], launched["allowed_paths"], launched["closed"]) == (7000, [], True)
 
@@ -64,9 +64,9 @@ def test_folders_are_for_this_machine_only(hf_ortho_command, launched, tmp_path,
 def test_refuses(hf_ortho_command, launched):
     for flags, message in (
         (["--port", 1], "127.0.0.1:1 cannot be opened: it is in use, or"),
-        (["--port", 70000], "--port 70000: must be from 1 to 65535"),
-        (["--revision", "main"], "--revision main needs --model"),
-        (["--share"], "--share: gradio.live gave no address"),
+        (["--port", 70000], "--port 70000: must be between 1 and 65535"),
+        (["--revision", "main"], "--revision main requires --model"),
+        (["--share"], "--share: gradio.live returned no link"),
         (["--size", 3], "unknown flag --size"),
     ):
         error = hf_ortho_command("app", *flags).error
@@ -81,4 +81,4 @@ def test_refuses_a_model(hf_ortho_command, gpt2_folder):
 
 def test_needs_gradio(hf_ortho_command, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert hf_ortho_command("app").error == "hf-ortho app needs Gradio: pip install 'hf-ortho[app]'"
+    assert hf_ortho_command("app").error == "hf-ortho app requires Gradio: pip install 'hf-ortho[app]'"

@@ -102,7 +102,7 @@ def test_printed(quick):
     copy = next(f for f in found["figures"] if (f["case"], f["row"], f["measure"]) == ("image", "copy", "forward"))
     moved = 2 * 4 * math.prod(QUICK.image)
     assert f"copy: {moved / copy['value'] / 1e9:.3g} GB/s, read and written" in lines
-    assert any(line.endswith("compiled: left out by --quick, not run") for line in lines)
+    assert any(line.endswith("compiled: skipped by --quick, not run") for line in lines)
     assert not any("<=" in line for line in lines)
     assert f"Wrote {folder / 'bench.json'}" in lines
 
@@ -120,7 +120,7 @@ def test_check(hf_ortho_command, measured, factor, code):
     assert (ran.code, ran.err) == (code, "")
     count = sum(target.device == "cpu" for target in TARGETS)
     missed = count if code else 0
-    assert f"{missed} of {count} targets are missed by over 15% or not run" in ran.out.splitlines()
+    assert f"{missed} of {count} targets are missed by more than 15% or not run" in ran.out.splitlines()
     line = "missed: generation: hermite_8, generate: target 1.03, measured 1.19, missed by 16%"
     assert (line in ran.out.splitlines()) == bool(code)
 
@@ -151,18 +151,18 @@ def test_what_was_not_run_is_said(hf_ortho_command, monkeypatch):
     assert ran.code == 1
     assert f"hermite_3 compiled: {reason}, not run" in ran.out.splitlines()
     count = sum(target.device == "cpu" for target in TARGETS)
-    assert f"{count} of {count} targets are missed by over 15% or not run" in ran.out.splitlines()
+    assert f"{count} of {count} targets are missed by more than 15% or not run" in ran.out.splitlines()
     assert sum(line.split()[-2:] == ["not", "run"] for line in ran.out.splitlines() if "<=" in line) == count
 
 
 @pytest.mark.usefixtures("nothing_measured")
 class TestRefuses:
     def test_check_of_small_tensors(self, hf_ortho_command):
-        assert "the targets hold for the full sizes only" in hf_ortho_command("bench", "--quick", "--check").error
+        assert "the targets are for the full sizes" in hf_ortho_command("bench", "--quick", "--check").error
 
     def test_cuda(self, hf_ortho_command, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "torch sees no CUDA device" in hf_ortho_command("bench", "--device", "cuda").error
+        assert "torch finds no CUDA device" in hf_ortho_command("bench", "--device", "cuda").error
 
     @pytest.mark.parametrize("flag", ["--json", "--plot"])
     def test_paths(self, hf_ortho_command, tmp_path, flag):
@@ -183,4 +183,4 @@ class TestRefuses:
 
     def test_one_file_for_both(self, hf_ortho_command, tmp_path):
         path = tmp_path / "bench.png"
-        assert "name two files" in hf_ortho_command("bench", "--json", path, "--plot", path).error
+        assert "use two different files" in hf_ortho_command("bench", "--json", path, "--plot", path).error

@@ -290,7 +290,7 @@ def test_bad_flags(convert, gpt2_folder, output, flags, message):
     [
         (["--calibration-samples", "0"], "--calibration-samples 0: must be at least 1"),
         (["--block-size", "1"], "block_size 1"),
-        (["--block-size", "33"], "block_size 33: must be from 2 to the model's context of 32"),
+        (["--block-size", "33"], "block_size 33: must be between 2 and the model's context length of 32"),
         (["--calibration-split", "test"], "no split 'test'; it has: train"),
     ],
 )
@@ -312,8 +312,8 @@ def test_bad_flags_for_calibration(convert, gpt2_folder, text_file, output, flag
         ("binary.txt", b"\xff\xfe\x00" * 99, "binary.txt"),
         ("broken.jsonl", b'{"text": "a"', "broken.jsonl"),
         ("broken.parquet", b"PAR1", "broken.parquet"),
-        ("numbers.jsonl", b'{"a": 1, "b": 2}\n' * 9, r"no text column.*\(a, b\)"),
-        ("two.jsonl", b'{"a": "x", "b": "y"}\n' * 9, r"no text column.*\(a, b\)"),
+        ("numbers.jsonl", b'{"a": 1, "b": 2}\n' * 9, r"no unambiguous text column.*: a, b\)"),
+        ("two.jsonl", b'{"a": "x", "b": "y"}\n' * 9, r"no unambiguous text column.*: a, b\)"),
     ],
 )
 def test_bad_calibration_files(convert, gpt2_folder, output, tmp_path, name, content, message):
@@ -331,7 +331,7 @@ def test_text_needs_a_tokenizer(convert, make_gpt2, save_parts, text_file, outpu
 
 
 def test_images_for_a_language_model(convert, gpt2_folder, image_folder, output):
-    assert "no text column" in refusal(convert(gpt2_folder, "--calibration-data", image_folder))
+    assert "no unambiguous text column" in refusal(convert(gpt2_folder, "--calibration-data", image_folder))
     assert list(output.parent.iterdir()) == []
 
 
@@ -539,7 +539,7 @@ def test_auto_tails_and_distillation(hf_ortho_command, gpt2_folder, text_file, t
         (["--degree", "some"], "degree 'some'"),
         (["--no-tails"], "needs calibration data or a domain"),
         (["--domain", "2", "1"], "domain"),
-        (["--distill", "5"], "--distill 5 needs --calibration-data"),
+        (["--distill", "5"], "--distill 5 requires --calibration-data"),
         (["--distill", "-5"], "--distill -5"),
     ],
 )

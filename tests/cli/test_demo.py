@@ -78,7 +78,7 @@ def test_the_text_demo(text_demo):
     ran, folder = text_demo
     assert ran.code == 0, ran.err
     assert "bit-equal: True" in ran.out
-    assert re.search(r"It writes: .The statement ", ran.out)
+    assert re.search(r"Generated text: .The statement ", ran.out)
     check_files(folder, {"generation_config.json", "tokenizer.json", "tokenizer_config.json"})
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.activation_function == "hermite_8"

@@ -100,7 +100,7 @@ def test_a_model_against_itself(evaluate, gpt2_folder, text_file):
 def test_two_models_that_read_the_data_differently(evaluate, gpt2_folder, make_gpt2, save_parts, text_file, tmp_path):
     wider = save_parts(tmp_path / "wider", *make_gpt2(n_positions=64))
     ran = evaluate(gpt2_folder, "--against", wider, "--dataset", text_file)
-    assert "read the data differently" in " ".join(ran.out.split())
+    assert "the samples of the two models differ" in " ".join(ran.out.split())
     ran = evaluate(gpt2_folder, "--against", wider, "--dataset", text_file, "--block-size", 32)
     assert "differently" not in ran.out
 
@@ -186,7 +186,7 @@ def test_labels_beyond_the_classes_of_the_model(evaluate, convnext_folder, parqu
     [
         (["--dataset", "/no/such.txt"], "/no/such.txt does not exist"),
         (["--dataset", "nobody/no-such-dataset"], "nobody/no-such-dataset"),
-        (["--dataset", "digits"], "no text column"),
+        (["--dataset", "digits"], "no unambiguous text column"),
         (["--split", "missing"], "no split 'missing'; it has: train, validation"),
         (["--text-column", "missing"], "no column 'missing'"),
         (["--block-size", "33"], "block_size 33"),
@@ -214,7 +214,7 @@ def test_no_model(evaluate):
 
 
 def test_images_need_a_dataset(evaluate, convnext_folder):
-    assert "--dataset is needed for ConvNextForImageClassification" in evaluate(convnext_folder).error
+    assert "--dataset is required for ConvNextForImageClassification" in evaluate(convnext_folder).error
 
 
 def test_a_model_without_a_tokenizer(evaluate, make_gpt2, tmp_path):

@@ -255,9 +255,9 @@ def test_a_missing_key(recipe, finetune, tmp_path, missing, monkeypatch):
         (None, "No such file"),
         (b"model: [a\nb: c", "is not YAML"),
         (b"model: a\n\tmax_steps: 3", "is not YAML"),
-        (b"- a\n- b", "must hold `key: value` lines"),
-        (b"only words", "must hold `key: value` lines"),
-        (b"", "must hold `key: value` lines"),
+        (b"- a\n- b", "must contain `key: value` lines"),
+        (b"only words", "must contain `key: value` lines"),
+        (b"", "must contain `key: value` lines"),
         (b"model: \xff\xfe", "cannot be read"),
         (b"seed: 2020-99-99", "is not YAML: month must be in 1..12"),
         (b"num_processes: 2", "num_processes in"),
@@ -288,7 +288,7 @@ def test_an_output_folder_that_is_not_empty(recipe, finetune, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("precious")
     for flags in ((), ("--resume_from_checkpoint", "false")):
         assert "exists and is not empty" in finetune(recipe(), *flags).error
-    assert "holds no checkpoint-N folder" in finetune(recipe(), "--resume_from_checkpoint", "true").error
+    assert "has no checkpoint-N folder" in finetune(recipe(), "--resume_from_checkpoint", "true").error
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -414,7 +414,7 @@ def test_training_activations_alone(recipe, finetune, gpt2_folder, tmp_path):
     assert all(torch.equal(tuned[key], source[key]) for key in source)
     new = {key: value for key, value in tuned.items() if key not in source}
     learned = sum(value.numel() for key, value in new.items() if not key.endswith((".domain", ".tail_slopes")))
-    assert f"({learned:,} parameters were trained)" in ran.out
+    assert f"({learned:,} trained parameters)" in ran.out
 
 
 def test_without_an_activation_the_model_keeps_its_own(recipe, finetune, tmp_path):

@@ -116,13 +116,16 @@ def test_tensor_parallel_settings(gpus, started):
     ("flags", "message"),
     [
         (["--accelerate_config", "ddp"], "'ddp': must be one of single, multi_gpu, fsdp2, zero3, tp, or a YAML file"),
-        (["--num_processes", "2"], "num_processes 2: give --accelerate_config too"),
-        (["--accelerate_config", "multi_gpu", "--num_processes", "0"], "'0': must be an integer, at least 1"),
-        (["--accelerate_config", "multi_gpu", "--num_processes", "two"], "'two': must be an integer, at least 1"),
-        (["--accelerate_config", "single", "--num_processes", "2"], "single is for one; take multi_gpu"),
-        (["--accelerate_config", "fsdp2"], "fsdp2 needs GPUs, this machine has none; multi_gpu runs on the CPU too"),
-        (["--accelerate_config", "zero3"], "zero3 needs GPUs"),
-        (["--accelerate_config", "tp"], "tp needs GPUs"),
+        (["--num_processes", "2"], "num_processes 2: requires --accelerate_config"),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "0"], "'0': must be an integer and at least 1"),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "two"], "'two': must be an integer and at least 1"),
+        (["--accelerate_config", "single", "--num_processes", "2"], "single runs one process; use multi_gpu"),
+        (
+            ["--accelerate_config", "fsdp2"],
+            "fsdp2 requires GPUs, but this machine has none; multi_gpu also runs",
+        ),
+        (["--accelerate_config", "zero3"], "zero3 requires GPUs"),
+        (["--accelerate_config", "tp"], "tp requires GPUs"),
     ],
 )
 def test_mistakes(monkeypatch, started, flags, message):
@@ -139,7 +142,7 @@ def test_more_processes_than_gpus(gpus, started):
 
 def test_deepspeed_is_missing(monkeypatch, gpus, started):
     monkeypatch.setattr(accelerate.utils, "is_deepspeed_available", lambda: False)
-    with pytest.raises(ConfigError, match="deepspeed is missing: pip install deepspeed"):
+    with pytest.raises(ConfigError, match="requires DeepSpeed: pip install deepspeed"):
         launch.launch("finetune", ["--accelerate_config", "zero3"])
 
 
@@ -148,13 +151,13 @@ def test_deepspeed_is_missing(monkeypatch, gpus, started):
 )
 def test_a_file_that_is_no_config(tmp_path, started, text):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"mine\.yaml is no config of Accelerate: \S"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not an Accelerate config: \S"):
         launch.launch("finetune", ["--accelerate_config", str(tmp_path / "mine.yaml")])
 
 
 def test_the_flag_in_one_of_several_processes():
     os.environ["LOCAL_RANK"] = "0"
-    with pytest.raises(ConfigError, match="this process is one of several already"):
+    with pytest.raises(ConfigError, match="this process was already launched as one of several"):
         launch.launch("finetune", ["--accelerate_config", "multi_gpu"])
 
 
@@ -178,8 +181,8 @@ def test_a_mistake_is_printed_once_and_left_to_the_launcher(hf_ortho_command, tm
 @pytest.mark.parametrize(
     ("exitcode", "code", "message"),
     [
-        (1, 1, "process 3 ended with exit code 1, for the reason above"),
-        (-signal.SIGKILL, 137, "process 3 was ended by SIGKILL"),
+        (1, 1, "process 3 exited with code 1; see the error above"),
+        (-signal.SIGKILL, 137, "process 3 was killed by SIGKILL"),
     ],
 )
 def test_a_crash_is_reported_with_its_process(capsys, exitcode, code, message):

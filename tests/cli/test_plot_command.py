@@ -192,11 +192,11 @@ def test_history_refuses(hf_ortho_command, run_dir, converted, tmp_path, monkeyp
     one = tmp_path / "one"
     shutil.copytree(run_dir / "checkpoint-5", one / "checkpoint-5")
     for flags, message in (
-        ([converted], "holds no checkpoint-STEP folders"),
-        (["nowhere"], "nowhere: no such folder"),
-        ([one], "has only checkpoint-5: two moments are needed"),
-        ([run_dir, "--against", converted], "--history draws no --against"),
-        ([run_dir, "--calibration-data", "x.txt"], "--history draws no --calibration-data"),
+        ([converted], "no checkpoint-STEP folders"),
+        (["nowhere"], "nowhere: the folder does not exist"),
+        ([one], "has only checkpoint-5, but two steps are needed"),
+        ([run_dir, "--against", converted], "--history cannot be combined with --against"),
+        ([run_dir, "--calibration-data", "x.txt"], "--history cannot be combined with --calibration-data"),
         ([run_dir, "-o", "x.mp4"], "--output x.mp4: must end in .png, or in .gif with --history"),
     ):
         assert message in hf_ortho_command("plot", "--history", *flags).error

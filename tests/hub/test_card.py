@@ -311,16 +311,16 @@ def test_the_record_keeps_that_a_figure_is_of_a_training(make_gpt2, tmp_path):
 @pytest.mark.parametrize(
     ("init", "started", "reach"),
     [
-        ("paper", "they started from the paper's initialization.", "None known."),
-        ("unit", "they started with E[f(x)^2] = 1 under N(0, 1).", "None known."),
-        ("gelu", "they started as weighted least-squares fits to gelu.", "Beyond its domain an activation is a"),
+        ("paper", "They were initialized as in the paper.", "None known."),
+        ("unit", "They were initialized to E[f(x)^2] = 1 under N(0, 1).", "None known."),
+        ("gelu", "They were initialized by weighted least-squares fits to gelu.", "Outside its domain, an"),
     ],
 )
 def test_a_model_from_scratch(card, make_gpt2, init, started, reach):
     model, _ = make_gpt2(activation_function="hermite_3")
     model.config.hf_ortho = {"activation": "hermite_3", "init": init}
     found = card(model, training=TrainingDetails(base_model="someone/gpt2"))
-    assert f"activations, trained from scratch; {started}\n" in found.text
+    assert f"activations, trained from scratch. {started}\n" in found.text
     assert section(found.text, "Limits").strip().startswith(reach)
     assert ("with straight tails" in found.text) == (init == "gelu")
     assert "someone/gpt2" not in str(found)

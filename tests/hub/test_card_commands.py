@@ -43,7 +43,7 @@ def test_the_figures_of_the_conversion_survive_the_training(folders, text_file):
     stages = [list(results["values"]) for results in record["results"]]
     assert stages == [["source", "converted"], ["converted", "fine-tuned"]]
     assert ModelCard(second).data.eval_results[0].metric_value == losses(second)[1][1]
-    assert "held back from the training" in second
+    assert "held out from training" in second
     assert "the labeled part of the calibration data" in second
     made = second.split("```bash\n")[1].split("```")[0].splitlines()
     assert [line.split()[:2] for line in made] == [["hf-ortho", "convert"], ["hf-ortho", "finetune"]]

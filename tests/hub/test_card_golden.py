@@ -136,7 +136,7 @@ def test_lora_and_activations_of_a_converted_model(tmp_path):
     head = ModelCard(text).data
     assert (head.library_name, head.base_model, head.base_model_relation) == ("peft", "me/converted", "adapter")
     assert {"hf_ortho", "peft", "lora"} <= set(head.tags)
-    assert "LoRA on `c_attn`, `c_proj`. Trained and saved whole: `act`." in text
+    assert "LoRA on `c_attn`, `c_proj`. Trained and saved in full: `act`." in text
     assert "import hf_ortho  #" in text
     assert "- Versions: peft 0.20.0\n" in text
     assert 'base = GPT2LMHeadModel.from_pretrained("me/converted", revision="v1")' in text

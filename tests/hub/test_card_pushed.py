@@ -30,7 +30,7 @@ def test_remote_code_is_shown_and_goes_away_again(folder):
     local = (folder / "README.md").read_text()
     with_code = card_of(folder, repo_id="me/pushed", remote_code=True)
     assert 'AutoModelForCausalLM.from_pretrained("me/pushed", trust_remote_code=True)' in with_code
-    assert "refuses to load" not in with_code
+    assert "requires hf_ortho" not in with_code
     (folder / "README.md").write_text(with_code)
     again = card_of(folder, repo_id=str(folder), remote_code=False)
     assert again == local.replace("\n# local\n", "\n# pushed\n")

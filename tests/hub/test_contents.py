@@ -42,7 +42,7 @@ def swap_shards(folder):
 
 
 BROKEN = {
-    "no weights": ("single", lambda f: (f / "model.safetensors").unlink(), "it has a config, but neither"),
+    "no weights": ("single", lambda f: (f / "model.safetensors").unlink(), "it has a config but neither"),
     "pickled weights": (
         "single",
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -60,17 +60,17 @@ BROKEN = {
     ),
     "half a config": ("single", lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "no model type": ("single", lambda f: (f / "config.json").write_text("{}"), "config.json cannot be read"),
-    "no config": ("single", lambda f: (f / "config.json").unlink(), "holds neither a model nor an adapter"),
+    "no config": ("single", lambda f: (f / "config.json").unlink(), "contains neither a model nor an adapter"),
     "the source's weights": (
         "single",
         lambda f: shutil.copy(f.parent / "source.safetensors", f / "model.safetensors"),
-        "its config names learnable activations, but its weights hold none",
+        "its config names learnable activations, but its weights have none",
     ),
-    "a broken link": ("single", lambda f: (f / "vocab.json").symlink_to(f / "blob"), "vocab.json is a link to a file"),
+    "a broken link": ("single", lambda f: (f / "vocab.json").symlink_to(f / "blob"), "vocab.json is a link to a "),
     "an adapter without weights": (
         "adapter",
         lambda f: (f / "adapter_model.safetensors").unlink(),
-        "it has adapter_config.json, but no adapter_model.safetensors",
+        "it has adapter_config.json but no adapter_model.safetensors",
     ),
     "an adapter of nothing": (
         "adapter",

@@ -137,7 +137,7 @@ def test_remote_code_stays_only_with_the_flag(served, converted, caplog):
     found = served.get("models", "me/code").files("main")
     assert "modeling_hf_ortho.py" not in found
     assert "auto_map" not in json.loads(found["config.json"])
-    assert caplog.messages == ["note: me/code no longer loads without hf_ortho; --remote-code keeps that"]
+    assert caplog.messages == ["note: me/code no longer loads without hf_ortho; push with --remote-code to keep this"]
 
 
 def test_a_second_push_sends_what_changed(served, tmp_path, converted, hf_ortho_command, caplog):
@@ -145,7 +145,7 @@ def test_a_second_push_sends_what_changed(served, tmp_path, converted, hf_ortho_
     assert not caplog.messages
     assert push(converted, "me/x") == first
     commit = first.rpartition("/")[2]
-    assert caplog.messages == [f"note: me/x has all of it already, at {commit}: there was nothing to push"]
+    assert caplog.messages == [f"note: me/x is already up to date at {commit}: nothing to push"]
     assert len(served.get("models", "me/x").commits) == 2
     model = AutoModelForCausalLM.from_pretrained(converted)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_an_interrupted_upload_is_resumed(served, shards, hf_ortho_command):
     served.faults["put"] = [None, None, *["cut"] * 1000]
     message = hf_ortho_command("push", shards, "me/x").error
     assert message.startswith("me/x: Error while uploading 'model-0")
-    assert "nothing was committed, and the same command resumes the upload" in message
+    assert "nothing was committed; run the same command again to resume the upload" in message
     assert len(served.get("models", "me/x").commits) == 1
     arrived = len(served.stored)
     assert arrived == 2
@@ -198,10 +198,10 @@ def test_an_interrupted_upload_is_resumed(served, shards, hf_ortho_command):
 @pytest.mark.parametrize(
     ("token", "name", "hints"),
     [
-        (None, "me/x", ["no token", "hf auth login", "HF_TOKEN"]),
+        (None, "me/x", ["no Hub token", "hf auth login", "HF_TOKEN"]),
         ("hf_wrong", "me/x", ["does not accept the token", "401", "hf auth login"]),
-        ("hf_reader", "me/x", ["no right", "403", "hf auth login"]),
-        ("hf_me", "you/x", ["no right", "403", "--create-pr"]),
+        ("hf_reader", "me/x", ["no write access", "403", "hf auth login"]),
+        ("hf_me", "you/x", ["no write access", "403", "--create-pr"]),
         ("hf_me", "me/there/x", ["'me/there/x'", "owner/name"]),
         ("hf_me", "../x", ["'../x'", "owner/name"]),
     ],
@@ -232,7 +232,7 @@ def test_revisions_that_cannot_be_pushed_to(served, converted, hf_ortho_command,
 def test_a_server_that_fails_is_one_sentence(served, converted, hf_ortho_command, request_name):
     served.faults[request_name] = [500] * 10
     message = hf_ortho_command("push", converted, "me/x").error
-    assert message.startswith("me/x: the Hub could not take it (500 ")
+    assert message.startswith("me/x: the Hub could not process the request (500 ")
     assert "the same command" in message
     served.faults.clear()
     assert hf_ortho_command("push", converted, "me/x").code == 0
@@ -241,7 +241,7 @@ def test_a_server_that_fails_is_one_sentence(served, converted, hf_ortho_command
 def test_no_network(connect, monkeypatch, converted, hf_ortho_command):
     connect("http://127.0.0.1:9")
     message = hf_ortho_command("push", converted, "me/x").error
-    assert message.startswith("no answer from http://127.0.0.1:9: nothing was pushed; the same command pushes once")
+    assert message.startswith("no answer from http://127.0.0.1:9: nothing was pushed; run the same command again once")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in hf_ortho_command("push", converted, "me/x").error
 
@@ -288,7 +288,7 @@ def test_remote_code(served, monkeypatch, converted, adapter):
     pushed = served.get("models", "me/x").files("main")
     assert {name: pushed[name] for name in files} == files
     assert files_of(converted) == before
-    with pytest.raises(ConfigError, match="adapter holds an adapter; only a whole model"):
+    with pytest.raises(ConfigError, match="adapter contains an adapter; only a full model"):
         push(adapter[0], "me/y", remote_code=True)
 
 
@@ -298,7 +298,7 @@ def test_the_base_of_an_adapter_on_this_machine_is_noted(served, tmp_path, conve
     model.save_pretrained(tmp_path)
     push(tmp_path, "me/x")
     (message,) = caplog.messages
-    assert f"names the base model {converted}, a folder of this machine" in message
+    assert f"names the base model {converted}, a local folder" in message
 
 
 def test_nothing_is_sent_of_what_is_not_whole(served, tmp_path, shards):
@@ -310,7 +310,7 @@ def test_nothing_is_sent_of_what_is_not_whole(served, tmp_path, shards):
 
 def test_errors_of_the_client_are_told(served, converted):
     served.faults["commit"] = [412]
-    with pytest.raises(HubError, match=r"^me/x: the Hub refuses \(412 "):
+    with pytest.raises(HubError, match=r"^me/x: the Hub refuses the request \(412 "):
         push(converted, "me/x", revision="v2")
 
 
@@ -333,5 +333,5 @@ def test_fine_tuning_without_rights_does_not_start(served, connect, tmp_path, co
     connect(constants.ENDPOINT, "hf_reader")
     flags = ["--output_dir", tmp_path / "run", "--push_to_hub", "true"]
     message = hf_ortho_command("finetune", "--model", converted, "--dataset", text_file, *flags).error
-    assert message.startswith("run: the token has no right")
+    assert message.startswith("run: the token has no write access")
     assert not (tmp_path / "run").exists()

@@ -171,8 +171,8 @@ def test_text_column_found(tokenizer, columns, wanted, expected):
 @pytest.mark.parametrize(
     ("columns", "wanted", "message"),
     [
-        ({"title": ["a"], "body": ["b"]}, None, r"no text column .* \(title, body\).*--text_column"),
-        ({"id": [1]}, None, r"no text column .* \(id\)"),
+        ({"title": ["a"], "body": ["b"]}, None, r"no unambiguous text column .*title, body\).*--text_column"),
+        ({"id": [1]}, None, r"no unambiguous text column .*: id\)"),
         ({"text": ["a"], "id": [1]}, "body", "no column 'body'; it has: text, id"),
         ({"text": ["a"], "id": [1]}, "id", "'id'"),
         ({"text": [1, 2, 3]}, None, "text"),
@@ -268,7 +268,7 @@ def test_image_and_label_columns(processor):
     two = Features({"left": Image(), "right": Image(), **labels})
     columns = {"left": [picture(0)], "right": [picture(1)], "label": [0], "also": [1]}
     pair = Dataset.from_dict(columns, features=two)
-    with pytest.raises(DataError, match=r"no image column .* \(left, right, label, also\).*--image_column"):
+    with pytest.raises(DataError, match=r"no unambiguous image column .*left, right, label, also\).*--image_column"):
         data.images(pair, processor)
     right = data.images(pair, processor, "right", "also")[0]
     assert torch.equal(right["pixel_values"], pixels(processor, 1))
@@ -276,7 +276,7 @@ def test_image_and_label_columns(processor):
     with pytest.raises(DataError, match="no column 'middle'; it has: left, right, label, also"):
         data.images(pair, processor, "middle")
     unlabeled = pair.remove_columns(["label", "also"])
-    with pytest.raises(DataError, match=r"no label column .*--label_column"):
+    with pytest.raises(DataError, match=r"no unambiguous label column .*--label_column"):
         data.images(unlabeled, processor, "left")
 
 
@@ -355,7 +355,7 @@ def test_a_file_that_cannot_be_read(tmp_path, name, content, message):
 def test_a_folder_without_data(tmp_path, files):
     for file in files:
         (tmp_path / file).write_text("words")
-    with pytest.raises(DataError, match="holds no images and no file"):
+    with pytest.raises(DataError, match="contains no images and no file"):
         data.load(str(tmp_path))
 
 

@@ -4,7 +4,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, TaskType, get_pef
 from transformers.modelcard import TASK_MAPPING
 
 from hf_ortho.errors import ConfigError
-from hf_ortho.tasks import METRICS, OTHERS, TASKS, head_of, of
+from hf_ortho.tasks import METRICS, TASKS, UNTRAINED, head_of, of
 from hf_ortho.tasks.causal_lm import CAUSAL_LM
 from hf_ortho.tasks.image_classification import IMAGE_CLASSIFICATION
 
@@ -17,7 +17,7 @@ from hf_ortho.tasks.image_classification import IMAGE_CLASSIFICATION
         ("FSDPLlamaForCausalLM", CAUSAL_LM),
         ("CAUSAL_LM", CAUSAL_LM),
         ("ConvNextForImageClassification", IMAGE_CLASSIFICATION),
-        ("BertForMaskedLM", OTHERS[0]),
+        ("BertForMaskedLM", UNTRAINED[0]),
     ],
 )
 def test_a_name_tells_the_head(name, head):
@@ -40,12 +40,12 @@ def test_the_task_of_a_model_and_of_the_one_behind_an_adapter(make_gpt2, make_co
 def test_a_model_without_a_task_is_told_which_ones_there_are():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
-    said = "^BertForMaskedLM can be neither .* the tasks are: causal language modeling, image classification$"
+    said = "^BertForMaskedLM cannot be trained or .* supported tasks: causal language modeling, image classification$"
     with pytest.raises(ConfigError, match=said):
         of(model)
 
 
-@pytest.mark.parametrize("head", [*TASKS, *OTHERS], ids=lambda head: head.auto_class)
+@pytest.mark.parametrize("head", [*TASKS, *UNTRAINED], ids=lambda head: head.auto_class)
 def test_the_names_are_those_of_the_libraries(head):
     """transformers' own table of pipeline tags by class, and peft's of task types."""
     assert hasattr(transformers, head.auto_class)

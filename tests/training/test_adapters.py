@@ -110,10 +110,10 @@ def test_a_head_for_new_classes_is_trained_and_saved(train, convnext_folder, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train": "all"}, "adapter: train 'all' has none; take activations, norms, lora"),
-        ({"train": "activations"}, "'activations' needs --activation, such as hermite_8"),
-        ({"train": "norms", "init": "scratch"}, "adapter: needs a pretrained model"),
-        ({"train": "lora+activations", "activation": "hermite_3"}, "has gelu_new; make one with hf-ortho convert"),
+        ({"train": "all"}, "adapter: train 'all' has no adapter; use activations, norms, lora"),
+        ({"train": "activations"}, "'activations' requires --activation, such as hermite_8"),
+        ({"train": "norms", "init": "scratch"}, "adapter: requires a pretrained model"),
+        ({"train": "lora+activations", "activation": "hermite_3"}, "has gelu_new; convert it with hf-ortho convert"),
         ({"train": "lora+activations"}, r"'lora\+activations': the model has no learnable activations"),
     ],
 )
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(train, gpt2_folder, options, message):
 
 def test_an_adapter_on_an_adapter_is_refused(train, gpt2_folder):
     _, first = train(gpt2_folder, train="norms")
-    with pytest.raises(ConfigError, match="out is an adapter itself"):
+    with pytest.raises(ConfigError, match="out is itself an adapter"):
         train(first, out="second", train="lora")
 
 

@@ -161,7 +161,7 @@ def test_a_broken_image_is_named(processor):
     whole = {"image": [{"bytes": png(), "path": None}], "label": [0]}
     both = Dataset.from_dict({k: whole[k] + rows[k] for k in rows}, features=features)
     samples = AugmentedImages(data.images(both, processor), processor, AugmentationArguments(), 0, "corpus")
-    with pytest.raises(data.DataError, match="corpus holds an image that cannot be decoded"):
+    with pytest.raises(data.DataError, match="corpus contains an image that cannot be decoded"):
         samples[1]
 
 

@@ -150,10 +150,10 @@ def test_the_loss_is_the_mean_over_the_accumulated_batch(make_convnext, tmp_path
         ({"cutmix": float("inf")}, "cutmix inf: must be at least 0 and finite"),
         ({"ema_decay": 1.0}, "ema_decay 1.0: must be at least 0 and below 1"),
         ({"ema_decay": float("nan")}, "ema_decay nan: must be at least 0 and below 1"),
-        ({"randaugment": [11.0]}, "randaugment 11.0: must be a magnitude from 0 to 10"),
-        ({"randaugment": [9.0, -0.5]}, "randaugment 9.0 -0.5: must be a magnitude from 0 to 10"),
-        ({"randaugment": [9.0, 0.5, 1.0]}, "randaugment 9.0 0.5 1.0: must be a magnitude from 0 to 10"),
-        ({"mixup": 0.8}, "mixup: needs images in any order, not a stream"),
+        ({"randaugment": [11.0]}, "randaugment 11.0: must be a magnitude between 0 and 10"),
+        ({"randaugment": [9.0, -0.5]}, "randaugment 9.0 -0.5: must be a magnitude between 0 and 10"),
+        ({"randaugment": [9.0, 0.5, 1.0]}, "randaugment 9.0 0.5 1.0: must be a magnitude between 0 and 10"),
+        ({"mixup": 0.8}, "mixup: requires random access to the images"),
     ],
 )
 def test_values_that_do_not_fit(make_convnext, changes, message):
@@ -166,8 +166,8 @@ def test_values_that_do_not_fit(make_convnext, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"load_best_model_at_end": True, "save_steps": 5}, "ema_decay: averages the weights up to the last step"),
-        ({"dtype": "bfloat16"}, "is torch.bfloat16, too coarse for an average; set dtype: float32"),
+        ({"load_best_model_at_end": True, "save_steps": 5}, "ema_decay: averages the weights until the last step"),
+        ({"dtype": "bfloat16"}, "is torch.bfloat16, too imprecise for an average; set dtype: float32"),
     ],
 )
 def test_an_average_that_cannot_be_taken(finetune, tmp_path, changes, message):
@@ -178,5 +178,5 @@ def test_an_average_that_cannot_be_taken(finetune, tmp_path, changes, message):
 def test_text_is_not_augmented(finetune, tmp_path, gpt2_folder, text_file):
     changes = {"model": str(gpt2_folder), "dataset": str(text_file), "eval_dataset": None, "random_crop": None}
     message = finetune(tmp_path / "run", **changes).error
-    assert message == "horizontal_flip: augments images with a class, which GPT2LMHeadModel does not take"
+    assert message == "horizontal_flip: needs labeled images, which GPT2LMHeadModel does not take"
     assert not (tmp_path / "run").exists()

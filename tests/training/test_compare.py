@@ -99,7 +99,7 @@ def test_a_grid_its_files_and_its_resumption(compare, hf_ortho_command, text_fil
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
     # Another recipe does not mix with it; other activations and seeds join it.
-    assert "holds runs with learning_rate 0.01, now it is 0.02" in compare(learning_rate=0.02).error
+    assert "contains runs with learning_rate 0.01, but learning_rate is now 0.02" in compare(learning_rate=0.02).error
     assert compare(activations=["gelu", "fourier_1"], seeds=[1]).code == 0
     assert losses(out)["gelu", 1] == found["gelu", 1]
 
@@ -121,7 +121,7 @@ def test_conversions_are_compared_with_the_original(compare, gpt2_folder, tmp_pa
     ("entries", "message"),
     [
         ({"activations": ["gelu", "hermit_3"]}, "unknown activation 'hermit_3'"),
-        ({"activations": ["gelu", "gelu"]}, "activations \\['gelu', 'gelu'\\]: give at least one, each once"),
+        ({"activations": ["gelu", "gelu"]}, "activations \\['gelu', 'gelu'\\]: give at least one, without duplicates"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"timing_rounds": -1}, "timing_rounds -1"),
         ({"seeds": ["one"]}, "seeds"),
@@ -166,7 +166,7 @@ def test_a_run_that_starts_anew_keeps_the_files_of_others(compare, tmp_path):
 def test_a_foreign_folder_is_left_alone(compare, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    assert "holds no comparison" in compare().error
+    assert "does not contain a comparison" in compare().error
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
@@ -174,7 +174,7 @@ def test_a_foreign_folder_is_left_alone(compare, tmp_path):
 def test_a_recipe_of_others_is_named(compare, tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.json").write_bytes(text.encode("latin-1"))
-    assert "recipe.json is not what hf-ortho compare writes; move it away" in compare().error
+    assert "recipe.json was not written by hf-ortho compare; move it away" in compare().error
 
 
 RUN = {"activation": "gelu", "seed": 0, "metrics": {"loss": 1.0}, "history": [[1, 2.0]]}
@@ -189,7 +189,7 @@ def test_a_run_of_others_is_named(tmp_path, plain):
     file.write_text(json.dumps(RUN))
     assert Run.load(file) == Run("gelu", 0, {"loss": 1.0}, [(1, 2.0)])
     file.write_text(json.dumps(plain))
-    with pytest.raises(ConfigError, match=r"run\.json is not what hf-ortho compare writes; move it away"):
+    with pytest.raises(ConfigError, match=r"run\.json was not written by hf-ortho compare; move it away"):
         Run.load(file)
 
 

@@ -74,7 +74,7 @@ def test_a_loss_that_is_not_finite_names_the_first_layer(make_trainer, tmp_path,
         trainer.train()
     message = str(caught.value)
     assert message.startswith("step 4: the loss is not finite")
-    assert f"so are the {where} of {path}, first" in message
+    assert f"the first non-finite values are the {where} of {path};" in message
     assert f"the last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'};" in message
     assert saved(tmp_path / "out") == {"checkpoint-2"}
 
@@ -99,9 +99,9 @@ def test_the_callback_in_a_plain_trainer(make_trainer, tmp_path, strategy, nan_f
         trainer.train()
     message = str(caught.value)
     assert message.startswith("step 4: ")
-    assert "the first activation among them transformer.h.0.mlp.act.coefficients" in message
+    assert "first activation: transformer.h.0.mlp.act.coefficients" in message
     kept = set() if strategy == "no" else {"checkpoint-2"}
-    assert ("no checkpoint was saved before" in message) == (not kept)
+    assert ("no checkpoint was saved" in message) == (not kept)
     assert saved(tmp_path / "out") == kept
 
 
@@ -111,7 +111,7 @@ def test_a_frozen_activation_is_no_part_of_the_message(make_trainer):
         parameter.requires_grad_(name.endswith("ln_f.bias"))
     check_parameters(trainer.model, trainer.args, 7)
     trainer.model.transformer.ln_f.bias.data[3] = math.inf
-    with pytest.raises(NonFiniteError, match=r"step 7: 1 of 1 trained .* the first transformer.ln_f"):
+    with pytest.raises(NonFiniteError, match=r"step 7: 1 of 1 trained .* first: transformer.ln_f"):
         check_parameters(trainer.model, trainer.args, 7)
 
 
@@ -121,7 +121,7 @@ def test_a_trained_domain_may_be_infinite_but_not_nan(make_trainer):
     domain.data.copy_(torch.tensor([-math.inf, math.inf]))
     check_parameters(trainer.model, trainer.args, 1)
     domain.data[0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"first activation among them transformer.h.1.mlp.act.domain"):
+    with pytest.raises(NonFiniteError, match=r"first activation: transformer.h.1.mlp.act.domain"):
         check_parameters(trainer.model, trainer.args, 1)
 
 

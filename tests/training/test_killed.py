@@ -150,7 +150,7 @@ def test_two_processes_stop_together_for_the_loss_of_one(runs):
 
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_in_a_save(runs):
-    assert "interrupted; no output was left half-written" in (runs / "messages.txt").read_text()
+    assert "interrupted; no partial output was left" in (runs / "messages.txt").read_text()
     assert names(runs / "interrupted") == {"checkpoint-2"}
     assert is_whole(runs / "interrupted" / "checkpoint-2")
 
@@ -280,5 +280,5 @@ def test_auto_does_not_start_anew_over_what_may_be_of_worth(output, flags, hf_or
     assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-3'}" in hf_ortho_command(*auto).error
     shutil.rmtree(tmp_path / "out" / "checkpoint-3")
     (tmp_path / "out" / "config.json").write_text("{}")
-    assert "name another output_dir" in hf_ortho_command(*auto).error
+    assert "use another output_dir" in hf_ortho_command(*auto).error
     assert names(tmp_path / "out") == {"config.json"}

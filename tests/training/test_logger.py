@@ -172,7 +172,7 @@ def test_pictures_go_to_tensorboard(converted, rows, tmp_path, monkeypatch):
 
 def test_refuses(rows, tmp_path, make_gpt2):
     for options, message in (
-        ({"every": 0}, "every 0 of ActivationLogger"),
+        ({"every": 0}, "ActivationLogger: every 0 must"),
         ({"every": 1.5}, "every 1.5"),
         ({"picture_every": -1}, "picture_every -1"),
     ):

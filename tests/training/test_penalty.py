@@ -105,7 +105,7 @@ def test_a_loop_with_its_own_loss(family):
     with pytest.raises(ConfigError, match="no forward in training mode ran"):
         penalty.loss()
     net(x)
-    with pytest.raises(ConfigError, match="the loss of the last step is without it"):
+    with pytest.raises(ConfigError, match="missing from the loss of the last step"):
         net(x)
     net.eval()(x)
     assert not penalty.pending
@@ -207,7 +207,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(model, ids, tmp_path
 @pytest.mark.parametrize(
     ("weight", "interval", "message"),
     [
-        (-1.0, INTERVAL, "weight -1.0 of DomainPenalty"),
+        (-1.0, INTERVAL, "DomainPenalty: weight -1.0"),
         (1.0, (1.0, 0.0), "must be two finite numbers lo < hi"),
         (1.0, None, "the domain of 0 is .*-inf.*; give an interval"),
     ],

@@ -261,7 +261,7 @@ def test_streamed_images_without_classes(make_convnext, image_folder):
     checkpoint = Checkpoint(model, None, processor, None)
     with pytest.raises(DataError, match=r"column 'label' of .*rows.parquet is not a ClassLabel"):
         load_splits(checkpoint, DataArguments(dataset=place, eval_dataset=place, streaming=True))
-    with pytest.raises(ConfigError, match="no other split to evaluate on"):
+    with pytest.raises(ConfigError, match="no evaluation split"):
         load_splits(checkpoint, DataArguments(dataset=str(image_folder / "train"), streaming=True))
 
 
@@ -343,11 +343,11 @@ def test_two_processes_share_the_batches_of_one(splits, tmp_path, corpus, other)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "streaming: a stream has no end, so max_steps says when the training ends: give --max_steps"),
+        ([], "streaming: a stream is infinite, so training needs a number of steps; give --max_steps"),
         (["--max_steps", "1", "--shuffle_buffer", "0"], "shuffle_buffer 0: must be at least 1"),
         (["--max_steps", "1", "--shuffle_blocks", "0"], "shuffle_blocks 0: must be at least 1"),
-        (["--max_steps", "1"], "no other split to evaluate on: give --eval_dataset, or --max_eval_samples N"),
-        (["--max_steps", "1", "--max_eval_samples", "100"], "but for the 40 documents held back: give --eval_dataset"),
+        (["--max_steps", "1"], "no evaluation split; give --eval_dataset, or --max_eval_samples N"),
+        (["--max_steps", "1", "--max_eval_samples", "100"], "after holding out 40 documents; give --eval_dataset"),
         (
             ["--max_steps", "1", "--max_eval_samples", "1", "--text_column", "body"],
             "no column 'body'; it has: text, id",
@@ -374,9 +374,9 @@ def write(file, rows):
     ("kind", "rows", "message"),
     [
         ("parquet", b"PAR1 no parquet at all", "Parquet"),
-        ("parquet", [{"body": "two"}], "no column text, as the files before it have"),
+        ("parquet", [{"body": "two"}], "lacks column text of the files before it"),
         ("jsonl", b"{no json", "JSON parse error"),
-        ("jsonl", [{"body": "two"}], "no column text, as the files before it have"),
+        ("jsonl", [{"body": "two"}], "lacks column text of the files before it"),
     ],
 )
 @pytest.mark.parametrize("bad", ["1", "9"])

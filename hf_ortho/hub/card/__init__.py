@@ -1,4 +1,4 @@
-"""The model card: what a model or an adapter is (``CardParts``), and the template that puts it into words."""
+"""Model cards: the facts about a model or an adapter (``CardParts``), and the template that presents them."""
 
 import lazy_loader
 

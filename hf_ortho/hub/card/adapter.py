@@ -1,4 +1,4 @@
-"""What a card says of an adapter of peft, from its config and the header of its weights."""
+"""The card contents of a peft adapter, from its config and the header of its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
 
 def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
-    """What a card says of the adapter with this ``adapter_config.json``, and with the weights in ``folder``."""
+    """The card contents of the adapter with this ``adapter_config.json`` and the weights in ``folder``."""
     provenance = Provenance.of_adapter(config, str((folder or Path()) / ADAPTER_CONFIG))
     activation, kind = provenance.activation, str(config["peft_type"])
     weights = None if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() else folder / ADAPTER_WEIGHTS
@@ -33,7 +33,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
     fitted = bool(activation and provenance.layers)
     tables = [stored_table(provenance.layers)] if fitted else []
     tables += [folded(["module", "parameters each"], rows, "modules")] if rows else []
-    cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # which peft notes without a task_type
+    cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # recorded by peft without a task_type
     return CardParts(
         kind="adapter",
         name=METHODS.get(kind, kind),

@@ -1,4 +1,4 @@
-"""The model that another one was made of, and what the card inherits from its card."""
+"""The base model, and the metadata that the card inherits from its card."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Base:
     """A base model.
 
     Attributes:
-        name: a folder or a name on the Hub, None for a model built in memory.
-        revision: the resolved commit on the Hub.
+        name: a folder or Hub name; None for a model built in memory.
+        revision: commit on the Hub.
     """
 
     name: str | None
@@ -30,18 +30,18 @@ class Base:
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is known to be there: by a commit, else it is not a folder, and has a revision or is cached."""
+        """Whether it is known to be on the Hub: by its commit, or by its revision or the cache if not a folder."""
         try:
             validate_repo_id(self.name or "")
         except HFValidationError:
             return False
         if is_commit(self.revision):
             return True
-        seen = self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
-        return seen and not Path(str(self.name)).exists()
+        known = self.revision is not None or isinstance(try_to_load_from_cache(str(self.name), "config.json"), str)
+        return known and not Path(str(self.name)).exists()
 
     def inherited(self) -> dict[str, Any]:
-        """License and language of the base's card; empty if there is none or it cannot be reached."""
+        """License and language from the card of the base model; empty if the card is missing or unreachable."""
         if self.name is None:
             return {}
         path = Path(self.name, "README.md")

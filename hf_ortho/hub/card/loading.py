@@ -1,4 +1,4 @@
-"""The part of a card that says how to load the model, between two comments so that a push can rewrite it."""
+"""The loading instructions of a card, between two markers so that a push can rewrite them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ END = "<!-- end of how to load -->"
 
 
 def model_loading(config: dict, place: str, remote_code: bool) -> str:
-    """How to load a model with and without hf_ortho."""
+    """Instructions for loading a model with and without hf_ortho."""
     auto = head_of((config.get("architectures") or [""])[0]).auto_class
     activation = (config.get("hf_ortho") or {}).get("activation")
     imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
     parts = [_code(f"{imports}{load})")]
     if remote_code:
-        parts += ["Without hf_ortho, by the code in this repository:", _code(f"{load}, trust_remote_code=True)")]
+        parts += ["Without hf_ortho, using the code in this repository:", _code(f"{load}, trust_remote_code=True)")]
     elif activation:
         parts.append(
-            f"It needs hf_ortho: without the import transformers does not know `{activation}` and refuses to load."
+            f"This model requires hf_ortho: without the import, transformers does not know `{activation}` and fails to "
+            "load."
         )
     return _marked("\n\n".join(parts))
 
 
 def adapter_loading(config: dict, place: str) -> str:
-    """How to load a PEFT adapter; ``config`` is ``adapter_config.json``."""
+    """Instructions for loading a PEFT adapter; ``config`` is ``adapter_config.json``."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     base, task = config.get("base_model_name_or_path") or "BASE_MODEL", config.get("task_type")
@@ -42,10 +43,10 @@ def adapter_loading(config: dict, place: str) -> str:
         parts.append(_code(f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"))
     revision = base_revision(config)
     at = f", revision={json.dumps(revision)}" if revision else ""
-    if labels := config.get("id2label"):  # a head of its own
+    if labels := config.get("id2label"):  # the adapter has a separate head
         at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"
-    noted = (config.get("auto_mapping") or {}).get("base_model_class")  # by peft, without a task_type
-    cls = head_of(task).auto_class if task else noted or "AutoModel"
+    recorded = (config.get("auto_mapping") or {}).get("base_model_class")  # by peft, without a task_type
+    cls = head_of(task).auto_class if task else recorded or "AutoModel"
     lines = (
         f"{imports}from peft import PeftModel\nfrom transformers import {cls}\n\n"
         f"base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
@@ -56,7 +57,7 @@ def adapter_loading(config: dict, place: str) -> str:
 
 
 def with_loading(text: str, loading: str) -> str:
-    """A card with another such part in the place of its own; unchanged if it has none."""
+    """Replace the loading instructions of a card. A card without them is unchanged."""
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: loading, text, count=1, flags=re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""What a card says of a whole model, from its config and its record."""
+"""The card contents of a full model, from its config and its record."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .tables import formulas, layer_table, stored_table, weight_of
 
 
 def model_parts(config: dict[str, Any], place: str, record: Record, training: TrainingDetails) -> CardParts:
-    """What a card says of the model with this ``config.json``; ``place`` is named in an error."""
+    """The card contents of the model with this ``config.json``; ``place`` is used in errors."""
     provenance, report = Provenance.of(config, place), record.report
     activation, init, layers = provenance.activation, provenance.init, provenance.layers
-    name = (config.get("architectures") or ["A model"])[0].removeprefix("FSDP")  # FSDP2 derives a class of its own
+    name = (config.get("architectures") or ["A model"])[0].removeprefix("FSDP")  # FSDP2 derives a class
     base = Base(provenance.source_model or training.base_model, provenance.source_revision or training.base_revision)
     tuned = training.arguments is not None or any(results.of_training for results in record.results)
     table = layer_table(report) if report else stored_table(layers) if layers else ""

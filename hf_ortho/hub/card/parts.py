@@ -1,4 +1,4 @@
-"""What a card says, before it is put into words, and the training that it tells of."""
+"""The contents of a card before rendering, and the details of the training."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ HYPERPARAMETERS = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainingDetails:
-    """How a model was trained, as far as its folder does not say.
+    """Details of a training that the model folder does not contain.
 
     Attributes:
-        arguments: of the Trainer, None if there was none.
+        arguments: arguments of Trainer, if any.
         others: further hyperparameters by name.
-        base_model, base_revision: what was trained, and its commit; only used for a model that hf_ortho did not
+        base_model, base_revision: the trained model and its commit. Only used for a model that hf_ortho did not
             convert, and not for an adapter, whose config names its base model.
+
+    Example:
+        >>> hf_ortho.hub.TrainingDetails(others={"learning_rate": 1e-3}).hyperparameters
+        {'learning_rate': 0.001}
     """
 
     arguments: TrainingArguments | None = None
@@ -45,41 +49,41 @@ class TrainingDetails:
 
     @property
     def hyperparameters(self) -> dict[str, object]:
-        """All that a card lists."""
+        """All hyperparameters that a card lists."""
         arguments = self.arguments
         if arguments is None:
             return dict(self.others)
         unused = "num_train_epochs" if arguments.max_steps > 0 else "max_steps"
         known = {key: getattr(arguments, key) for key in HYPERPARAMETERS if key != unused}
-        known = {key: getattr(value, "value", value) for key, value in known.items()}  # of an enum
+        known = {key: getattr(value, "value", value) for key, value in known.items()}  # value of an enum
         return {**known, "processes": arguments.world_size, **self.others}
 
 
 @dataclasses.dataclass(frozen=True)
 class CardParts:
-    """What a card says of a model or an adapter; ``template.md`` has the words.
+    """The contents of the card of a model or an adapter, rendered by ``template.md``.
 
     Attributes:
-        kind: ``converted`` for a pretrained model with learnable activations, ``scratch`` for one that was trained
-            from scratch with them, ``plain`` for a model without, ``adapter`` for an adapter of peft.
-        name: the class of the model, or the method of the adapter.
-        base: the model that it was made of.
-        task: the pipeline tag, None if unknown.
-        tags: for the Hub.
-        activation: the learnable activations, such as ``hermite_8``; None if there are none.
-        count: how many there are, 0 if that is not recorded.
+        kind: ``converted`` for a pretrained model with learnable activations, ``scratch`` for a model trained from
+            scratch with them, ``plain`` for a model without them, ``adapter`` for a peft adapter.
+        name: class of the model, or method of the adapter.
+        base: base model.
+        task: pipeline tag, or None if unknown.
+        tags: tags for the Hub.
+        activation: name of the learnable activations, such as ``hermite_8``, or None.
+        count: number of activations; 0 if not recorded.
         sources: the activations that they replaced.
-        init: what they started from in a training from scratch: ``paper``, ``unit`` or a name in ``ACT2FN``.
-        tails: whether they are straight lines outside a domain; None if they have no domain.
-        formulas: of their families, as Markdown.
-        tables: of the activations, and of the modules of an adapter, as Markdown.
-        weight: what the errors in the first table are weighted by; empty if it has none.
+        init: initialization in a training from scratch: ``paper``, ``unit`` or a name in ``ACT2FN``.
+        tails: whether the activations are straight lines outside a domain; None if they have no domain.
+        formulas: formulas of the families, as Markdown.
+        tables: tables of the activations, and of the modules of an adapter, as Markdown.
+        weight: weight of the errors in the first table; empty if it has no errors.
         tuned: whether the model was trained after the conversion.
-        outdated: whether the first table is of the conversion, and older than a training.
-        remarks: of the report of the conversion.
-        parameters, size: the number of parameters of an adapter, and its size in bytes.
-        targets, saved: the modules that an adapter changes, and those that it holds whole, as Markdown.
-        versions: of the packages that made it, as far as its config records them.
+        outdated: whether the first table describes the conversion before a training.
+        remarks: remarks of the conversion report.
+        parameters, size: number of parameters of an adapter, and its size in bytes.
+        targets, saved: the modules that an adapter changes, and the modules saved in full, as Markdown.
+        versions: package versions recorded in the config.
     """
 
     kind: Literal["converted", "scratch", "plain", "adapter"]

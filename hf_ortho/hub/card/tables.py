@@ -1,4 +1,4 @@
-"""The activations of a model as Markdown: one row per layer, equal rows grouped, long tables folded."""
+"""The activations of a model as Markdown tables: one row per layer, equal rows grouped, long tables folded."""
 
 from __future__ import annotations
 
@@ -28,59 +28,59 @@ VISIBLE = 16  # rows
 
 
 def layer_table(report: ConversionReport) -> str:
-    """The fits of a conversion."""
+    """Table of the fits of a conversion."""
     return folded(HEADER, _grouped([(layer.module, layer.cells()) for layer in report.layers]), "activations")
 
 
 def stored_table(layers: Sequence[LayerProvenance]) -> str:
-    """What ``config.hf_ortho`` keeps of them, for a folder without ``conversion.json``."""
+    """Table of the fits recorded in ``config.hf_ortho``, for a folder without ``conversion.json``."""
     rows = []
     for layer in layers:
         domain = "..".join(f"{end:.2f}" if math.isfinite(end) else "" for end in layer.domain or ())
         errors = ["" if error is None else f"{error:.1e}" for error in (layer.sup_error, layer.rms_error)]
-        source = layer.source or layer.fitted_to or ""  # an adapter's are fitted to nothing else
+        source = layer.source or layer.fitted_to or ""  # an adapter records only the fitted function
         outside = "" if layer.mass_outside is None else f"{layer.mass_outside:.2%}"
         rows.append((layer.module, [source, domain, *errors, outside]))
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
 
 
 def formulas(activation: str) -> str:
-    """The formula of each family in a text such as ``hermite_8, hermite_9``, as indented code."""
+    """The formula of each family in a string such as ``hermite_8, hermite_9``, as indented code."""
     return "\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation))
 
 
 def weight_of(calibrated: bool | None) -> str:
-    """What the errors of a fit are weighted by."""
+    """The weight of the errors of a fit."""
     return "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
 
 
 def paths_list(paths: Sequence[str]) -> list[str]:
-    """Paths that differ in numbers only as one: ``h.*.act`` (12)."""
+    """Paths as Markdown, with paths that differ only in numbers merged: ``h.*.act`` (12)."""
     return [_place(pattern, [path for _, path in members]) for pattern, members in by_kind(paths).items()]
 
 
-def folded(header: list[str], rows: list[list[str]], what: str) -> str:
-    """A Markdown table; of a long one the first and the last row are seen, and all of them when it is opened."""
+def folded(header: list[str], rows: list[list[str]], subject: str) -> str:
+    """A Markdown table. A long table is folded: only the first and last rows are shown until it is opened."""
     if len(rows) <= VISIBLE:
         return markdown_table(header, rows)
     # GitHub and the Hub render Markdown inside HTML only after an empty line.
     return (
-        f"{markdown_table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {what}, "
-        f"of which the first and the last are above</summary>\n\n{markdown_table(header, rows)}\n\n</details>"
+        f"{markdown_table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {subject} "
+        f"(the first and last are shown above)</summary>\n\n{markdown_table(header, rows)}\n\n</details>"
     )
 
 
 def _grouped(rows: list[tuple[str, list[str]]]) -> list[list[str]]:
-    """One row for paths that differ in numbers only, if all of them have the same cells."""
+    """Merge rows with equal cells whose paths differ only in numbers."""
     cells = dict(rows)
-    found = []
+    grouped = []
     for pattern, members in by_kind(list(cells)).items():
         paths = [path for _, path in members]
         if all(cells[path] == cells[paths[0]] for path in paths):
-            found.append([_place(pattern, paths), *cells[paths[0]]])
+            grouped.append([_place(pattern, paths), *cells[paths[0]]])
         else:
-            found += [[f"`{path}`", *cells[path]] for path in paths]
-    return found
+            grouped += [[f"`{path}`", *cells[path]] for path in paths]
+    return grouped
 
 
 def _place(pattern: str, paths: list[str]) -> str:

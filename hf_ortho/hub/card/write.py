@@ -26,7 +26,7 @@ from .parts import TrainingDetails
 TEMPLATE = Path(__file__).with_name("template.md")
 PICTURE = "activations.png"
 PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
-# Marks of a card that Trainer or peft wrote and that was not filled in.
+# Markers of an unedited card written by Trainer or peft.
 TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
 BLANK = "[More Information Needed]"
 NO_TRAINING = TrainingDetails()
@@ -43,24 +43,32 @@ def write_card(
     training: TrainingDetails | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write README.md for a model or an adapter that is saved in ``folder``; what was not measured is said to be so.
+    """Write README.md for a model or an adapter saved in ``folder``. Values that were not measured are marked as such.
 
-    The rest comes from ``config.json`` or ``adapter_config.json``, and from ``conversion.json``, to which ``report``,
-    ``results``, ``data`` and ``command`` are added, so that the figures of each stage are kept. ``activations.png`` is
-    shown if it is there.
+    The card also uses ``config.json`` or ``adapter_config.json``, and ``conversion.json``. ``report``, ``results``,
+    ``data`` and ``command`` are added to ``conversion.json`` to keep the results of all stages. ``activations.png`` is
+    shown if it exists.
 
     Args:
-        place: what the examples load; ``folder`` by default, and a push puts the repository's name there.
-        report: of ``hf_ortho.convert``, if the model has just been converted.
-        results: figures that were measured.
-        data: what it was calibrated or trained on.
-        command: what made it.
-        training: how it was trained, if it was.
-        metadata: further fields of the YAML head, which win; ``tags`` come on top.
+        place: name to load in the examples; default: ``folder``. A push replaces it with the repository name.
+        report: report of ``hf_ortho.convert`` if the model has just been converted.
+        results: measured results.
+        data: calibration or training data.
+        command: the command that made the model.
+        training: details of the training, if any.
+        metadata: extra YAML fields. They override ours, except ``tags``, which are appended.
 
     Raises:
-        CheckpointError: the folder holds neither a model nor an adapter.
-        OutputError: it cannot be written to.
+        CheckpointError: the folder contains neither a model nor an adapter.
+        OutputError: the folder cannot be written to.
+
+    Example:
+        >>> from pathlib import Path
+        >>> report = hf_ortho.convert(model, "hermite_3")
+        >>> model.save_pretrained("converted")
+        >>> hf_ortho.hub.write_card("converted", report=report, command="python mine.py")
+        >>> "learnable `hermite_3` activations" in Path("converted", "README.md").read_text()
+        True
     """
     folder = Path(folder)
     record = Record.load(folder) if report is None else Record(report)
@@ -80,13 +88,21 @@ def write_card(
 
 
 def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
-    """The text of README.md for a folder that is pushed to ``repo_id``.
+    """The text of README.md for pushing a folder to ``repo_id``.
 
-    The folder's own card with the repository in the examples, or a new one if it has none, or only the unfilled form
-    that Trainer or peft writes. A card of someone else's is left as it is.
+    This is the card in the folder with the repository name in its examples, or a new card if there is none or only the
+    unedited template of Trainer or peft. Foreign cards are not changed.
 
     Raises:
-        CheckpointError: the folder holds neither a model nor an adapter.
+        CheckpointError: the folder contains neither a model nor an adapter.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = hf_ortho.convert(model, "hermite_3")
+        >>> model.save_pretrained("converted")
+        >>> card = hf_ortho.hub.card_of(Path("converted"), repo_id="me/gpt2-hermite", remote_code=False)
+        >>> 'from_pretrained("me/gpt2-hermite")' in card
+        True
     """
     path, config = folder / "README.md", _config(folder)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -106,15 +122,15 @@ def _is_form(text: str) -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The config of the adapter, with the classes of a head of its own as ``id2label``, or of the model in a folder."""
+    """The config of the model or adapter in a folder. The classes of a separate adapter head become ``id2label``."""
     names = [name for name in (ADAPTER_CONFIG, LABELS, "config.json") if (folder / name).is_file()]
-    found = {name: json_object(folder / name) for name in names}
-    if ADAPTER_CONFIG in found:
-        return found[ADAPTER_CONFIG] | ({"id2label": found[LABELS]} if LABELS in found else {})
-    if "config.json" in found:
-        return found["config.json"]
+    configs = {name: json_object(folder / name) for name in names}
+    if ADAPTER_CONFIG in configs:
+        return configs[ADAPTER_CONFIG] | ({"id2label": configs[LABELS]} if LABELS in configs else {})
+    if "config.json" in configs:
+        return configs["config.json"]
     raise CheckpointError(
-        f"{folder} holds neither config.json nor {ADAPTER_CONFIG}: save a model or an adapter there first"
+        f"{folder} contains neither config.json nor {ADAPTER_CONFIG}; save a model or an adapter there first"
     )
 
 
@@ -137,14 +153,14 @@ def card_text(
     """The card of a model with this ``config.json``, or of an adapter with this ``adapter_config.json``.
 
     Args:
-        record: of how it was made.
-        place: what the examples load.
-        folder: where its weights and its picture are, None if they are not looked at.
-        training: how it was trained, if it was.
-        machine: that made it, if that is this one; the versions are then those installed here.
-        metadata: further fields of the YAML head, which win; ``tags`` come on top.
-        notes: what a reader must know of the conversion.
-        remote_code: whether the model also loads by code beside it.
+        record: record of how the model was made.
+        place: name to load in the examples.
+        folder: folder with the weights and the figure; None to ignore them.
+        training: details of the training, if any.
+        machine: this machine, if it made the model; the card then lists the versions installed here.
+        metadata: extra YAML fields. They override ours, except ``tags``, which are appended.
+        notes: notes about the conversion.
+        remote_code: whether the model can also be loaded with remote code.
     """
     adapter = "peft_type" in config
     parts = adapter_parts(config, folder) if adapter else model_parts(config, place, record, training)
@@ -164,7 +180,7 @@ def card_text(
     if base.on_hub:
         fields |= {"base_model": base.name, "base_model_relation": "adapter" if adapter else "finetune"}
     card = ModelCard.from_template(
-        ModelCardData(**(fields | extra)),  # whose fields the template knows too, such as license
+        ModelCardData(**(fields | extra)),  # its fields, such as license, are also available in the template
         template_path=str(TEMPLATE),
         title=title,
         parts=parts,
@@ -183,7 +199,7 @@ def card_text(
 
 
 def _tidy(text: str) -> str:
-    """At most one empty line in a row."""
+    """Collapse consecutive empty lines."""
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text.rstrip() + "\n"

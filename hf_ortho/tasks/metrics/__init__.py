@@ -1,4 +1,4 @@
-"""``evaluate.Metric`` modules, and how the Trainer feeds them."""
+"""``evaluate.Metric`` modules and the functions through which Trainer uses them."""
 
 from .perplexity import Perplexity
 from .top_k_accuracy import TopKAccuracy

@@ -1,4 +1,4 @@
-"""Metrics from what ``Trainer`` hands to ``compute_metrics`` and ``preprocess_logits_for_metrics``."""
+"""Implementations of ``compute_metrics`` and ``preprocess_logits_for_metrics`` for ``Trainer``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _first(logits) -> Tensor:
 
 
 def token_losses(logits, labels: Tensor) -> Tensor:
-    """-log p of each next token in nats, shape (batch, length - 1), float32; 0 where the label is -100."""
+    """-log p of each next token in nats: shape (batch, length - 1), float32; 0 where the label is -100."""
     scores = _first(logits)[:, :-1].float().transpose(1, 2)
     return cross_entropy(scores, labels[:, 1:], reduction="none", ignore_index=-100)
 
@@ -32,7 +32,7 @@ def perplexity(prediction: EvalPrediction) -> dict:
 
 
 def accuracy(prediction: EvalPrediction, ks: Iterable[int]) -> dict:
-    """Loss, and top-k accuracy for each of ``ks``, from logits."""
+    """Loss and top-k accuracy, for each k in ``ks``, from logits."""
     logits = np.asarray(_first(prediction.predictions), dtype=np.float32)
     labels = np.asarray(prediction.label_ids)
     ranks = evaluate.combine([TopKAccuracy(k=k) for k in ks])

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model from the negative log-likelihoods of its tokens, as an evaluate module."""
+"""Perplexity of a causal language model, from negative log-likelihoods, as an ``evaluate`` module."""
 
 import datasets
 import evaluate
@@ -6,12 +6,18 @@ import numpy as np
 
 DESCRIPTION = """Mean negative log-likelihood per token, loss = mean(-log p) in nats, and perplexity = exp(loss).
 
-Predictions are the tokens' negative log-likelihoods (not logits: a vocabulary per token would not fit in memory),
-references the labels; where a label is -100 the token does not count."""
+Predictions are the negative log-likelihoods of the tokens (not logits: one vocabulary per token would not fit in
+memory). References are the labels; tokens with label -100 are ignored."""
 
 
 class Perplexity(evaluate.Metric):
-    """``compute(predictions=nll, references=labels)`` gives ``{"loss": ..., "perplexity": ...}``."""
+    """``compute(predictions=nll, references=labels)`` returns ``{"loss": ..., "perplexity": ...}``.
+
+    Example:
+        >>> metric = hf_ortho.training.Perplexity()
+        >>> metric.compute(predictions=[0.0, 0.0, 9.9], references=[5, 7, -100])
+        {'loss': 0.0, 'perplexity': 1.0}
+    """
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -24,9 +30,9 @@ class Perplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        kept = np.asarray(predictions, dtype=np.float64)[np.asarray(references) != -100]
-        if not kept.size:
-            raise ValueError("no token counts: every reference is -100")
-        loss = float(kept.mean())
+        losses = np.asarray(predictions, dtype=np.float64)[np.asarray(references) != -100]
+        if not losses.size:
+            raise ValueError("no tokens to evaluate: every reference is -100")
+        loss = float(losses.mean())
         with np.errstate(over="ignore"):
             return {"loss": loss, "perplexity": float(np.exp(loss))}

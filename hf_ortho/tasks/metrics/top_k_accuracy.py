@@ -1,15 +1,21 @@
-"""Top-k accuracy of a classifier from its logits, as an evaluate module."""
+"""Top-k accuracy of a classifier, from logits, as an ``evaluate`` module."""
 
 import datasets
 import evaluate
 import numpy as np
 
-DESCRIPTION = """Share of samples whose label is among the k largest logits. A NaN logit counts as a miss; equal logits
-are ordered by class, lowest first."""
+DESCRIPTION = """Fraction of samples whose label is among the k largest logits. A NaN logit counts as a miss. Ties go
+to the lower class."""
 
 
 class TopKAccuracy(evaluate.Metric):
-    """``TopKAccuracy(k=1).compute(predictions=logits, references=labels)`` gives ``{"top1": ...}``, in [0, 1]."""
+    """``TopKAccuracy(k=1).compute(predictions=logits, references=labels)`` returns ``{"top1": ...}``, in [0, 1].
+
+    Example:
+        >>> metric = hf_ortho.training.TopKAccuracy(k=1)
+        >>> metric.compute(predictions=[[0.1, 0.9], [0.8, 0.2]], references=[1, 1])
+        {'top1': 0.5}
+    """
 
     def __init__(self, *args, k: int = 1, **kwargs):
         if k < 1:
