@@ -1,7 +1,7 @@
 """Learnable activations for transformers.
 
-Importing registers their names in ``ACT2FN`` and the adapter in peft, as soon as either library is imported, before or
-after. Everything else is imported when it is first used.
+Importing this package registers the names in ``ACT2FN`` and the adapter in peft, or does so once these libraries are
+imported. Everything else is imported lazily.
 """
 
 import importlib

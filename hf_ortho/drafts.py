@@ -1,7 +1,6 @@
-"""Folders that are being written, and what killed processes have left of them.
+"""Draft folders: create and lock them, and remove leftovers of killed processes.
 
-The process that writes or moves a draft holds a lock on the draft's manifest, so that a draft without a lock is a
-leftover.
+The process that writes or moves a draft holds a lock on its manifest. A draft without a lock is a leftover.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ except ImportError:  # Windows
 
 
 def lock(file: IO) -> bool | None:
-    """Whether the file could be locked for as long as it is open; None if there are no locks here."""
+    """Lock the file until it is closed. True if locked, False if another process holds it, None without file locks."""
     if fcntl is None:
         return None
     try:
@@ -35,11 +34,11 @@ def lock(file: IO) -> bool | None:
 
 
 def new_draft(place: Path, prefix: str) -> tuple[Path, IO[str]]:
-    """An empty folder but for its manifest, which is open and locked."""
+    """A new folder with nothing but its manifest, which is open and locked."""
     while True:
         draft = place / token(prefix)
         draft.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # a process that began just now took it for a leftover
+        with contextlib.suppress(FileNotFoundError):  # another process just removed it as a leftover
             manifest = open(draft / MANIFEST, "x", encoding="utf-8")  # noqa: SIM115  # the caller closes it
             if lock(manifest) is not False and (draft / MANIFEST).exists():
                 return draft, manifest
@@ -47,7 +46,7 @@ def new_draft(place: Path, prefix: str) -> tuple[Path, IO[str]]:
 
 
 def sweep(place: Path, prefix: str) -> None:
-    """Remove the drafts of processes that are gone."""
+    """Remove the drafts of killed processes."""
     for name in os.listdir(place):
         draft = place / name
         if not re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", name) or draft.is_symlink() or not draft.is_dir():
@@ -62,11 +61,11 @@ def sweep(place: Path, prefix: str) -> None:
             with contextlib.suppress(OSError):
                 draft.rmdir()
         if locked is None and draft.exists():
-            logger.warning(f"note: {str(draft)!r} is a draft that may be left over; remove it if no process writes it")
+            logger.warning(f"note: {str(draft)!r} may be a leftover draft; remove it if no process is writing it")
 
 
 def prune(folder: Path) -> None:
-    """Remove the empty folders below ``folder``, and itself if it is empty then."""
+    """Remove the empty folders below ``folder``, then ``folder`` itself if it is empty."""
     for place, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             os.rmdir(place)

@@ -1,4 +1,4 @@
-"""Every error that a user's input can cause, each also a ``ValueError`` or an ``OSError`` where that fits."""
+"""The errors that user input can cause. Each is also a standard exception, such as ``ValueError`` or ``OSError``."""
 
 
 class HfOrthoError(Exception):
@@ -6,7 +6,7 @@ class HfOrthoError(Exception):
 
 
 class ActivationNameError(HfOrthoError, ValueError):
-    """No such family, degree or initialization."""
+    """An activation name has an unknown family, degree or initialization."""
 
 
 class FitError(HfOrthoError, ValueError):
@@ -14,15 +14,15 @@ class FitError(HfOrthoError, ValueError):
 
 
 class PolynomialError(HfOrthoError, ValueError):
-    """An activation or a network is no polynomial, lacks a finite domain, or has too many terms to expand."""
+    """An activation or a network is not a polynomial, has no finite domain, or has too many terms to expand."""
 
 
 class SiteError(HfOrthoError, ValueError):
-    """The config of a model does not drive its activation, so a conversion would not reload."""
+    """The config of a model does not select its activation, so a converted model could not be reloaded."""
 
 
 class AdapterError(HfOrthoError, ValueError):
-    """An adapter does not belong to the model, or adapters cannot be combined or merged as asked."""
+    """An adapter does not belong to the model, or adapters cannot be combined or merged as requested."""
 
 
 class CalibrationError(HfOrthoError, ValueError):
@@ -30,19 +30,19 @@ class CalibrationError(HfOrthoError, ValueError):
 
 
 class ConfigError(HfOrthoError, ValueError):
-    """A recipe or a flag is unknown, or its value does not fit."""
+    """A recipe, flag or option is unknown, or its value is invalid."""
 
 
 class DataError(HfOrthoError, ValueError):
-    """A dataset cannot be read, or lacks the column that the task needs."""
+    """A dataset cannot be read, or lacks a column that the task needs."""
 
 
 class CheckpointError(HfOrthoError, OSError):
-    """A model cannot be loaded from the place named."""
+    """A model cannot be loaded from the given place."""
 
 
 class OutputError(HfOrthoError, OSError):
-    """A folder or file cannot be written; what was there before is untouched."""
+    """A folder or file cannot be written; its previous content is unchanged."""
 
 
 class HubError(HfOrthoError, OSError):
@@ -50,4 +50,4 @@ class HubError(HfOrthoError, OSError):
 
 
 class NonFiniteError(HfOrthoError, ArithmeticError):
-    """The loss or the parameters of a training became infinite or not a number; nothing of that was saved."""
+    """The loss or a parameter became infinite or NaN during training; no such value was saved."""

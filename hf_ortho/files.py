@@ -1,6 +1,6 @@
-"""Write a file whole or not at all, and know the files of a folder that were written here.
+"""Write files atomically, and recognize the files of a folder that hf_ortho wrote.
 
-The manifest of a folder, ``.hf_ortho.json``, lists the SHA-256 of each, which tells them from all others.
+The manifest of a folder, ``.hf_ortho.json``, lists the SHA-256 of each file written by hf_ortho.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .errors import CheckpointError, HfOrthoError, OutputError
 logger = logging.getLogger("hf_ortho")
 
 MANIFEST = ".hf_ortho.json"
-TRAINING_MANIFEST = "manifest.json"  # the sizes of the files of a checkpoint of a training
+TRAINING_MANIFEST = "manifest.json"  # file sizes of a training checkpoint
 DRAFT = ".hf_ortho-"
 
 
 def explain(error: BaseException) -> str:
-    """The first line that an exception has to say."""
+    """The first non-empty line of an exception's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -33,15 +33,15 @@ def json_object(file: str | os.PathLike) -> dict:
     """The object in a JSON file of a checkpoint.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or is not a JSON object.
     """
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
-    return found
+    return content
 
 
 def why(error: BaseException) -> str:
@@ -49,7 +49,7 @@ def why(error: BaseException) -> str:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What writing raises; safetensors, if it is in use, has an error of its own, for a full disk too."""
+    """The exceptions that writing raises, including safetensors' error type if the library is imported."""
     safetensors = sys.modules.get("safetensors")
     return (OSError,) if safetensors is None else (OSError, safetensors.SafetensorError)
 
@@ -58,11 +58,11 @@ def failures() -> tuple[type[BaseException], ...]:
 
 
 def check_file(path: str | os.PathLike, flag: str = "") -> Path:
-    """The file that ``path`` leads to, which ``written`` can write as far as is known; for before any work is done.
+    """Check before any work is done that ``written`` can write ``path``; returns the path with symlinks resolved.
 
     Raises:
-        OutputError: it is a folder or device, or in no folder that can be written, or has a name that cannot be;
-            ``flag`` is named.
+        OutputError: it is a folder or a device, its folder is missing or not writable, or its name is invalid. The
+            message names ``flag``.
     """
     name = f"{flag} {os.fspath(path)}".strip()
     try:
@@ -82,13 +82,13 @@ def check_file(path: str | os.PathLike, flag: str = "") -> Path:
 
 @contextlib.contextmanager
 def written(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty draft beside ``path`` that takes its place if the block ends well, and vanishes if not.
+    """An empty draft beside ``path``, which replaces it if the block succeeds and is removed otherwise.
 
-    A symlink is followed. The file keeps its mode, or gets the mode of any new file. The manifest of its folder is left
-    as it is: who names a single file wants to keep it.
+    Symlinks are followed. The file keeps its mode, or gets the default mode of a new file. The manifest of the folder
+    does not list it: a later run does not replace a file that the user named.
 
     Raises:
-        OutputError: the file cannot be written; what was at ``path`` is as before.
+        OutputError: the file cannot be written; ``path`` is unchanged.
     """
     target = check_file(path)
     draft = target.with_name(token(DRAFT) + target.suffix[-16:])
@@ -108,7 +108,7 @@ def written(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def use_umask(folder: Path) -> None:
-    """Give each file below ``folder`` the mode of a new file there; safetensors hides its files from other users."""
+    """Give each file below ``folder`` the default mode of a new file; safetensors makes its files private."""
     probe = folder / token(DRAFT)
     probe.touch()
     mode = _mode(probe)
@@ -119,11 +119,11 @@ def use_umask(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a file or folder that is in the way to a hidden name beside it, and say so."""
+    """Rename a file or folder that is in the way to a hidden name beside it, and log a note."""
     names = (f".{path.name[:200]}.old{i or ''}" for i in range(10**6))
-    kept = next(kept for kept in map(path.with_name, names) if not os.path.lexists(kept))
-    os.rename(path, kept)
-    logger.warning(f"note: {str(path)!r} was not as hf_ortho had written it; it is kept as {kept.name!r}")
+    backup = next(backup for backup in map(path.with_name, names) if not os.path.lexists(backup))
+    os.rename(path, backup)
+    logger.warning(f"note: {str(path)!r} was not written by hf_ortho, or was changed; it is kept as {backup.name!r}")
 
 
 def _mode(path: Path) -> int:
@@ -140,7 +140,7 @@ def token(prefix: str) -> str:
 
 
 def check_length(folder: Path, name: str) -> None:
-    """Raise what the file system says to a name, if that is not that there is no such file."""
+    """Raise the file system's error for a name, such as one that is too long. A missing file is not an error."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(folder / name)
 
@@ -149,26 +149,26 @@ def check_length(folder: Path, name: str) -> None:
 
 
 def contents(folder: Path) -> list[str]:
-    """All below ``folder`` but its manifest and drafts, as POSIX paths; of folders only empty ones, as ``name/``."""
+    """POSIX paths of all files below ``folder`` except its manifest and drafts, and of empty folders as ``name/``."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    paths = []
     for place, folders, names in os.walk(folder, onerror=fail):
         here = Path(place)
         if here == folder:
             folders[:] = [name for name in folders if not name.startswith(DRAFT)]
             names = [name for name in names if name != MANIFEST and not name.startswith(DRAFT)]
         elif not folders and not names:
-            found.append(f"{here.relative_to(folder).as_posix()}/")
-        links = [name for name in folders if (here / name).is_symlink()]  # which are not entered
-        found += [(here / name).relative_to(folder).as_posix() for name in [*names, *links]]
-    return sorted(found)
+            paths.append(f"{here.relative_to(folder).as_posix()}/")
+        links = [name for name in folders if (here / name).is_symlink()]  # os.walk does not follow them
+        paths += [(here / name).relative_to(folder).as_posix() for name in [*names, *links]]
+    return sorted(paths)
 
 
 def checksum(file: Path) -> str:
-    """The SHA-256 of a file in hexadecimal; empty for what is no plain file."""
+    """The SHA-256 of a regular file in hexadecimal; empty for anything else."""
     try:
         if not stat.S_ISREG(os.lstat(file).st_mode):
             return ""
@@ -182,7 +182,7 @@ def checksum(file: Path) -> str:
 
 
 def listed(folder: Path) -> dict[str, str]:
-    """Name and sum of each file that was written here; a manifest that cannot be read lists none."""
+    """Name and checksum of each file that hf_ortho wrote to ``folder``; empty if the manifest cannot be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):

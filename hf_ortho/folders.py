@@ -1,10 +1,10 @@
-"""Write a folder whole or not at all, and replace nothing in it but what was written there before.
+"""Write folders atomically, and replace only files that hf_ortho wrote.
 
-A folder is written as a draft. If the folder does not exist yet, the draft lies beside it and becomes it in one rename.
-Else, be it empty, the draft lies inside: once complete it is renamed to ``.hf_ortho-ready``, and then its files are
-moved into place, those without which nothing loads last. A process that is killed before this rename leaves the old
-content and a draft, which the next one removes; killed after it, it leaves the whole new content, and the next one
-moves the rest.
+A folder is written as a draft. If the folder does not exist yet, the draft lies beside it and is renamed to it.
+Otherwise the draft lies inside. Once complete, it is renamed to ``.hf_ortho-ready``, and its files are moved into
+place, the config files last: nothing loads without them. A process that is killed before this rename leaves the old
+content and a draft, which the next run removes. A process that is killed after it leaves the complete new content, and
+the next run moves the rest.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from .files import (
 )
 
 READY = f"{DRAFT}ready"
-LAST = ("config.json", "adapter_config.json")  # without them nothing loads
+LAST = ("config.json", "adapter_config.json")  # nothing loads without them
 
 
 def _move_in(target: Path) -> None:
-    """Move the files of ``.hf_ortho-ready`` into ``target``, which holds it; goes on where an earlier call stopped.
+    """Move the files of ``target/.hf_ortho-ready`` into ``target``; continues where an earlier call stopped.
 
-    At each moment what loads is the old content, nothing, or the new content. A file in the way that is neither of the
-    content that is replaced nor of the new one is set aside.
+    At any moment the folder loads as the old content, as the new content, or not at all. A file in the way that
+    belongs to neither is set aside.
     """
     ready = target / READY
-    if not (ready / MANIFEST).exists():  # it goes last
+    if not (ready / MANIFEST).exists():  # removed last
         prune(ready)
         return
     about = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
@@ -58,8 +58,8 @@ def _move_in(target: Path) -> None:
     pending = sorted(left, key=lambda name: (name in LAST, name))
 
     def known(name: str) -> bool:
-        found = checksum(target / name)
-        return bool(found) and found in (old.get(name), new.get(name))
+        digest = checksum(target / name)
+        return bool(digest) and digest in (old.get(name), new.get(name))
 
     def gone(name: str) -> bool:
         return name in old and name not in new and known(name)
@@ -68,6 +68,8 @@ def _move_in(target: Path) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if stat.S_ISREG(mode := os.lstat(target / name).st_mode):
                 set_mode(ready / name, stat.S_IMODE(mode))
+    # The old config files are removed before anything else, and the new ones are moved in last: in between, the folder
+    # does not load. Every step can be repeated, so a killed process is continued by running all of them again.
     for name in LAST:
         if gone(name) or (name in pending and known(name)):
             (target / name).unlink()
@@ -86,7 +88,7 @@ def _move_in(target: Path) -> None:
             set_aside(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         os.replace(ready / name, file)
-    published = ready / f"{DRAFT}manifest"  # without what was replaced
+    published = ready / f"{DRAFT}manifest"  # without the "replaces" entry
     published.write_text(json.dumps({"files": new}, indent=1), encoding="utf-8")
     os.replace(published, target / MANIFEST)
     (ready / MANIFEST).unlink()
@@ -94,26 +96,26 @@ def _move_in(target: Path) -> None:
 
 
 class OutputFolder:
-    """A folder to write, checked before any work is done, and filled at the end::
+    """An output folder, checked before any work is done and filled at the end::
 
         output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model])
         ...  # the work
         with output.writing() as draft:
             model.save_pretrained(draft)
 
-    Symlinks are followed. Made anew, it finishes or removes what a killed process has left in the folder.
+    Symlinks are followed. Leftovers of a killed process are completed or removed first.
 
     Args:
-        folder: must not be the home or the current folder or contain them, nor anything of ``keep``.
-        overwrite: whether the files that were written here before, and are unchanged, may be replaced; there must be no
-            others.
-        keep: paths of inputs, for an adapter also of its base model; what does not exist, such as the name of a model
-            on the Hub, is skipped.
-        beside: for the folder of a training: other files may be there, and stay. If one has a name that is to be
-            written, it is renamed.
+        folder: must not be or contain the home folder, the current folder or a path in ``keep``.
+        overwrite: replace the files that hf_ortho wrote here before. They must be unchanged, and there must be no
+            other files.
+        keep: paths of inputs; the base model of an adapter is protected too. Paths that do not exist, such as the
+            name of a model on the Hub, are skipped.
+        beside: for the output folder of a training: other files may be there, and stay. If a new file has the name of
+            one, the old one is renamed.
 
     Raises:
-        OutputError: the folder cannot be written, or holds something that would be lost.
+        OutputError: the folder cannot be written, or files in it would be lost.
     """
 
     def __init__(
@@ -160,23 +162,24 @@ class OutputFolder:
                     raise self._error("another process is writing it")
                 if locked is None:
                     raise self._error(
-                        f"a process is writing it, or was killed; if so, move the files of {READY} into it"
+                        f"another process is writing it, or was killed; if it was killed, move the files of {READY} "
+                        "into it"
                     )
                 _move_in(self.path)
-                logger.warning(f"note: {self.name!r} was left half in place by a killed process; it is complete now")
+                logger.warning(f"note: a killed process left {self.name!r} incomplete; it is complete now")
         except FileNotFoundError:
             prune(self.path / READY)
         except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass  # the manifest is not what is written here
+            pass  # hf_ortho did not write this manifest
         if os.path.lexists(self.path / READY):
-            raise self._error(f"{READY} in it is not what hf_ortho writes; move it away")
+            raise self._error(f"{READY} in it was not written by hf_ortho; move it away")
 
     def _check(self) -> None:
-        """Whether the folder is still free, or as it was when it was checked first."""
+        """Raise unless the folder is still free, or unchanged since the first check."""
         if self.beside or not self.path.is_dir():
             return
         if listed(self.path) != self._old:
-            raise self._error("another process has written it meanwhile; name another")
+            raise self._error("another process wrote it in the meantime; name another")
         present = contents(self.path)
         if name := next((name for name in present if name not in self._old), None):
             raise self._error(f"it is not empty: {name} in it was not written by hf_ortho; name another")
@@ -185,14 +188,14 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def writing(self, made: Iterable[str] = ()) -> Iterator[Path]:
-        """A draft folder, whose files are the content of the folder if the block ends well; else nothing is changed.
+        """A draft folder that becomes the content of the folder if the block succeeds; otherwise nothing changes.
 
         Args:
-            made: names of files that the work before may have put into the folder; they are replaced, unless they were
-                there when it was checked.
+            made: names of files that this run may already have put into the folder. They are replaced, unless they
+                were there at the first check.
 
         Raises:
-            OutputError: writing failed, for example on a full disk, or the folder is not free any more.
+            OutputError: writing failed, for example on a full disk, or the folder is not free anymore.
         """
         new = [place for place in (self.path, *self.path.parents) if not os.path.lexists(place)]
         draft, self._settled = None, False
@@ -206,20 +209,20 @@ class OutputFolder:
                 yield draft
                 self._seal(draft, manifest, made)
                 if drafts.fcntl is None:
-                    manifest.close()  # Windows renames no folder with an open file
+                    manifest.close()  # Windows cannot rename a folder with an open file
                 publish = self._publish_inside if inside else self._publish
                 try:
                     publish(draft)
-                except KeyboardInterrupt:  # all is written: go on where it was, which takes little time
+                except KeyboardInterrupt:  # everything is written: finish moving, which is quick
                     publish(draft)
                     raise
         except HfOrthoError:
             raise
         except failures() as error:
             if self._settled:
-                reason = f"the new content is not all in place, the next run moves the rest out of {READY}"
+                reason = f"only part of the new content is in place; the next run moves the rest out of {READY}"
             else:
-                reason = "it cannot be written, nothing was changed"
+                reason = "it cannot be written; nothing was changed"
             raise self._error(f"{reason}: {why(error)}") from error
         finally:
             if draft is not None:
@@ -232,8 +235,8 @@ class OutputFolder:
         prune(draft)
         use_umask(draft)
         files = {name: checksum(draft / name) for name in contents(draft)}
-        own = [name for name in made if name in files and name not in self._foreign]
-        replaced = listed(self.path) | {name: checksum(self.path / name) for name in own}
+        replaceable = [name for name in made if name in files and name not in self._foreign]
+        replaced = listed(self.path) | {name: checksum(self.path / name) for name in replaceable}
         json.dump({"files": files, "replaces": replaced}, manifest, indent=1)
         manifest.flush()
 
@@ -244,13 +247,13 @@ class OutputFolder:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                raise self._error("another process has written it meanwhile; name another") from error
+                raise self._error("another process wrote it in the meantime; name another") from error
 
     def _publish_inside(self, draft: Path) -> None:
         ready = self.path / READY
         if draft.exists():
             try:
-                os.rename(draft, ready)  # only one process can
+                os.rename(draft, ready)  # succeeds in one process only
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
@@ -266,7 +269,7 @@ class OutputFolder:
 
 
 def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
-    """The folder that ``name`` leads to, if it may be written there; see ``OutputFolder``."""
+    """The resolved path of ``name``, checked as ``OutputFolder`` describes."""
     if not name:
         raise OutputError("the name of the output folder is empty; name a folder")
     if "\0" in name:
@@ -294,7 +297,7 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
 
 
 def _base_of(model: str | os.PathLike) -> str | None:
-    """The base model that an adapter in a folder is for; None if that is not known."""
+    """The base model of an adapter in a folder; None if unknown."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         base = json.loads(Path(model, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         return base if isinstance(base, str) else None

@@ -1,4 +1,4 @@
-"""Module paths of many layers, made short."""
+"""Short forms for the module paths of many layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def split_shared(paths: Sequence[str]) -> tuple[str, list[str]]:
     head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
     if head == shortest:
         return (paths[0], ["*"]) if len(paths) == 1 else ("*", list(paths))
-    most = shortest - head  # a part is not counted at both ends
+    most = shortest - head  # do not count a part at both ends
     tail = next((i for i in range(most) if len({p[-1 - i] for p in parts}) > 1), most)
     if any(len(p) == head + tail for p in parts):
         return "*", list(paths)
@@ -21,16 +21,15 @@ def split_shared(paths: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def by_kind(paths: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Paths that differ in numbers only, as pattern -> [(what stands for ``*``, path)], in order of appearance.
+    """Group paths that differ only in numbers: pattern -> [(text for ``*``, path)], in order of appearance.
 
-    ``split_shared`` is applied to each kind, so that ``stages.0.layers.1.act`` is ``0.layers.1`` in
-    ``stages.*.act``.
+    ``split_shared`` is applied to each group: ``stages.0.layers.1.act`` is ``0.layers.1`` in ``stages.*.act``.
     """
     kinds: dict[str, list[str]] = {}
     for path in paths:
         kinds.setdefault(".".join("*" if part.isdigit() else part for part in path.split(".")), []).append(path)
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_pattern: dict[str, list[tuple[str, str]]] = {}
     for members in kinds.values():
         pattern, rows = split_shared(members)
-        found[pattern] = list(zip(rows, members, strict=True))
-    return found
+        by_pattern[pattern] = list(zip(rows, members, strict=True))
+    return by_pattern

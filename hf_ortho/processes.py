@@ -1,4 +1,4 @@
-"""Tensors over all processes of ``torch.distributed``; a process on its own gets back what it gave."""
+"""Reductions over all processes of ``torch.distributed``; a single process gets its tensor back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def several_processes() -> bool:
 
 
 def collective_device(other: torch.device) -> torch.device:
-    """Where the tensors of a collective must lie: the GPU for NCCL, which takes none from the CPU, else ``other``."""
+    """The device for the tensors of a collective: the GPU for NCCL, which requires it, otherwise ``other``."""
     nccl = several_processes() and distributed.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else other
 
@@ -34,7 +34,7 @@ def max_over_processes(x: Tensor) -> Tensor:
 
 
 def any_process(flags: Tensor) -> Tensor:
-    """Whether each flag is set in any process."""
+    """For each flag, whether any process sets it."""
     return _reduced(flags.int(), "MAX").bool()
 
 

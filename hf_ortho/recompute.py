@@ -1,4 +1,4 @@
-"""Compute an activation's output again in the backward instead of keeping it."""
+"""Recompute an activation's output in the backward pass instead of storing it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,37 @@ LINEAR_LAYERS = (nn.Linear, Conv1D)
 
 
 def fuse_mlp(model: nn.Module, enabled: bool = True) -> list[str]:
-    """Recompute act(x) in the backward of the linear layer that follows it, instead of keeping it from the forward.
+    """Recompute act(x) in the backward pass of the linear layer that follows, instead of storing it.
 
-    With y = act(x) and the linear layer z = y W + b, the gradient of W is y^T dL/dz: y, one tensor of the MLP's inner
-    width per token, is the only thing that autograd keeps for it. x is kept anyway, for the gradient of the
-    activation, and y = act(x) again, by the same code and with the parameters that the activation had in the forward.
-    Loss, gradients and parameters are the same bit for bit; each MLP pays one more forward of its activation per
-    backward.
+    With y = act(x) and the linear layer z = y W + b, the gradient of W is y^T dL/dz. Autograd stores y for it: one
+    tensor of the MLP's inner width per token. x is stored anyway, for the gradient of the activation, so y = act(x)
+    can be recomputed, by the same code and with the parameters of the forward pass. Loss, gradients and parameters
+    stay the same bit for bit. Each MLP pays one more forward pass of its activation per backward pass.
 
-    This takes effect whenever the output of a learnable activation is itself the input of an ``nn.Linear`` (those
-    inside LoRA layers too) or ``Conv1D``, as in GPT-2, BERT, ViT or ConvNeXt. Where something lies in between (a
-    product, as in gated MLPs; a dropout that drops), and where autograd keeps nothing or something else keeps it in
-    another way (no grad, gradient checkpointing and other ``torch.autograd.graph.saved_tensors_hooks``,
-    ``torch.func``, ``torch.compile``, tracing), everything stays as it is. Changing x in place before the backward
-    raises autograd's ``RuntimeError``.
+    This works wherever the output of a learnable activation is the direct input of an ``nn.Linear`` (also inside a
+    LoRA layer) or ``Conv1D``, as in GPT-2, BERT, ViT or ConvNeXt. Nothing changes if another operation lies in between
+    (the product of a gated MLP, an active dropout), if autograd stores nothing (no grad), or if something else decides
+    what it stores (gradient checkpointing and other ``torch.autograd.graph.saved_tensors_hooks``, ``torch.func``,
+    ``torch.compile``, tracing). Changing x in place before the backward pass raises autograd's ``RuntimeError``.
 
-    It is a matter of forward hooks on the present activations and linear layers: state dict, config and module names
-    do not change, copies of the model are fused as well, and activations or layers that are put in later (by
-    ``convert``, ``revert`` or peft) are not until ``fuse_mlp`` is called again. Calling it twice changes nothing.
+    It is done by forward hooks on the current activations and linear layers. State dict, config and module names do
+    not change, and copies of the model are fused too. Call ``fuse_mlp`` again after ``convert``, ``revert`` or peft
+    has added activations or layers. Calling it twice changes nothing.
 
     Args:
-        model: any module with learnable activations, in place.
-        enabled: False undoes it.
+        model: any module with learnable activations; changed in place.
+        enabled: False removes the hooks.
 
     Returns:
         The paths of the model's learnable activations.
 
     Raises:
-        ConfigError: there are none, and ``enabled`` is True.
+        ConfigError: the model has no learnable activations, and ``enabled`` is True.
+
+    Example:
+        >>> report = hf_ortho.convert(model, "hermite_3")
+        >>> hf_ortho.fuse_mlp(model)
+        ['transformer.h.0.mlp.act', 'transformer.h.1.mlp.act']
     """
     paths = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
     if enabled and not paths:
@@ -62,14 +65,14 @@ def fuse_mlp(model: nn.Module, enabled: bool = True) -> list[str]:
                     if present is hook:
                         del module._forward_hooks[key]
                 if enabled:
-                    # First, since FSDP's own hook shards the parameters again.
+                    # Before FSDP's own hook, which shards the parameters again.
                     module.register_forward_hook(hook, prepend=True)
     return paths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Source:
-    """What an activation's output was computed from."""
+    """The input, the parameters and the tensor versions that an activation's output was computed from."""
 
     family: type[LearnableActivation]
     x: Tensor
@@ -93,10 +96,10 @@ _sources = WeakTensorKeyDictionary()
 
 
 def _remember_input(activation: LearnableActivation, args: tuple[Tensor, ...], y: Tensor) -> None:
-    if _is_traced() or not args or y.grad_fn is None:  # without a graph nobody keeps x
+    if _is_traced() or not args or y.grad_fn is None:  # without a graph x is not stored
         return
     x = args[0].detach()  # shares the version counter
-    # An optimizer may step, and FSDP shard, before the backward.
+    # Before the backward pass an optimizer may step, or FSDP may shard the parameters.
     parameters = [t.detach().clone() for t in activation._tensors()]
     _sources[y] = _Source(type(activation), x, x._version, y._version, parameters)
 
@@ -126,7 +129,7 @@ def _saved_tensors_are_hooked() -> bool:
 
 
 def _nodes(last: Node, first: Node | None) -> Iterator[Node]:
-    """The graph behind ``last``, up to and without ``first``."""
+    """The nodes of the graph from ``last`` back to ``first``, which is excluded."""
     seen, todo = {first}, [last]
     while todo:
         node = todo.pop()
@@ -143,7 +146,7 @@ def _saved_names(kind: type[Node]) -> list[tuple[str, str]]:
 
 
 def _saved_tensors(node: Node) -> Iterator[tuple]:
-    """Pairs of an autograd ``SavedTensor`` and the tensor in it."""
+    """Pairs of an autograd ``SavedTensor`` and its tensor."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         yield from zip(node._raw_saved_tensors, node.saved_tensors, strict=True)
     else:
@@ -153,7 +156,7 @@ def _saved_tensors(node: Node) -> Iterator[tuple]:
 
 
 def _holds_whole(saved: Tensor, y: Tensor) -> bool:
-    """Whether ``saved`` is ``y``, flattened or not, or a cast of it as autocast makes."""
+    """Whether ``saved`` is ``y``, flattened or not, or a cast of it by autocast."""
     if saved.numel() != y.numel() or saved.device != y.device or not saved.is_contiguous() or not y.is_contiguous():
         return False
     root = saved if saved._base is None else saved._base

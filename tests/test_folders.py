@@ -338,7 +338,7 @@ def test_two_write_the_same_folder(target, content):
         fill(stack.enter_context(late.writing()), content)
         with early.writing() as draft:
             fill(draft)
-        with pytest.raises(OutputError, match="another process has written it meanwhile"):
+        with pytest.raises(OutputError, match="another process wrote it in the meantime"):
             stack.close()
     assert contents(target) == NEW
     assert list(target.parent.iterdir()) == [target]
@@ -348,7 +348,7 @@ def test_a_file_that_comes_meanwhile_is_kept(target):
     with contextlib.ExitStack() as stack:
         fill(stack.enter_context(OutputFolder(target, overwrite=True).writing()))
         fill(target, {"thesis.tex": "years"})
-        with pytest.raises(OutputError, match=r"thesis.tex in it was not written|has written it meanwhile"):
+        with pytest.raises(OutputError, match=r"thesis.tex in it was not written|wrote it in the meantime"):
             stack.close()
     assert contents(target)["thesis.tex"] == "years"
     assert contents(target).get("config.json") != "new"
@@ -375,7 +375,7 @@ def test_without_locks_leftovers_are_named(tmp_path, monkeypatch, caplog):
     (tmp_path / "model" / ".hf_ortho-0123abcd").mkdir(parents=True)
     (tmp_path / "model" / ".hf_ortho-0123abcd" / MANIFEST).write_text("")
     write(tmp_path / "model")
-    assert "/.hf_ortho-0123abcd' is a draft that may be left over" in caplog.text
+    assert "/.hf_ortho-0123abcd' may be a leftover draft" in caplog.text
     assert contents(tmp_path / "model") == NEW
     fill(tmp_path / "model" / READY, {MANIFEST: "{}"})
     assert f"move the files of {READY} into it" in refusal(tmp_path / "model")
@@ -389,10 +389,10 @@ def test_only_own_drafts_are_removed(tmp_path):
     assert (tmp_path / "model" / ".hf_ortho-notes" / "mine.txt").read_text() == "mine"
     assert (tmp_path / "model" / ".hf_ortho-output" / MANIFEST).exists()
     fill(tmp_path / "model" / READY, {"mine.txt": "mine"})
-    assert "is not what hf_ortho writes" in refusal(tmp_path / "model", overwrite=True)
+    assert "was not written by hf_ortho" in refusal(tmp_path / "model", overwrite=True)
     for manifest in ("", "[]", '{"files": []}', '{"files": 1, "replaces": {"sub/weights": 1}}', "[" * 10**5):
         fill(tmp_path / "model" / READY, {MANIFEST: manifest})
-        assert "is not what hf_ortho writes" in refusal(tmp_path / "model", overwrite=True)
+        assert "was not written by hf_ortho" in refusal(tmp_path / "model", overwrite=True)
     assert (tmp_path / "model" / READY / "mine.txt").read_text() == "mine"
 
 
@@ -426,7 +426,7 @@ def test_a_file_becomes_a_folder_or_back(tmp_path, old, caplog):
 def test_a_folder_in_the_place_of_a_manifest(tmp_path, name):
     (tmp_path / "model" / name).mkdir(parents=True)
     for options in ({"overwrite": True}, {"beside": True}):
-        assert f"{name.split('/')[0]} in it is " in refusal(tmp_path / "model", **options)
+        assert f"{name.split('/')[0]} in it " in refusal(tmp_path / "model", **options)
     assert (tmp_path / "model" / name).is_dir()
 
 

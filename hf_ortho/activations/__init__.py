@@ -1,4 +1,4 @@
-"""The activation families as plain modules, their registry and their fits."""
+"""The activation families as plain modules, and their registry."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The module that all families share: parameters, domain, tails, dtype rules and loading through transformers."""
+"""The base class of all families: parameters, domain, tails, dtype rules and loading through transformers."""
 
 from __future__ import annotations
 
@@ -37,35 +37,43 @@ class LearnableActivation(nn.Module):
 
         f(x) = S(t) + s_lo * min(x - lo, 0) + s_hi * max(x - hi, 0).
 
-    ``domain`` = [lo, hi] is a float32 parameter, frozen unless asked for; [-inf, inf], the default, is the paper's
-    pure series. ``tail_slopes`` = [s_lo, s_hi] is a float32 buffer. The family's own parameters are float32 vectors
-    shared over all positions and channels.
+    ``domain`` = [lo, hi] is a float32 parameter, frozen by default. The default [-inf, inf] gives the paper's pure
+    series. ``tail_slopes`` = [s_lo, s_hi] is a float32 buffer. The parameters of the series are float32 vectors, shared
+    over all positions and channels.
 
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
 
-    A subclass must give ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
-    ``series_derivative`` and ``fit_parameters``, and a line in ``registry.FAMILIES``. It may give ``natural_units``;
-    ``breaks``, if f' jumps inside the domain; and kernels that evaluate the series faster: ``cpu_series``, ``compiled``
-    and ``triton``. Where it has none the formula serves. A subclass that overrides the ``series`` of a family resets
-    all three to None. A polynomial family derives from ``polynomial.PolynomialActivation``.
+    A subclass must define ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
+    ``series_derivative`` and ``fit_parameters``, and needs a line in ``registry.FAMILIES``. Optional are
+    ``natural_units``, ``breaks`` (if f' jumps inside the domain) and the faster kernels ``cpu_series``, ``compiled``
+    and ``triton``; without them, the formula is used. If you override the ``series`` of a family, reset all three to
+    None. A polynomial family derives from ``polynomial.PolynomialActivation``.
 
     Args:
-        degree: 1 to 32; the family's default if None.
-        init: ``"paper"`` (arXiv 2502.01247, section 3) or ``"unit"``, which has E[f(x)^2] = 1 for x ~ N(0, 1).
+        degree: 1 to 32; None for the family's default.
+        init: ``"paper"`` (arXiv 2502.01247, section 3) or ``"unit"``, scaled to E[f(x)^2] = 1 for x ~ N(0, 1).
 
     Raises:
         ActivationNameError: the degree or the initialization does not exist.
+
+    Example:
+        >>> from hf_ortho.activations import Hermite, LearnableActivation
+        >>> activation = Hermite(8)
+        >>> isinstance(activation, LearnableActivation), activation.name
+        (True, 'hermite_8')
+        >>> activation(torch.randn(2, 3, dtype=torch.bfloat16)).dtype
+        torch.bfloat16
     """
 
     family: ClassVar[str]
-    equation: ClassVar[str]  # S(x) = ..., as cards show it
+    equation: ClassVar[str]  # S(x) = ..., as shown in model cards
     default_degree: ClassVar[int]
-    cpu_series: ClassVar[Callable[..., cpu.Series] | None] = None  # on the CPU: makes a Series
-    compiled: ClassVar[type | None] = None  # under torch.compile: has gradients, see dispatch._Compiled
-    triton: ClassVar[str | None] = None  # on CUDA: module:NAME of DeviceFunctions, imported when first used
+    cpu_series: ClassVar[Callable[..., cpu.Series] | None] = None  # CPU kernel: makes a Series
+    compiled: ClassVar[type | None] = None  # explicit gradients for torch.compile, see dispatch._Compiled
+    triton: ClassVar[str | None] = None  # CUDA kernel: module:NAME of DeviceFunctions, imported lazily
     series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype
-    series_derivative: ClassVar[Callable[..., Tensor]]  # likewise, S'(x)
+    series_derivative: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S'(x), likewise
     domain: nn.Parameter
     tail_slopes: Tensor
 
@@ -81,7 +89,7 @@ class LearnableActivation(nn.Module):
         self._create(self.initial_parameters(degree, init))
 
     def _create(self, initial: dict[str, list[float]]) -> None:
-        # Python floats, so that they survive a construction on the meta device.
+        # Python floats survive construction on the meta device.
         self._initial = {name: list(values) for name, values in initial.items()}
         self._names = "domain", "tail_slopes", *self._initial
         self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
@@ -96,7 +104,7 @@ class LearnableActivation(nn.Module):
         if not self.domain.is_meta:
             self.reset_parameters()
 
-    # ---- what a family defines -------------------------------------------------------------------------------------
+    # ---- defined by a family ---------------------------------------------------------------------------------------
 
     @classmethod
     def initial_parameters(cls, degree: int, init: str) -> dict[str, list[float]]:
@@ -104,11 +112,11 @@ class LearnableActivation(nn.Module):
         raise NotImplementedError
 
     def fit_parameters(self, target: Target) -> tuple[dict[str, np.ndarray], str]:
-        """Values of the parameters (``domain`` among them) that follow a target, and a note for the report."""
+        """Values of the parameters (including ``domain``) fitted to ``target``, and a note for the report."""
         raise NotImplementedError
 
     def natural_units(self) -> dict[str, list[float]]:
-        """How far each entry of a parameter goes to move f about as much as the others do; 1 where not named."""
+        """Per-entry step sizes that change f by about the same amount. Parameters not listed use 1."""
         return {}
 
     def breaks(self) -> tuple[float, ...]:
@@ -127,19 +135,19 @@ class LearnableActivation(nn.Module):
 
     @classmethod
     def formula(cls, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
-        """f(x) in plain operations: what the kernels are checked against, and what exporters see."""
+        """f(x) in plain operations: the reference for the kernels, and the form that exporters see."""
         dtype = cls.compute_dtype(x)
         return formula.value(cls.series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters))).to(x.dtype)
 
     def derivative(self, x: Tensor) -> Tensor:
-        """f'(x) in closed form; S' on [lo, hi], s_lo below, s_hi above. Same shape and dtype as ``x``."""
+        """f'(x) in closed form: S' on [lo, hi], s_lo below, s_hi above. Same shape and dtype as ``x``."""
         dtype = self.compute_dtype(x)
         tensors = (t.to(dtype) for t in (x, *self._tensors()))
         return formula.slope(self.series_derivative, *tensors).to(x.dtype)
 
     def _tensors(self) -> list[Tensor]:
-        """The domain, the slopes of the tails and the parameters of the series."""
-        stored: dict = {**self._parameters, **self._buffers}  # nn.Module's attributes cost a microsecond each
+        """The domain, the tail slopes and the parameters of the series."""
+        stored: dict = {**self._parameters, **self._buffers}  # nn.Module's attribute lookup takes a microsecond each
         return [stored[name] if name in stored else getattr(self, name) for name in self._names]
 
     def gain(self, sigma: float = 1.0) -> tuple[float, float]:
@@ -161,25 +169,32 @@ class LearnableActivation(nn.Module):
         tails: bool = True,
         name: str | None = None,
     ) -> FitReport:
-        r"""Fit ``fn`` by weighted least squares in float64, in place; ``derivative_weight`` adds the derivative.
+        r"""Fit the activation to ``fn``, in place, by weighted least squares in float64:
 
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
 
-        The nodes are the data and, with weights that Lawson's iteration finds, the real line, so that next to the mean
-        squared error over the data the largest error s anywhere gets small: s^2 counts 0.2, less from s = 0.02 on.
+        The nodes x_i are the data and points on the real line. The weights on the line, found by Lawson's iteration,
+        make the largest error s anywhere small too: relative to the mean squared error over the data, s^2 has weight
+        0.2, and less from s = 0.02 on.
 
         Args:
             fn: a name in ``ACT2FN``, an element-wise torch callable, or a module.
-            histogram: ``conversion.Histogram`` of pre-activations that gives the weights; without it they are the
+            histogram: ``conversion.Histogram`` of pre-activations for the weights. Without it, the weight is the
                 density of N(-0.5, 1.5^2).
-            domain: the interval [lo, hi]; searched for if None.
+            domain: the interval [lo, hi]; None to search for it.
             derivative_weight: lambda >= 0.
-            tails: False for the pure series on the whole real line. It is fitted on ``domain``, by default the extremes
-                of the data, all of which must lie in it; outside it is wrong.
-            name: what to call ``fn`` in the report.
+            tails: False for the pure series on the whole real line. It is fitted on ``domain``, by default the range
+                of the data. All data must lie in it; outside, the series is wrong.
+            name: the name of ``fn`` in the report.
 
         Raises:
-            FitError: ``fn`` cannot be followed, or an argument is out of range; the module is unchanged.
+            FitError: ``fn`` cannot be fitted, or an argument is out of range; the module is unchanged.
+
+        Example:
+            >>> activation = hf_ortho.activations.Hermite(8)
+            >>> report = activation.fit("gelu")
+            >>> report.sup_error < 0.01
+            True
         """
         options = FitOptions(derivative_weight, domain, tails)
         source = Source.of(fn, name)
@@ -189,7 +204,7 @@ class LearnableActivation(nn.Module):
             options = dataclasses.replace(options, domain=self._domain_of_data(nodes, options.domain))
             nodes = density.nodes(source, options.domain)
         target = Target.of(source, nodes, options)
-        # Matrices this small lose a factor of 50 to a threaded BLAS on a busy machine.
+        # For matrices this small, a threaded BLAS can be 50 times slower on a busy machine.
         with threadpool_limits(limits=1, user_api="blas"):
             try:
                 values, note = self.fit_parameters(target)
@@ -217,7 +232,7 @@ class LearnableActivation(nn.Module):
         domain: tuple[float, float] | None = None,
         name: str | None = None,
     ) -> FitReport:
-        """How far f is from ``fn``, in the terms of ``fit``; ``domain`` is the one of a fit without tails.
+        """The errors of f against ``fn``, as ``fit`` reports them; ``domain`` is for a fit without tails.
 
         Raises:
             FitError: ``fn`` is unknown, or has no straight asymptotes.
@@ -230,15 +245,17 @@ class LearnableActivation(nn.Module):
         """The interval of a fit without tails: all data must lie in it."""
         if nodes.minimum is None or nodes.maximum is None:
             if domain is None:
-                raise FitError(f"{self.name} without tails needs calibration data or a domain: it is wrong outside")
+                raise FitError(
+                    f"{self.name} without tails needs calibration data or a domain: it is valid only on an interval"
+                )
             return domain
         if domain is None:
             domain = nodes.minimum, nodes.maximum
         if not domain[0] < domain[1]:
-            raise FitError(f"{self.name} without tails: all data are {domain[0]:g}; give a domain")
+            raise FitError(f"{self.name} without tails: all data equal {domain[0]:g}; give a domain")
         if nodes.minimum < domain[0] or nodes.maximum > domain[1]:
             raise FitError(
-                f"{self.name} without tails on {domain}: the data reach from {nodes.minimum:.4g} to {nodes.maximum:.4g}"
+                f"{self.name} without tails on {domain}: the data range from {nodes.minimum:.4g} to {nodes.maximum:.4g}"
             )
         return domain
 
@@ -268,7 +285,7 @@ class LearnableActivation(nn.Module):
     # ---- initialization, also through from_pretrained --------------------------------------------------------------
 
     def reset_parameters(self) -> None:
-        """Set the initial values again."""
+        """Reset all tensors to their initial values."""
         self._write_initial_values(lambda stored, value: stored.copy_(value))
 
     @torch.no_grad()
@@ -286,8 +303,8 @@ class LearnableActivation(nn.Module):
 
     @property
     def _is_hf_initialized(self) -> bool:
-        # PreTrainedModel._initialize_weights reads this flag of every module once the checkpoint is loaded, and knows
-        # no other way to initialize a class that is not its own: missing keys would stay uninitialized memory.
+        # PreTrainedModel._initialize_weights reads this flag of every module after the checkpoint is loaded. There is
+        # no other hook for classes unknown to the model: missing keys would remain uninitialized memory.
         if not self._initialized and not self.domain.is_meta:
             if not all(getattr(getattr(self, key), "_is_hf_initialized", False) for key in self._initial):
                 logger.warning_once(

@@ -1,4 +1,4 @@
-"""Families whose series is a polynomial, and that polynomial in three bases."""
+"""Families whose series is a polynomial, and the polynomial in three bases."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from .base import LearnableActivation
 class PolynomialForm:
     """One polynomial as three numpy.polynomial objects; each takes x in the units of the pre-activation.
 
-    Every coefficient is the exact rational one, rounded once to float64. High degrees cancel in monomials and in He_k:
+    Every coefficient is computed exactly and rounded once to float64. High degrees cancel in monomials and in He_k;
     ``chebyshev`` loses the fewest digits on its domain.
 
     Attributes:
-        monomial: sum_j a_j x^j. Its window is its domain, so that x is taken as it is.
-        hermite_e: sum_k b_k He_k(x), probabilists' Hermite polynomials (DLMF 18.3). Its window is its domain too.
+        monomial: sum_j a_j x^j. Window and domain are equal, so x is not rescaled.
+        hermite_e: sum_k b_k He_k(x), probabilists' Hermite polynomials (DLMF 18.3). Window and domain are equal.
         chebyshev: sum_k g_k T_k((2x - lo - hi)/(hi - lo)).
+
+    Example:
+        >>> square = hf_ortho.activations.Hermite(2)
+        >>> _ = square.coefficients.data.copy_(torch.tensor([1.0, 0.0, 2.0]))  # He_0 + 2 He_2/2! = x^2
+        >>> form = square.to_polynomial(domain=(-1.0, 1.0))
+        >>> form.monomial.coef.tolist(), form.chebyshev.coef.tolist()
+        ([0.0, 0.0, 1.0], [0.5, 0.0, 0.5])
     """
 
     monomial: Polynomial
@@ -39,7 +46,7 @@ class PolynomialForm:
 
     @property
     def degree(self) -> int:
-        """The degree of the highest coefficient that is not zero; 0 for a constant."""
+        """The degree of the highest non-zero coefficient; 0 for a constant."""
         return self.hermite_e.degree()
 
     @property
@@ -47,13 +54,13 @@ class PolynomialForm:
         """ceil(log2(degree)), 0 for degrees 0 and 1: the longest chain of products of two values that depend on x.
 
         A balanced tree of powers attains it (Paterson and Stockmeyer, SIAM J. Comput. 2, 1973, save products at about
-        the same depth). Products with constants are not counted; where a scheme spends a level on them, add those.
+        the same depth). Products with constants are not counted; add them if your scheme spends levels on them.
         """
         return max(self.degree - 1, 0).bit_length()
 
     @classmethod
     def of(cls, exact: np.ndarray, domain: tuple[float, float]) -> PolynomialForm:
-        """The forms of sum_j a_j x^j on [lo, hi], both finite, the a_j as ``exact_monomials`` gives them."""
+        """The forms of sum_j a_j x^j on a finite [lo, hi]; ``exact`` are the a_j of ``exact_monomials``."""
         lo, hi = (Fraction(float(v)) for v in domain)
         middle, half = (lo + hi) / 2, (hi - lo) / 2
         in_chebyshev = in_hermite = exact[-1:]
@@ -70,19 +77,21 @@ class PolynomialForm:
 
 
 def fractions_of(coefficients: Sequence[float]) -> np.ndarray:
-    """Numbers as Fractions in an object array.
+    """An object array of the numbers as Fractions.
 
     Raises:
         PolynomialError: one is NaN or infinite.
     """
     for k, c in enumerate(coefficients):
         if not math.isfinite(c):
-            raise PolynomialError(f"coefficient {k} is {c}: a polynomial needs finite coefficients, train or fit again")
+            raise PolynomialError(
+                f"coefficient {k} is {c}: a polynomial needs finite coefficients; retrain or refit it"
+            )
     return np.array([Fraction(c) for c in coefficients], dtype=object)
 
 
 class PolynomialActivation(LearnableActivation):
-    """A family whose series is a polynomial of degree n: it also gives ``exact_monomials``."""
+    """Base class of families whose series is a polynomial of degree n. A subclass also defines ``exact_monomials``."""
 
     def exact_monomials(self) -> np.ndarray:
         """a_0 ... a_d of S(x) = sum_j a_j x^j as Fractions in an object array, a_d not zero unless d = 0.
@@ -93,26 +102,25 @@ class PolynomialActivation(LearnableActivation):
         raise NotImplementedError
 
     def to_polynomial(self, domain: tuple[float, float] | None = None) -> PolynomialForm:
-        """S on [lo, hi] in monomials, He_k and Chebyshev polynomials; the tails are not part of it.
+        """S on [lo, hi] in monomials, He_k and Chebyshev polynomials, without the tails.
 
         Args:
-            domain: [lo, hi], finite and inside the module's own domain; that one if None.
+            domain: [lo, hi], finite and inside the domain of the module, which is the default.
 
         Raises:
-            PolynomialError: the interval is not finite, as for a module without tails unless ``domain`` is given, or
-                reaches beyond the module's domain, where the activation is a straight line; or a coefficient is not
-                finite.
+            PolynomialError: the interval is not finite (a module without tails needs ``domain``), it extends beyond
+                the module's domain, where the activation is a straight line, or a coefficient is not finite.
         """
-        own = self.domain.tolist()
-        lo, hi = map(float, own if domain is None else domain)
+        module_domain = self.domain.tolist()
+        lo, hi = map(float, module_domain if domain is None else domain)
         if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
             raise PolynomialError(
-                f"domain [{lo:g}, {hi:g}] of {self.name}: the polynomial needs a finite interval lo < hi, give one "
+                f"domain [{lo:g}, {hi:g}] of {self.name}: the polynomial needs a finite interval lo < hi; pass one "
                 "with to_polynomial(domain=(lo, hi))"
             )
-        if not own[0] <= lo < hi <= own[1]:
+        if not module_domain[0] <= lo < hi <= module_domain[1]:
             raise PolynomialError(
-                f"domain [{lo:g}, {hi:g}] of {self.name}: beyond its own domain [{own[0]:g}, {own[1]:g}] it is a "
-                "straight line, give an interval inside"
+                f"domain [{lo:g}, {hi:g}] of {self.name}: outside its domain [{module_domain[0]:g}, "
+                f"{module_domain[1]:g}] the activation is a straight line; give an interval inside"
             )
         return PolynomialForm.of(self.exact_monomials(), (lo, hi))

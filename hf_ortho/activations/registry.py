@@ -1,6 +1,6 @@
-"""Names and classes: ``FAMILIES`` is the one list of families, and importing the package registers all names.
+"""Names and classes: ``FAMILIES`` is the only list of families; importing ``hf_ortho`` registers all names.
 
-Names are known without torch; a class is imported when it is first asked for.
+Names are known without torch; classes are imported lazily.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_DEGREE = 32
 
 
 class _Families(Mapping[str, type["LearnableActivation"]]):
-    """Name of each family to its class, from the name to ``module:class``."""
+    """Mapping from the name of each family to its class, imported lazily from ``module:class``."""
 
     def __init__(self, places: dict[str, str]):
         self._places = places
@@ -50,10 +50,15 @@ FAMILIES = _Families(
 
 
 def parse(name: str) -> tuple[type[LearnableActivation], int]:
-    """``"hermite_8"`` to (Hermite, 8); the bare family name gives the default degree.
+    """Split a name into family class and degree. A family name without degree gives the default degree.
 
     Raises:
-        ActivationNameError: no such family, or a degree that is not an integer from 1 to 32.
+        ActivationNameError: the family is unknown, or the degree is not an integer from 1 to 32.
+
+    Example:
+        >>> cls, degree = hf_ortho.activations.parse("hermite_8")
+        >>> cls.family, degree
+        ('hermite', 8)
     """
     if name in FAMILIES:
         return FAMILIES[name], FAMILIES[name].default_degree
@@ -72,7 +77,7 @@ def parse(name: str) -> tuple[type[LearnableActivation], int]:
 
 
 def is_learnable(name: str) -> bool:
-    """Whether ``parse`` knows the name."""
+    """Whether ``parse`` accepts the name."""
     try:
         parse(name)
     except ActivationNameError:
@@ -81,7 +86,7 @@ def is_learnable(name: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raise ActivationNameError, which names the closest learnable activation, unless ``name`` is in ``ACT2FN``."""
+    """Raise ActivationNameError with the closest learnable activation unless ``name`` is in ``ACT2FN``."""
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
@@ -89,10 +94,14 @@ def check_name(name: str) -> None:
 
 
 def named(family: str, degree: str | int | None = None) -> str:
-    """``("hermite", 8)`` to ``"hermite_8"``; the family's default degree if None.
+    """The name of a family at a degree; None for the family's default degree.
 
     Raises:
-        ActivationNameError: as ``parse``.
+        ActivationNameError: as for ``parse``.
+
+    Example:
+        >>> hf_ortho.activations.named("hermite", 4), hf_ortho.activations.named("hermite")
+        ('hermite_4', 'hermite_8')
     """
     if degree is None:
         cls, default = parse(family)
@@ -108,15 +117,26 @@ def named(family: str, degree: str | int | None = None) -> str:
 
 
 def build(name: str, init: str = "paper") -> LearnableActivation:
-    """A new activation by its name, for example ``build("fourier_6", init="unit")``."""
+    """Create an activation by its name.
+
+    Example:
+        >>> hf_ortho.activations.build("fourier_6", init="unit")
+        Fourier(degree=6, domain=[-inf, inf], tail_slopes=[0, 0])
+    """
     cls, degree = parse(name)
     return cls(degree, init=init)
 
 
 def register() -> None:
-    """Put every family at every degree, and the bare family names, into ``ACT2FN`` and ``ACT2CLS``.
+    """Add every family name, with and without a degree, to ``ACT2FN`` and ``ACT2CLS``.
 
-    The entries take no arguments: some models call ``ACT2CLS[name]()``, where transformers' (class, kwargs) fails.
+    The entries take no arguments: some models call ``ACT2CLS[name]()``, which fails for (class, kwargs) entries.
+
+    Example:
+        >>> from transformers.activations import ACT2FN
+        >>> hf_ortho.activations.register()  # import hf_ortho does this too
+        >>> ACT2FN["tropical_4"].name
+        'tropical_4'
     """
     from transformers.activations import ACT2CLS, ACT2FN
 

@@ -1,1 +1,1 @@
-"""Read, verify and write checkpoints and adapters with learnable activations; nothing is fitted here."""
+"""Read, verify and write checkpoints and adapters with learnable activations, without fitting."""

@@ -1,4 +1,4 @@
-"""Read the learnable activations of a saved checkpoint, and nothing else of it."""
+"""Read only the learnable activations of a saved checkpoint."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .load import check_place
 from .provenance import Provenance
 from .revision import model_commit
 
-SHARED = ("domain", "tail_slopes")  # the tensors that every family has
+SHARED = ("domain", "tail_slopes")  # the tensors common to all families
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredActivations:
-    """What a checkpoint says of its activations.
+    """The learnable activations of a checkpoint.
 
     Attributes:
         modules: the activations by the path of their tensors, in the order of the layers.
-        provenance: what its config records of them, empty if it records nothing.
+        provenance: the provenance recorded in the config; may be empty.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
     """
 
@@ -42,11 +42,11 @@ class StoredActivations:
 def load_activations(name: str, *, revision: str | None = None) -> StoredActivations:
     """Read the config and the activations' tensors of a folder or a Hub model; no other weights are loaded.
 
-    Of an adapter of peft those that it holds, whatever its base model has.
+    For a peft adapter, only the activations in the adapter are read, not those of its base model.
 
     Raises:
-        CheckpointError: there is no checkpoint with safetensors weights, or its activations are not of a known family.
-        ConfigError: it has no learnable activations.
+        CheckpointError: there is no checkpoint with safetensors weights, or a family is unknown.
+        ConfigError: the checkpoint has no learnable activations.
     """
     check_place(name)
     try:
@@ -79,22 +79,22 @@ def _of_adapter(
 ) -> tuple[dict, Provenance, dict[str, dict[str, Tensor]]]:
     """The config that names the activations of an adapter, their provenance and their tensors."""
     tensors = adapter_tensors(name, adapter, revision)
-    tensors = {path: found for path, found in tensors.items() if all(key in found for key in SHARED)}
+    tensors = {path: by_key for path, by_key in tensors.items() if all(key in by_key for key in SHARED)}
     base = adapter["base_model_name_or_path"]
     if "activation" in adapter:
         provenance = Provenance.of_adapter(adapter, f"{ADAPTER_CONFIG} of {name}")
         return {"activation": adapter["activation"]}, provenance, tensors
     config = json_object(_file(base, CONFIG_NAME, base_revision(adapter), needed=True)) if tensors else {}
-    return config, Provenance.of(config, base), tensors  # the base model is the converted one
+    return config, Provenance.of(config, base), tensors  # an adapter of a converted base model
 
 
 def _file(name: str, file: str, revision: str | None, needed: bool = False) -> str:
-    """Where a file of a model is; empty if there is none and it is not needed."""
+    """The local path of a file of a model; empty if it is missing and not needed."""
     return str(cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=needed) or "")
 
 
 def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each activation, by its path and their own names."""
+    """The tensors of each activation, by its path and the tensor's name in it."""
     if index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
         places = weights.weight_map(index)
     elif single := _file(name, SAFE_WEIGHTS_NAME, revision):
@@ -102,12 +102,12 @@ def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
     else:
         raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     paths = {path for path in map(_parent, places) if all(_join(path, key) in places for key in SHARED)}
-    wanted = defaultdict(list)
+    keys_by_file = defaultdict(list)
     for key, file in places.items():
         if _parent(key) in paths:
-            wanted[file].append(key)
+            keys_by_file[file].append(key)
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for file, keys in wanted.items():
+    for file, keys in keys_by_file.items():
         for key, value in weights.tensors(_file(name, file, revision, needed=True), keys).items():
             tensors[_parent(key)][key.rpartition(".")[2]] = value
     return tensors
@@ -122,12 +122,12 @@ def _join(path: str, key: str) -> str:
 
 
 def _natural(path: str) -> list[tuple[bool, int, str]]:
-    """Sort h.2 before h.10."""
+    """A sort key that puts h.2 before h.10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
 
 def _names(config: Any) -> Iterator[tuple[str, int]]:
-    """(family, degree) of each learnable activation that a field of the config names, also behind a ``gated-``."""
+    """(family, degree) of each learnable activation named in the config, also after a prefix such as ``gated-``."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key != "hf_ortho":
@@ -148,21 +148,21 @@ def _at(config: Any, field: str) -> Any:
 
 @functools.cache
 def _shapes(family: str, degree: int) -> dict[str, tuple[int, ...]]:
-    own = FAMILIES[family].initial_parameters(degree, "paper")
-    lengths = {key: len(values) for key, values in own.items()} | dict.fromkeys(SHARED, 2)
+    parameters = FAMILIES[family].initial_parameters(degree, "paper")
+    lengths = {key: len(values) for key, values in parameters.items()} | dict.fromkeys(SHARED, 2)
     return {key: (length,) for key, length in lengths.items()}
 
 
 def _build(named: list[list[tuple[str, int]]], shapes: dict[str, tuple[int, ...]], where: str) -> LearnableActivation:
-    """The activation with tensors of these names and shapes: the one that the config names, else the only one."""
+    """The activation with tensors of these names and shapes: the one named in the config, or the only match."""
     everything = [(family, degree) for family in FAMILIES for degree in range(1, MAX_DEGREE + 1)]
-    for known in (*named, everything):
-        fitting = sorted({entry for entry in known if _shapes(*entry) == shapes})
-        if len(fitting) == 1:
-            family, degree = fitting[0]
+    for candidates in (*named, everything):
+        matches = sorted({entry for entry in candidates if _shapes(*entry) == shapes})
+        if len(matches) == 1:
+            family, degree = matches[0]
             return FAMILIES[family](degree)
-        if fitting:
-            names = " or ".join(f"{family}_{degree}" for family, degree in fitting)
-            raise CheckpointError(f"the tensors of {where} could be {names}: the config does not tell which")
-    found = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
-    raise CheckpointError(f"the tensors of {where} ({found}) are not those of any of {', '.join(FAMILIES)}")
+        if matches:
+            names = " or ".join(f"{family}_{degree}" for family, degree in matches)
+            raise CheckpointError(f"the tensors of {where} match {names}: the config does not say which one it is")
+    listing = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
+    raise CheckpointError(f"the tensors of {where} ({listing}) match none of the families {', '.join(FAMILIES)}")

@@ -1,4 +1,4 @@
-"""Adapters of peft in the place of a checkpoint: their config, and their activations."""
+"""Read peft adapters: their config and their activations."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..files import explain, json_object
 from . import weights
 from .provenance import LayerProvenance, Provenance
 
-LABELS = "labels.json"  # the classes of a head that the base model does not have
-ATTRIBUTE = "hf_ortho_act"  # of a layer of the base model, which holds its activations by the adapters' names
-PREFIX, SUFFIX = "base_model.model.", f".{ATTRIBUTE}"  # around the path of a module in the names of its tensors
+LABELS = "labels.json"  # the classes of a new head
+ATTRIBUTE = "hf_ortho_act"  # attribute of an OrthoLayer with the activations by adapter name
+PREFIX, SUFFIX = "base_model.model.", f".{ATTRIBUTE}"  # around a module's path in the names of its tensors
 
 
 def adapter_config(name: str, revision: str | None) -> dict | None:
     """``adapter_config.json`` of a folder or a Hub repository; None if it is not an adapter.
 
     Raises:
-        CheckpointError: it cannot be read, is not a configuration of peft, does not name its base model, or holds
-            something else than hf_ortho writes.
+        CheckpointError: the file cannot be read, is not a peft config, does not name its base model, or has an invalid
+            value.
     """
     lenient = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
     try:
@@ -35,24 +35,24 @@ def adapter_config(name: str, revision: str | None) -> dict | None:
         return None
     config = json_object(file)
     if "peft_type" not in config:
-        raise CheckpointError(f"{name}: its {ADAPTER_CONFIG} is not one of peft's: it has no peft_type")
+        raise CheckpointError(f"{name}: {ADAPTER_CONFIG} is not a peft config: it has no peft_type")
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise CheckpointError(f"{name} is an adapter that does not name its base model (base_model_name_or_path)")
     where = f"{ADAPTER_CONFIG} of {name}"
     Provenance.of_adapter(config, where)
     if not isinstance(at := config.get("revision"), str | None):
-        raise CheckpointError(f"{where}: revision is {at!r:.80}, where text is expected")
+        raise CheckpointError(f"{where}: revision is {at!r:.80}; expected text")
     return config
 
 
 def base_revision(config: dict) -> str | None:
-    """The revision of the base model that an adapter was made for, as far as it is known."""
+    """The revision of the base model that an adapter was made for, if known."""
     return config.get("base_commit") or config.get("revision")
 
 
 def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:
-    """The classes of an adapter with a head of its own, None for others."""
+    """The classes of an adapter with a new head, otherwise None."""
     file = cached_file(name, LABELS, revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
@@ -60,14 +60,14 @@ def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:
 
 
 def fixed_tensors(layer: LayerProvenance) -> dict[str, Tensor]:
-    """Domain and tail slopes of an activation, which the config of an adapter holds."""
+    """Domain and tail slopes of an activation, which an adapter stores in its config."""
     return {"domain": tensor(layer.domain), "tail_slopes": tensor(layer.tail_slopes)}
 
 
 def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[str, dict[str, Tensor]]:
     """The tensors of an adapter by the path of their module in the base model.
 
-    Those of an ``OrthoConfig`` adapter get the domain and the slopes of the tails, which its config holds.
+    For an ``OrthoConfig`` adapter they include the domain and the tail slopes from its config.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.tensors(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision))).items():
@@ -75,6 +75,6 @@ def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[st
         tensors.setdefault(path.removesuffix(SUFFIX), {})[leaf] = value
     for layer in Provenance.of_adapter(config, f"{ADAPTER_CONFIG} of {name}").layers:
         if layer.module not in tensors:
-            raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} lacks {layer.module}")
+            raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} has no tensors for {layer.module}")
         tensors[layer.module] |= fixed_tensors(layer)
     return tensors

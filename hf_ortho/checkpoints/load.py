@@ -1,4 +1,4 @@
-"""Load a checkpoint with its head and its processor; save one."""
+"""Load and save checkpoints with their head and processor."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A model with what belongs to it.
+    """A model with its processors.
 
     Attributes:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
-        new_head: name of a head with new weights, for the classes of a dataset; empty if there is none.
-        merged: whether the model came out of an adapter.
+        new_head: name of a head with new weights for the classes of a dataset; empty without one.
+        merged: whether the model is a merged adapter.
     """
 
     model: PreTrainedModel
@@ -52,12 +52,12 @@ class Checkpoint:
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", **overrides) -> Checkpoint:
-    """Load a folder or a Hub model in the class that its config names, so that heads are kept.
+    """Load a folder or a Hub model with the class named in its config, which keeps its head.
 
-    An adapter of peft is merged into its base model.
+    A peft adapter is merged into its base model.
 
     Args:
-        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (the dtype of the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
         overrides: passed to the config, for example ``num_labels``.
 
     Raises:
@@ -75,8 +75,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
         cls = getattr(transformers, architecture, None)
         if cls is None:
             raise CheckpointError(
-                f"the config of {name} names the class {architecture or 'none'!r} under architectures, which "
-                f"transformers {transformers.__version__} does not have"
+                f"the config of {name} names the class {architecture or 'none'!r} under architectures, but "
+                f"transformers {transformers.__version__} has no such class"
             )
         model = cls.from_pretrained(name, revision=revision, dtype=dtype, **overrides)
         tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, revision)
@@ -84,11 +84,11 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:400] or explain(error)
-        raise CheckpointError(f"{name} cannot be loaded: {said}") from error
+        reason = " ".join(str(error).split())[:400] or explain(error)
+        raise CheckpointError(f"{name} cannot be loaded: {reason}") from error
     model.eval()
-    model.config._commit_hash = commit  # for the provenance; transformers does not keep it, nor write it
-    vars(model.config).pop("auto_map", None)  # it refers to a file that is not loaded, and so not saved again
+    model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
+    vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
     return Checkpoint(model, tokenizer, images, commit)
 
 
@@ -103,52 +103,50 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
     try:
         check_place(base)
         if adapter_config(base, at) is not None:
-            raise CheckpointError(f"{base} is an adapter too; save that one merged, and name the result")
-        found = load_checkpoint(base, revision=at, dtype=dtype, **overrides)
+            raise CheckpointError(f"{base} is an adapter too; save it merged, and use the merged model as the base")
+        loaded = load_checkpoint(base, revision=at, dtype=dtype, **overrides)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        wrapped = PeftModel.from_pretrained(found.model, name, revision=commit or revision)
+        wrapped = PeftModel.from_pretrained(loaded.model, name, revision=commit or revision)
         if not hasattr(wrapped.base_model, "merge_and_unload"):
-            raise CheckpointError(f"{name} is an adapter of peft's {adapter['peft_type']}, which cannot be merged")
+            raise CheckpointError(f"{name} is a peft adapter of type {adapter['peft_type']}, which cannot be merged")
         model: Any = wrapped.merge_and_unload(safe_merge=True)
-    if missing := next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None):
+    if missing := next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None):
         raise CheckpointError(f"{name} is incomplete: {missing}")
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    return dataclasses.replace(found, model=model.eval(), commit=commit, merged=True)
+    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True)
 
 
 def check_place(name: str) -> None:
-    """Raise CheckpointError for a folder without a config, or a path that is neither there nor a Hub name."""
+    """Raise CheckpointError for a folder without a config, or a path that does not exist and is not a Hub name."""
     path = Path(name)
     configs = (path / CONFIG_NAME, path / ADAPTER_CONFIG)
     if path.is_file() or (path.is_dir() and not any(file.is_file() for file in configs)):
-        raise CheckpointError(
-            f"{name} is not a checkpoint: a folder with config.json and safetensors weights is expected"
-        )
+        raise CheckpointError(f"{name} is not a checkpoint: expected a folder with config.json and safetensors weights")
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist")
 
 
 def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) -> Any | None:
-    """The tokenizer or image processor, None if the checkpoint comes without one."""
+    """The tokenizer or image processor; None if the checkpoint has none."""
     present = (cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False) for f in files)
     if not any(present):
         return None
     try:
         return auto.from_pretrained(name, revision=revision)
     except ImportError as error:
-        raise CheckpointError(f"the processor of {name} needs a package: {explain(error)}") from error
+        raise CheckpointError(f"the processor of {name} needs a missing package: {explain(error)}") from error
     except (OSError, ValueError):
         if auto is AutoTokenizer:
             raise
-        return None  # the file describes another kind, such as an audio feature extractor
+        return None  # the file describes another kind of processor, such as an audio feature extractor
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
-    """Write the model (``state_dict`` for its tensors), its config and its processors into ``folder``, which exists."""
+    """Write the model (with the tensors of ``state_dict``), its config and its processors to an existing folder."""
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
     if checkpoint.new_head and hasattr(checkpoint.model, "peft_config"):
         labels = json.dumps(checkpoint.model.config.id2label, indent=1)

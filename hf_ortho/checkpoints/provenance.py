@@ -1,4 +1,4 @@
-"""Where the activations of a model come from: the entry ``hf_ortho`` of its config, or the config of an adapter."""
+"""The origin of a model's activations: the entry ``hf_ortho`` of its config, or the config of an adapter."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PACKAGES = ("hf_ortho", "torch", "transformers")
 
 @dataclasses.dataclass(frozen=True)
 class LayerProvenance:
-    """What is recorded of one activation, besides its parameters; None where it is not known.
+    """The record of one activation, in addition to its parameters. Unknown values are None.
 
     Attributes:
         module: its path in the model.
         field: the config field that drives it.
-        source: the name in ``ACT2FN`` of the activation that the model came with.
-        fitted_to: the name of what it was fitted to, which after a second conversion is another than ``source``.
+        source: the name in ``ACT2FN`` of the original activation of the model.
+        fitted_to: the name of the activation it was fitted to; differs from ``source`` after a second conversion.
         domain: the interval [lo, hi] of the fit, whose ends may be infinite.
-        tail_slopes: the slopes outside of it; only for an adapter, whose weights do not hold them.
+        tail_slopes: the slopes outside the domain; only for an adapter, whose weights do not contain them.
         sup_error, rms_error, mass_outside: of the fit, as in ``FitReport``.
     """
 
@@ -44,50 +44,50 @@ class LayerProvenance:
 
     @classmethod
     def of_fit(cls, module: str, field: str, fit: FitReport, *, tail_slopes: bool = False) -> LayerProvenance:
-        """What is recorded of a fit, with its tail slopes if asked for."""
+        """The record of a fit, with its tail slopes if requested."""
         slopes = fit.tail_slopes if tail_slopes else None
         errors = (fit.sup_error, fit.rms_error, fit.mass_outside)
         return cls(module, field, None, fit.source, fit.domain, slopes, *errors)
 
     @classmethod
     def from_dict(cls, plain: Any, where: str) -> LayerProvenance:
-        """What ``to_dict`` gave; further keys are ignored.
+        """The inverse of ``to_dict``; ignores other keys.
 
         Raises:
-            CheckpointError: a value is not what ``to_dict`` gives; ``where`` and its key are named.
+            CheckpointError: a value has the wrong type; the message names ``where`` and the key.
         """
         if not isinstance(plain, dict):
             raise _unexpected(where, plain, "a dictionary")
-        found: dict[str, Any] = {key: _text(plain, key, where) for key in ("module", "field", "source", "fitted_to")}
-        found |= {key: _number(plain.get(key), where, key) for key in ("sup_error", "rms_error", "mass_outside")}
-        if found["module"] is None:
-            raise CheckpointError(f"{where}: module is missing, the path of an activation")
+        values: dict[str, Any] = {key: _text(plain, key, where) for key in ("module", "field", "source", "fitted_to")}
+        values |= {key: _number(plain.get(key), where, key) for key in ("sup_error", "rms_error", "mass_outside")}
+        if values["module"] is None:
+            raise CheckpointError(f"{where}: module is missing; expected the path of an activation")
         if (ends := plain.get("domain")) is not None:
-            found["domain"] = interval(_pair(ends, where, "domain", "two finite numbers, or null for no bound"))
+            values["domain"] = interval(_pair(ends, where, "domain", "two finite numbers, or null for no bound"))
         if (slopes := plain.get("tail_slopes")) is not None:
-            found["tail_slopes"] = _pair(slopes, where, "tail_slopes", "two finite numbers")
+            values["tail_slopes"] = _pair(slopes, where, "tail_slopes", "two finite numbers")
             if None in slopes:
                 raise _unexpected(f"{where}: tail_slopes", slopes, "two finite numbers")
-        return cls(**found)
+        return cls(**values)
 
     def to_dict(self) -> dict:
-        """Plain JSON values of what is known; an infinite end of the domain is None."""
+        """The known values as JSON values; an infinite end of the domain is None."""
         return json_values({key: value for key, value in vars(self).items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """How a model came by its learnable activations; empty if nothing is recorded.
+    """The origin of a model's learnable activations; empty if nothing is recorded.
 
     Attributes:
         activation: their names, for example ``hermite_8``, or ``hermite_8, hermite_9``.
         calibrated: whether the fits were weighted by data.
-        init: what they started from in a training from scratch: ``paper``, ``unit``, or a name in ``ACT2FN``; None
-            for a pretrained model.
+        init: the initialization of a training from scratch: ``paper``, ``unit``, or a name in ``ACT2FN``; None for a
+            pretrained model.
         layers: one entry per converted activation.
-        source_activations: the values of the driving fields in the config of the source model; empty if there is none.
+        source_activations: the values of the driving fields in the config of the source model; may be empty.
         source_model, source_revision: the name of the source model, and its commit on the Hub.
-        tails: whether they are straight lines outside their domains, None if that is not recorded.
+        tails: whether the activations are straight lines outside their domains; None if not recorded.
         versions: of the packages that made the fits.
     """
 
@@ -103,10 +103,10 @@ class Provenance:
 
     @classmethod
     def of(cls, config: Any, name: str = "") -> Provenance:
-        """Of the model with this config, an object or a dictionary; ``name`` is the model's for an error.
+        """The provenance in a config, an object or a dictionary; errors name the model ``name``.
 
         Raises:
-            CheckpointError: the entry ``hf_ortho`` is not what ``to_dict`` gives.
+            CheckpointError: the entry ``hf_ortho`` is invalid.
         """
         plain = config.get("hf_ortho") if isinstance(config, Mapping) else getattr(config, "hf_ortho", None)
         name = name or getattr(config, "_name_or_path", "") or type(config).__name__
@@ -114,19 +114,19 @@ class Provenance:
 
     @classmethod
     def of_adapter(cls, config: Mapping[str, Any], where: str) -> Provenance:
-        """Of the activations in an adapter with this ``adapter_config.json``, which always have tails.
+        """The provenance in an ``adapter_config.json``; the activations of an adapter always have tails.
 
         Raises:
-            CheckpointError: a value is not what an ``OrthoConfig`` holds; ``where`` and its key are named.
+            CheckpointError: a value is invalid for an ``OrthoConfig``; the message names ``where`` and the key.
         """
         plain = {key: config.get(key) for key in ("activation", "calibrated", "layers", "source_activations")}
-        found = cls.from_dict({**plain, "tails": True}, where)
-        for i, layer in enumerate(found.layers):
+        provenance = cls.from_dict({**plain, "tails": True}, where)
+        for i, layer in enumerate(provenance.layers):
             if layer.domain is None or layer.tail_slopes is None:
                 missing = "domain" if layer.domain is None else "tail_slopes"
                 raise CheckpointError(f"{where}: layers[{i}]: {missing} is missing")
         base, commit = (_text(config, key, where) for key in ("base_model_name_or_path", "base_commit"))
-        return dataclasses.replace(found, source_model=base, source_revision=commit)
+        return dataclasses.replace(provenance, source_model=base, source_revision=commit)
 
     @classmethod
     def of_conversion(
@@ -139,11 +139,11 @@ class Provenance:
         calibrated: bool,
         tails: bool,
     ) -> Provenance:
-        """Of a model whose ``layers`` have just been converted; what an earlier conversion replaced is kept.
+        """The provenance of a model whose ``layers`` were just converted; keeps the sources of earlier conversions.
 
         Args:
-            config: of the model, with the provenance before.
-            sources: the values of the driving fields before, prefix included.
+            config: the model's config, with the previous provenance.
+            sources: the previous values of the driving fields, prefix included.
         """
         earlier = cls.of(config)
         sources = {**sources, **earlier.source_activations}
@@ -168,39 +168,39 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, plain: Any, where: str) -> Provenance:
-        """What ``to_dict`` gave; further keys are ignored.
+        """The inverse of ``to_dict``; ignores other keys.
 
         Raises:
-            CheckpointError: a value is not what ``to_dict`` gives; ``where`` and its key are named.
+            CheckpointError: a value has the wrong type; the message names ``where`` and the key.
         """
         if not isinstance(plain, dict):
             raise _unexpected(where, plain, "a dictionary")
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             key: _text(plain, key, where) for key in ("activation", "init", "source_model", "source_revision")
         }
         for key in ("calibrated", "tails"):
             if (value := plain.get(key)) is not None:
                 if not isinstance(value, bool):
                     raise _unexpected(f"{where}: {key}", value, "true or false")
-                found[key] = value
+                values[key] = value
         for key in ("source_activations", "versions"):
             value = {} if plain.get(key) is None else plain[key]
             if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-                raise _unexpected(f"{where}: {key}", value, "a dictionary of texts")
-            found[key] = value
+                raise _unexpected(f"{where}: {key}", value, "a dictionary of strings")
+            values[key] = value
         layers = [] if plain.get("layers") is None else plain["layers"]
         if not isinstance(layers, list):
             raise _unexpected(f"{where}: layers", layers, "a list")
-        found["layers"] = tuple(
+        values["layers"] = tuple(
             LayerProvenance.from_dict(layer, f"{where}: layers[{i}]") for i, layer in enumerate(layers)
         )
-        return cls(**found)
+        return cls(**values)
 
     def to_dict(self) -> dict:
-        """The entry ``hf_ortho`` of a config: plain JSON values, in the order in which transformers writes them."""
+        """The entry ``hf_ortho`` of a config as JSON values, sorted by key as transformers writes them."""
         plain: dict[str, Any] = {"activation": self.activation, "init": self.init, "versions": dict(self.versions)}
         plain = {key: value for key, value in plain.items() if value}
-        if self.source_activations or self.layers:  # there was a conversion
+        if self.source_activations or self.layers:  # the model was converted
             plain |= {key: getattr(self, key) for key in ("calibrated", "source_model", "source_revision")}
             plain |= {"source_activations": dict(self.source_activations), "tails": self.has_tails}
             plain["layers"] = [layer.to_dict() for layer in self.layers]
@@ -208,7 +208,7 @@ class Provenance:
 
     @property
     def has_tails(self) -> bool:
-        """Whether the activations are straight lines outside their domains; a series that was not fitted is not."""
+        """Whether the activations are straight lines outside their domains. Paper and unit initializations are not."""
         return self.init not in INITIALIZATIONS if self.tails is None else self.tails
 
     @property
@@ -217,16 +217,16 @@ class Provenance:
         return ["hf_ortho", "learnable-activations", *families_in(self.activation or "")]
 
     def layer(self, module: str) -> LayerProvenance:
-        """What is recorded of the activation at a path."""
+        """The record of the activation at a path."""
         return next((layer for layer in self.layers if layer.module == module), LayerProvenance(module))
 
     def pure_domain(self, module: str) -> tuple[float, float] | None:
-        """The interval that an activation without tails was fitted on, None for others."""
+        """The interval on which an activation without tails was fitted, otherwise None."""
         domain = self.layer(module).domain
         return None if self.has_tails or domain is None or not all(map(math.isfinite, domain)) else domain
 
     def source_names(self, modules: Iterable[str]) -> dict[str, str | None]:
-        """The name in ``ACT2FN`` of what each module replaced: as recorded for it, else the one that all share."""
+        """The name in ``ACT2FN`` of each module's source: as recorded for the module, or common to all fields."""
         fields = {field: value.rpartition("-")[2] for field, value in self.source_activations.items()}
         common = next(iter(fields.values())) if len(set(fields.values())) == 1 else None
         layers = {module: self.layer(module) for module in modules}
@@ -234,13 +234,13 @@ class Provenance:
 
 
 def families_in(activation: str) -> list[str]:
-    """The families in a text such as ``hermite_8, hermite_9``, each once."""
+    """The distinct families in a string such as ``hermite_8, hermite_9``."""
     names = activation.split(", ") if activation else []
     return list(dict.fromkeys(activations.parse(name)[0].family for name in names))
 
 
 def _unexpected(where: str, value: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"{where} is {value!r:.80}, where {expected} is expected")
+    return CheckpointError(f"{where} is {value!r:.80}; expected {expected}")
 
 
 def _text(plain: Mapping[str, Any], key: str, where: str) -> str | None:

@@ -17,15 +17,15 @@ from ..errors import OutputError
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """Small seeded inputs of the kinds that the model takes, None if none is found with which it runs."""
+    """Small seeded inputs that the model accepts; None if no known kind of input works."""
     made = {"input_ids": _token_ids(model.config), "pixel_values": _pixels(model.config)}
-    taken = inspect.signature(model.forward).parameters
-    known = {name: value for name, value in made.items() if value is not None and name in taken}
+    accepted = inspect.signature(model.forward).parameters
+    known = {name: value for name, value in made.items() if value is not None and name in accepted}
     main = model.main_input_name
     for names in (known, [main], [name for name in known if name != main]):
         inputs = {name: known[name] for name in names if name in known}
         if inputs:
-            with contextlib.suppress(Exception):  # foreign code may want anything else
+            with contextlib.suppress(Exception):  # the model may need other inputs
                 outputs(model, inputs)
                 return inputs
     return None
@@ -50,7 +50,7 @@ def _pixels(config: PreTrainedConfig) -> Tensor | None:
 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, inputs: dict[str, Tensor] | None) -> list[Tensor]:
-    """All tensors that the model returns for ``inputs`` in evaluation mode, on the CPU; none without inputs."""
+    """All tensors that the model returns for ``inputs`` in evaluation mode, on the CPU; empty if ``inputs`` is None."""
     if inputs is None:
         return []
     inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
@@ -63,9 +63,9 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor] | None) -> list[Te
 
 @contextlib.contextmanager
 def evaluating(model: PreTrainedModel):
-    """Evaluation mode; afterwards modes and config are as before."""
+    """Put the model in evaluation mode; afterwards restore modes and config."""
     modes = [(module, module.training) for module in model.modules()]
-    settings = dict(vars(model.config))  # a classifier notes its problem_type there when it first sees labels
+    settings = dict(vars(model.config))  # a classifier stores its problem_type there when it first sees labels
     model.eval()
     try:
         yield
@@ -78,21 +78,21 @@ def evaluating(model: PreTrainedModel):
 
 @contextlib.contextmanager
 def _aligned(model: PreTrainedModel) -> Iterator[None]:
-    """Give each module a copy of its own tensors while it runs, one module at a time.
+    """Run each module with aligned copies of its tensors, one module at a time.
 
     safetensors maps tensors at any offset in a file, and a product with unaligned memory may round differently.
     """
     mapped: dict[int, Tensor] = {}
 
-    def own(module):
+    def tensors_of(module):
         return (*module.parameters(recurse=False), *module.buffers(recurse=False))
 
     def copy(module, args):
-        for tensor in own(module):
+        for tensor in tensors_of(module):
             mapped[id(tensor)], tensor.data = tensor.data, tensor.data.clone()
 
     def restore(module, args, output):
-        for tensor in own(module):
+        for tensor in tensors_of(module):
             tensor.data = mapped.pop(id(tensor))
 
     handles = [module.register_forward_pre_hook(copy) for module in model.modules()]
@@ -105,7 +105,7 @@ def _aligned(model: PreTrainedModel) -> Iterator[None]:
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """A digest of every tensor of the state dict, so that two models can be compared one after the other in memory."""
+    """A digest of every tensor of the state dict, to compare two models without holding both in memory."""
 
     def digest(tensor: Tensor) -> str:
         raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -123,18 +123,18 @@ def verify_reload(
 ) -> bool:
     """Load ``folder`` with plain ``from_pretrained``: all tensors must be bit-equal, and the outputs close.
 
-    Returns whether the outputs are bit-equal too, which BLAS does not promise: tensors mapped from a file may be
-    aligned otherwise than those in memory.
+    Returns whether the outputs are bit-equal too. BLAS does not guarantee it: tensors mapped from a file may have
+    another alignment than tensors in memory.
 
     Raises:
         OutputError: a tensor or an output differs.
     """
     reloaded = model_class.from_pretrained(folder, dtype="auto")
-    found = outputs(reloaded, inputs)
-    close = len(found) == len(expected) and all(
+    actual = outputs(reloaded, inputs)
+    close = len(actual) == len(expected) and all(
         torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1), equal_nan=True)
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(actual, expected, strict=True)
     )
     if fingerprint(reloaded) != tensors or not close:
         raise OutputError(f"the model saved in {folder} does not reload to the same tensors and outputs")
-    return all(map(torch.equal, found, expected))
+    return all(map(torch.equal, actual, expected))

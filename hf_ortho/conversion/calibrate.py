@@ -1,4 +1,4 @@
-"""Run a model over calibration batches: histograms of pre-activations, the mean loss, sample outputs."""
+"""Run a model over calibration batches: histograms of pre-activations, mean loss, sample outputs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..processes import collective_device, several_processes, sum_over_processes
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What the source model does on the calibration batches, to compare the converted model with.
+    """Results of the source model on the calibration batches, for comparison with the converted model.
 
     Attributes:
-        batches: as given, None without calibration.
-        histograms: the pre-activations of each module that had any, by path.
+        batches: the calibration batches, or None.
+        histograms: the pre-activations of each module that was used, by path.
         loss: the mean loss, None without labels.
-        first: the first batch, or nothing in a process without batches.
+        first: the first batch; empty in a process without batches.
         reference: the output on the first samples in float32.
-        noise_floor: relative error of the model's own dtype there; None for float32.
+        noise_floor: relative error of the same output in the model's dtype; None for float32.
     """
 
     batches: Iterable | None = None
@@ -58,42 +58,48 @@ class Calibration:
             return _relative(main_output(model, self.first[0], sample=True), self.reference)
 
     def loss_of(self, model: PreTrainedModel) -> float | None:
-        """The mean loss of ``model``; None without labels, or if the batches cannot be read again."""
+        """The mean loss of ``model``; None without labels, or if the batches can be read only once."""
         if self.batches is None or self.loss is None or not readable_again(self.batches):
             return None
         return mean_loss(model, (batch for batch in self.batches if has_labels(model, batch)))
 
 
 def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
-    """The output of the source model in float32; and, below float32, how far the model itself is from that."""
+    """The output of the source model in float32. For a lower precision, also the model's error relative to it."""
     with torch.no_grad():
-        own = main_output(model, batch, sample=True)
+        output = main_output(model, batch, sample=True)
     if torch.finfo(model.dtype).bits >= 32:
-        return own, None
+        return output, None
     try:
         with torch.no_grad():
             exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
     except torch.OutOfMemoryError:
-        return own, None
-    return exact, _relative(own, exact)
+        return output, None
+    return exact, _relative(output, exact)
 
 
-def _relative(found: Tensor, expected: Tensor) -> float | None:
-    """|found - expected| / |expected|, in the Euclidean norm over all elements; None if that is not a finite number."""
-    ratio = torch.linalg.vector_norm((found - expected).double()) / torch.linalg.vector_norm(expected.double())
+def _relative(actual: Tensor, expected: Tensor) -> float | None:
+    """|actual - expected| / |expected|, in the Euclidean norm over all elements; None if not finite."""
+    ratio = torch.linalg.vector_norm((actual - expected).double()) / torch.linalg.vector_norm(expected.double())
     return float(ratio) if torch.isfinite(ratio) else None
 
 
 def collect(
     model: PreTrainedModel, modules: Iterable[str], batches: Iterable
 ) -> tuple[dict[str, Histogram], float | None]:
-    """Run ``model`` over ``batches``; histograms of the inputs of those ``modules`` that had any, and the mean loss if
-    labels came.
+    """Run ``model`` over ``batches``. Returns histograms of the inputs of ``modules`` by path (without modules that had
+    no input), and the mean loss, None without labels.
 
-    Under ``torch.distributed`` each process gives its own batches and gets the sums over all.
+    Under ``torch.distributed`` each process passes its own batches and gets the sums over all processes.
 
     Raises:
-        CalibrationError: no batches, a batch that the model does not take, or non-finite pre-activations.
+        CalibrationError: there are no batches, the model rejects a batch, or pre-activations are not finite.
+
+    Example:
+        >>> from hf_ortho.conversion import collect
+        >>> histograms, loss = collect(model, ["transformer.h.0.mlp.act"], [{"input_ids": torch.arange(8)[None]}])
+        >>> int(histograms["transformer.h.0.mlp.act"].counts.sum()) == 8 * 4 * 16, loss
+        (True, None)
     """
     histograms = {name: Histogram() for name in modules}
     mask: Tensor | None = None
@@ -122,7 +128,7 @@ def collect(
 
 
 def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x``, (batch, length, ...), where a (batch, length) mask is not 0; all of it if the shapes do not tell."""
+    """``x``, (batch, length, ...), where a (batch, length) mask is not 0; all of ``x`` if the shapes do not match."""
     return x[mask.bool()] if mask is not None and mask.ndim == 2 and x.shape[:2] == mask.shape else x
 
 
@@ -132,7 +138,7 @@ def has_labels(model: PreTrainedModel, batch) -> bool:
 
 
 def readable_again(batches: Iterable) -> bool:
-    """Whether ``batches`` gives them from the start each time, as a list does and a generator does not."""
+    """Whether ``batches`` can be iterated more than once, like a list and unlike a generator."""
     return iter(batches) is not batches
 
 
@@ -140,16 +146,16 @@ def check_batches(batches: Iterable) -> None:
     """Raise CalibrationError unless ``batches`` is an iterable of batches."""
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise CalibrationError(
-            f"calibration is {type(batches).__name__}: give an iterable of model inputs, for example a list of "
+            f"calibration is {type(batches).__name__}: pass an iterable of model inputs, for example a list of "
             "{'input_ids': tensor} mappings or a DataLoader"
         )
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
-    """Mean loss over ``batches`` in evaluation mode, weighted by the labels that count; None without labels.
+    """Mean loss over ``batches`` in evaluation mode, weighted by the number of labels; None without labels.
 
-    Modes and config of the model stay as they are.
+    Modes and config of the model do not change.
     """
     check_batches(batches)
     total = weight = 0.0
@@ -162,12 +168,12 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
     sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(model.device))
     total, weight, count = sum_over_processes(sums).tolist()
     if not count:
-        raise CalibrationError("calibration is empty: give at least one batch of model inputs")
+        raise CalibrationError("calibration is empty: pass at least one batch of model inputs")
     return total / weight if weight else None
 
 
 def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
-    """The logits, or the first floating output, float32; ``sample``: of 4 samples and their last 64 tokens at most."""
+    """The logits, or the first floating output, in float32; with ``sample``, of 4 samples and their last 64 tokens."""
     inputs = _inputs(batch, "a calibration batch", model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))}
@@ -176,14 +182,14 @@ def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
     if sample and all(v.ndim and len(v) == len(tensors[0]) for v in tensors):
         inputs = {k: v[:4] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     with evaluating(model):
-        found = _forward(model, inputs, "a calibration batch")
-    values = [found.get("logits"), *found.values()] if isinstance(found, Mapping) else list(found)
+        outputs = _forward(model, inputs, "a calibration batch")
+    values = [outputs.get("logits"), *outputs.values()] if isinstance(outputs, Mapping) else list(outputs)
     output = next(v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim)
     return _unmasked(output, None if model.config.is_encoder_decoder else inputs.get("attention_mask"))
 
 
 def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
-    """The loss of one batch and how many labels stand behind it, 0 without a loss."""
+    """The loss of one batch and its number of labels, 0 without a loss."""
     accepted = inspect.signature(model.forward).parameters
     inputs = _inputs(batch, where, model)
     labeled = has_labels(model, batch)
@@ -196,7 +202,7 @@ def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
     if labels is None:
         return float(loss), len(next(v for v in inputs.values() if isinstance(v, Tensor)))
     if model.can_generate() and not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # each token is predicted from those before it, the first one from none
+        labels = labels[:, 1:]  # each token is predicted from the previous ones, so the first one does not count
     return float(loss), int((labels != -100).sum())
 
 
@@ -215,11 +221,11 @@ def _inputs(batch, where: str, model: PreTrainedModel) -> dict:
         batch = {model.main_input_name: batch}
     if not isinstance(batch, Mapping) or not batch:
         raise CalibrationError(
-            f"{where} is {type(batch).__name__}: give a mapping of model inputs or a tensor of {model.main_input_name}"
+            f"{where} is {type(batch).__name__}: pass a mapping of model inputs or a tensor of {model.main_input_name}"
         )
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            raise CalibrationError(f"{where}: {key} holds NaN or infinity")
+            raise CalibrationError(f"{where}: {key} contains NaN or infinity")
 
     def place(value):
         if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The one entry: replace the activations of a loaded model, in memory, by fitted learnable ones."""
+"""Replace the activations of a loaded model by fitted learnable ones, in memory; and revert it."""
 
 from __future__ import annotations
 
@@ -36,40 +36,49 @@ def convert(
     tails: bool = True,
     distill: int = 0,
 ) -> ConversionReport:
-    """Convert ``model`` in place; it then saves and reloads with plain ``from_pretrained``.
+    """Convert ``model`` in place. It can then be saved, and reloaded with plain ``from_pretrained``.
 
-    Each activation is a weighted least-squares fit to the one that it replaces; ``derivative_weight`` adds the
-    derivative. Converting a converted model refits its present activations; without tails these grow like a polynomial,
-    so ``revert`` such a model first.
+    Each activation is replaced by a learnable one, fitted to it by weighted least squares. Converting an already
+    converted model refits its current activations. Without tails these grow like a polynomial: call ``revert`` on such
+    a model first.
 
     Args:
         model: any transformers model whose config names its activation.
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``; or a family,
             with ``degree`` or its default degree.
-        degree: 1 to 32, or ``"auto"``: for each config field the smallest degree at which the root mean square error
-            of every layer, over its own pre-activations, is at most ``tolerance``.
+        degree: 1 to 32, or ``"auto"``: for each config field, the smallest degree with a root mean square error of at
+            most ``tolerance`` in every layer, over the layer's pre-activations.
+        tolerance: the largest root mean square error with ``degree="auto"``.
         calibration: batches of model inputs (mappings, or tensors of the main input). Each layer's fit is weighted by
-            the histogram of its pre-activations over them; without it by the density of N(-0.5, 1.5^2). Batches with
-            ``labels`` also give the loss before and, if the iterable can be read twice, after; the others are
-            cheaper, since no logits are needed. Under ``torch.distributed`` each process gives its own batches, all
-            count, and all processes get the same activations. Positions that an ``attention_mask`` hides do not
-            count.
+            the histogram of its pre-activations on them, except positions hidden by an ``attention_mask``. Without
+            calibration, the weight is the density of N(-0.5, 1.5^2). Batches with ``labels`` also give the loss before
+            and, if the iterable can be read twice, after the conversion. Batches without ``labels`` are cheaper, since
+            no logits are needed. Under ``torch.distributed`` each process passes its own batches, and all processes
+            get the same activations, fitted to all batches.
         fields: the config fields to convert, for example ``["text_config.hidden_act"]``; all by default.
         derivative_weight: lambda of the Sobolev least squares, see ``LearnableActivation.fit``.
-        domain: one interval [lo, hi] for all layers; searched for per layer by default.
+        domain: one interval [lo, hi] for all layers; by default, each layer searches for its own.
         tails: False for the pure series, fitted on ``domain`` or, by default, on the range of each layer's data.
-        distill: steps of Adam on the activations alone, towards the outputs of the source model on ``calibration``.
+        distill: number of Adam steps on the activation parameters only, toward the outputs of the source model on
+            ``calibration``.
 
     Returns:
-        The report; its dictionary also goes into ``model.config.hf_ortho``.
+        The report. The origin of the activations is also recorded in ``model.config.hf_ortho``.
 
     Raises:
-        ActivationNameError: no such family or degree.
+        ActivationNameError: the family or degree does not exist.
         SiteError: the config drives no activation.
         CalibrationError: the calibration data is empty, of the wrong kind, or not finite, or ``distill`` has none.
-        FitError: an activation of the model cannot be followed, or no degree keeps to ``tolerance``.
-        CheckpointError: ``hf_ortho`` in the config of the model is not what a conversion writes.
-        In every case the model is as before.
+        FitError: an activation of the model cannot be fitted, or no degree reaches ``tolerance``.
+        CheckpointError: the entry ``hf_ortho`` in the config of the model is invalid.
+        In every case the model is unchanged.
+
+    Example:
+        >>> report = hf_ortho.convert(model, "hermite_8")
+        >>> report.activation, len(report.layers)
+        ('hermite_8', 2)
+        >>> model.config.activation_function
+        'hermite_8'
     """
     start = time.perf_counter()
     family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
@@ -80,18 +89,18 @@ def convert(
         check_batches(calibration)
     check_steps(distill, calibration)
     sites, left_alone = find_sites(model, fields)
-    Provenance.of(model.config)  # refuses what cannot be kept, before any work is done
+    Provenance.of(model.config)  # raises on an invalid entry before any work is done
     source = Calibration.of(model, [name for site in sites for name in site.modules], calibration)
     fitting = time.perf_counter()
     fitted: Fitted = {}
     names: dict[str, str] = {}
     for site in sites:
         if degree == "auto":
-            n, found = fit_smallest(model, site, family, source.histograms, options, tolerance)
+            n, fits = fit_smallest(model, site, family, source.histograms, options, tolerance)
         else:
-            found = fit_site(model, site, family, n, source.histograms, options)
+            fits = fit_site(model, site, family, n, source.histograms, options)
         names[site.field] = f"{family.family}_{n}"
-        fitted |= found
+        fitted |= fits
     report = ConversionReport.of(
         model,
         fitted,
@@ -126,7 +135,7 @@ def convert(
 
 
 def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:
-    """The layers of ``report`` with the errors that their modules have by now."""
+    """The layers of ``report`` with the current errors of their modules."""
     layers = []
     for layer in report.layers:
         module, source, histogram = report.modules[layer.module]
@@ -137,28 +146,35 @@ def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:
 
 
 def revert(model: PreTrainedModel) -> list[str]:
-    """Put the source activations back that ``config.hf_ortho`` names; returns the paths of the modules.
+    """Restore the source activations named in ``config.hf_ortho``; returns the paths of the modules.
 
     Raises:
-        SiteError: the config does not name them, or they had parameters of their own, which a conversion drops; the
-            model is as before.
+        SiteError: the config does not name them, or they had parameters, which a conversion discards; the model is
+            unchanged.
+
+    Example:
+        >>> report = hf_ortho.convert(model, "hermite_8")
+        >>> hf_ortho.revert(model)
+        ['transformer.h.0.mlp.act', 'transformer.h.1.mlp.act']
+        >>> model.config.activation_function
+        'gelu_new'
     """
     provenance = Provenance.of(model.config)
-    known = provenance.source_activations
-    if not known:
+    sources = provenance.source_activations
+    if not sources:
         raise SiteError(
             f"the config of {type(model).__name__} names no source activations (hf_ortho.source_activations): "
             "it was not converted by hf_ortho.convert"
         )
-    sites, _ = find_sites(model, list(known))
+    sites, _ = find_sites(model, list(sources))
     new: dict[str, nn.Module] = {}
     names: dict[str, str] = {}
     for site in sites:
-        names[site.field] = known[site.field].removeprefix(site.prefix)
+        names[site.field] = sources[site.field].removeprefix(site.prefix)
         for path in site.modules:
             new[path] = ACT2FN[names[site.field]].train(model.get_submodule(path).training)
             if next(new[path].parameters(), None) is not None:
-                raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not kept")
+                raise SiteError(f"{path} was {names[site.field]} with trained parameters, which were not saved")
     replace_modules(model, sites, new, names)
     del model.config.hf_ortho
     model.model_tags = [tag for tag in model.model_tags or [] if tag not in provenance.tags]

@@ -1,4 +1,4 @@
-"""Tune the activations of a converted model, and nothing else, towards the outputs of its source."""
+"""Train only the activations of a converted model toward the outputs of its source model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..fitting.density import DATA_FREE
 from ..processes import mean_over_processes, min_over_processes
 from .calibrate import evaluating, main_output, readable_again
 
-RATE = 0.02  # in root mean square errors of the fit
+RATE = 0.02  # learning rate, in units of the root mean square error of the fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """What distillation bought: the squared error of the outputs, relative to theirs, on a held-out or the only batch.
+    """Result of a distillation: the relative squared error of the outputs on a held-out (or the only) batch.
 
-    ``steps`` is 0 if there was nothing to gain: no error, or none that is finite.
+    ``steps`` is 0 if there was nothing to gain: the error was 0 or not finite.
     """
 
     steps: int
@@ -36,25 +36,25 @@ class Distillation:
 
 
 def check_steps(steps: int, batches: Iterable | None) -> None:
-    """Raise CalibrationError unless ``steps`` of distillation over ``batches`` can be made."""
+    """Raise CalibrationError unless ``steps`` of distillation over ``batches`` are possible."""
     if steps < 0:
         raise CalibrationError(f"distill {steps!r}: must be a number of steps, at least 0")
     if steps and batches is None:
-        raise CalibrationError("distill needs calibration batches: the outputs of the source model on them are the aim")
+        raise CalibrationError("distill needs calibration batches: it matches the outputs of the source model on them")
     if steps and batches is not None and not readable_again(batches):
-        raise CalibrationError("distill reads the calibration batches many times: give a list of them")
+        raise CalibrationError("distill reads the calibration batches many times: pass a list of them")
 
 
 def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iterable, steps: int) -> Distillation:
-    """``steps`` of Adam on the parameters and the domains of the activations at the paths of ``sources``.
+    """Train the parameters and domains of the activations at the paths of ``sources`` by ``steps`` of Adam.
 
     The loss is |y - z|^2 / |z|^2 for the logits (or first output) y of the converted and z of the source model. Each
-    parameter moves in units in which it changes the activation by the error of the fit.
-    Everything is put back if the held-out error has not fallen.
+    parameter is scaled: one unit changes the activation by as much as the error of the fit. If the held-out error does
+    not decrease, the initial values are restored.
 
     Args:
         sources: the activations that were replaced, by path.
-        batches: model inputs, of which the first ``steps`` + 1 are read; the last is held out if there are several.
+        batches: model inputs. At most ``steps`` + 1 batches are read; the last is held out if there are several.
     """
     seen = list(itertools.islice(batches, steps + 1))
     seen = seen[: int(min_over_processes(torch.tensor(len(seen), device=model.device)))]
@@ -62,20 +62,20 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
         raise CalibrationError("distill needs calibration batches in every process")
     several = len(seen) > 1
     held_out = seen.pop() if several else seen[0]
-    moving = [cast(LearnableActivation, model.get_submodule(path)) for path in sources]
-    before = {id(module): {k: v.clone() for k, v in module.state_dict().items()} for module in moving}
+    learned = [cast(LearnableActivation, model.get_submodule(path)) for path in sources]
+    before = {id(module): {k: v.clone() for k, v in module.state_dict().items()} for module in learned}
 
     def error(batch) -> Tensor:
         with torch.no_grad(), _swapped(model, sources):
-            aim = main_output(model, batch, sample=False)
-        return torch.sum((main_output(model, batch, sample=False) - aim) ** 2) / torch.sum(aim**2)
+            target = main_output(model, batch, sample=False)
+        return torch.sum((main_output(model, batch, sample=False) - target) ** 2) / torch.sum(target**2)
 
-    with evaluating(model), _only(model, moving) as parameters:
+    with evaluating(model), _only(model, learned) as parameters:
         with torch.no_grad():
             error_before = float(mean_over_processes(error(held_out)))
         if not 0 < error_before < math.inf:
             return Distillation(0, 0.0, 0.0, several)
-        scales = [s for module, source in zip(moving, sources.values(), strict=True) for s in _scales(module, source)]
+        scales = [s for module, source in zip(learned, sources.values(), strict=True) for s in _scales(module, source)]
         starts = [p.detach().clone() for p in parameters]
         offsets = [torch.zeros_like(p, requires_grad=True) for p in parameters]
         optimizer = torch.optim.Adam(offsets, lr=RATE)
@@ -92,7 +92,7 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
         with torch.no_grad():
             error_after = float(mean_over_processes(error(held_out)))
     if not error_after < error_before:
-        for module in moving:
+        for module in learned:
             module.load_state_dict(before[id(module)])
     return Distillation(steps, error_before, min(error_before, error_after), several)
 
@@ -111,7 +111,7 @@ def _swapped(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Iterator[
 
 @contextlib.contextmanager
 def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]:
-    """The finite parameters of ``modules``, which alone require gradients inside."""
+    """The finite parameters of ``modules``; only they require gradients inside the block."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     chosen = [p.requires_grad_() for module in modules for p in module.parameters() if torch.isfinite(p).all()]
@@ -124,7 +124,7 @@ def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]
 
 @torch.no_grad()
 def _scales(module: LearnableActivation, source: nn.Module) -> list[Tensor]:
-    """How far each finite parameter must move to change f by as much as f misses the source, under ``DATA_FREE``."""
+    """The step of each finite parameter that changes f by its error against the source, under ``DATA_FREE``."""
     x = DATA_FREE.mean + DATA_FREE.deviation * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
     x = x.to(module.domain.device)
     state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}

@@ -1,4 +1,4 @@
-"""The polynomials behind polynomial activations: of every activation of a model, and of a whole small network."""
+"""Export polynomial activations as polynomials: each activation of a model, or a whole small network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from ..errors import PolynomialError
 def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
     """The polynomial of every activation of ``model``, by module path.
 
-    Where a module's own domain is infinite, the interval is the ``domain`` of its entry in
-    ``model.config.hf_ortho["layers"]``. A converted model has more that is not a polynomial, such as softmax and
-    normalization; outside its domain an activation is a straight line.
+    If the domain of a module is infinite, the interval is the ``domain`` of its entry in
+    ``model.config.hf_ortho["layers"]``. Outside its domain an activation is a straight line. Other parts of a model,
+    such as softmax and normalization, are not polynomials.
 
     Raises:
-        PolynomialError: there is no learnable activation, one is not a polynomial, or one has no finite domain.
+        PolynomialError: there are no learnable activations, or one is not a polynomial or has no finite domain.
+
+    Example:
+        >>> report = hf_ortho.convert(model, "hermite_4")
+        >>> forms = hf_ortho.polynomials(model)
+        >>> forms["transformer.h.0.mlp.act"].degree
+        4
     """
     provenance = Provenance.of(getattr(model, "config", None))
     forms: dict[str, PolynomialForm] = {}
@@ -48,22 +54,30 @@ def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
 def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = False) -> list[Poly]:
     """The exact multivariate polynomial of a stack of affine maps and polynomial activations.
 
-    With L layers of activations of degree n it is a polynomial of total degree n^L in the inputs.
+    With L layers of activations of degree n, its total degree in the inputs is n^L.
 
     Args:
-        network: ``nn.Sequential``, nested if wanted, of ``nn.Linear`` and polynomial activations such as ``Hermite``.
-        max_terms: the most monomials an output may have. Time grows faster than their number: thousands of terms take
-            seconds to minutes.
-        ignore_tails: take activations with a finite domain for their polynomials. The expansion then equals the
-            network only where every pre-activation lies in its domain; by default such a module is refused.
+        network: an ``nn.Sequential`` (may be nested) of ``nn.Linear`` and polynomial activations such as ``Hermite``.
+        max_terms: the largest number of monomials of an output. Thousands of terms take seconds to minutes, and time
+            grows faster than their number.
+        ignore_tails: treat activations with a finite domain as their polynomials. The expansion then equals the
+            network only if every pre-activation lies in its domain. By default such a module raises an error.
 
     Returns:
         One ``sympy.Poly`` with rational coefficients for each output, in the generators x0, x1, ... (the inputs).
-        The parameters are taken at their stored values, so no rounding is involved.
+        It is exact for the stored values of the parameters, without rounding.
 
     Raises:
-        PolynomialError: another module is in the stack, widths do not fit, a parameter is not finite, an activation
-            has tails, or there are more than ``max_terms`` = C(n_in + degree, degree) monomials.
+        PolynomialError: the stack contains another module, widths do not match, a parameter is not finite, an
+            activation has tails, or there are C(n_in + degree, degree) > ``max_terms`` monomials.
+
+    Example:
+        >>> square = hf_ortho.activations.Hermite(2)
+        >>> _ = square.coefficients.data.copy_(torch.tensor([1.0, 0.0, 2.0]))  # He_0 + 2 He_2/2! = x^2
+        >>> linear = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, 0.5]]))
+        >>> hf_ortho.expand(torch.nn.Sequential(linear, square))[0].as_expr()
+        x0**2 + x0*x1 + x1**2/4
     """
     layers = _layers(network, ignore_tails)
     n_in = next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
@@ -85,17 +99,21 @@ def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = F
 
 
 def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarray]:
-    """The checked layers in order, an activation as its exact monomial coefficients."""
+    """The layers in order, checked; activations as their exact monomial coefficients."""
     layers: list[nn.Linear | np.ndarray] = []
     width = None
     for path, module in network.named_modules(remove_duplicate=False):
         where = f"module {path}" if path else "the network"
-        if type(module) is nn.Linear:  # a subclass may compute something else, as may one of nn.Sequential
+        if type(module) is nn.Linear:  # a subclass of nn.Linear or nn.Sequential may compute something else
             if width not in (None, module.in_features):
-                raise PolynomialError(f"{where} takes {module.in_features} values, the nn.Linear before gives {width}")
+                raise PolynomialError(
+                    f"{where} takes {module.in_features} values, but the previous nn.Linear outputs {width}"
+                )
             for name, parameter in module.named_parameters():
                 if not parameter.isfinite().all():
-                    raise PolynomialError(f"{name} of {where} holds NaN or infinity: a polynomial needs finite weights")
+                    raise PolynomialError(
+                        f"{name} of {where} contains NaN or infinity: a polynomial needs finite weights"
+                    )
             width = module.out_features
             layers.append(module)
         elif isinstance(module, PolynomialActivation):
@@ -108,8 +126,7 @@ def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarr
             layers.append(module.exact_monomials())
         elif type(module) is not nn.Sequential:
             raise PolynomialError(
-                f"{where} is {type(module).__name__}: only nn.Sequential of nn.Linear and polynomial activations "
-                "expands"
+                f"{where} is {type(module).__name__}: expected an nn.Sequential of nn.Linear and polynomial activations"
             )
     return layers
 

@@ -31,7 +31,7 @@ def fit_site(
     """One module and its report for each path of ``site``.
 
     Raises:
-        FitError: an activation of the model cannot be followed.
+        FitError: an activation of the model cannot be fitted.
     """
     fits = _fits(model, site.modules, site, family, degree, histograms, options)
     return {layer.module: (module, layer) for module, layer in fits}
@@ -45,15 +45,15 @@ def fit_smallest(
     options: FitOptions,
     tolerance: float,
 ) -> tuple[int, Fitted]:
-    """The smallest degree at which every module of ``site`` keeps to ``tolerance``, and its fits.
+    """The smallest degree at which every module of ``site`` reaches ``tolerance``, and its fits.
 
     Raises:
-        FitError: no degree does, or an activation of the model cannot be followed.
+        FitError: no degree reaches it, or an activation of the model cannot be fitted.
     """
     worst, least = "", float("inf")
     for degree in range(1, MAX_DEGREE + 1):
         fitted: Fitted = {}
-        # What missed the tolerance at the degree before is tried first: it most likely misses it again.
+        # Try the module that missed the tolerance at the previous degree first: it will most likely miss it again.
         for module, layer in _fits(
             model, sorted(site.modules, key=lambda p: p != worst), site, family, degree, histograms, options
         ):
@@ -64,8 +64,8 @@ def fit_smallest(
         else:
             return degree, {path: fitted[path] for path in site.modules}
     raise FitError(
-        f"tolerance {tolerance:g}: no {family.family} up to degree {MAX_DEGREE} comes closer to {site.source} at "
-        f"{worst} than {least:.1e} (root mean square); allow more or choose another family"
+        f"tolerance {tolerance:g}: {family.family} up to degree {MAX_DEGREE} has a root mean square error of at least "
+        f"{least:.1e} against {site.source} at {worst}; raise the tolerance or choose another family"
     )
 
 
@@ -78,7 +78,7 @@ def _fits(
     histograms: dict[str, Histogram],
     options: FitOptions,
 ) -> Iterator[tuple[LearnableActivation, LayerReport]]:
-    """Fit the modules of ``site`` at ``paths`` one after the other; equal fits are made once."""
+    """Fit the modules of ``site`` at ``paths`` one after the other; equal fits are computed once."""
     data_free: tuple[LearnableActivation, FitReport] | None = None
     for path in paths:
         source, histogram = model.get_submodule(path), histograms.get(path)
@@ -99,7 +99,7 @@ def _fits(
 
 
 def _agree(module: LearnableActivation) -> None:
-    """Give every process the fit of the first: LAPACK may round differently on another machine."""
+    """Use the fit of the first process in all processes: LAPACK may round differently on another machine."""
     if several_processes():
         state = [module.state_dict()]
         torch.distributed.broadcast_object_list(state, src=0)
@@ -107,7 +107,7 @@ def _agree(module: LearnableActivation) -> None:
 
 
 def device_of(model: PreTrainedModel, path: str) -> torch.device:
-    """The device of the parameters nearest to a module that may have none itself."""
+    """The device of a module, or of the closest parent with parameters if it has none."""
     while True:
         tensor = next(model.get_submodule(path).parameters(), None)
         if tensor is not None or not path:

@@ -1,4 +1,4 @@
-"""Put other activations into a model and its config, together or not at all."""
+"""Replace activations in a model and in its config, both or neither."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .sites import Site, rebuild, set_field
 def replace_modules(
     model: PreTrainedModel, sites: list[Site], modules: dict[str, nn.Module], names: dict[str, str]
 ) -> Callable[[], None]:
-    """Put ``modules`` in place by path and their ``names`` into the config, by field.
+    """Put ``modules`` into the model, by path, and their ``names`` into the config, by field.
 
     Returns:
         A function that undoes it.
 
     Raises:
-        SiteError: a model that is built from the new config has other tensors; ``model`` is as before.
+        SiteError: a model built from the new config has other tensors; ``model`` is unchanged.
     """
     old = {path: model.get_submodule(path) for path in modules}
 
@@ -36,10 +36,10 @@ def replace_modules(
         for site in sites:
             set_field(model.config, site.field, site.prefix + names[site.field])
         expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
-        found = {k: v.shape for k, v in model.state_dict().items()}
-        if expected != found:
-            odd = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-            raise SiteError(f"the converted model would not reload: its config builds other tensors ({odd} ...)")
+        actual = {k: v.shape for k, v in model.state_dict().items()}
+        if expected != actual:
+            odd = min(k for k in expected.keys() | actual.keys() if expected.get(k) != actual.get(k))
+            raise SiteError(f"the converted model could not be reloaded: its config builds other tensors ({odd} ...)")
     except BaseException:
         restore()
         raise

@@ -1,4 +1,4 @@
-"""What a conversion reports, as data and as a table."""
+"""The report of a conversion, as data and as a table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LayerReport:
     fit: FitReport
 
     def cells(self) -> list[str]:
-        """The figures for a table: source, domain, tail slopes, four errors, mass outside, extremes seen."""
+        """The cells of a table row: source, domain, tail slopes, four errors, mass outside, extremes of the data."""
         fit = self.fit
         errors = (fit.sup_error, fit.rms_error, fit.sup_derivative_error, fit.rms_derivative_error)
         return [
@@ -51,21 +51,28 @@ class LayerReport:
 
 @dataclasses.dataclass
 class ConversionReport:
-    """The result of ``convert``; ``print`` shows it as a table, ``to_dict`` gives plain JSON values.
+    """The result of ``convert``. ``print`` shows it as a table; ``to_dict`` returns JSON values.
 
     Attributes:
         activation: the new activation, for example ``hermite_8``.
         model: name or class of the model.
         layers: one entry per converted module.
-        left_alone: (config field, why) of activation fields that were not converted.
-        calibrated: whether the weights came from data.
-        loss_before, loss_after: mean loss over the calibration batches, None where they carry no labels.
-        output_error: |y - z| / |z| (Euclidean norm) on the first samples of the calibration data, for the logits or the
-            first output, y converted and z the source model in float32; of this process, None if not finite.
+        left_alone: (config field, reason) of activation fields that were not converted.
+        calibrated: whether the fits were weighted by data.
+        loss_before, loss_after: mean loss over the calibration batches, None without labels.
+        output_error: |y - z| / |z| (Euclidean norm) on the first samples of the calibration data, for the logits (or
+            first output) y of the converted and z of the source model in float32. In this process only; None if not
+            finite.
         noise_floor: the same with y the source model in its own dtype; None for float32.
-        distillation: what it bought, None without.
+        distillation: the result of the distillation, or None.
         fit_seconds, seconds: wall-clock time of all fits, and of the whole conversion.
         modules: learned module, source module and histogram by path, for ``plot``; not in ``to_dict``.
+
+    Example:
+        >>> report = hf_ortho.convert(model, "hermite_8")
+        >>> [layer.module for layer in report.layers]
+        ['transformer.h.0.mlp.act', 'transformer.h.1.mlp.act']
+        >>> report.save(".")  # writes conversion.json
     """
 
     activation: str
@@ -93,7 +100,7 @@ class ConversionReport:
         fit_seconds: float,
         **measured,
     ) -> ConversionReport:
-        """The report of new activations by path, while ``model`` still has those that they were fitted to."""
+        """The report of new activations by path, while ``model`` still has the source activations."""
         return cls(
             activation=", ".join(dict.fromkeys(module.name for module, _ in fitted.values())),
             model=model.name_or_path or type(model).__name__,
@@ -106,7 +113,7 @@ class ConversionReport:
         )
 
     def to_dict(self) -> dict:
-        """Plain JSON values; an infinite end of a domain is None."""
+        """As JSON values; an infinite end of a domain is None."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "modules"}
         plain["layers"] = [{"module": v.module, "field": v.field} | v.fit.to_dict() for v in self.layers]
         plain["left_alone"] = [list(pair) for pair in self.left_alone]
@@ -115,34 +122,34 @@ class ConversionReport:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ConversionReport:
-        """What ``to_dict`` gave, without the modules; further keys are left out."""
-        known = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name != "modules"}
-        known["layers"] = [
+        """The inverse of ``to_dict``, without the modules; ignores other keys."""
+        values = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name != "modules"}
+        values["layers"] = [
             LayerReport(v["module"], v["field"], FitReport.from_dict(v)) for v in cast(list[dict], plain["layers"])
         ]
-        known["left_alone"] = [(field, why) for field, why in plain["left_alone"]]
-        known["distillation"] = plain["distillation"] and Distillation(**plain["distillation"])
-        return cls(**known)
+        values["left_alone"] = [(field, why) for field, why in plain["left_alone"]]
+        values["distillation"] = plain["distillation"] and Distillation(**plain["distillation"])
+        return cls(**values)
 
     def to_json(self) -> str:
         """``to_dict`` as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Write ``conversion.json`` into ``folder``, beside the weights."""
+        """Write ``conversion.json`` to ``folder``, beside the weights."""
         Path(folder, FILE).write_text(self.to_json(), encoding="utf-8")
 
     def plot(self, path: str | Path, title: str = "") -> None:
-        """Write a PNG: per layer the source, the fit, their difference, the pre-activations and the domain."""
-        from ..plotting import Panel, plot_activations  # which itself needs this package
+        """Write a PNG that shows, per layer, source, fit, difference, pre-activations and domain."""
+        from ..plotting import Panel, plot_activations  # imported lazily: it pulls in matplotlib
 
         panels = [Panel(name, *parts) for name, parts in self.modules.items()]
         plot_activations(panels, path, title or f"{self.model}: {self.activation}")
 
     @property
     def warnings(self) -> list[str]:
-        """The layers with more than 0.1 % of their pre-activations outside the domain, and most of their squared error
-        there, if that is above 1e-3."""
+        """One line per layer with more than 0.1 % of its pre-activations and most of its squared error outside the
+        domain, if the rms error there is above 1e-3."""
         lines = []
         for layer in self.layers:
             fit = layer.fit
@@ -157,11 +164,11 @@ class ConversionReport:
 
     @property
     def notes(self) -> list[str]:
-        """What the fits have to say, each once."""
+        """The distinct notes of the fits."""
         return list(dict.fromkeys(layer.fit.note for layer in self.layers if layer.fit.note))
 
     def tables(self) -> list[Table]:
-        """One table per kind of place (paths that differ in numbers only), one row per activation."""
+        """One table per group of paths that differ only in numbers, one row per activation."""
         layers = {layer.module: layer for layer in self.layers}
         return [self._table(place, rows, layers) for place, rows in by_kind(list(layers)).items()]
 
@@ -188,16 +195,16 @@ class ConversionReport:
         return table
 
     def summary(self) -> list[str]:
-        """The lines under the table."""
+        """The lines below the table."""
         weight = "the data" if self.calibrated else f"{DATA_FREE}, no calibration data"
         first = (
-            f"{len(self.layers)} activations converted in {self.seconds:.1f} s, {self.fit_seconds:.1f} s of it fits; "
-            f"rms and outside under {weight}"
+            f"{len(self.layers)} activations converted in {self.seconds:.1f} s (fits: {self.fit_seconds:.1f} s); "
+            f"rms and outside are weighted by {weight}"
         )
         return [first, *self.remarks()]
 
     def remarks(self) -> list[str]:
-        """What the conversion did to the model, which the table does not show, and what is to be noted of the fits."""
+        """The effect on the outputs of the model, and notes and warnings about the fits."""
         lines = []
         if self.loss_before is not None and self.loss_after is not None:
             change = math.expm1(self.loss_after - self.loss_before)
@@ -219,7 +226,7 @@ class ConversionReport:
         if self.warnings:
             lines += [f"warning: {line}" for line in self.warnings[:3]]
             if more := self.warnings[3:]:
-                lines.append(f"warning: and {len(more)} layers more")
+                lines.append(f"warning: and {len(more)} more layers")
         return lines
 
     def __str__(self) -> str:

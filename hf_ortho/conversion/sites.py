@@ -1,9 +1,9 @@
 """Find the activations that the config of a model drives.
 
-transformers rebuilds a model from its config alone, so a conversion may only touch modules that the config places.
+transformers rebuilds a model from its config alone, so a conversion may only replace modules that the config creates.
 They are found by experiment: put a sentinel name into each activation field, send the config through JSON, rebuild
-the model without memory (meta device), and see where sentinels appear. A field is left alone unless that is all that
-the name does: see ``_probe``.
+the model without memory (meta device), and see where sentinels appear. A field is left alone if its name has any
+other effect: see ``_probe``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Sentinel(nn.Identity):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One driving field of the config and the modules behind it.
+    """One config field that drives activations, and its modules.
 
     Attributes:
         field: dotted path in the config, for example ``activation_function`` or ``text_config.hidden_act``.
@@ -65,7 +65,7 @@ def set_field(config: PreTrainedConfig, field: str, value: str) -> None:
 
 
 def rebuild(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """What ``from_pretrained`` would build from the saved ``config``, on the meta device."""
+    """The model that ``from_pretrained`` would build from the saved ``config``, on the meta device."""
     config = type(config).from_dict(copy.deepcopy(config.to_dict()))
     with torch.device("meta"):
         return type(model)(config)
@@ -92,45 +92,51 @@ def _sentinel_registered():
 
 
 def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple[list[Site], list[tuple[str, str]]]:
-    """The driving fields of ``model`` and, as (field, why) pairs, the fields left alone.
+    """The fields that drive activations of ``model``, and (field, reason) pairs for the fields left alone.
 
     Raises:
         SiteError: ``model`` is not a transformers model, or no field (or none of ``fields``) drives a module.
+
+    Example:
+        >>> from hf_ortho.conversion import find_sites
+        >>> (site,), left_alone = find_sites(model)
+        >>> site.field, site.source, site.modules
+        ('activation_function', 'gelu_new', ('transformer.h.0.mlp.act', 'transformer.h.1.mlp.act'))
     """
     if not isinstance(model, PreTrainedModel):
         raise SiteError(f"{type(model).__name__} is not a transformers PreTrainedModel, so no config drives it")
     if isinstance(fields, str):
-        raise SiteError(f"fields {fields!r}: must be a list of config fields, such as [{fields!r}]")
+        raise SiteError(f"fields {fields!r}: must be a list of config fields, for example [{fields!r}]")
     sites: list[Site] = []
-    left: list[tuple[str, str]] = []
-    seen = list(activation_fields(model.config))
-    if fields is not None and (unknown := set(fields) - {field for field, _, _ in seen}):
-        known = ", ".join(field for field, _, _ in seen) or "none"
+    left_alone: list[tuple[str, str]] = []
+    candidates = list(activation_fields(model.config))
+    if fields is not None and (unknown := set(fields) - {field for field, _, _ in candidates}):
+        known = ", ".join(field for field, _, _ in candidates) or "none"
         raise SiteError(f"{', '.join(sorted(unknown))}: no such activation field in the config; it has: {known}")
     original = rebuild(model, model.config)
-    for field, prefix, source in seen:
+    for field, prefix, source in candidates:
         if fields is not None and field not in fields:
-            left.append((field, "not selected"))
+            left_alone.append((field, "not selected"))
             continue
         why, names = _probe(model, original, field, prefix, source)
         if why:
-            left.append((field, why))
+            left_alone.append((field, why))
         elif taken := next((site.field for site in sites if set(site.modules) & set(names)), ""):
-            left.append((field, f"{taken} drives the same modules"))
+            left_alone.append((field, f"{taken} drives the same modules"))
         else:
             sites.append(Site(field, prefix, source, names))
     if not sites:
-        reasons = "; ".join(f"{field}: {why}" for field, why in left) or "it has no field that names an activation"
+        reasons = "; ".join(f"{field}: {why}" for field, why in left_alone) or "no field names an activation"
         raise SiteError(
             f"the config of {type(model).__name__} (model_type {model.config.model_type!r}) drives no activation "
-            f"({reasons}); a conversion would not reload"
+            f"({reasons}), so a converted model could not be reloaded"
         )
     _check_together(model, sites)
-    return sites, left
+    return sites, left_alone
 
 
 def _check_together(model: PreTrainedModel, sites: list[Site]) -> None:
-    """Raise SiteError unless all fields at once drive what each drives alone."""
+    """Raise SiteError unless all fields together drive the same modules as separately."""
     if len(sites) < 2:
         return
     try:
@@ -142,43 +148,43 @@ def _check_together(model: PreTrainedModel, sites: list[Site]) -> None:
         why = f"raise {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     if why:
         fields = ", ".join(site.field for site in sites)
-        raise SiteError(f"{fields} together {why}; name one of them, for example fields=[{sites[0].field!r}]")
+        raise SiteError(f"{fields} together {why}; select one of them, for example fields=[{sites[0].field!r}]")
 
 
 def _probe(
     model: PreTrainedModel, original: PreTrainedModel, field: str, prefix: str, source: str
 ) -> tuple[str, tuple[str, ...]]:
-    """Why the field cannot be used (else empty), and the modules it drives; ``original`` is ``model`` rebuilt."""
+    """Why the field cannot be used (or empty), and the modules it drives; ``original`` is ``model`` rebuilt."""
     try:
         twin, built = _with_sentinels(model, {field: prefix})
-    except Exception as error:  # any failure of foreign code means that this field takes no foreign name
+    except Exception as error:  # whatever fails in the model's code, the field does not accept other names
         return f"{type(error).__name__} with another name: {' '.join(str(error).split())[:160]}", ()
     if reader := _reader(twin, field.rpartition(".")[2]):
-        return f"{reader} reads the name itself and looks the activation up inside forward, where it cannot learn", ()
-    found = [(n, m) for n, m in twin.named_modules(remove_duplicate=False) if isinstance(m, _Sentinel)]
-    if not found:
-        return "it places no module" if not built else "it is looked up but no module is kept", ()
-    names = tuple(n for n, _ in found)
-    if len({id(m) for _, m in found}) < len(found):
-        return "one instance stands at several paths, which safetensors does not store", ()
-    if built > len(found):
-        return f"{built - len(found)} of the {built} activations that it places are not kept as modules", ()
+        return f"{reader} reads the name and looks the activation up inside forward, where it cannot be trained", ()
+    placed = [(n, m) for n, m in twin.named_modules(remove_duplicate=False) if isinstance(m, _Sentinel)]
+    if not placed:
+        return "it creates no module" if not built else "it is looked up, but not kept as a module", ()
+    names = tuple(n for n, _ in placed)
+    if len({id(m) for _, m in placed}) < len(placed):
+        return "several paths share one instance, which safetensors does not support", ()
+    if built > len(placed):
+        return f"{built - len(placed)} of the {built} activations that it creates are not kept as modules", ()
     present = dict(model.named_modules(remove_duplicate=False))
     if missing := set(names) - present.keys():
-        return f"the model lacks {min(missing)}, which its config builds", ()
+        return f"the model has no {min(missing)}, but its config builds it", ()
     for name in names:
         if type(present[name]) is not type(expected := original.get_submodule(name)):
-            kinds = f"{type(present[name]).__name__}, its config builds {type(expected).__name__}"
+            kinds = f"{type(present[name]).__name__}, but its config builds {type(expected).__name__}"
             return f"{name} of the model is {kinds}", ()
     if not any(_is_used(twin, name) for name in names):
-        return f"its module {names[0]} is used by no method", ()
+        return f"no method uses its module {names[0]}", ()
     if difference := _difference(original, twin, names, source):
         return f"another name changes more than the activation: {difference}", ()
     return "", names
 
 
 def _with_sentinels(model: PreTrainedModel, fields: dict[str, str]) -> tuple[PreTrainedModel, int]:
-    """``model`` rebuilt with sentinels in ``fields`` (each with its prefix), and how many of them were built."""
+    """``model`` rebuilt with sentinels in ``fields`` (field to prefix), and the number of sentinels built."""
     config = copy.deepcopy(model.config)
     with _sentinel_registered():
         for field, prefix in fields.items():
@@ -199,12 +205,12 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _names_at_run_time(cls: type) -> frozenset[str]:
-    """What the methods of ``cls`` mention, save for those that only build or initialize."""
-    # A model may read the name of an activation from its config in ``forward``, where no module is kept to replace; a
-    # sentinel cannot show that, since forward does not run on the meta device with every kind of input. So the compiled
-    # methods are read: a class that never mentions an attribute at run time cannot look it up there. Methods of torch
-    # and of PreTrainedModel are left out, they mention everything; an overridden method counts only if the overriding
-    # one calls super. What is left out as building is closed under calls: a helper of __init__ builds too.
+    """The names that methods of ``cls`` mention, except methods that only build or initialize."""
+    # A model may read the name of an activation from its config in ``forward``, without a module to replace. A sentinel
+    # cannot show that, since forward does not run on the meta device with every kind of input. Therefore the compiled
+    # methods are inspected: a class that never mentions an attribute at run time cannot look it up there. Methods of
+    # torch and PreTrainedModel are skipped, since they mention everything. An overridden method counts only if the
+    # overriding one calls super. Building methods are closed under calls: a helper of __init__ is a building method.
     methods: dict[str, set[str]] = {}
     for base in cls.__mro__:
         if base not in PreTrainedModel.__mro__ and not base.__module__.startswith("torch."):
@@ -220,13 +226,13 @@ def _names_at_run_time(cls: type) -> frozenset[str]:
 
 
 def _reader(twin: PreTrainedModel, leaf: str) -> str:
-    """The class of ``twin`` with a method that reads the sentinel's name from the module or its config, else empty."""
+    """The class of ``twin`` with a method that reads the sentinel's name from the module or its config, or empty."""
     configs = {id(module.config): module.config for module in twin.modules() if hasattr(module, "config")}
-    telling = {key for key, config in configs.items() if SENTINEL in str(config)}
+    with_sentinel = {key for key, config in configs.items() if SENTINEL in str(config)}
     mentioned = {kind: _names_at_run_time(kind) for kind in {type(module) for module in twin.modules()}}
     for module in twin.modules():
         stored = {key for key, value in vars(module).items() if _is_plain(value) and SENTINEL in str(value)}
-        if id(getattr(module, "config", None)) in telling and not hasattr(module, leaf):
+        if id(getattr(module, "config", None)) in with_sentinel and not hasattr(module, leaf):
             stored.add(leaf)
         if stored & mentioned[type(module)]:
             return type(module).__name__
@@ -241,7 +247,7 @@ def _is_plain(value) -> bool:
 
 
 def _is_used(twin: PreTrainedModel, path: str) -> bool:
-    """Whether a module above ``path`` mentions it by name; containers hand out their items without."""
+    """Whether a parent of ``path`` mentions it by name. Items of containers are not accessed by name."""
     *parents, leaf = path.split(".")
     if leaf.isdigit():
         return True
@@ -250,12 +256,12 @@ def _is_used(twin: PreTrainedModel, path: str) -> bool:
 
 
 def _difference(original: PreTrainedModel, twin: PreTrainedModel, sites: tuple[str, ...], source: str) -> str:
-    """Where two rebuilt models differ in modules, shapes or plain settings, the activations set aside; else empty."""
+    """Where two rebuilt models differ in modules, shapes or plain settings, ignoring the activations; or empty."""
 
     def outline(model):
         return {
             name: (
-                f"{type(module).__module__}.{type(module).__qualname__}",  # torch makes parametrized classes anew
+                f"{type(module).__module__}.{type(module).__qualname__}",  # torch creates new parametrized classes
                 {key: parameter.shape for key, parameter in module.named_parameters(recurse=False)},
                 {k: str(v).replace(SENTINEL, source) for k, v in vars(module).items() if _is_plain(v)},
             )
@@ -263,6 +269,6 @@ def _difference(original: PreTrainedModel, twin: PreTrainedModel, sites: tuple[s
             if not any(name == site or name.startswith(f"{site}.") for site in sites)
         }
 
-    expected, found = outline(original), outline(twin)
-    differing = (name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    expected, actual = outline(original), outline(twin)
+    differing = (name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
     return next((name or type(original).__name__ for name in differing), "")

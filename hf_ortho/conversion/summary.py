@@ -1,4 +1,4 @@
-"""The activations of a checkpoint in numbers: each with its gain and its distance from what it replaced."""
+"""Summarize the activations of a checkpoint: gain, and distance from the source activation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import FitError
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One activation, its gain under N(0, 1), and its distance from what it replaced (None if unknown)."""
+    """One activation, its gain under N(0, 1), and its distance from its source (None if unknown)."""
 
     path: str
     module: LearnableActivation
@@ -20,11 +20,11 @@ class Layer:
     fit: FitReport | None
 
     def vectors(self) -> dict[str, list[float]]:
-        """The family's own parameters."""
+        """The parameters of the series."""
         return {name: value.tolist() for name, value in self.module.named_parameters() if name != "domain"}
 
     def to_dict(self) -> dict:
-        """Plain JSON values."""
+        """As JSON values."""
         measured = None
         if self.fit is not None:
             keys = ("sup_error", "rms_error", "sup_derivative_error", "rms_derivative_error")
@@ -54,7 +54,7 @@ class Layer:
 
 
 def examine(stored: StoredActivations) -> tuple[list[Layer], list[str]]:
-    """One entry per activation, and why a distance is missing where a source is known."""
+    """One entry per activation, and the reasons for missing distances to known sources."""
     layers: list[Layer] = []
     notes: list[str] = []
     for path, source in stored.provenance.source_names(stored.modules).items():

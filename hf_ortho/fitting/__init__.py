@@ -1,1 +1,1 @@
-"""Fits of a parametric family to a function by weighted least squares: numbers only, no modules."""
+"""Weighted least-squares fits of a parametric family to a function: arrays only, no modules."""

@@ -1,4 +1,4 @@
-"""The weight of a fit over pre-activations: a histogram of data, or ``DATA_FREE`` without data."""
+"""The weight of a fit over pre-activations: a histogram of data, or ``DATA_FREE``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .source import Source
 
 
 class Density(Protocol):
-    """How much each pre-activation counts in a fit; ``str`` names it in reports."""
+    """The weight of each pre-activation in a fit; ``str`` names it in reports."""
 
     def nodes(self, source: Source, within: tuple[float, float] | None = None) -> Nodes:
-        """The nodes of a fit to ``source``, or of a fit on the interval ``within`` alone."""
+        """The nodes of a fit to ``source``, or of a fit on the interval ``within`` only."""
         ...
 
     def __str__(self) -> str: ...
@@ -38,11 +38,11 @@ class Normal:
         return f"N({self.mean:g}, {self.deviation:g}^2)"
 
     def interval(self, deviations: float) -> tuple[float, float]:
-        """``deviations`` standard deviations to either side of the mean."""
+        """``deviations`` standard deviations on either side of the mean."""
         return self.mean - deviations * self.deviation, self.mean + deviations * self.deviation
 
     def nodes(self, source: Source, within: tuple[float, float] | None = None, step: float = 0.25) -> Nodes:
-        """Gauss-Legendre nodes weighted by the density; evenly on an interval that has no mass."""
+        """Gauss-Legendre nodes weighted by the density, or uniformly if the density is 0 on the interval."""
         lo, hi = within or self.interval(7.0)
         step = min(step, (hi - lo) / 8) if within else step
         x, length = quadrature(lo, hi, (0.0, *source.kinks), step)
@@ -50,10 +50,10 @@ class Normal:
         return Nodes.of(source, x, w if w.sum() > 1e-9 else length, within or LINE)
 
 
-PRE_ACTIVATIONS = "the pre-activations"  # the weight of a fit with data, in words
-# The weight without data: pre-activations of pretrained networks lean to the negative side.
+PRE_ACTIVATIONS = "the pre-activations"  # name of the weight of a fit with data
+# The weight without data: pre-activations of pretrained networks are mostly negative.
 DATA_FREE = Normal(-0.5, 1.5)
-LINE = DATA_FREE.interval(6.0)  # what "the real line" is to a fit: beyond it only the tails are left
+LINE = DATA_FREE.interval(6.0)  # stands for the real line in a fit: beyond it, only the tails remain
 
 
 def gaussian_moments(value, derivative, sigma: float, breaks: tuple[float, ...] = ()) -> tuple[float, float]:

@@ -19,9 +19,15 @@ REACH = math.asinh(2.0**16)
 
 
 class Histogram:
-    """Counts of x in 1024 bins that are uniform in asinh(x): 0.023 wide around 0, 2.3 % of |x| in the tails.
+    """Counts of x in 1024 bins, uniform in asinh(x): 0.023 wide around 0, 2.3 % of |x| in the tails.
 
-    Constant memory, on the device of the data. ``minimum`` and ``maximum`` are exact.
+    Uses constant memory, on the device of the data. ``minimum`` and ``maximum`` are exact.
+
+    Example:
+        >>> histogram = hf_ortho.Histogram()
+        >>> histogram.update(torch.tensor([[-2.0, 0.5], [1.0, 3.0]]))
+        >>> histogram.minimum, histogram.maximum, int(histogram.counts.sum())
+        (-2.0, 3.0, 4)
     """
 
     def __init__(self):
@@ -30,7 +36,7 @@ class Histogram:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Add all elements of ``x``, any shape and floating dtype."""
+        """Count all elements of ``x``, any shape and floating dtype."""
         x = x.detach().reshape(-1).float()
         if not x.numel():
             return
@@ -43,18 +49,18 @@ class Histogram:
         else:
             self._counts += counts.to(self._counts.device)
             low, high = extremes.to(self._extremes.device)
-            # minimum and maximum propagate NaN, which ``check`` looks for
+            # torch.minimum and maximum propagate NaN, for ``check``
             self._extremes = torch.stack(
                 [torch.minimum(self._extremes[0], low), torch.maximum(self._extremes[1], high)]
             )
 
     def reduce(self, device: torch.device) -> None:
-        """Sum the counts and join the extremes over all processes of ``torch.distributed``."""
+        """Sum the counts and combine the extremes over all processes of ``torch.distributed``."""
         counts = torch.zeros(BINS, dtype=torch.float64, device=device)
         extremes = torch.tensor([math.inf, -math.inf], device=device)
         if self._counts is not None and self._extremes is not None:
             counts, extremes = self._counts.to(device), self._extremes.to(device)
-        # a maximum over processes need not pass NaN on, so that infinity stands for it
+        # a maximum over processes need not propagate NaN, so infinity replaces it
         bounds = torch.nan_to_num(extremes * torch.tensor([-1.0, 1.0], device=device), nan=math.inf, neginf=-math.inf)
         counts, bounds = sum_over_processes(counts), max_over_processes(bounds)
         if counts.any():
@@ -65,7 +71,7 @@ class Histogram:
         if self._extremes is not None and not torch.isfinite(self._extremes).all():
             raise CalibrationError(
                 f"{self} of {where} are not finite (min {self.minimum:g}, max {self.maximum:g}): the "
-                "calibration data or the weights hold NaN or infinity"
+                "calibration data or the weights contain NaN or infinity"
             )
 
     @property

@@ -1,12 +1,12 @@
-r"""Weighted least squares: the problem of a fit, and the solvers that all families share.
+r"""Weighted least squares: the fitting problem, and the solvers shared by all families.
 
 The problem is weighted Sobolev least squares in float64,
 
-    min_theta  sum_i w_i [ (f(x_i) - g(x_i))^2 + lambda (f'(x_i) - g'(x_i))^2 ],
+    min_theta  sum_i w_i [ (f(x_i) - g(x_i))^2 + lambda (f'(x_i) - g'(x_i))^2 ].
 
-with the tails inside f, so that the interval [lo, hi] is part of the problem. The nodes are the data and, with weights
-that Lawson's iteration finds, the real line: next to the mean squared error over the data, the largest error anywhere
-gets small.
+f includes the tails, so the interval [lo, hi] is part of the problem. The nodes are the data and points on the real
+line. Lawson's iteration finds the weights on the line: they make the largest error anywhere small, in addition to the
+mean squared error over the data.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .source import Source
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
 
-# Every processor rounds in its own way, and the fits must not depend on it. Where a search chooses, the first candidate
-# stays unless the squared error of another is less by this share of it and by the square of a negligible error.
+# Processors round differently, and fits must not depend on it. A search prefers a later candidate to an earlier one
+# only if its squared error is less by the relative margin CLEAR and by the square of a NEGLIGIBLE error.
 CLEAR, NEGLIGIBLE = 1e-3, 1e-9
-# What a search has found is rounded to GRID before anything is built on it.
+# The result of a search is rounded to multiples of GRID before it is used.
 GRID = 2.0**-10
-# The path of a non-linear fit: evaluations in a leg of it, their tolerances, and the weight of staying near where
-# the leg began, in root mean squares of the residual there.
+# A non-linear fit runs in legs: evaluations per leg, tolerance, and the weight of staying near the start of the leg, in
+# units of the root mean square of the residual there.
 LEG, TOLERANCE, PROXIMITY = 15, 1e-5, 0.01
 
 
 def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The least and the largest -lo, and the least and the largest hi, that a search tries, in units of x.
+    """Bounds for a search of the interval: (least -lo, largest -lo), (least hi, largest hi).
 
-    Around a kink the least-squares error alone would shrink the interval to nothing, where float32 coefficients blow up
-    and no data is left to learn from. Beyond the nodes on the line nothing would hold the series.
+    Around a kink, the least-squares error alone would shrink the interval to nothing: float32 coefficients blow up, and
+    no data is left inside to learn from. Beyond the nodes on the line nothing constrains the series.
     """
     least, (lo, hi) = 0.6 * math.sqrt(max(degree, 2)), LINE
     return (least, -lo), (least, hi)
@@ -47,8 +47,7 @@ def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a fit gets: the source and the nodes, g and g' there, and the options, with a domain if there are no
-    tails."""
+    """The input of a fit: the source, the nodes, g and g' there, and the options (with a domain if no tails)."""
 
     source: Source
     nodes: Nodes
@@ -69,7 +68,7 @@ class Target:
         return self.options.domain
 
     def at(self, nodes: Nodes) -> Target:
-        """The same with other weights."""
+        """The same target with other weights."""
         return dataclasses.replace(self, nodes=nodes)
 
     def least_squares(self, design: Array, slope_design: Array, lo: float, hi: float, ridge: float = 0.0):
@@ -88,7 +87,7 @@ class Target:
         return vt[keep].T @ (projected / s[keep]), u @ projected - b, lambda v: v - u @ (u.T @ v)
 
     def normal_equations(self, design: Array, slope_design: Array, lo: float, hi: float) -> Array:
-        """The coefficients alone, five times faster; the weight on the line keeps good bases well conditioned."""
+        """Only the coefficients, five times faster. The weight on the line keeps good bases well conditioned."""
         a, b = self._weighted(design, slope_design, lo, hi)
         gram = a.T @ a
         gram.flat[:: len(gram) + 1] *= 1 + 1e-13
@@ -100,7 +99,7 @@ class Target:
         return s_lo * np.minimum(x - lo, 0) + s_hi * np.maximum(x - hi, 0)
 
     def _weighted(self, design: Array, slope_design: Array, lo: float, hi: float) -> tuple[Array, Array]:
-        """Rows times the roots of the weights, and the right-hand side without the tails."""
+        """The design and g minus the tails, both times the square roots of the weights."""
         x, (s_lo, s_hi) = self.nodes.x, self.source.slopes
         root = np.sqrt(self.nodes.w)[:, None]
         a, b = design * root, (self.g - self.tails(lo, hi)) * root[:, 0]
@@ -114,17 +113,17 @@ class Target:
 
 
 def clearly_less(square: float, best: float) -> bool:
-    """Whether a squared error is less than the best one so far by more than rounding explains."""
+    """Whether a squared error is less than the best so far by more than rounding can explain."""
     return square < (1 - CLEAR) * best - NEGLIGIBLE**2
 
 
 def first_of_least(candidates, square):
-    """The candidate of the least ``square``; of two that are as good as each other the first."""
-    first, *others = candidates
-    for other in others:
-        if clearly_less(square(other), square(first)):
-            first = other
-    return first
+    """The candidate with the least ``square``; among equally good ones, the first."""
+    best, *rest = candidates
+    for candidate in rest:
+        if clearly_less(square(candidate), square(best)):
+            best = candidate
+    return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +133,9 @@ class Balanced:
     Attributes:
         score: ``Nodes.score``.
         mean_square: mean squared error over the data.
-        solution: as ``solve`` gave it.
-        target: with the weights of that round.
-        after: with the weights that would have been those of one more round.
+        solution: the result of ``solve``.
+        target: the target with the weights of the best round.
+        after: the target with the weights for one more round.
     """
 
     score: float
@@ -149,14 +148,14 @@ class Balanced:
 def balance(solve, target: Target, rounds: int) -> Balanced:
     """Minimize ``Nodes.score`` by least squares with changing weights (Lawson's iteration).
 
-    ``solve(target, start)`` gives the solution for fixed weights, from the one of the last round, and f - g at the
-    nodes.
+    ``solve(target, start)`` returns the solution for fixed weights and f - g at the nodes; ``start`` is the solution of
+    the previous round.
     """
-    # A largest error is no sum of squares, but it is one with the right weights: s^2 = max_u sum_i u_i error_i^2 over
-    # all weights u of sum 1, attained by those that sit where |error| is largest. So each round solves the least
-    # squares problem for the present weights, and then multiplies those on the line by |error|: they pile up at the
-    # peaks, the next solution lowers these, and where nothing moves any more all peaks are equally high. Their
-    # sum, the price of s^2, is set anew in each round too. Scores do not fall steadily: the best round counts.
+    # The square of the largest error is a sum of squares with the right weights: s^2 = max_u sum_i u_i error_i^2 over
+    # all weights u of sum 1, attained by weights located where |error| is largest. Each round solves the least squares
+    # problem for the current weights and then multiplies the weights on the line by |error|. They pile up at the peaks,
+    # the next solution lowers these, and at a fixed point all peaks are equally high. Each round also updates the sum
+    # of the weights, the price of s^2. Scores do not decrease steadily, so the best round is returned.
     best, solution = None, None
     for _ in range(rounds):
         solution, error = solve(target, solution)
@@ -171,27 +170,27 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
 
 
 def variable_projection(problem, starts, bounds, legs: int = 4) -> Array:
-    """Minimize |P(theta) b| over the non-linear parameters alone (Golub & Pereyra), Kaufman's Jacobian.
+    """Minimize |P(theta) b| over the non-linear parameters only (Golub & Pereyra), with Kaufman's Jacobian.
 
-    ``problem(theta)`` returns the residual and its Jacobian; the best of all ``starts`` is returned.
+    ``problem(theta)`` returns the residual and its Jacobian. Returns the best theta over all ``starts``.
 
-    The path of a trust region doubles a rounding error in about every step, and is free to drift where nothing depends
-    on a parameter. So every leg of the path is short, stays near its start by a small penalty, and ends at a multiple
-    of GRID, where all processors meet again.
+    The path of a trust region roughly doubles a rounding error in every step, and drifts freely along parameters that
+    have no effect. Therefore every leg of the path is short, stays near its start by a small penalty, and ends at a
+    multiple of GRID, where the paths of all processors meet again.
     """
-    # For given theta (frequencies, knots, ends) the model A(theta) c is linear in the coefficients c, and its least
-    # squares solution leaves the residual r(theta) = A c - b = -P b, with P = 1 - A A^+ the projection off the columns
-    # of A. Gauss-Newton on r alone searches a small space and needs no start for c. The derivative of r is P A' c, and
-    # a second term that lies in the columns of A; Kaufman drops that one, which is small where r is and costs as much
-    # as the rest. So each ``problem`` gives A' c with c held fixed, projected by P.
+    # For given theta (frequencies, knots, ends) the model A(theta) c is linear in the coefficients c. Its least-squares
+    # solution leaves the residual r(theta) = A c - b = -P b, where P = 1 - A A^+ projects off the columns of A.
+    # Gauss-Newton on r alone searches a small space and needs no start for c. The derivative of r is P A' c plus a
+    # term in the columns of A. Kaufman drops this term: it is small where r is small, and costs as much as the rest.
+    # So each ``problem`` returns A' c for fixed c, projected by P.
     best, best_cost = None, math.inf
     lower, upper = (np.asarray(v, dtype=float) for v in bounds)
     for theta in starts:
         theta = np.clip(theta, lower, upper)
         for _ in range(legs):
-            found = _leg(problem, theta, lower, upper)
-            theta = np.clip(to_grid(found.x), lower, upper)
-            if found.success:
+            result = _leg(problem, theta, lower, upper)
+            theta = np.clip(to_grid(result.x), lower, upper)
+            if result.success:
                 break
         residual = problem(theta)[0]
         cost = float(residual @ residual)

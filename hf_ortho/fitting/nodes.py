@@ -1,4 +1,4 @@
-"""The points at which a fit is made, their weights, and the measure of an error that a fit minimizes."""
+"""The points and weights of a fit, and the score that a fit minimizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = np.ndarray
 # the largest error is well below CLOSE, falling to LEAST above. If a fit cannot be close everywhere, it should be close
 # on the data.
 FULL, LEAST, CLOSE = 0.2, 0.01, 0.02
-LEAST_FACTOR = 0.03  # of a weight in a step of Lawson's: where the error is near 0, rounding is much of it
+LEAST_FACTOR = 0.03  # of a weight in one Lawson step: where the error is near 0, it is mostly rounding
 
 
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
@@ -34,13 +34,15 @@ def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float
 
 
 def penalty(square: float) -> float:
-    """What the largest error s costs, by its square: a s^2 + (b - a) e^2 log(1 + s^2/e^2), a, b, e the LEAST and FULL
-    weights and CLOSE."""
+    """The cost of the largest error s, given s^2, with a, b, e = LEAST, FULL, CLOSE:
+
+    a s^2 + (b - a) e^2 log(1 + s^2/e^2).
+    """
     return LEAST * square + (FULL - LEAST) * CLOSE**2 * math.log1p(square / CLOSE**2)
 
 
 def penalty_slope(square: float) -> float:
-    """The derivative of ``penalty`` by s^2: from FULL at 0 down to LEAST."""
+    """The derivative of ``penalty`` with respect to s^2, falling from FULL at 0 to LEAST."""
     return LEAST + (FULL - LEAST) / (1 + square / CLOSE**2)
 
 
@@ -48,7 +50,7 @@ def penalty_slope(square: float) -> float:
 class Nodes:
     """Points x_i with weights w_i: the data (or the data-free density) with sum 1, then the real line.
 
-    ``data`` marks the former. ``minimum`` and ``maximum`` are the exact extremes of the data, None without data.
+    ``data`` is True for the first group. ``minimum`` and ``maximum`` are the exact extremes of the data, or None.
     """
 
     x: Array
@@ -67,7 +69,7 @@ class Nodes:
         minimum: float | None = None,
         maximum: float | None = None,
     ) -> Nodes:
-        """The points ``x`` of positive weight ``w``, and evenly weighted ones on ``line``."""
+        """The points ``x`` with positive weight ``w``, and uniformly weighted points on ``line``."""
         lo, hi = line
         points, length = quadrature(lo, hi, (0.0, *source.kinks), min(0.25, (hi - lo) / 8), order=4)
         x, w = x[w > 0], w[w > 0]
@@ -76,7 +78,7 @@ class Nodes:
         return cls(np.concatenate([x, points]), weights, data, minimum, maximum)
 
     def within(self, source: Source, lo: float, hi: float) -> Nodes:
-        """The data in [lo, hi], and that interval in place of the line."""
+        """The data in [lo, hi], with that interval instead of the line."""
         x, w = self.x[self.data], self.w[self.data]
         return Nodes.of(source, x, np.where((x >= lo) & (x <= hi), w, 0.0), (lo, hi), self.minimum, self.maximum)
 
@@ -85,14 +87,14 @@ class Nodes:
         return float(self.w[self.data] @ values[self.data] / self.w[self.data].sum())
 
     def score(self, error: Array) -> float:
-        """Mean squared error over the data + ``penalty`` of the largest error on the line."""
+        """Mean squared error over the data plus ``penalty`` of the largest error on the line."""
         return self.mean(error**2) + penalty(float(np.max(np.abs(error[~self.data]))) ** 2)
 
     def reweighted(self, error: Array) -> Nodes:
-        """Lawson's step: weight on the line moves to where |error| is large.
+        """Lawson's step: move weight on the line to where |error| is large.
 
-        s^2 is the maximum over all weights u of sum 1 of sum_i u_i error_i^2. With ``penalty_slope`` for the sum of the
-        weights on the line, a fixed point of (least squares, this step) is therefore a stationary point of ``score``.
+        s^2 is the maximum of sum_i u_i error_i^2 over all weights u of sum 1. If the weights on the line sum to
+        ``penalty_slope``, a fixed point of (least squares, this step) is therefore a stationary point of ``score``.
         """
         size = np.abs(error)
         most = float(np.max(size[~self.data]))

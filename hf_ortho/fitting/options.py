@@ -1,4 +1,4 @@
-"""What may be asked of a fit."""
+"""The options of a fit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def is_interval(domain) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
-    """The options of ``LearnableActivation.fit`` that hold for all activations of a model.
+    """The options of ``LearnableActivation.fit`` shared by all activations of a model.
 
     Args:
-        derivative_weight: lambda >= 0, the weight of (f' - g')^2 next to (f - g)^2.
-        domain: the interval [lo, hi]; searched for if None.
+        derivative_weight: lambda >= 0, the weight of (f' - g')^2 relative to (f - g)^2.
+        domain: the interval [lo, hi]; None to search for it.
         tails: straight tails outside the domain; False for the pure series.
 
     Raises:
-        FitError: one of them is out of range.
+        FitError: an option is out of range.
     """
 
     derivative_weight: float = 0.0

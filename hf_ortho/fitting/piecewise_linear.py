@@ -1,4 +1,4 @@
-"""Free-knot least squares by continuous piecewise-linear functions, and their form as a difference of maxima."""
+"""Free-knot least squares with continuous piecewise-linear functions, and their form as a difference of maxima."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from .least_squares import Target, clearly_less, variable_projection
 from .nodes import Nodes
 
-INACTIVE = 1.0  # how far below the maximum an unused line starts, so that training can reach it
+INACTIVE = 1.0  # how far below the maximum an unused line starts; close enough for training to activate it
 
 
 def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Knots and values of the best continuous piecewise-linear function with at most n kinks of either sign.
 
-    ``start`` holds knots to refine, for example those for other weights.
+    ``start`` holds knots to refine, for example the knots found for other weights.
     """
     source = target.source
     if source.piecewise_linear and source.kinks:
@@ -27,10 +27,10 @@ def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[
         knots, values, _ = _refine(target, start)
         if not len(_excess(_bends(knots, values, source.slopes), n)):
             return knots, values
-    # The error has many local minima in the knots, so the start decides. Where an interpolant is best, each interval
-    # between knots has the same error, and the density of knots is |g''|^(2/5) times a power of the weight; three
-    # powers are tried, with twice as many knots as kinks of one sign are allowed. Of kinks of one sign beyond n the
-    # flattest are dropped and the others refined, until none is in excess.
+    # The error has many local minima in the knots, so the start matters. For the best interpolant, each interval
+    # between knots has the same error, and the density of knots is |g''|^(2/5) times a power of the weight. Three
+    # powers are tried, with 2n knots. If there are more than n kinks of one sign, the flattest are dropped and the
+    # remaining knots refined, until both signs have at most n.
     best, best_cost = None, math.inf
     for power in (0.0, 0.1, 0.2):
         density, x = _knot_density(target, power)
@@ -70,16 +70,16 @@ def _hats(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
 
 
 def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Move the knots, parametrized by the first one and the logarithms of the gaps; values by least squares.
+    """Move the knots (parametrized by the first one and the logarithms of the gaps); values by least squares.
 
     The end knots lie on the source's asymptotes, so both tails are exact.
     """
-    # For fixed knots the interpolant is linear in its values: ``solve`` finds these by QR. For moving knots, variable
-    # projection: a knot t_j that moves with the values held pulls the two lines through it along, which changes f by
-    # -slope * hat_j on either side. That column, less its part in the space of the hats (Q Q^T, Kaufman), is the
-    # Jacobian. The logarithms of the gaps keep the knots in order without constraints; the chain rule from them to the
-    # knots is a lower triangle of ones times the gaps. f' jumps at a knot, so its rows of the Jacobian stay 0: with a
-    # derivative weight they guide the values alone.
+    # For fixed knots the interpolant is linear in its values: ``solve`` finds them by QR. The knots are found by
+    # variable projection: moving a knot t_j at fixed values shifts the two lines through it, which changes f by
+    # -slope * hat_j on either side. The Jacobian is that column minus its part in the space of the hats (Q Q^T,
+    # Kaufman). The logarithms of the gaps keep the knots in order without constraints; the chain rule from them to the
+    # knots is a lower triangle of ones times the gaps. f' jumps at a knot, so the Jacobian rows of f' stay 0: a
+    # derivative weight affects only the values.
     source, (x, w) = target.source, (target.nodes.x, target.nodes.w)
     (s_lo, s_hi), (i_lo, i_hi) = source.slopes, source.intercepts
     root = np.sqrt(w)
@@ -91,7 +91,7 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         hats = _hats(x, t)
         ends = np.zeros(len(t))
         ends[0], ends[-1] = s_lo * t[0] + i_lo, s_hi * t[-1] + i_hi
-        # Deviations from g at the knots, with a small ridge: a hat may cover no data at all.
+        # Solve for deviations from g at the knots, with a small ridge: a hat may cover no data at all.
         prior = source.value(t)
         prior[[0, -1]] = ends[[0, -1]]
         fixed = hats @ prior + s_lo * np.minimum(x - t[0], 0) + s_hi * np.maximum(x - t[-1], 0)
@@ -125,7 +125,7 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         values, residual, hats, q = solve(t)
         slopes = np.concatenate([[s_lo], np.diff(values) / np.diff(t), [s_hi]])
         here = slopes[np.searchsorted(t, x)]
-        # d/dt_j of the interpolant at fixed values is -slope * hat_j; the end values move along the asymptotes.
+        # d/dt_j of the interpolant at fixed values is -slope * hat_j. The end values move along the asymptotes.
         moves = -here[:, None] * hats
         moves[:, 0] += s_lo * hats[:, 0]
         moves[:, -1] += s_hi * hats[:, -1]
@@ -142,7 +142,7 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         return knots, values, float(w @ error**2)
     gaps = np.maximum(np.diff(knots), 1e-3)
     start = np.concatenate([knots[:1], np.log(gaps)])
-    # Closer knots would chase the gaps between the nodes.
+    # Knots that are too close would fit the gaps between the nodes.
     least = math.log(0.1 * gaps.min())
     bounds = ([-30.0] + [least] * len(gaps), [30.0] + [math.log(30.0)] * len(gaps))
     t = unpack(variable_projection(problem, [start], bounds, legs=4 if len(gaps) < 32 else 1))
@@ -157,7 +157,7 @@ def _bends(knots, values, slopes) -> np.ndarray:
 
 
 def _excess(bends: np.ndarray, n: int) -> np.ndarray:
-    """The knots to drop where there are more than n kinks of one sign: the flattest of them."""
+    """The knots to drop if there are more than n kinks of one sign: the flattest ones."""
     drop: list[int] = []
     for sign in (1, -1):
         of_sign = np.flatnonzero(sign * bends > 0)
@@ -167,12 +167,12 @@ def _excess(bends: np.ndarray, n: int) -> np.ndarray:
 
 
 def lines_through(knots, values, slopes, n) -> dict[str, np.ndarray]:
-    """Convex kinks become numerator lines, concave ones denominator lines; unused lines start below the maximum.
+    """Convex kinks become numerator lines, concave kinks denominator lines. Unused lines start below the maximum.
 
-    Both maxima are built outwards from the flattest piece, so that no large slopes cancel there.
+    Both maxima are built outwards from the flattest piece, to avoid the cancellation of large slopes there.
     """
     bends = _bends(knots, values, slopes)
-    pieces = np.cumsum([slopes[0], *bends])  # the slope left of each knot, and right of the last
+    pieces = np.cumsum([slopes[0], *bends])  # the slope left of each knot, then right of the last
     flat = int(np.argmin(np.abs(pieces)))
     through = min(flat, len(knots) - 1)
     numerator = [(pieces[flat], values[through] - pieces[flat] * knots[through])]

@@ -1,4 +1,4 @@
-"""Weighted least squares by polynomials with straight tails, in Chebyshev polynomials on an interval that is found."""
+"""Weighted least squares with polynomials and straight tails, in Chebyshev polynomials; searches for the interval."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChebyshevFit(NamedTuple):
 
 
 def fit_polynomial(target: Target, n: int) -> ChebyshevFit:
-    """The polynomial of degree n that follows ``target`` best; the ends of its interval are float32 numbers."""
+    """The best polynomial of degree n for ``target``; the ends of its interval are float32 numbers."""
     lo, hi, weighted = search_interval(target, n) if target.domain is None else (*target.domain, target)
     lo, hi = float(np.float32(lo)), float(np.float32(hi))
     weighted = fit_on_interval(weighted, n, lo, hi, rounds=10 if target.domain is None else 30).target
@@ -34,19 +34,19 @@ def fit_polynomial(target: Target, n: int) -> ChebyshevFit:
 
 
 def chebyshev_designs(target: Target, n: int, lo: float, hi: float) -> tuple[Array, Array]:
-    """T_k at the nodes, shifted to [lo, hi], shape (nodes, n + 1), and their derivatives where these count."""
+    """T_k on [lo, hi] at the nodes, shape (nodes, n + 1), and the derivatives (or T_k again if they have no weight)."""
     design = chebyshev.chebvander((2 * np.clip(target.nodes.x, lo, hi) - (lo + hi)) / (hi - lo), n)
     return design, design @ _differentiation(n) * (2 / (hi - lo)) if target.derivative_weight else design
 
 
 @functools.cache
 def _differentiation(n: int) -> Array:
-    """The matrix that takes Chebyshev coefficients to those of the derivative."""
+    """The matrix from the Chebyshev coefficients of a series to the coefficients of its derivative."""
     return np.stack([np.pad(chebyshev.chebder(row), (0, n + 1))[: n + 1] for row in np.eye(n + 1)], 1)
 
 
 def fit_on_interval(target: Target, n: int, lo: float, hi: float, rounds: int) -> Balanced:
-    """``balance`` with the interval fixed; the solution is a Chebyshev series."""
+    """``balance`` with a fixed interval; the solution is a Chebyshev series."""
     design, slopes = chebyshev_designs(target, n, lo, hi)
     tails = target.tails(lo, hi)
 
@@ -58,19 +58,19 @@ def fit_on_interval(target: Target, n: int, lo: float, hi: float, rounds: int) -
 
 
 def search_interval(target: Target, n: int) -> tuple[float, float, Target]:
-    """[lo, hi] as multiples of GRID, and ``target`` with the weights found on the way."""
+    """The best [lo, hi], as multiples of GRID, and ``target`` with the weights found by the search."""
     from scipy.optimize import minimize
 
-    # Only the two ends are not linear, so the search has two dimensions. The score over them is a long curved valley
-    # (where the error of the series inside equals that of the tails), with a kink wherever the place of the largest
-    # error jumps: no derivatives, hence Nelder-Mead, over the logarithms of the widths, where a step means the same at
-    # every degree. The weights go on from one evaluation to the next: three rounds each then do for many. Coarse scales
-    # give the start, so that the simplex need not find the valley. Candidates are compared by the error over the data.
+    # Only the two ends are non-linear, so the search has two dimensions. The score is a long curved valley (where the
+    # errors of the series and of the tails are equal), with a kink wherever the location of the largest error jumps.
+    # Nelder-Mead needs no derivatives; it searches over the logarithms of the widths, where a step means the same at
+    # every degree. Each evaluation continues with the weights of the last one, so three rounds are enough.
+    # Coarse scales give a start in the valley. The final candidates are compared by the error over the data.
     bounds = np.log(width_bounds(n))
     reach = math.sqrt(max(n, 2))
     scale = first_of_least(SCALES, lambda r: fit_on_interval(target, n, -r * reach, r * reach, rounds=2).score)
-    found = []
-    # Odd degrees gain from a skewed interval: GELU and its kin are x/2 plus an even function.
+    candidates = []
+    # Odd degrees gain from a skewed interval: GELU and similar functions are x/2 plus an even function.
     skews = ((1.0, 1.0), (1.3, 0.8), (0.8, 1.3)) if n % 2 else ((1.0, 1.0),)
     for a, b in skews:
         tried: list[tuple[float, float, Balanced]] = []
@@ -82,7 +82,7 @@ def search_interval(target: Target, n: int) -> tuple[float, float, Target]:
             return math.log(tried[-1][2].score + NEGLIGIBLE**2)
 
         z = np.clip(np.log([a * scale * reach, b * scale * reach]), bounds[:, 0], bounds[:, 1] - 0.1)
-        for size in (0.1, 0.03):  # a second simplex, since the first may shrink in a valley of the largest error
+        for size in (0.1, 0.03):  # a second simplex, since the first may collapse at a kink of the score
             options = {
                 "xatol": 1e-3,
                 "fatol": 1e-3,
@@ -90,11 +90,11 @@ def search_interval(target: Target, n: int) -> tuple[float, float, Target]:
                 "initial_simplex": z + np.array([[0, 0], [size, 0], [0, size]]),
             }
             z = minimize(cost, z, method="Nelder-Mead", bounds=bounds, options=options).x
-        found.append(first_of_least(tried, lambda t: t[2].score))
-    if len(target.source.kinks) > 1:  # where the tails may begin, as those of hardswish do
+        candidates.append(first_of_least(tried, lambda t: t[2].score))
+    if len(target.source.kinks) > 1:  # the tails may start at the kinks, as for hardswish
         lo, hi = target.source.kinks[0], target.source.kinks[-1]
         if np.all((np.exp(bounds[:, 0]) <= (-lo, hi)) & ((-lo, hi) <= np.exp(bounds[:, 1]))):
-            found.append((lo, hi, fit_on_interval(target, n, lo, hi, rounds=3)))
-    lo, hi, best = first_of_least(found, lambda t: t[2].mean_square)
+            candidates.append((lo, hi, fit_on_interval(target, n, lo, hi, rounds=3)))
+    lo, hi, best = first_of_least(candidates, lambda t: t[2].mean_square)
     lo, hi = to_grid(np.array([lo, hi]))
     return lo, hi, best.after

@@ -17,7 +17,7 @@ from .nodes import Array
 
 
 class Fitted(Protocol):
-    """What is measured: f with its derivative, the points where f' jumps, the domain and the slopes outside."""
+    """A fitted activation: f and its derivative, the points where f' jumps, the domain and the slopes outside."""
 
     @property
     def name(self) -> str: ...
@@ -41,8 +41,13 @@ class FitReport:
         rms_error, rms_derivative_error: root mean squares over the data, or under ``DATA_FREE`` without data.
         mass_outside: share of the data outside [lo, hi].
         rms_error_outside: root mean square of f - g over that share.
-        minimum, maximum: exact extremes of the data, None without data.
-        note: what a reader must know, for example that a convex family cannot follow the source; else empty.
+        minimum, maximum: exact extremes of the data, or None.
+        note: a caveat, for example that a convex family cannot follow the source; may be empty.
+
+    Example:
+        >>> report = hf_ortho.activations.build("hermite_8").fit("gelu")
+        >>> report.activation, report.source, report.sup_error < 0.01
+        ('hermite_8', 'gelu', True)
     """
 
     activation: str
@@ -64,14 +69,14 @@ class FitReport:
         """Compare the module as stored (float32 parameters, float64 arithmetic) with the source."""
         nodes, source = target.nodes, target.source
         lo, hi = (float(v) for v in module.domain.tolist())
-        if math.isinf(lo) and target.domain is not None:  # without tails
+        if math.isinf(lo) and target.domain is not None:  # no tails
             lo, hi = target.domain
             grid = np.linspace(lo, hi, 17601)
         else:
             ends = [abs(v) for v in (nodes.minimum, nodes.maximum, lo, hi) if v is not None and math.isfinite(v)]
             most = max([20.0, *ends])
             grid = np.union1d(np.linspace(-most, most, 8001), np.linspace(-12, 12, 9601))
-            grid = np.union1d(grid, module.breaks())  # where errors peak
+            grid = np.union1d(grid, module.breaks())  # errors peak there
             grid = grid[(grid > source.reach[0]) & (grid < source.reach[1])]
         smooth = np.ones(len(grid), dtype=bool)
         for kink in source.kinks:
@@ -82,7 +87,7 @@ class FitReport:
             return value - source.value(x), slope - source.derivative(x)
 
         e, de = errors(grid)
-        if nodes.minimum is None and target.domain is None:  # other nodes than the fit has seen
+        if nodes.minimum is None and target.domain is None:  # not the nodes of the fit
             nodes = DATA_FREE.nodes(source, step=0.2)
         en, den = errors(nodes.x)
         outside = (nodes.x < lo) | (nodes.x > hi)
@@ -90,7 +95,7 @@ class FitReport:
         notes = [note] if note else []
         for end in filter(math.isfinite, source.reach):
             notes.append(
-                f"{source.name} bends again at {end:g}; the tail goes on straight, as {source.name} does before"
+                f"{source.name} bends again at {end:g}; the tail continues its straight line from before that point"
             )
         return cls(
             module.name,
@@ -110,17 +115,17 @@ class FitReport:
 
     @property
     def density(self) -> str:
-        """What the rms errors and ``mass_outside`` are weighted by, in words."""
+        """Name of the weight of the rms errors and ``mass_outside``."""
         return str(DATA_FREE) if self.minimum is None else PRE_ACTIVATIONS
 
     def to_dict(self) -> dict:
-        """Plain JSON values; infinity becomes None."""
+        """As JSON values; infinity becomes None."""
         return json_values(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> FitReport:
-        """What ``to_dict`` gave; further keys are left out."""
-        known = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
-        known["domain"] = interval(known["domain"])
-        known["tail_slopes"] = tuple(known["tail_slopes"])
-        return cls(**known)
+        """The inverse of ``to_dict``; ignores other keys."""
+        values = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
+        values["domain"] = interval(values["domain"])
+        values["tail_slopes"] = tuple(values["tail_slopes"])
+        return cls(**values)

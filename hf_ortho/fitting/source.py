@@ -1,4 +1,4 @@
-"""The function to fit, examined numerically: its derivative, asymptotes and kinks."""
+"""The function to fit, with its derivative, asymptotes and kinks found numerically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import FitError
 
 Array = np.ndarray
 
-# Where a function is taken to have reached its asymptotes; the slope at twice the distance confirms it.
+# A function counts as having reached its asymptotes here, if the slope at twice the distance is the same.
 FAR = 1.0e4
 # A straight stretch from 8 to 9.5 counts as the tail even if g bends later: gelu_10 is min(gelu(x), 10).
 NEAR = 8.0, 9.5
@@ -26,9 +26,9 @@ NEAR = 8.0, 9.5
 class Source:
     """An element-wise function g with its derivative, asymptotic lines and kinks, evaluated in float64.
 
-    ``slopes`` and ``intercepts`` hold (-inf, +inf) values: g(x) - slope * x - intercept -> 0, as far as ``reach``,
-    beyond which g is another line.
-    ``kinks`` are the points where g' jumps; ``piecewise_linear`` is true when g is linear between them.
+    ``slopes`` and ``intercepts`` describe the asymptotes at (-inf, +inf): g(x) - slope * x - intercept -> 0, up to
+    ``reach``, beyond which g is another line. ``kinks`` are the points where g' jumps. ``piecewise_linear`` is True if
+    g is linear between them.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Source:
 
     @classmethod
     def of(cls, fn: str | Callable[[torch.Tensor], torch.Tensor], name: str | None = None) -> Source:
-        """Examine ``fn``: a name in ACT2FN, a torch callable, or a module (copied, its parameters in float64).
+        """Analyze ``fn``: a name in ACT2FN, a torch callable, or a module (copied, with float64 parameters).
 
         Raises:
-            FitError: ``fn`` is unknown, not element-wise, not finite, or grows faster or slower than a line.
+            FitError: ``fn`` is unknown, not element-wise, not finite, or has no straight asymptotes.
         """
         if isinstance(fn, str):
             if fn not in ACT2FN:
@@ -82,6 +82,9 @@ class Source:
         return g.numpy()
 
     def _asymptotes(self):
+        # On each side, the asymptote is the line with the slope at FAR, provided that the slope at 2 FAR is the same.
+        # But g may bend again far beyond the data: if g is straight over NEAR with another slope, the tail is the line
+        # through NEAR instead, and bisection finds its reach, where g leaves that line.
         x = np.array([-FAR, -2 * FAR, FAR, 2 * FAR])
         g, dg = self.value(x), self.derivative(x)
         for side, i in (("-inf", 0), ("+inf", 2)):
@@ -110,7 +113,7 @@ class Source:
         return tuple(slopes), tuple(intercepts), tuple(reach)
 
     def _kinks(self, grid: Array, dg: Array) -> tuple[float, ...]:
-        """Bisect every grid cell across which g' changes by more than a smooth g could."""
+        """Bisect every grid cell in which g' changes by more than it could for a smooth g."""
         span = np.ptp(dg)
         kinks = []
         for i in np.flatnonzero(np.abs(np.diff(dg)) > 0.025 * max(span, 1e-12)):

@@ -1,4 +1,4 @@
-"""CPU kernels: an activation and its gradients chunk by chunk, with nothing kept between the two but the input.
+"""CPU kernels: an activation and its gradients, chunk by chunk. Only the input is saved for the backward pass.
 
 A chunk and its scratch rows stay in the cache, so an activation costs little more than the memory traffic of one pass.
 """
@@ -21,11 +21,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .family import Family
 
-GRAIN = 32768  # elements; from here on ATen opens an OpenMP region for every operation
-CHUNK = 1 << 16  # large enough that the interpreter's share is small, small enough for a second-level cache of 2 MB
-LARGE = 1 << 18  # elements; from here on tables pay off that are made anew after each update of the parameters
-DEVICE_CHUNK = 1 << 24  # on an accelerator without kernels of its own launches are what costs
-MAX_THREADS = 16  # beyond, Python's lock is the limit
+GRAIN = 32768  # elements; above, ATen opens an OpenMP region for every operation
+CHUNK = 1 << 16  # elements; large against the interpreter's overhead, small enough for an L2 cache of 2 MB
+LARGE = 1 << 18  # elements; from here on, tables pay off although every parameter update rebuilds them
+DEVICE_CHUNK = 1 << 24  # elements; on an accelerator without its own kernels, launches are the main cost
+MAX_THREADS = 16  # with more, Python's global lock is the limit
 
 within = torch.ops.aten.hardtanh_backward.grad_input  # (g, x, lo, hi): g where lo < x < hi, else 0
 above = torch.ops.aten.threshold_backward.grad_input  # (g, x, start): g where x > start, else 0
@@ -37,8 +37,8 @@ Scratch = Sequence[Tensor | None]
 class Series(Protocol):
     """S of one family with fixed parameters, on chunks of a floating dtype of at least 32 bits.
 
-    ``scratch`` are ``scratch_rows`` buffers of the chunk's length, one after the other in memory; where one is None the
-    operation allocates. ``out`` may be None for the same reason. ``x`` and ``g`` are not written to.
+    ``scratch`` holds ``scratch_rows`` buffers of the chunk's length, contiguous in memory. If a buffer or ``out`` is
+    None, the operation allocates its result. ``x`` and ``g`` are not modified.
     """
 
     scratch_rows: int
@@ -47,7 +47,7 @@ class Series(Protocol):
         """S(x)."""
 
     def backward_chunk(self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, reduce: bool) -> list[float]:
-        """g S'(x) into ``out`` unless that is None; returns sums over the chunk if ``reduce``."""
+        """Write g S'(x) to ``out`` unless it is None; returns sums over the chunk if ``reduce``."""
 
     def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
         """The gradient of each parameter vector, from the sums over all chunks."""
@@ -75,7 +75,7 @@ class Activation:
         self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
         self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
         rows = self.series.scratch_rows
-        self.scratch_rows = rows if self.pure else max(rows, 1) + 1  # the tails take one while the series takes none
+        self.scratch_rows = rows if self.pure else max(rows, 1) + 1  # one for the clamped x, one for the tails
         self.no_scratch = (None,) * self.scratch_rows
         self.dtype = dtype
         self.parameters = parameters
@@ -97,7 +97,7 @@ class Activation:
     def backward_chunk(
         self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, parameters: bool, domain: bool
     ) -> list[float]:
-        """g f'(x) into ``out`` unless that is None; returns the sums that ``parameters`` and ``domain`` ask for."""
+        """Write g f'(x) to ``out`` unless it is None; returns the sums for ``parameters`` and ``domain`` if needed."""
         if self.pure:
             return self.series.backward_chunk(x, g, out, scratch, parameters) + [0.0, 0.0] * domain
         s_lo, s_hi = self.slopes
@@ -122,7 +122,7 @@ class Activation:
 
     def domain_gradient(self, sums: list[float]) -> list[float]:
         """df/dlo = S'(lo) - s_lo where x < lo, and likewise hi; an infinite end gets 0."""
-        # In float64: at a good fit S' and the slope of the tail nearly cancel.
+        # In float64, since S' and the slope of the tail nearly cancel after a good fit.
         ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
         series = self.make_series(self.parameters, self.domain, ends.dtype, ends.device, False)
@@ -132,12 +132,12 @@ class Activation:
 
 
 def rounded(values, dtype: torch.dtype) -> list[float]:
-    """Numbers of ``dtype``; too large ones become infinite, where torch refuses a number as a factor."""
+    """Numbers rounded to ``dtype``. Those too large become infinite: torch rejects a factor out of range."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float64 if dtype == torch.float64 else np.float32).tolist()
 
 
-# Keyed by values, so that no update of a parameter, however it is made, can leave a stale entry.
+# Keyed by values: no update of a parameter, however it is made, can leave a stale entry.
 _activation = functools.lru_cache(maxsize=512)(Activation)
 
 
@@ -145,8 +145,8 @@ def _prepare(make_series, x: Tensor, parameters: Sequence[Tensor], domain: Tenso
     vectors = tuple([tuple(p.tolist()) for p in parameters])
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     large = x.numel() >= LARGE
-    straight = tuple(domain.tolist()), tuple(tail_slopes.tolist())
-    return _activation(make_series, vectors, *straight, dtype, x.device, large)
+    tails = tuple(domain.tolist()), tuple(tail_slopes.tolist())
+    return _activation(make_series, vectors, *tails, dtype, x.device, large)
 
 
 def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def backward(
     tail_slopes: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
-    """The gradients of x, of each parameter and of the domain, each where ``needs`` asks for it."""
+    """The gradients of x, of each parameter and of the domain; None where ``needs`` is False."""
     needs_x, needs_parameters, needs_domain = needs
     activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
     gx = torch.empty_like(x) if needs_x else None
@@ -198,7 +198,7 @@ def backward(
         return sums
 
     by_chunk = _run(body, x, activation, 3)
-    sums = [sum(column, np.float64(0.0)) for column in zip(*by_chunk, strict=True)]  # and in a fixed order
+    sums = [sum(column, np.float64(0.0)) for column in zip(*by_chunk, strict=True)]  # in float64, in a fixed order
     at_domain = _gradient(activation.domain_gradient(sums[-2:]), domain) if needs_domain else None
     at_parameters = None
     if needs_parameters:
@@ -219,38 +219,38 @@ def _chunk_size(x: Tensor) -> int:
 
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
-    """The strides of ``torch.empty_like(x)``: those of ``x`` where it has no gaps and overlaps in memory."""
+    """The strides of ``torch.empty_like(x)``: equal to ``x.stride()`` if ``x`` is dense without overlaps."""
     return torch.empty_like(x, device="meta").stride()
 
 
 def arranged(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """``x``, or a copy of it with these strides."""
+    """``x`` if it has these strides, otherwise a copy with them."""
     if x.stride() == stride:
         return x
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _flat(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The elements in the order that dense memory with these strides has them; a view if ``x`` has them."""
+    """The elements in memory order of a dense tensor with these strides; a view if ``x`` has them."""
     return arranged(x, stride).as_strided((x.numel(),), (1,))
 
 
 def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) -> list:
-    """``body(scratch, span)`` for every chunk; its results in the order of the chunks, whatever thread ran it.
+    """Call ``body(scratch, span)`` for every chunk, in threads; returns the results in the order of the chunks.
 
-    The first ``conversions`` scratch rows are there only where the dtype of ``x`` is not that of the arithmetic.
+    ``conversions`` extra scratch rows come first if the dtype of ``x`` is not the dtype of the arithmetic.
     """
-    # The chunks are cut by the size of x alone. Every thread takes one contiguous range of them, with scratch rows of
-    # its own that it uses again for each chunk, and so keeps in its cache. Results come back per chunk rather than per
-    # thread, and are added up in the order of the chunks: the bits do not depend on the number of threads. Threads of
-    # Python's do, since ATen releases the interpreter's lock inside each operation.
+    # The chunks depend on the size of x alone. Every thread takes one contiguous range of them. It has its own scratch
+    # rows and reuses them for each chunk, so they stay in its cache. Results are returned per chunk, not per thread,
+    # and are added up in the order of the chunks: the bits do not depend on the number of threads. Python threads are
+    # enough, since ATen releases the interpreter's lock inside each operation.
     n, size = x.numel(), _chunk_size(x)
     chunks = max(-(-n // size), 1)
     inference = torch.is_inference_mode_enabled()
     shape = activation.scratch_rows + (conversions if x.dtype != activation.dtype else 0), min(size, n + n % 2)
 
     def work(first: int, last: int) -> list:
-        # Modes belong to threads. Inside inference mode tensors are made that only it may write to.
+        # Grad and inference modes are per thread. Tensors created in inference mode can only be written to inside it.
         with torch.inference_mode() if inference else contextlib.nullcontext(), torch.no_grad():
             scratch = list(torch.empty(shape, dtype=activation.dtype, device=x.device))
             spans = [slice(i * size, min((i + 1) * size, n)) for i in range(first, last)]
@@ -269,13 +269,13 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
 def _submit(threads: int, work: Callable, *span: int) -> Callable[[], list]:
     try:
         return _pool(threads, os.getpid()).submit(work, *span).result
-    except RuntimeError:  # threads that outlive the main one, at the exit of the interpreter
+    except RuntimeError:  # the interpreter is exiting, and this thread outlives the main one
         return functools.partial(work, *span)
 
 
 @functools.lru_cache(maxsize=4)
 def _pool(threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Threads in which ATen works alone: many short OpenMP regions crawl as soon as a core is taken by somebody else.
+    """Threads in which ATen runs single-threaded: many short OpenMP regions crawl once another process takes a core.
 
     Threads do not survive a fork, hence one pool per process.
     """
@@ -283,5 +283,5 @@ def _pool(threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
 
 
 def _work_alone() -> None:
-    torch.get_num_threads()  # takes over the process's setting, once per thread
-    threadpool_limits(limits=1, user_api="openmp")  # OpenMP's own setting belongs to the thread
+    torch.get_num_threads()  # applies the process's setting, once per thread; the limit below must come after it
+    threadpool_limits(limits=1, user_api="openmp")  # OpenMP's setting is per thread

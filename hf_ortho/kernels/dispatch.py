@@ -1,4 +1,4 @@
-"""Which kernel evaluates an activation, and the autograd function around it."""
+"""Choose the kernel that evaluates an activation, and wrap it in an autograd function."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ logger = logging.get_logger("hf_ortho")
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
 
 # LearnableActivation.forward(x)
-#   dispatch.activation                    chooses: family.formula, _Compiled, or Recomputed with a backend
-#     Recomputed.forward, .backward        autograd.Function, which keeps x and computes the rest again
-#       cpu.forward, .backward             or those of triton: one launch per direction, and one for the sums
-#         cpu._run                         chunk by chunk, in threads
-#           Activation.value, .backward_chunk    the domain and the tails, around
-#             Series.value, .backward_chunk      the arithmetic of the family
+#   dispatch.activation                    chooses family.formula, _Compiled, or Recomputed with a backend
+#     Recomputed.forward, .backward        autograd.Function that saves x and recomputes the rest
+#       cpu.forward, .backward             or triton.forward, .backward: one launch each, and one for the sums
+#         cpu._run                         chunks, in threads
+#           Activation.value, .backward_chunk    domain and tails
+#             Series.value, .backward_chunk      arithmetic of the family
 
 
 def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
     """f(x) of ``LearnableActivation``, in the shape and dtype of ``x``.
 
-    ``family.formula`` is the oracle, made of differentiable PyTorch operations. Where nothing but the values and the
-    first gradients is asked for, a kernel takes its place that keeps nothing for the backward pass but ``x``: Triton's
-    on CUDA, those of ``cpu`` elsewhere. The formula itself serves compilers, tracers and exporters, functorch
-    transforms, forward-mode differentiation, tensor subclasses, dispatch modes, and double backward.
+    ``family.formula`` is the reference, written in differentiable PyTorch operations. If only values and first
+    gradients are needed, a kernel replaces it that saves only ``x`` for the backward pass: Triton on CUDA, ``cpu``
+    elsewhere. The formula is used for compilers, tracers and exporters, functorch transforms, forward-mode
+    differentiation, tensor subclasses, dispatch modes and double backward.
 
     Args:
-        family: a subclass of ``LearnableActivation``; its formula and the kernels that it has are used.
+        family: a subclass of ``LearnableActivation``, which gives the formula and the kernels.
         x: any shape and strides, a floating dtype.
         domain: [lo, hi].
         tail_slopes: [s_lo, s_hi].
-        parameters: those of the family's series, in the order of its ``initial_parameters``.
+        parameters: the parameters of the series, in the order of ``family.initial_parameters``.
     """
     tensors = (x, domain, tail_slopes, *parameters)
     if torch.compiler.is_compiling():
@@ -56,7 +56,7 @@ def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *
 
 
 def _transformed(tensors) -> bool:
-    """Whether anything but ordinary tensors on one device, to be computed now, asks for the formula itself."""
+    """Whether the inputs need the plain formula (tracing, functorch, subclasses, mixed devices)."""
     x, domain = tensors[:2]
     return (
         torch._C._get_tracing_state() is not None
@@ -64,7 +64,7 @@ def _transformed(tensors) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or not PLAIN_TENSORS.issuperset(map(type, tensors))
-        or not x.is_floating_point()  # the formula says what is wrong
+        or not x.is_floating_point()  # the formula raises the error
         or x.layout is not torch.strided
         or x.is_meta
         or x.device != domain.device
@@ -81,7 +81,7 @@ def _backend(family: Family, x: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _triton_works(device: torch.device) -> bool:
-    """Whether Triton is there and finds what it needs: a compiler on the host, a GPU that is not too old."""
+    """Whether Triton is installed and works: it needs a compiler on the host and a recent GPU."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     try:
@@ -89,7 +89,7 @@ def _triton_works(device: torch.device) -> bool:
 
         triton.probe(device)
     except Exception as error:  # of Triton, of the C compiler, of the driver
-        logger.warning_once(f"Triton does not work on {device}, slower kernels take over: {error}")
+        logger.warning_once(f"Triton does not work on {device}, falling back to slower kernels: {error}")
         return False
     return True
 
@@ -100,11 +100,12 @@ def _compiles(family: Family) -> bool:
 
 
 class _Compiled(torch.autograd.Function):
-    """Keeps x and recomputes, as ``Recomputed``, in operations for the compiler to fuse.
+    """Like ``Recomputed``, saves x and recomputes the rest, in operations that the compiler can fuse.
 
-    Differentiated automatically, a maximum or a sum of cosines becomes several passes over memory. ``family.compiled``
-    has ``gradients(x, g, *parameters)``: g S'(x) and, for each parameter, the sum of g dS/dparameter; and ``value``
-    where the family's own ``series`` is not the fastest form. All tensors have one dtype, which the results have too.
+    Automatic differentiation would turn a maximum or a sum of cosines into several passes over memory.
+    ``family.compiled.gradients(x, g, *parameters)`` returns g S'(x) and, for each parameter, the sum of g
+    dS/dparameter. ``family.compiled.value`` is optional, for families whose ``series`` is not the fastest form. All
+    tensors and results have one dtype.
     """
 
     @staticmethod
@@ -131,12 +132,12 @@ class _Compiled(torch.autograd.Function):
             ends, *exact = (t.double() for t in (domain, *parameters))  # S' and the tail's slope nearly cancel
             rise = family.series_derivative(ends, *exact) - tail_slopes
             at_domain = torch.where(domain.isfinite(), outside * rise, 0)
-        found: list[Tensor | None] = [gx, at_domain, None, *gradients]
-        return None, *(v if v is None else v.to(t.dtype) for v, t in zip(found, ctx.saved_tensors, strict=True))
+        results: list[Tensor | None] = [gx, at_domain, None, *gradients]
+        return None, *(v if v is None else v.to(t.dtype) for v, t in zip(results, ctx.saved_tensors, strict=True))
 
 
 class Recomputed(torch.autograd.Function):
-    """f with the kernels of a backend, the module ``cpu`` or ``triton``: keeps x, recomputes the rest."""
+    """f with the kernels of a backend (the module ``cpu`` or ``triton``): saves x and recomputes the rest."""
 
     @staticmethod
     def forward(ctx, backend, family, x, domain, tail_slopes, *parameters):
@@ -148,7 +149,7 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, g):
         x, domain, tail_slopes, *parameters = ctx.saved_tensors
         _, _, needs_x, needs_domain, needs_slopes, *needs_parameters = ctx.needs_input_grad
-        batched = torch._C._functorch.is_legacy_batchedtensor(g)  # by is_grads_batched
+        batched = torch._C._functorch.is_legacy_batchedtensor(g)  # from is_grads_batched
         if torch.is_grad_enabled() or needs_slopes or batched or _transformed((g, domain)):
             return None, None, *_formula_gradients(ctx.family.formula, ctx.saved_tensors, ctx.needs_input_grad[2:], g)
         needs = needs_x, any(needs_parameters), needs_domain
@@ -160,6 +161,6 @@ def _formula_gradients(plain: Callable[..., Tensor], tensors, needs, g):
     """Gradients that can be differentiated again."""
     with torch.enable_grad():
         y = plain(*tensors)
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    inputs = [t for t, need in zip(tensors, needs, strict=True) if need]
+    gradients = iter(torch.autograd.grad(y, inputs, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return [next(gradients) if need else None for need in needs]

@@ -1,4 +1,4 @@
-"""What the kernels ask of a family of activations."""
+"""The interface between the kernels and a family of activations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .cpu import Series
 
 
 class Family(Protocol):
-    """A family, which is a class rather than an instance: S(x) for given parameters, and faster ways to it.
+    """A family (the class itself, not an instance): S(x) for given parameters, and optional kernels.
 
-    ``cpu_series``, ``compiled`` and ``triton`` are None where the family has no such kernel: the formula takes its
-    place, slower and with the same values.
+    ``cpu_series``, ``compiled`` and ``triton`` are None if the family has no such kernel. The formula is used instead:
+    it is slower, with the same values.
     """
 
     @property
     def family(self) -> str:
-        """Its name."""
+        """The name of the family."""
 
     @property
     def series(self) -> Callable[..., Tensor]:
@@ -28,22 +28,22 @@ class Family(Protocol):
 
     @property
     def series_derivative(self) -> Callable[..., Tensor]:
-        """Likewise, S'(x)."""
+        """(x, *parameters) to S'(x), likewise."""
 
     def formula(self, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
         """f(x), in the dtype of x."""
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the arithmetic for x."""
+        """The dtype in which f(x) is computed."""
 
     @property
     def cpu_series(self) -> Callable[..., Series] | None:
-        """On the CPU: (parameters, domain, dtype, device, large) to a ``Series``."""
+        """CPU kernel: (parameters, domain, dtype, device, large) to a ``Series``."""
 
     @property
     def compiled(self) -> type | None:
-        """Under ``torch.compile``: explicit gradients, see ``dispatch._Compiled``."""
+        """Explicit gradients for ``torch.compile``, see ``dispatch._Compiled``."""
 
     @property
     def triton(self) -> str | None:
-        """On CUDA: where the ``triton_common.DeviceFunctions`` are, as ``module:NAME``; imported when first used."""
+        """CUDA kernel: ``module:NAME`` of the ``triton_common.DeviceFunctions``, imported lazily."""

@@ -1,4 +1,4 @@
-"""An activation from its series: the domain and the straight tails around it, in plain differentiable operations."""
+"""An activation from its series, domain and straight tails, in plain differentiable operations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def value(series: Callable[..., Tensor], x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
-    """f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0); a slope of 0 adds nothing, even at
-    infinity. All tensors have one dtype."""
+    """f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0), all tensors of one dtype.
+
+    A slope of 0 adds nothing, even at infinity.
+    """
     lo, hi = domain
     s_lo, s_hi = tail_slopes
     inside = torch.clamp(x, lo, hi)
@@ -28,6 +30,6 @@ def slope(
 
 
 def splice(x: Tensor, inside: Tensor, domain: Tensor, tail_slopes: Tensor, g: Tensor | float = 1.0) -> Tensor:
-    """``inside`` on the domain, g times the slopes of the tails beyond it."""
+    """``inside`` on the domain, g times the slope of the tail outside."""
     beyond = torch.where(x < domain[0], tail_slopes[0] * g, tail_slopes[1] * g)
     return torch.where((x < domain[0]) | (x > domain[1]), beyond, inside)

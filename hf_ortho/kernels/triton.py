@@ -2,12 +2,13 @@
 
     f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0)
 
-Forward reads x and writes f(x). Backward reads x and g and writes the gradient of x, while a fixed number of persistent
-programs add up the gradients of the parameters in registers; a second kernel adds the partial sums in float64. There
-are no atomics, and the split depends on the number of elements only: results are bit-equal from run to run.
+Forward reads x and writes f(x). Backward reads x and g and writes the gradient of x. At the same time a fixed number of
+persistent programs add up the gradients of the parameters in registers; a second kernel adds the partial sums in
+float64. There are no atomics, and the split depends only on the number of elements, so results are bit-equal from run
+to run.
 """
 
-# Tuples of device values grow by concatenation, which mypy takes for a change of type.
+# Tuples of device values grow by concatenation, which mypy sees as a change of type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
@@ -29,7 +30,7 @@ PROGRAMS = 1024
 WARPS = 4
 ROWS = 2  # loads in flight per thread
 SUMS_PER_THREAD = 56  # in registers
-HIGH_DEGREE = 12  # above, the scalars do not fit into registers: they are loaded for every tile
+HIGH_DEGREE = 12  # above, the scalars do not fit into registers and are loaded for every tile
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def forward_kernel(
     s_hi = tl.load(tail_slopes + 1).to(tl.float32)
     inside = tl.minimum(tl.maximum(x, lo, propagate_nan=ALL_NAN), hi, propagate_nan=ALL_NAN)
     y = value(inside, scalars(parameters, DEGREE), DEGREE)
-    # A tail without slope starts at infinity, where it adds 0 even to an infinite x.
+    # Move the start of a tail of slope 0 to infinity: 0 * (x - lo) would be NaN for an infinite x.
     lo = tl.where(s_lo == 0.0, float("-inf"), lo)
     hi = tl.where(s_hi == 0.0, float("inf"), hi)
     y += s_lo * tl.where(x < lo, x - lo, 0.0)
@@ -62,12 +63,12 @@ def backward_kernel(
     WRITE_GX: tl.constexpr, TOTAL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Sums FIRST to LAST - 1, of the parameters' TOTAL and then of lo and hi, and the gradient of x if WRITE_GX."""
+    """Sums FIRST to LAST - 1 of the TOTAL parameter sums followed by lo and hi; the gradient of x if WRITE_GX."""
     # PROGRAMS programs stride over the tiles of ROWS x LANES elements. Each keeps one vector of LANES partial sums per
-    # gradient in registers from its first tile to its last and reduces it over the lanes once, at the end: a launch
-    # writes (LAST - FIRST) x PROGRAMS numbers, whatever the size of x. Only so many sums fit into registers; the host
-    # splits more of them into several launches, of which the first writes the gradient of x. The loads of all ROWS come
-    # before any arithmetic, so that several are in flight at a time.
+    # gradient in registers from its first tile to its last and reduces it over the lanes once, at the end. A launch
+    # thus writes (LAST - FIRST) x PROGRAMS numbers, whatever the size of x. If the sums do not fit into registers, the
+    # host splits them into several launches, and the first one writes the gradient of x. The loads of all ROWS come
+    # before any arithmetic, to have several in flight at a time.
     program = tl.program_id(0)
     lo = tl.load(domain).to(tl.float32)
     hi = tl.load(domain + 1).to(tl.float32)
@@ -117,7 +118,8 @@ def sum_kernel(
     partial, sums, FIRST: tl.constexpr, TOTAL: tl.constexpr, LENGTH: tl.constexpr,
     PROGRAMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows of partial sums, from FIRST on, in float64; cumulative ones (LENGTH > 0) less the parameter's next row."""
+    """Add up rows of partial sums, from FIRST on, in float64. If they are cumulative (LENGTH > 0), the parameter's
+    next row is subtracted."""
     row = FIRST + tl.program_id(0)
     lane = tl.arange(0, WIDTH)
     exists = lane < PROGRAMS
@@ -134,7 +136,7 @@ def copy_kernel(source, target):
 
 
 def probe(device: torch.device) -> None:
-    """Compile and launch the least kernel; raises what Triton, the C compiler or the driver raise."""
+    """Compile and launch a minimal kernel; errors of Triton, the C compiler and the driver propagate."""
     source = torch.zeros(1, device=device)
     with on_device_of(source):
         copy_kernel[(1,)](source, torch.empty_like(source))
@@ -161,13 +163,12 @@ def activation(x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slo
     """f(x) on the GPU. ``dispatch`` makes it differentiable.
 
     Args:
-        x: float32, bfloat16 or float16 on a CUDA device, any shape, non-overlapping and dense; the arithmetic is in
-            float32. (With TRITON_INTERPRET=1 a CPU tensor.)
+        x: float32, bfloat16 or float16 on a CUDA device (or a CPU tensor if TRITON_INTERPRET=1), any shape,
+            non-overlapping and dense. The arithmetic is in float32.
         parameters: the family's parameter vectors in the order of ``LearnableActivation.initial_parameters``, float32
-            or float64 (read as float32), on the device of ``x``. Gradients come back in their dtype.
-        domain, tail_slopes: [lo, hi] and [s_lo, s_hi], as the parameters.
-        place: where the family's ``DeviceFunctions`` are, as ``module:NAME``; the degree follows from the
-            parameters' shapes.
+            or float64 (read as float32), on the device of ``x``. Gradients have the same dtype.
+        domain, tail_slopes: [lo, hi] and [s_lo, s_hi], with the dtypes and device of the parameters.
+        place: ``module:NAME`` of the family's ``DeviceFunctions``. The degree follows from the parameters' shapes.
 
     Returns:
         Tensor with the shape, dtype and strides of ``x``.
@@ -199,7 +200,7 @@ def activation_backward(
     of_parameters: bool,
     of_domain: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and in one vector those of the parameters and of [lo, hi]; each empty if not asked for."""
+    """The gradient of x, and one vector with the gradients of the parameters and of [lo, hi]; empty if not needed."""
     functions = functions_for(place, x)
     degree = degree_of(functions, parameters)
     total = sum(p.numel() for p in parameters)
@@ -246,7 +247,7 @@ def _(g, x, parameters, domain, tail_slopes, place, of_x, of_parameters, of_doma
 
 
 def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
-    """f(x), as ``cpu.forward``."""
+    """f(x), like ``cpu.forward``."""
     vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
     return activation(arranged(x, dense_stride(x)), *vectors, family.triton)
 
@@ -260,7 +261,7 @@ def backward(
     tail_slopes: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
-    """The gradients of x, of each parameter and of the domain, as ``cpu.backward``."""
+    """The gradients of x, of each parameter and of the domain, like ``cpu.backward``."""
     of_x, of_parameters, of_domain = needs
     vectors = [p.contiguous() for p in parameters], domain.contiguous(), tail_slopes.contiguous()
     gx, sums = activation_backward(g, arranged(x, dense_stride(x)), *vectors, family.triton, *needs)

@@ -1,10 +1,8 @@
-"""What the Triton code of several families shares."""
+"""Triton code shared by several families."""
 
-# Tuples of device values grow by concatenation, which mypy takes for a change of type.
+# Tuples of device values grow by concatenation, which mypy sees as a change of type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
-
-from __future__ import annotations
 
 import dataclasses
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Triton 3.4, which torch 2.8 brings, has it in the language module.
+# In Triton 3.4, which torch 2.8 uses, it is in the language module.
 constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr_function
 ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -36,21 +34,21 @@ def ones(scalars, COUNT: tl.constexpr):
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFunctions:
-    """S, S' and the gradients of the parameters of a family, element by element: four small ``triton.jit`` functions.
+    """S, S' and the parameter gradients of a family, per element, as four small ``triton.jit`` functions.
 
     With ``p`` the pointers of the parameters in their order,
 
-        scalars(p, DEGREE)              -> what all elements share, a tuple of float32 scalars
+        scalars(p, DEGREE)              -> a tuple of float32 scalars that all elements share
         value(x, scalars, DEGREE)       -> S(x)
         gradient(x, g, scalars, DEGREE) -> S'(x), and for every parameter the summand whose sum over x is its gradient
         scales(scalars, DEGREE)         -> a constant factor of each of these sums
 
-    Summands that nobody needs are dead code, which the compiler removes.
+    The compiler removes unused summands as dead code.
 
     Attributes:
-        cumulative: the sum of summand k of a parameter belongs to all its entries from k on.
+        cumulative: sum k is the total over the entries k, k + 1, ... of the parameter.
         beyond_degree: the length of the last parameter minus the degree.
-        half_precision: those for bfloat16 and float16 inputs, if they differ.
+        half_precision: the functions for bfloat16 and float16 inputs, if they differ.
     """
 
     scalars: Any
@@ -59,4 +57,4 @@ class DeviceFunctions:
     scales: Any
     cumulative: bool = False
     beyond_degree: int = 1
-    half_precision: DeviceFunctions | None = None
+    half_precision: "DeviceFunctions | None" = None

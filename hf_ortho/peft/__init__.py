@@ -1,4 +1,4 @@
-"""Learnable activations as a peft adapter; importing registers the method, so that stock peft knows it."""
+"""Learnable activations as a peft adapter; importing this package registers the method in peft."""
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -9,5 +9,5 @@ from .model import OrthoModel, calibrate
 
 __all__ = ["OrthoConfig", "OrthoLayer", "OrthoModel", "calibrate"]
 
-if HF_ORTHO not in PEFT_TYPE_TO_CONFIG_MAPPING:  # after a reload of this module it is
+if HF_ORTHO not in PEFT_TYPE_TO_CONFIG_MAPPING:  # False after a reload of this module
     register_peft_method(name="hf_ortho", config_cls=OrthoConfig, model_cls=OrthoModel)

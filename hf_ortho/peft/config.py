@@ -1,4 +1,4 @@
-"""The configuration of an adapter, which ``adapter_config.json`` holds."""
+"""The configuration of an adapter, saved in ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "HF_ORTHO"
 
 
 def _peft_type() -> PeftType:
-    """The member ``HF_ORTHO`` of ``PeftType``: peft takes no method that its enum does not name."""
+    """The member ``HF_ORTHO`` of ``PeftType``, added if missing: peft accepts only methods in this enum."""
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME
@@ -32,10 +32,11 @@ HF_ORTHO = _peft_type()
 
 @dataclass
 class OrthoConfig(PeftConfig):
-    """An adapter that puts a learnable activation in the place of each activation that the model's config drives.
+    """Config of an adapter that replaces the activations driven by the model's config with learnable ones.
 
-    Each starts as the weighted least-squares fit to the activation that it replaces. Only the parameters of its series
-    are trained; its domain and tail slopes are fixed and stand in ``layers``, not among the adapter's weights.
+    Each learnable activation is initialized by a weighted least-squares fit to the activation that it replaces. Only
+    the parameters of its series are trained. Its domain and tail slopes are fixed, and saved in ``layers``, not among
+    the adapter's weights.
 
     Args:
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, or a family with its default degree.
@@ -43,20 +44,26 @@ class OrthoConfig(PeftConfig):
         fields: the config fields whose activations are replaced, for example ``["text_config.hidden_act"]``; all by
             default.
         modules_to_save: other modules to train and save, for example ``["score"]``.
-        derivative_weight, domain: of the fits, as in ``hf_ortho.convert``.
+        derivative_weight, domain: options of the fits, as in ``hf_ortho.convert``.
 
-    Attributes (filled in when the adapter is fitted; leave them out of a new one):
-        layers: path, field, source, domain, tail slopes and errors of the fit of each activation. An adapter whose
-            config has them is not fitted: its parameters are NaN until its weights are loaded.
+    Attributes (set by the fit; leave them out of a new config):
+        layers: path, field, source, domain, tail slopes and errors of the fit of each activation. If they are given,
+            the adapter is not fitted: its parameters are NaN until its weights are loaded.
         source_activations: the value of each driving field in the config of the base model.
         calibrated: whether the fits were weighted by data.
         base_commit: the resolved commit of the base model on the Hub, None for a folder.
         hf_ortho_version: the version that made the fits.
-        report: the ``ConversionReport`` of the fits, None for an adapter that was loaded; it is not saved.
+        report: the ``ConversionReport`` of the fits, None for a loaded adapter; it is not saved.
 
     Raises:
-        ActivationNameError: no such family or degree.
+        ActivationNameError: the family or degree does not exist.
         AdapterError: ``derivative_weight`` or ``domain`` is out of range.
+
+    Example:
+        >>> import peft
+        >>> adapted = peft.get_peft_model(model, hf_ortho.peft.OrthoConfig(activation="hermite_4"))
+        >>> adapted.get_nb_trainable_parameters()[0]  # 2 layers, 5 coefficients each
+        10
     """
 
     activation: str = field(default="hermite_8", metadata={"help": "FAMILY_DEGREE of the learnable activations."})
@@ -67,15 +74,16 @@ class OrthoConfig(PeftConfig):
         default=None, metadata={"help": "The config fields whose activations are replaced; all by default."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules beside the activations to train and save, for example a new head."}
+        default=None, metadata={"help": "Other modules to train and save, for example a new head."}
     )
     derivative_weight: float = field(
         default=0.0, metadata={"help": "Weight of the derivative in the fits, at least 0."}
     )
     domain: tuple[float, float] | None = field(
-        default=None, metadata={"help": "One interval [lo, hi] for all activations; searched for by default."}
+        default=None,
+        metadata={"help": "One interval [lo, hi] for all activations; searched per fit by default."},
     )
-    layers: list[dict] | None = field(default=None, metadata={"help": "What is known of each activation."})
+    layers: list[dict] | None = field(default=None, metadata={"help": "The record of each activation's fit."})
     source_activations: dict[str, str] | None = field(
         default=None, metadata={"help": "The driving fields in the config of the base model."}
     )
@@ -92,7 +100,7 @@ class OrthoConfig(PeftConfig):
         try:
             _ = self.options
         except FitError as error:
-            raise AdapterError(f"OrthoConfig, or the adapter_config.json that it comes from: {error}") from error
+            raise AdapterError(f"OrthoConfig, or the adapter_config.json it was read from: {error}") from error
 
     @property
     def options(self) -> FitOptions:
@@ -101,9 +109,9 @@ class OrthoConfig(PeftConfig):
 
     @property
     def provenance(self) -> Provenance:
-        """What is recorded of the fits.
+        """The record of the fits.
 
         Raises:
-            CheckpointError: an entry is not what a fit records.
+            CheckpointError: an entry is invalid.
         """
         return Provenance.of_adapter(vars(self), "the OrthoConfig")

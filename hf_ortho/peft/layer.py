@@ -1,4 +1,4 @@
-"""One activation of the base model, with the learnable ones that adapters put in its place."""
+"""One activation of the base model, with the learnable activations of the adapters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from ..errors import AdapterError
 
 
 class OrthoLayer(nn.Module, BaseTunerLayer):
-    """The active adapter's activation, or the one of the base model where no adapter is active.
+    """The activation of the active adapter, or of the base model if no adapter is active.
 
     Args:
         base_layer: the activation of the base model.
+
+    Example:
+        >>> import peft
+        >>> adapted = peft.get_peft_model(model, hf_ortho.peft.OrthoConfig(activation="hermite_4"))
+        >>> layer = adapted.get_submodule("base_model.model.transformer.h.0.mlp.act")
+        >>> isinstance(layer, hf_ortho.peft.OrthoLayer), layer.activations["default"].name
+        (True, 'hermite_4')
     """
 
     adapter_layer_names = (ATTRIBUTE,)
@@ -32,11 +39,11 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
 
     @property
     def activations(self) -> nn.ModuleDict:
-        """The learnable activations by the names of their adapters."""
+        """The learnable activations by adapter name."""
         return getattr(self, ATTRIBUTE)
 
     def update_layer(self, adapter_name: str, activation: LearnableActivation, fixed: dict[str, Tensor]) -> None:
-        """Add an adapter; ``fixed`` is its domain and tail slopes, which are not saved: the config holds them."""
+        """Add an adapter. ``fixed`` holds its domain and tail slopes, which are saved in the config, not here."""
         for name in SHARED:
             delattr(activation, name)
             activation.register_buffer(name, fixed[name], persistent=False)
@@ -48,11 +55,13 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters or ([] if self.disable_adapters else self.active_adapters)
         active = [name for name in names if name in self.activations]
         if len(active) > 1:
-            raise AdapterError(f"adapters {', '.join(active)} are active at once: an activation can follow one only")
+            raise AdapterError(
+                f"adapters {', '.join(active)} are active at once: each activation can use only one of them"
+            )
         return (self.activations[active[0]] if active else self.base_layer)(x)
 
     def check_merge(self, adapter_names: list[str], safe_merge: bool) -> list[str]:
-        """Those of the adapters that are here; raises as ``merge``."""
+        """The adapters among ``adapter_names`` that this layer has; raises as ``merge``."""
         names = [name for name in adapter_names if name in self.activations]
         together = list(dict.fromkeys([*self.merged_adapters, *names]))
         if len(together) > 1:
@@ -62,10 +71,10 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         return names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Let one adapter stand for the base activation until ``unmerge``.
+        """Use one adapter in place of the base activation until ``unmerge``.
 
         Raises:
-            AdapterError: there are several to merge, or, with ``safe_merge``, a parameter is not finite.
+            AdapterError: several adapters would be merged, or, with ``safe_merge``, a parameter is not finite.
         """
         self.merged_adapters += self.check_merge(check_adapters_to_merge(self, adapter_names), safe_merge)
 
@@ -78,7 +87,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """What takes the place of this layer in a model without adapters."""
+        """The activation that replaces this layer in a model without adapters."""
         if merge:
             self.merge(safe_merge, adapter_names)
         if not merge or not self.merged:
@@ -89,7 +98,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         return plain
 
     def _get_base_layer_device_and_dtype(self, base_layer):
-        # An activation of the base model has no weight that could tell.
+        # An activation of the base model has no weights to take them from.
         return next(self.activations.buffers()).device, None
 
     def __repr__(self) -> str:

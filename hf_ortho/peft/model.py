@@ -33,25 +33,34 @@ from .layer import OrthoLayer
 
 
 class OrthoModel(BaseTuner):
-    """Puts learnable activations in the place of those that the config of ``model`` drives; made by
+    """Replaces the activations driven by the config of ``model`` with learnable ones. Create it with
     ``peft.get_peft_model(model, OrthoConfig(...))``.
 
     Args:
-        model: a transformers model; what is not an activation of the adapter gets frozen.
+        model: a transformers model; everything but the adapter's activations is frozen.
         config: the adapter's ``OrthoConfig``.
-        adapter_name: its name.
+        adapter_name: the name of the adapter.
 
     Raises:
-        SiteError: the config drives no activation, or ``target_modules`` names something else; the model is as before.
-        FitError: an activation of the model cannot be followed; the model is as before.
-        AdapterError: a saved adapter is for other activations than the model has; the model is as before.
+        SiteError: the config drives no activation, or ``target_modules`` selects other modules.
+        FitError: an activation of the model cannot be fitted.
+        AdapterError: a saved adapter does not match the activations of the model.
+        In every case the model is unchanged.
+
+    Example:
+        >>> import peft
+        >>> adapted = peft.get_peft_model(model, hf_ortho.peft.OrthoConfig(activation="hermite_4"))
+        >>> type(adapted.base_model).__name__
+        'OrthoModel'
+        >>> adapted.merge_and_unload().config.activation_function  # a converted model
+        'hermite_4'
     """
 
     prefix = "hf_ortho_"
     tuner_layer_cls = OrthoLayer
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
-        # A copy: the caller's config may serve another model.
+        # A copy: the caller may use the config for another model.
         config = cast(OrthoConfig, copy.deepcopy(self.peft_config[adapter_name]))
         with unwrapped(model):
             sites = targeted_sites(model, config)
@@ -86,7 +95,7 @@ class OrthoModel(BaseTuner):
         layer.update_layer(adapter_name, self._new[current_key], fixed)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        setattr(parent, child_name, new_module)  # on the right device already, and without a weight to share
+        setattr(parent, child_name, new_module)  # already on the right device, and without shared weights
 
     def _unload_and_optionally_merge(
         self,
@@ -108,12 +117,12 @@ class OrthoModel(BaseTuner):
         chosen = {layer.module for layer in layers}
         if left := [path for site in sites for path in site.modules if path not in chosen]:
             raise AdapterError(
-                f"adapter {names[0]} leaves {left[0]} as it is, but the config drives it together with the others, so "
-                "a merged model would not reload: use the adapter unmerged"
+                f"adapter {names[0]} does not replace {left[0]}, but one config field drives it together with the "
+                "others, so a merged model could not be reloaded: use the adapter unmerged"
             )
         for module in model.modules():
             if isinstance(module, OrthoLayer):
-                module.check_merge(names, safe_merge)  # all of them, before the first is gone
+                module.check_merge(names, safe_merge)  # check all layers before replacing the first
         model = super()._unload_and_optionally_merge(True, progressbar, safe_merge, names)
         provenance = Provenance.of_conversion(
             model.config, config.activation, driving_values(sites), layers, calibrated=config.calibrated, tails=True
@@ -127,7 +136,7 @@ class OrthoModel(BaseTuner):
 
 @contextlib.contextmanager
 def unwrapped(model: nn.Module) -> Iterator[None]:
-    """The activations of the base model in the place of all ``OrthoLayer``."""
+    """Temporarily replace every ``OrthoLayer`` by the activation of the base model."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, OrthoLayer)}
     try:
         for path, layer in layers.items():
@@ -139,7 +148,7 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
 
 
 def targeted_sites(model: PreTrainedModel, config: OrthoConfig) -> list[Site]:
-    """The driving fields of ``model`` with those of their modules that ``config`` selects."""
+    """The driving fields of ``model`` with the modules that ``config`` selects."""
     sites, _ = find_sites(model, config.fields)
     driven = {path for site in sites for path in site.modules}
     targets = sorted(driven) if config.target_modules is None else config.target_modules
@@ -147,8 +156,8 @@ def targeted_sites(model: PreTrainedModel, config: OrthoConfig) -> list[Site]:
     chosen = {path for path, _ in model.named_modules() if path and check_target_module_exists(matcher, path)}
     if stray := sorted(chosen - driven):
         raise SiteError(
-            f"target_modules {config.target_modules!r} selects {stray[0]}, which is no activation that the config of "
-            f"{type(model).__name__} drives; these are {_some(driven)}"
+            f"target_modules {config.target_modules!r} selects {stray[0]}, which is not an activation driven by the "
+            f"config of {type(model).__name__}; it drives {_some(driven)}"
         )
     if not chosen:
         raise SiteError(
@@ -167,10 +176,10 @@ def _some(paths: Iterable[str]) -> str:
 def _fit(
     model: PreTrainedModel, sites: list[Site], config: OrthoConfig, histograms: dict[str, Histogram]
 ) -> dict[str, LearnableActivation]:
-    """New activations by path, fitted to those of ``model``; ``config`` gets what is known of them."""
+    """New activations by path, fitted to the activations of ``model``; records the fits in ``config``."""
     family, degree = parse(config.activation)
     if next(family(degree).parameters()).is_meta:
-        raise AdapterError("low_cpu_mem_usage is for loading a saved adapter: a new one is fitted, which takes memory")
+        raise AdapterError("low_cpu_mem_usage works only for a saved adapter: fitting a new one needs real parameters")
     start = time.perf_counter()
     fitted: Fitted = {}
     for site in sites:
@@ -188,11 +197,11 @@ def _fit(
 
 
 def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
-    """The commit of the base model: as noted on loading, else that of its config in the cache, if only one is there."""
+    """The commit of the base model, from its loaded config, or from the cache if it is unambiguous there."""
     name = model.name_or_path or ""
-    if (known := getattr(model.config, "_commit_hash", None)) or Path(name).exists():
-        return known
-    with contextlib.suppress(HFValidationError):  # a name that cannot be on the Hub
+    if (commit := getattr(model.config, "_commit_hash", None)) or Path(name).exists():
+        return commit
+    with contextlib.suppress(HFValidationError):  # not a valid Hub name
         file = try_to_load_from_cache(name, CONFIG_NAME, revision=config.revision)
         if isinstance(file, str) and (config.revision or len(list(Path(file).parents[1].iterdir())) == 1):
             return Path(file).parent.name
@@ -200,17 +209,17 @@ def _commit(model: PreTrainedModel, config: OrthoConfig) -> str | None:
 
 
 def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> dict[str, LearnableActivation]:
-    """The activations that ``config`` describes by path, their parameters NaN: the adapter's weights are to come."""
-    known = {layer.module for layer in config.provenance.layers}
+    """The activations described by ``config``, by path. Parameters are NaN until the adapter's weights are loaded."""
+    paths = {layer.module for layer in config.provenance.layers}
     made_for = f"the adapter was made for {config.base_model_name_or_path or 'another model'}"
-    if (found := driving_values(sites)) != config.source_activations:
+    if (values := driving_values(sites)) != config.source_activations:
         raise AdapterError(
-            f"the config of {type(model).__name__} has {found}, but {made_for} with {config.source_activations}"
+            f"the config of {type(model).__name__} has {values}, but {made_for} with {config.source_activations}"
         )
-    if odd := known ^ {path for site in sites for path in site.modules}:
+    if odd := paths ^ {path for site in sites for path in site.modules}:
         raise AdapterError(f"{made_for}: its activations and those of {type(model).__name__} differ at {min(odd)}")
     modules = {}
-    for path in known:
+    for path in paths:
         modules[path] = new = build(config.activation).train(model.get_submodule(path).training)
         if not new.domain.is_meta:
             with torch.no_grad():
@@ -222,19 +231,28 @@ def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> di
 def calibrate(
     model: PeftModel | PreTrainedModel, batches: Iterable, adapter_name: str | None = None
 ) -> ConversionReport:
-    """Fit an adapter anew, each activation weighted by the pre-activations of its layer over ``batches``.
+    """Refit an adapter, each activation weighted by the pre-activations of its layer over ``batches``.
 
-    What the adapter had learned is lost, so this comes before training.
+    Overwrites the parameters of the adapter: call it before training.
 
     Args:
         model: a model with an ``OrthoConfig`` adapter, from ``get_peft_model`` or ``model.add_adapter``.
         batches: model inputs, as for ``hf_ortho.convert``.
         adapter_name: the adapter; the active one by default.
 
+    Returns:
+        The report of the fits.
+
     Raises:
         AdapterError: the model has no such adapter.
         CalibrationError: the batches are empty, of the wrong kind or not finite.
-        In both cases the adapter is as before.
+        In both cases the adapter is unchanged.
+
+    Example:
+        >>> import peft
+        >>> adapted = peft.get_peft_model(model, hf_ortho.peft.OrthoConfig(activation="hermite_4"))
+        >>> hf_ortho.peft.calibrate(adapted, [{"input_ids": torch.arange(32)[None]}]).calibrated
+        True
     """
     configs = getattr(model, "peft_config", {})
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -244,12 +262,13 @@ def calibrate(
     config = configs.get(adapter_name)
     if not isinstance(config, OrthoConfig):
         known = ", ".join(name for name, c in configs.items() if isinstance(c, OrthoConfig)) or "none"
-        what = (
-            f"{type(base).__name__} has no active adapter"
+        name = type(base).__name__
+        problem = (
+            f"{name} has no active OrthoConfig adapter"
             if adapter_name is None
-            else f"{adapter_name!r} is no adapter"
+            else f"{adapter_name!r} is not an OrthoConfig adapter of {name}"
         )
-        raise AdapterError(f"{what} of activations; it has: {known}; add one with get_peft_model(model, OrthoConfig())")
+        raise AdapterError(f"{problem}; it has: {known}; add one with get_peft_model(model, OrthoConfig())")
     with unwrapped(base):
         sites = targeted_sites(base, config)
         histograms, _ = collect(base, [path for site in sites for path in site.modules], batches)
@@ -258,7 +277,7 @@ def calibrate(
     for path, new in fitted.items():
         learned = base.get_submodule(path).activations[adapter_name]
         with torch.no_grad():
-            for name, value in new.state_dict().items():  # in place, an optimizer may have them
+            for name, value in new.state_dict().items():  # in place: an optimizer may hold the parameters
                 getattr(learned, name).copy_(value)
         report.modules[path] = learned, *report.modules[path][1:]
     return report

@@ -1,4 +1,4 @@
-"""Pictures of activations: source and learned shapes over their pre-activations, and how they moved in training."""
+"""Plots of activations: source and learned shapes with their pre-activations, and changes during training."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Trainings with several activations as one picture: losses, their differences, and the final metric."""
+"""Plot trainings with several activations: losses, their differences, and the final metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..files import written
 from .layout import BLACK, BLUE, GRAY, SKY, VERMILION
 
 COLORS = (BLACK, VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", SKY, GRAY)
-SMOOTHING = 0.05  # of the training, for the curves of differences
+SMOOTHING = 0.05  # window of the running mean of differences, as a fraction of the training
 
 Curve = Sequence[tuple[int, float]]
 
@@ -47,19 +47,19 @@ def plot_comparison(
         common = [seed for seed in by_seed if seed in curves[reference]]
         if name == reference or not common:
             continue
-        steps, own = _aligned([by_seed[seed] for seed in common])
-        at, other = _aligned([curves[reference][seed] for seed in common])
-        kept = min(len(steps), len(at))
-        gap = _smooth(own[:, :kept] - other[:, :kept])
-        gaps.plot(steps[:kept], gap.mean(0), lw=1.4, color=colors[name], label=name)
+        steps, loss = _aligned([by_seed[seed] for seed in common])
+        _, reference_loss = _aligned([curves[reference][seed] for seed in common])
+        n = min(loss.shape[1], reference_loss.shape[1])
+        gap = _smooth(loss[:, :n] - reference_loss[:, :n])
+        gaps.plot(steps[:n], gap.mean(0), lw=1.4, color=colors[name], label=name)
         if len(common) > 1:
-            gaps.fill_between(steps[:kept], gap.min(0), gap.max(0), color=colors[name], alpha=0.15, lw=0)
+            gaps.fill_between(steps[:n], gap.min(0), gap.max(0), color=colors[name], alpha=0.15, lw=0)
     losses.set(title="training loss, mean over seeds", xlabel="optimizer step", ylabel="nats")
     if losses.lines:
         losses.legend(fontsize=8)
     gaps.axhline(0, color=BLACK, lw=1.0)
     gaps.set(
-        title=f"training loss minus that of {reference}, same seed\n(running mean; band: all seeds)",
+        title=f"training loss minus the loss of {reference}, same seed\n(running mean; band: all seeds)",
         xlabel="optimizer step",
         ylabel="nats",
     )
@@ -77,13 +77,13 @@ def plot_comparison(
 
 
 def _aligned(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, (n,), and values, (curves, n), as far as all of them go."""
+    """Steps, (n,), and values, (curves, n), up to the end of the shortest curve."""
     n = min(map(len, curves))
     return np.array([step for step, _ in curves[0][:n]]), np.array([[value for _, value in c[:n]] for c in curves])
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """The running mean along the last axis, shorter windows at the ends."""
+    """The running mean along the last axis, with shorter windows at the ends."""
     width = min(max(1, int(SMOOTHING * y.shape[-1])), (y.shape[-1] - 1) // 2)
     kernel = np.ones(2 * width + 1)
     count = np.convolve(np.ones(y.shape[-1]), kernel, "same")

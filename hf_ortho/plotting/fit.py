@@ -1,4 +1,4 @@
-"""One fit: the shape and its derivative over those of the source."""
+"""Plot one fit: the shape and its derivative, with the source."""
 
 from __future__ import annotations
 
@@ -17,23 +17,32 @@ DPI = 200
 def draw_fit(
     module: LearnableActivation, source: Source, ends: tuple[float, float] | None = None
 ) -> tuple[Figure, Figure]:
-    """f with its source (dashed) and the difference below; likewise f'.
+    """Two figures, for f and f': each with the source (dashed), and the difference below.
 
     Args:
-        ends: of the interval to draw; by default [-5, 4], and the domain if that is wider.
+        ends: the ends of the interval to draw; by default [-5, 4], extended to include the domain.
+
+    Example:
+        >>> from hf_ortho.fitting.source import Source
+        >>> from hf_ortho.plotting import draw_fit
+        >>> activation = hf_ortho.activations.Hermite(4)
+        >>> report = activation.fit("gelu")
+        >>> shape, derivative = draw_fit(activation, Source.of("gelu"))
+        >>> len(shape.axes)
+        2
     """
     lo, hi = ends or interval([module], -5.0, 4.0)
     x = np.linspace(lo, hi, POINTS)
     kinds = (("f", module.forward, source.value), ("derivative f'", module.derivative, source.derivative))
     drawn = []
-    for title, learned, wanted in kinds:
+    for title, learned, expected in kinds:
         grid = Grid([title], "", "difference", panel=PANEL, dpi=DPI)
-        y, g = module.evaluate(learned, x), wanted(x)
+        y, g = module.evaluate(learned, x), expected(x)
         (top,), (below,) = grid.upper, grid.lower
         grid.set_interval(0, lo, hi)
         top.plot(x, y, label=module.name, zorder=3, **STYLES[0])
         top.plot(x, g, color=BLACK, ls="--", lw=1.0, label=source.name, zorder=4)
-        top.set_ylabel("")  # the title says it
+        top.set_ylabel("")  # it is in the title
         below.axhline(0, color=BLACK, lw=0.6)
         below.plot(x, y - g, **(STYLES[0] | {"lw": 1.0}))
         for axes in (top, below):

@@ -1,4 +1,4 @@
-"""How activations moved over training: one curve per checkpoint, as a picture or an animation."""
+"""Plot how activations change during training: one curve per checkpoint, as an image or an animation."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from .layout import BLACK, VERMILION, Grid, interval, mark_domain, thin, values
 
 POINTS = 401
 FRAMES_PER_SECOND = 3
-# the bright end of viridis is hard to see on white
+# without the bright end of viridis, which is hard to see on white
 STEPS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, 256)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The activations at one moment of a training.
+    """The activations at one step of a training.
 
     Attributes:
         modules: the activations by path; every snapshot of a history has the same paths.
-        step: the optimizer step, None for the model at the end.
-        name: of the model at the end.
+        step: the optimizer step, None for the final model.
+        name: the name of the final model.
+
+    Example:
+        >>> from hf_ortho.plotting import Snapshot
+        >>> Snapshot({"act": hf_ortho.activations.Hermite(4)}, step=100).label
+        'step 100'
     """
 
     modules: Mapping[str, LearnableActivation]
@@ -43,7 +48,7 @@ class Snapshot:
 
 
 class _History:
-    """The figure without curves, and the values of all snapshots on the intervals of its panels."""
+    """The figure without curves, and the values of all snapshots in each panel."""
 
     def __init__(self, snapshots: Sequence[Snapshot], title: str):
         paths = list(snapshots[0].modules)
@@ -64,7 +69,7 @@ class _History:
                 mark_domain(axes, modules[-1], "domain [lo, hi] at the end")
 
     def curve(self, panel: int, snapshot: int, **style) -> tuple:
-        """The lines of one snapshot in one panel: the shape, and its change since the first."""
+        """Draw one snapshot in one panel. Returns the lines of the shape and of its change since the first snapshot."""
         x, y = self.x[panel], self.y[panel]
         (shape,) = self.grid.upper[panel].plot(x, y[snapshot], **style)
         (change,) = self.grid.lower[panel].plot(x, y[snapshot] - y[0], **style)
@@ -72,13 +77,18 @@ class _History:
 
 
 def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "") -> None:
-    """Write a PNG: per activation one curve per snapshot, colored by step, and its change since the first below.
+    """Write a PNG with one panel per activation: one curve per snapshot, colored by step, and the change below.
 
-    The first snapshot is dashed; a model at the end has a color of its own. Panels are laid out as in
-    ``plot_activations``.
+    The change is relative to the first snapshot, which is dashed. A final model has a separate color. Panels are laid
+    out as in ``plot_activations``.
 
     Raises:
         OutputError: ``path`` cannot be written.
+
+    Example:
+        >>> from hf_ortho.plotting import Snapshot, plot_history
+        >>> a, b = hf_ortho.activations.Hermite(4), hf_ortho.activations.Hermite(4, init="unit")
+        >>> plot_history([Snapshot({"act": a}, step=0), Snapshot({"act": b}, step=10)], "history.png")
     """
     history = _History(snapshots, title)
     steps = [snapshot.step for snapshot in snapshots if snapshot.step is not None]
@@ -108,12 +118,17 @@ def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "
 
 
 def animate_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "") -> None:
-    """Write an animated GIF, one frame per snapshot, its step in the title; the first stays as a dashed line.
+    """Write an animated GIF with one frame per snapshot and its step in the title.
 
-    The axes are the same in all frames.
+    The first snapshot stays as a dashed line. All frames have the same axes.
 
     Raises:
         OutputError: ``path`` cannot be written.
+
+    Example:
+        >>> from hf_ortho.plotting import Snapshot, animate_history
+        >>> a, b = hf_ortho.activations.Hermite(4), hf_ortho.activations.Hermite(4, init="unit")
+        >>> animate_history([Snapshot({"act": a}, step=0), Snapshot({"act": b}, step=10)], "history.gif")
     """
     history = _History(snapshots, title)
     grid, moving = history.grid, []
@@ -127,7 +142,7 @@ def animate_history(snapshots: Sequence[Snapshot], path: str | Path, title: str 
     grid.finish()
     grid.set_heading(max((snapshot.label for snapshot in snapshots), key=len))
     grid.figure.draw_without_rendering()
-    grid.figure.set_layout_engine("none")  # the panels stay where they are from frame to frame
+    grid.figure.set_layout_engine("none")  # keep the panels in place from frame to frame
     for axes in (*grid.upper, *grid.lower):
         axes.autoscale(False)
     writer = PillowWriter(fps=FRAMES_PER_SECOND)

@@ -1,4 +1,4 @@
-"""What the pictures share: a grid of panels at any number of layers, their titles, the domain, and the file."""
+"""The common layout of the plots: a grid of panels for any number of layers, titles, legend and domain."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from torch import nn
 from ..activations import LearnableActivation
 from ..path_patterns import split_shared
 
-FULL_PANELS = 12  # more share their axes in a compact grid
-MAX_PANELS = 64  # more are thinned evenly
-# Okabe & Ito's colors, which remain distinct under color blindness
+FULL_PANELS = 12  # more panels share their axes in a compact grid
+MAX_PANELS = 64  # of more activations, an evenly spaced selection is drawn
+# Okabe & Ito's colors, which remain distinct with color blindness
 BLACK, SKY, BLUE, VERMILION, GRAY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
 
 
 def thin(count: int, most: int = MAX_PANELS) -> list[int]:
-    """At most ``most`` of ``count`` indices, evenly spaced, with the first and the last."""
+    """At most ``most`` of ``count`` indices, evenly spaced, including the first and the last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 class Grid:
     """A figure with one panel per activation: the shape above and, if ``lower``, a difference below.
 
-    Up to 12 panels have axes of their own; up to 64 share them, and only the outer ones carry numbers.
+    Up to 12 panels have separate axes. More panels, up to 64, share them, and only the outer ones have tick labels.
 
-    What the paths of the activations share stands in the figure's title, the rest over each panel. ``panel`` is the
-    size of one in inches, without the difference.
+    The common part of the activations' paths is in the figure's title, the rest above each panel. ``panel`` is the
+    size of a panel in inches, without the difference.
 
     Attributes:
         upper: the axes of the shapes, one per activation, in reading order.
@@ -59,13 +59,13 @@ class Grid:
         width, height = panel or ((1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6))
         per_panel = 2 if difference else 1
         height *= 1.4 if difference else 1.0
-        shared, own = split_shared(list(paths)) if n > 1 else ("", list(paths))
-        titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in own]
+        shared, rest = split_shared(list(paths)) if n > 1 else ("", list(paths))
+        titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in rest]
         height += 0.11 * max(text.count("\n") for text in titles)
         self.size = width * columns + 0.5, height * rows + 1.2
         self.figure = Figure(figsize=self.size, dpi=dpi, layout="constrained")
         FigureCanvasAgg(self.figure)
-        # sharex and sharey take time that grows with the square of the panels
+        # no sharex or sharey: their time grows with the square of the number of panels
         axes = self.figure.subplots(per_panel * rows, columns, squeeze=False, height_ratios=[3, 1.2][:per_panel] * rows)
         self.upper: list[Axes] = list(axes[::per_panel].flat)
         self.lower: list[Axes] = list(axes[1::2].flat) if difference else []
@@ -116,7 +116,7 @@ class Grid:
             axes.set_xlim(lo, hi)
 
     def finish(self) -> None:
-        """The legend, and one range of y for all panels of a compact grid; to be called once all is drawn."""
+        """Add the legend, and set one y range for all panels of a compact grid; call it after drawing everything."""
         for kind in (self.upper, self.lower) if self.compact else ():
             drawn = [axes for axes in kind if np.isfinite(axes.dataLim.intervaly).all()]
             limits = np.array([axes.get_ylim() for axes in drawn])
@@ -126,39 +126,39 @@ class Grid:
 
     def _legend(self) -> None:
         """One entry per label of all panels, below the figure."""
-        found: dict[str, Artist] = {}
+        by_label: dict[str, Artist] = {}
         for axes in self.figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                found.setdefault(label, handle)
-        longest = max(map(len, found), default=1)
-        columns = max(1, min(len(found), int(self.size[0] / (0.075 * longest + 0.5))))
+                by_label.setdefault(label, handle)
+        longest = max(map(len, by_label), default=1)
+        columns = max(1, min(len(by_label), int(self.size[0] / (0.075 * longest + 0.5))))
         self.figure.legend(
-            list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+            by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
         )
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Long paths broken after dots, slashes and underscores, so that no two titles overlap."""
+    """``text`` with long paths broken after dots, slashes and underscores, to keep titles from overlapping."""
     breakable = re.sub(r"(?<=[./_])(?=\S)", "\0 ", text)
     return textwrap.fill(breakable, width).replace("\0 ", "").replace("\0", "")
 
 
 def interval(modules: Sequence[LearnableActivation], lo: float, hi: float) -> tuple[float, float]:
-    """[lo, hi], widened so that every finite end of a domain is a little inside."""
+    """[lo, hi], widened to include every finite end of a domain with a margin."""
     ends = [end for module in modules for end in module.domain.tolist() if math.isfinite(end)]
     margin = 0.08 * (max([hi, *ends]) - min([lo, *ends]))
     return min([lo, *(end - margin for end in ends)]), max([hi, *(end + margin for end in ends)])
 
 
 def values(module: nn.Module, x: np.ndarray) -> np.ndarray:
-    """f(x) in float64, wherever the module is."""
+    """f(x) in float64, on the device of the module."""
     tensor = next(module.parameters(), torch.empty(0))
     with torch.no_grad():
         return module(torch.as_tensor(x, dtype=torch.float64, device=tensor.device)).cpu().numpy()
 
 
 def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [lo, hi]") -> None:
-    """Shade [lo, hi], with a dotted line at each end that is finite."""
+    """Shade [lo, hi], with a dotted line at each finite end."""
     ends = module.domain.tolist()
     finite = [end for end in ends if math.isfinite(end)]
     if not finite:

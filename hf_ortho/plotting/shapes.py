@@ -1,4 +1,4 @@
-"""Source and learned shapes over the histogram of their pre-activations."""
+"""Plot source and learned shapes over the histogram of their pre-activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, th
 POINTS = 801
 STYLES: list[dict[str, Any]] = [
     {"color": VERMILION, "lw": 2.0},  # the learned shape
-    {"color": BLUE, "lw": 1.4, "ls": "-."},  # the other checkpoint's
+    {"color": BLUE, "lw": 1.4, "ls": "-."},  # the shape in the other checkpoint
 ]
 
 
@@ -34,8 +34,14 @@ class Panel:
         title: its path in the model.
         learned: the activation.
         source: the function that it replaced, None if unknown.
-        histogram: of its pre-activations, None if unknown.
-        other: the same activation of another checkpoint, None without one.
+        histogram: the histogram of its pre-activations, None if unknown.
+        other: the same activation in another checkpoint, or None.
+
+    Example:
+        >>> from hf_ortho.plotting import Panel
+        >>> panel = Panel("act", hf_ortho.activations.Hermite(4), source=torch.nn.GELU())
+        >>> panel.has_data
+        False
     """
 
     title: str
@@ -54,7 +60,7 @@ class Panel:
 
 
 def _interval(panel: Panel) -> tuple[float, float]:
-    """From the 1e-4 to the 1 - 1e-4 quantile of the data, at least [-4, 3], with the domain inside."""
+    """From the 1e-4 to the 1 - 1e-4 quantile of the data, extended to include [-4, 3] and the domain."""
     lo, hi = -5.0, 4.0
     if panel.histogram is not None and panel.has_data:
         cumulative = np.cumsum(panel.histogram.counts) / panel.histogram.counts.sum()
@@ -65,10 +71,15 @@ def _interval(panel: Panel) -> tuple[float, float]:
 
 
 def plot_activations(panels: Sequence[Panel], path: str | Path, title: str = "", *, other: str = "the other") -> None:
-    """Write the picture of ``draw_activations`` as a PNG, which is replaced only by a whole one.
+    """Write the figure of ``draw_activations`` as a PNG, atomically.
 
     Raises:
         OutputError: ``path`` cannot be written.
+
+    Example:
+        >>> from hf_ortho.plotting import Panel, plot_activations
+        >>> panel = Panel("act", hf_ortho.activations.Hermite(4), source=torch.nn.GELU())
+        >>> plot_activations([panel], "activations.png", "A Hermite activation")
     """
     figure = draw_activations(panels, title, other=other)
     with written(path) as draft:
@@ -84,15 +95,22 @@ def plot_stored(
     others: Mapping[str, LearnableActivation] | None = None,
     other: str = "the other",
 ) -> None:
-    """Write the picture of the activations of a checkpoint, each with the source that its config tells of.
+    """Write a PNG of the activations of a checkpoint, each with the source recorded in its config.
 
     Args:
-        name: of the checkpoint, for the title.
-        histograms: of the pre-activations, by the path of the activation.
-        others, other: the same activations of another checkpoint, and its name.
+        name: the name of the checkpoint, for the title.
+        histograms: the histograms of the pre-activations, by the path of the activation.
+        others, other: the same activations in another checkpoint, and its name.
 
     Raises:
         OutputError: ``path`` cannot be written.
+
+    Example:
+        >>> from hf_ortho.checkpoints.activations import load_activations
+        >>> from hf_ortho.plotting import plot_stored
+        >>> report = hf_ortho.convert(model, "hermite_4")
+        >>> model.save_pretrained("converted")
+        >>> plot_stored(load_activations("converted"), "activations.png", "converted")
     """
     names = stored.provenance.source_names(stored.modules)
     sources = {source: ACT2FN[source] for source in names.values() if source in ACT2FN}
@@ -100,22 +118,28 @@ def plot_stored(
         Panel(place, module, sources.get(names[place]), (histograms or {}).get(place), (others or {}).get(place))
         for place, module in stored.modules.items()
     ]
-    if found := sorted({source for source in names.values() if source}):
-        name += f": {', '.join(sorted({module.name for module in stored.modules.values()}))} for {', '.join(found)}"
+    if known := sorted({source for source in names.values() if source}):
+        name += f": {', '.join(sorted({module.name for module in stored.modules.values()}))} for {', '.join(known)}"
     plot_activations(panels, path, name, other=other)
 
 
 def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "the other") -> Figure:
-    """Per activation the learned shape, its source (dashed), the data behind and the difference below.
+    """Draw, per activation, the learned shape, its source (dashed), the data behind and the difference below.
 
-    Up to 12 activations have axes of their own; more share them in a compact grid; of more than 64, 64 evenly spaced
-    ones are drawn, which the title says. The domain is shaded. The difference is to the source, or to ``Panel.other``
-    where no source is known.
+    Up to 12 activations have separate axes; more share their axes in a compact grid. Of more than 64 activations, 64
+    evenly spaced ones are drawn, with a note in the title. The domain is shaded. The difference is relative to the
+    source, or to ``Panel.other`` if no source is known.
 
     Args:
         panels: one per activation, at least one.
-        title: stands over the figure, followed by what the paths of the panels share.
-        other: the name of the checkpoint that ``Panel.other`` comes from.
+        title: title of the figure, followed by the common part of the panels' paths.
+        other: the name of the checkpoint of ``Panel.other``.
+
+    Example:
+        >>> from hf_ortho.plotting import Panel, draw_activations
+        >>> figure = draw_activations([Panel("act", hf_ortho.activations.Hermite(4), torch.nn.GELU())])
+        >>> len(figure.axes)  # the shape, and the difference
+        2
     """
     chosen = [panels[i] for i in thin(len(panels))]
     by_source = any(panel.source is not None for panel in chosen)
@@ -138,8 +162,8 @@ def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "
     return grid.figure
 
 
-def _label(who: str, modules: Sequence[LearnableActivation | None]) -> str:
-    return f"{who} ({', '.join(sorted({module.name for module in modules if module is not None}))})"
+def _label(prefix: str, modules: Sequence[LearnableActivation | None]) -> str:
+    return f"{prefix} ({', '.join(sorted({module.name for module in modules if module is not None}))})"
 
 
 def _draw_shapes(axes: Axes, panel: Panel, x: np.ndarray, labels: list[str]) -> None:
@@ -155,16 +179,16 @@ def _draw_data(axes: Axes, panel: Panel, compact: bool) -> None:
     counts, edges = panel.histogram.counts, panel.histogram.edges
     density = counts / counts.sum() / np.diff(edges)
     lo, hi = axes.get_xlim()
-    kept = (edges[1:] > lo) & (edges[:-1] < hi)
-    centers = (edges[1:] + edges[:-1])[kept] / 2
+    visible = (edges[1:] > lo) & (edges[:-1] < hi)
+    centers = (edges[1:] + edges[:-1])[visible] / 2
     style: dict[str, Any] = {"color": SKY, "alpha": 0.45, "lw": 0}
     if compact:
-        height = density[kept] / density[kept].max() * 0.95
-        label = "density of the pre-activations (own height in each panel)"
+        height = density[visible] / density[visible].max() * 0.95
+        label = "density of the pre-activations (scaled in each panel)"
         axes.fill_between(centers, height, transform=axes.get_xaxis_transform(), label=label, zorder=1, **style)
         return
     behind = axes.twinx()
-    behind.fill_between(centers, density[kept], label="density of the pre-activations", **style)
+    behind.fill_between(centers, density[visible], label="density of the pre-activations", **style)
     behind.set_ylim(bottom=0)
     behind.tick_params(labelsize=7, length=2, colors=BLUE)
     behind.locator_params(axis="y", nbins=4)

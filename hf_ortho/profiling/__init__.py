@@ -1,1 +1,1 @@
-"""Interleaved timings and peak memory."""
+"""Measure interleaved timings and peak memory."""

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, and the peak of the memory in use."""
+"""Measure the memory that autograd saves for the backward pass, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def saved_bytes(forward: Callable[[], object], beside: Iterable[Tensor] = ()) -> int:
-    """Bytes of the distinct storages that ``forward`` saves for the backward pass, without those of ``beside``."""
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+    """Bytes of the distinct storages that ``forward`` saves for the backward pass, except those of ``beside``."""
+    saved: dict[int, torch.UntypedStorage] = {}  # kept alive: no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+        saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    own = {tensor.untyped_storage().data_ptr() for tensor in beside}
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in beside}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in excluded)
 
 
 def kept_bytes(forward: Callable[[], object], device: str = "cpu") -> int | None:
-    """The memory in use once ``forward`` has returned, as long as its result lives, beyond what was in use before.
+    """The increase of the memory in use after ``forward`` has returned, while its result is alive.
 
-    Unlike ``saved_bytes`` it also sees what is kept without autograd's knowledge. The memory is that of
+    Unlike ``saved_bytes``, this includes memory that autograd does not know of. Memory is measured as in
     ``peak_bytes``.
     """
     before = _in_use(device)
@@ -42,11 +42,11 @@ def kept_bytes(forward: Callable[[], object], device: str = "cpu") -> int | None
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
-    """The most memory that ``call`` needs at any moment, beyond what is in use before it.
+    """Peak memory of ``call``, relative to the memory in use before it.
 
-    On the CPU it is the resident set's high-water mark as the kernel keeps it, which sees the allocations of every
-    thread and library (torch's profiler sees only those of the calling thread); on CUDA that of torch's allocator.
-    None where the mark cannot be reset, which takes Linux.
+    On the CPU this is the kernel's high-water mark of the resident set, which includes the allocations of every thread
+    and library (torch's profiler sees only the calling thread). On CUDA it is the peak of torch's allocator. None if
+    the mark cannot be reset, which works only on Linux.
     """
     before = _in_use(device)
     if device == "cuda":
@@ -66,10 +66,10 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
 def measure_each(
     measure: Callable[[Callable[[], object], str], int | None], calls: Mapping[str, Callable[[], object]], device: str
 ) -> dict[str, float]:
-    """``peak_bytes`` or ``kept_bytes`` of each call, empty where it cannot be had."""
+    """``peak_bytes`` or ``kept_bytes`` of each call; empty if they cannot be measured."""
     gc.collect()
-    found = {name: measure(call, device) for name, call in calls.items()}
-    return {name: float(size) for name, size in found.items() if size is not None}
+    sizes = {name: measure(call, device) for name, call in calls.items()}
+    return {name: float(size) for name, size in sizes.items() if size is not None}
 
 
 def _in_use(device: str) -> int | None:
@@ -80,7 +80,7 @@ def _in_use(device: str) -> int | None:
         return None
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # freed memory that is still resident would hide what is taken again
+        libc.malloc_trim(0)  # freed but resident memory would hide new allocations
     return _status("VmRSS")
 
 

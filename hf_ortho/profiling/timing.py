@@ -1,4 +1,4 @@
-"""Times of several competitors, interleaved, so that what else runs on the machine slows all of them alike."""
+"""Interleaved timings of several competitors: other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one competitor, and their ratios to the reference in the same round; one of each per round."""
+    """Seconds of one competitor per round, and their ratios to the reference in the same round."""
 
     seconds: list[float]
     ratios: list[float]
@@ -40,10 +40,10 @@ class Times:
 
 
 def measure(call: Call, repeats: int, device: str) -> float:
-    """Seconds of one call, the mean of ``repeats``: CPU time of the process, or CUDA events."""
+    """Mean seconds of one call over ``repeats`` calls: CPU time of the process, or CUDA events."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(QUEUE_CYCLES)  # meanwhile the calls are queued, so that their launches are not timed
+        torch.cuda._sleep(QUEUE_CYCLES)  # the calls are queued in the meantime, so their launches are not timed
         start.record()
         for _ in range(repeats):
             call()
@@ -65,30 +65,30 @@ def interleave(
     device: str = "cpu",
     clock: Callable[[Call, int, str], float] = measure,
 ) -> dict[str, Times]:
-    """Run all competitors once per round, in an order that rotates and turns round; the first is the reference.
+    """Run all competitors once per round, in rotating and alternating order; the first is the reference.
 
     Args:
         rounds: at least 1.
-        seconds: a competitor leaves after 3 rounds once it has taken this long; the reference stays.
-        sample: calls are repeated until one measurement takes this many seconds, after one that does not count; 0 is
-            for long calls, which are measured one by one.
-        clock: gives the seconds of one call.
+        seconds: a competitor drops out after 3 rounds once it has taken this long; the reference stays.
+        sample: one measurement repeats the call to take about this many seconds, after a warm-up call; 0 to measure
+            single calls without warm-up.
+        clock: measures the seconds of one call.
     """
     names = list(calls)
     repeats: dict[str, int] = {}
     for name, call in calls.items():
-        clock(call, 1, device)  # first calls compile, and fill caches
+        clock(call, 1, device)  # first calls compile and fill caches
         repeats[name] = math.ceil(sample / max(clock(call, 1, device), 1e-7)) if sample else 1
-    found: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         shift = i % len(names)
         order = names[shift:] + names[:shift]
         for name in order if i % 2 == 0 else reversed(order):
-            if name != names[0] and i >= LEAST_ROUNDS and sum(found[name]) * repeats[name] >= seconds:
+            if name != names[0] and i >= LEAST_ROUNDS and sum(times[name]) * repeats[name] >= seconds:
                 continue
             if sample:
-                clock(calls[name], 1, device)  # not counted: it pays for the memory that the one before left behind
-            found[name].append(clock(calls[name], repeats[name], device))
-    reference = found[names[0]]
-    # Whoever leaves does so for good, so that the nth time of each is of the nth round.
-    return {name: Times(own, [a / b for a, b in zip(own, reference, strict=False)]) for name, own in found.items()}
+                clock(calls[name], 1, device)  # not counted: recovers from the caches that the previous call left
+            times[name].append(clock(calls[name], repeats[name], device))
+    reference = times[names[0]]
+    # A competitor that drops out never returns, so the nth time of each is from the nth round.
+    return {name: Times(t, [a / b for a, b in zip(t, reference, strict=False)]) for name, t in times.items()}

@@ -125,7 +125,7 @@ def test_an_interval_is_needed(interval):
 
 
 def test_refused_beyond_the_domain(fitted):
-    with pytest.raises(PolynomialError, match=r"\[-2, 6\] of hermite_32: beyond its own domain \[-5.25, 5.5\]"):
+    with pytest.raises(PolynomialError, match=r"\[-2, 6\] of hermite_32: outside its domain \[-5.25, 5.5\]"):
         fitted.to_polynomial((-2.0, 6.0))
 
 

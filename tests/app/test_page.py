@@ -113,7 +113,7 @@ def test_page(page, converted_folder):
     assert page.locator(".wide .matplotlib img").bounding_box()["x"] >= 0
     page.get_by_label("Converted model").fill(str(converted_folder.parent))
     page.get_by_role("button", name="Show").click()
-    page.wait_for_selector("[role=alert]:has-text('is not a checkpoint: a folder with config.json')")
+    page.wait_for_selector("[role=alert]:has-text('is not a checkpoint: expected a folder with config.json')")
     assert not page.locator("#layers").is_visible()
     page.get_by_label("Converted model").fill(str(converted_folder))
     page.get_by_role("button", name="Show").click()

@@ -15,10 +15,10 @@ from .check import REFUSED, WRONG, Result, check_apart
 
 CLASSES = {
     "looked up inside forward": "inside forward|reads the name|by name",
-    "no driving field": "no field that names|places no module|no module is kept",
-    "shared instance": "one instance stands",
+    "no driving field": "no field names|creates no module|not kept as a module",
+    "shared instance": "share one instance",
     "config validation": "with another name",
-    "module without use": "used by no method",
+    "module without use": "no method uses",
     "function without straight asymptotes": "asymptotic slope",
 }
 

@@ -42,10 +42,10 @@ def test_converts(model_type, sites):
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [
-        ("mamba", "MambaMixer reads the name itself"),
-        ("qwen3_next", "GatedDeltaNet reads the name itself"),
+        ("mamba", "MambaMixer reads the name"),
+        ("qwen3_next", "GatedDeltaNet reads the name"),
         ("ibert", "ValueError with another name: I-BERT only supports 'gelu'"),
-        ("ctrl", "no field that names an activation"),
+        ("ctrl", "no field names an activation"),
         ("arcee", "relu2 has no asymptotic slope"),
     ],
 )

@@ -429,8 +429,8 @@ def test_bad_calibration_of_a_language_model(gpt2, state_of, failure, training):
 
 
 IMAGE_FAILURES = {
-    "nan": (lambda x: x.index_fill(0, torch.tensor(1), math.nan), "pixel_values holds NaN"),
-    "inf": (lambda x: x / 0, "pixel_values holds NaN or infinity"),
+    "nan": (lambda x: x.index_fill(0, torch.tensor(1), math.nan), "pixel_values contains NaN"),
+    "inf": (lambda x: x / 0, "pixel_values contains NaN or infinity"),
     "two channels": (lambda x: x[:, :2], "batch 2: ConvNextForImageClassification"),
     "integers": (lambda x: x.long(), "batch 2: ConvNextForImageClassification"),
     "lists": (lambda x: x.tolist(), "batch 2: ConvNextForImageClassification"),

@@ -169,14 +169,17 @@ def test_too_many_terms_by_thousands_of_digits():
     [
         (
             nn.Sequential(linear([[1.0]]), nn.Sequential(nn.GELU())),
-            r"module 1\.0 is GELU: only nn\.Sequential",
+            r"module 1\.0 is GELU: expected an nn\.Sequential",
         ),
         (nn.Sequential(linear([[1.0]]), nn.LayerNorm(1)), r"module 1 is LayerNorm"),
         (nn.GELU(), r"the network is GELU"),
         (nn.Sequential(linear([[1.0]]), Residual(linear([[2.0]]))), r"module 1 is Residual"),
         (nn.Sequential(hermite(1.0, 1.0)), r"Sequential has no nn\.Linear: the number of inputs is unknown"),
-        (nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 1)), r"module 1 takes 2 values, the nn\.Linear before gives 3"),
-        (nn.Sequential(linear([[1.0]], [float("nan")])), r"bias of module 0 holds NaN or infinity"),
+        (
+            nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 1)),
+            r"module 1 takes 2 values, but the previous nn\.Linear outputs 3",
+        ),
+        (nn.Sequential(linear([[1.0]], [float("nan")])), r"bias of module 0 contains NaN or infinity"),
         (nn.Sequential(linear([[1.0]]), hermite(1.0, float("inf"))), r"coefficient 1 is inf"),
     ],
 )

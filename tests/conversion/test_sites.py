@@ -282,16 +282,16 @@ class Forgetful(Config):
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (Fixed, "places no module"),
+        (Fixed, "creates no module"),
         (Shared, "several paths"),
-        (LookedUp, "no module is kept"),
+        (LookedUp, "not kept as a module"),
         (Picky, "KeyError with another name.*no integer version"),
-        (StoredName, "StoredName reads the name itself"),
-        (NameInConfig, "NameInConfig reads the name itself"),
-        (NameByGetattr, "NameByGetattr reads the name itself"),
-        (Branch, "Branch reads the name itself"),
+        (StoredName, "StoredName reads the name"),
+        (NameInConfig, "NameInConfig reads the name"),
+        (NameByGetattr, "NameByGetattr reads the name"),
+        (Branch, "Branch reads the name"),
         (InList, "1 of the 2 activations .* not kept as modules"),
-        (Beside, "act is used by no method"),
+        (Beside, "no method uses its module"),
         (OtherShape, "changes more than the activation: second"),
         (OtherSetting, "changes more than the activation: OtherSetting"),
         (OtherModule, "changes more than the activation: norm"),
@@ -309,14 +309,14 @@ def test_refused_with_the_reason(cls, why, state_of):
 
 
 def test_refused_if_the_config_computes_the_field_anew():
-    with pytest.raises(SiteError, match="hidden_act: it places no module"):
+    with pytest.raises(SiteError, match="hidden_act: it creates no module"):
         find_sites(Used(Forgetful()))
 
 
 def test_refused_if_the_model_holds_another_activation_than_its_config_builds():
     model = Used(Config())
     model.act = nn.ReLU()
-    with pytest.raises(SiteError, match="act of the model is ReLU, its config builds GELUActivation"):
+    with pytest.raises(SiteError, match="act of the model is ReLU, but its config builds GELUActivation"):
         find_sites(model)
 
 
@@ -368,7 +368,7 @@ def test_two_fields():
 
 def test_fields_that_fail_together_are_refused_and_work_apart():
     model = Quarrelsome(TwoFields())
-    with pytest.raises(SiteError, match=r"hidden_act, head_act together raise ValueError: one kernel only; name one"):
+    with pytest.raises(SiteError, match=r"hidden_act, head_act together raise ValueError: one kernel only; select one"):
         find_sites(model)
     assert [site.field for site in find_sites(model, ["head_act"])[0]] == ["head_act"]
 
@@ -381,7 +381,7 @@ def test_of_two_fields_that_drive_the_same_module_one_converts():
 
 def test_refused_without_a_field():
     model = CTRLModel(CTRLConfig(vocab_size=97, n_positions=32, n_embd=32, dff=64, n_layer=1, n_head=2))
-    with pytest.raises(SiteError, match=r"CTRLModel.*no field that names an activation"):
+    with pytest.raises(SiteError, match=r"CTRLModel.*no field names an activation"):
         find_sites(model)
 
 
@@ -395,7 +395,7 @@ def test_refused_if_the_config_does_not_build_the_other_modules(gpt2, state_of):
     model = gpt2()
     model.extra = nn.Linear(2, 2)
     before = state_of(model)
-    with pytest.raises(SiteError, match=r"would not reload.*extra\."):
+    with pytest.raises(SiteError, match=r"could not be reloaded.*extra\."):
         hf_ortho.convert(model, "hermite_8")
     assert state_of(model) == before
 

@@ -236,7 +236,7 @@ def test_only_one_adapter_can_be_merged(saved, base, logits):
 
 def test_merging_does_not_leave_layers_behind(base):
     model = get_peft_model(base, OrthoConfig(activation="hermite_3", target_modules=["h.1.mlp.act"]))
-    with pytest.raises(AdapterError, match=r"leaves transformer\.h\.0\.mlp\.act as it is"):
+    with pytest.raises(AdapterError, match=r"does not replace transformer\.h\.0\.mlp\.act"):
         model.merge_and_unload()
     assert isinstance(model.unload().transformer.h[1].mlp.act, type(base.transformer.h[0].mlp.act))
 
@@ -269,9 +269,9 @@ def test_targets_are_named_as_in_peft(options, expected, base):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["c_fc"]}, r"selects transformer\.h\.0\.mlp\.c_fc, which is no activation"),
+        ({"target_modules": ["c_fc"]}, r"selects transformer\.h\.0\.mlp\.c_fc, which is not an activation"),
         ({"target_modules": ["gate"]}, r"\['gate'\].* selects nothing; .* drives transformer\.h\.0\.mlp\.act and 1"),
-        ({"target_modules": ".*"}, "which is no activation"),
+        ({"target_modules": ".*"}, "which is not an activation"),
         ({"fields": ["hidden_act"]}, "hidden_act: no such activation field"),
     ],
 )
@@ -312,7 +312,7 @@ def test_options_out_of_range_are_refused(key, value, saved, tmp_path):
         OrthoConfig(**{key: value})
     config = json.loads((saved["hermite"][0] / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(AdapterError, match=re.escape(f"adapter_config.json that it comes from: {key} {value!r}")):
+    with pytest.raises(AdapterError, match=re.escape(f"adapter_config.json it was read from: {key} {value!r}")):
         OrthoConfig.from_pretrained(tmp_path)
 
 
@@ -364,11 +364,11 @@ def test_calibration_fits_to_the_data_as_a_conversion_does(gpt2_folder, ids, log
 
 
 def test_calibration_needs_an_adapter_and_batches(base, logits):
-    with pytest.raises(AdapterError, match="GPT2LMHeadModel has no active adapter of activations; it has: none"):
+    with pytest.raises(AdapterError, match="GPT2LMHeadModel has no active OrthoConfig adapter; it has: none"):
         calibrate(base, [torch.arange(4)[None]])
     model = get_peft_model(base, OrthoConfig(activation="hermite_3"))
     before = logits(model)
-    with pytest.raises(AdapterError, match=r"'other' is no adapter .* has: default"):
+    with pytest.raises(AdapterError, match=r"'other' is not an OrthoConfig adapter .* has: default"):
         calibrate(model, [torch.arange(4)[None]], "other")
     with pytest.raises(CalibrationError, match="empty"):
         calibrate(model, [])
@@ -376,7 +376,7 @@ def test_calibration_needs_an_adapter_and_batches(base, logits):
 
 
 def test_a_new_adapter_is_not_made_on_the_meta_device(base):
-    with pytest.raises(AdapterError, match="low_cpu_mem_usage is for loading"):
+    with pytest.raises(AdapterError, match="low_cpu_mem_usage works only for a saved"):
         get_peft_model(base, OrthoConfig(), low_cpu_mem_usage=True)
 
 

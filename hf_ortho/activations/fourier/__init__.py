@@ -16,8 +16,8 @@ from .taylor import make_fourier_series
 
 MIN_FREQUENCY, MAX_FREQUENCY = 0.1, 60.0
 ROUNDS = 8
-HALF_TURN = math.pi + 1e-3  # the largest phase: -pi and pi, which even functions ask for, are one
-RIDGE = 1e-6  # keeps low frequencies from cancelling with amplitudes of 1e3
+HALF_TURN = math.pi + 1e-3  # the largest phase: rounding must not decide between -pi and pi, common for even functions
+RIDGE = 1e-6  # prevents low frequencies from canceling with amplitudes of 1e3
 
 
 def bessel_i0_of_2() -> float:
@@ -33,6 +33,11 @@ class Fourier(LearnableActivation):
     Parameters, float32: ``offset`` a_0, shape (1,); ``coefficients`` a, ``frequencies`` w (radians per unit of x) and
     ``phases`` p (radians), shape (n,) each. Paper initialization: a_0 = A sqrt(1 - 1/n!^2), a_k = A = 1/sqrt(I_0(2)),
     w_k = k, p_k = pi/4.
+
+    Example:
+        >>> activation = hf_ortho.activations.Fourier(6, init="unit")
+        >>> round(activation.gain()[0], 6)  # E[f(x)^2] for x ~ N(0, 1)
+        1.0
     """
 
     family = "fourier"
@@ -76,13 +81,13 @@ class Fourier(LearnableActivation):
         return y
 
     def natural_units(self):
-        """k! for a_k, which the series divides by it."""
+        """k! for a_k, since the series divides a_k by k!."""
         return {"coefficients": [float(math.factorial(k)) for k in range(1, self.degree + 1)]}
 
     def fit_parameters(self, target: Target):
         """Variable projection over frequencies and [lo, hi]; cosine and sine amplitudes are linear."""
-        found = balance(self._solve, target, rounds=ROUNDS)
-        target, theta = found.target, found.solution
+        balanced = balance(self._solve, target, rounds=ROUNDS)
+        target, theta = balanced.target, balanced.solution
         n = self.degree
         theta[:n] = np.sort(theta[:n])
         theta = theta.astype(np.float32).astype(np.float64)
@@ -99,13 +104,13 @@ class Fourier(LearnableActivation):
         }, ""
 
     def _solve(self, target: Target, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Frequencies and, if they are searched for, lo and hi for fixed weights, and f - g at the nodes."""
-        # a_k cos(w_k t - p_k) = c_k cos(w_k t) + s_k sin(w_k t): with that, only the frequencies and the two ends are
-        # not linear. The columns of the Jacobian are the derivatives of the series at fixed amplitudes, t (s cos - c
-        # sin) by w, and by an end, beyond which t stands still, the slope of the series there less that of the tail;
-        # ``project`` takes off what the amplitudes could undo (see ``variable_projection``). In the frequencies there
-        # are many local minima, hence six starts: harmonics of a period 1.2 to 2 times the width of the interval, which
-        # so need not repeat inside it, each lowered by the same part of a step.
+        """Frequencies (and lo and hi unless given) for fixed weights, and f - g at the nodes."""
+        # With a_k cos(w_k t - p_k) = c_k cos(w_k t) + s_k sin(w_k t), only the frequencies and the two ends are
+        # non-linear. The columns of the Jacobian are derivatives of f at fixed amplitudes: t (s cos - c sin) for a
+        # frequency, and for an end, at the nodes beyond it, the slope of the series there minus the slope of the tail.
+        # ``project`` removes the part that the amplitudes can compensate (see ``variable_projection``). There are many
+        # local minima in the frequencies, hence six starts: harmonics of a period of 1.2 to 2 times the width of the
+        # interval (the series need not be periodic inside it), each lowered by the same fraction of a step.
         n, x = self.degree, target.nodes.x
         slopes = target.source.slopes
         root = np.sqrt(target.nodes.w)
@@ -138,10 +143,10 @@ class Fourier(LearnableActivation):
         return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
 
     def _expand(self, target: Target, theta: np.ndarray):
-        """clamp(x), cosines and sines there, the derivatives of the basis, and the least-squares solution."""
-        # For given frequencies and ends the problem is linear in 2n + 1 amplitudes: cosines and sines are columns of
-        # one design at t = clamp(x, lo, hi), so that the series stands still outside and the tails take over. At low
-        # frequencies the columns are nearly dependent, which RIDGE makes up for.
+        """clamp(x), its cosines and sines, the derivatives of the basis, and the least-squares solution."""
+        # For given frequencies and ends the problem is linear in 2n + 1 amplitudes. Cosines and sines are columns of
+        # one design at t = clamp(x, lo, hi), so the series is constant outside, where the tails take over. At low
+        # frequencies the columns are nearly dependent, hence RIDGE.
         n, x = self.degree, target.nodes.x
         w, (lo, hi) = theta[:n], theta[n:] if target.domain is None else target.domain
         t = np.clip(x, lo, hi)
@@ -162,6 +167,6 @@ def _second_moment(offset: float, degree: int) -> float:
         fj = math.factorial(j)
         total += 2 * offset * math.cos(math.pi / 4) * math.exp(-(j**2) / 2) / fj
         for k in range(1, degree + 1):
-            # cos A cos B = (cos(A - B) + cos(A + B)) / 2 with phases 0 and pi/2; sines have mean 0.
+            # cos A cos B = (cos(A - B) + cos(A + B)) / 2 with phases 0 and pi/2; sines have expectation 0.
             total += 0.5 * math.exp(-((j - k) ** 2) / 2) / (fj * math.factorial(k))
     return total

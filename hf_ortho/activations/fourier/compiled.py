@@ -38,18 +38,18 @@ class Fourier:
 
 
 def in_square(fn, degree: int) -> list[float]:
-    """Monomial coefficients in u = r^2 of the interpolant of an even ``fn(r)`` in Chebyshev nodes on 0 <= u <= 1/4."""
-    found = Chebyshev.interpolate(lambda u: fn(np.sqrt(u)), degree, domain=[0, 0.25])
-    return found.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef.tolist()
+    """Monomial coefficients in u = r^2 of the interpolant of an even ``fn(r)`` at Chebyshev nodes on 0 <= u <= 1/4."""
+    interpolant = Chebyshev.interpolate(lambda u: fn(np.sqrt(u)), degree, domain=[0, 0.25])
+    return interpolant.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef.tolist()
 
 
-# cos(2 pi r) and sin(2 pi r)/r for |r| <= 1/2, both within 1e-8: a third of the time of the compiler's own.
+# cos(2 pi r) and sin(2 pi r)/r for |r| <= 1/2, both within 1e-8, in a third of the time of the compiler's functions.
 COSINE = in_square(lambda r: np.cos(2 * np.pi * r), 7)
 SINE = in_square(lambda r: 2 * np.pi * np.sinc(2 * r), 6)
 
 
 def cosine_and_sine(x: Tensor, frequency: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(w x - p) and sin(w x - p); in float32 by polynomials of the angle in turns."""
+    """cos(w x - p) and sin(w x - p); in float32 by polynomials in the angle, measured in turns."""
     if x.dtype != torch.float32:
         angle = frequency * x - phase
         return torch.cos(angle), torch.sin(angle)

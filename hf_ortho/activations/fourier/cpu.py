@@ -11,7 +11,7 @@ from ...kernels.cpu import rounded
 
 
 class FourierSeries:
-    """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!; the sums: g, and per k those of g cos, g sin, g x sin."""
+    """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!; sums of g, and for each k of g cos, g sin and g x sin."""
 
     scratch_rows = 3
 
@@ -34,7 +34,7 @@ class FourierSeries:
         if out is not None:
             out.zero_()
         step = scratch[1].storage_offset() - scratch[0].storage_offset()
-        products = scratch[0].as_strided((3, len(x)), (step, 1))  # of g with cos, sin and x sin, for one sum of all
+        products = scratch[0].as_strided((3, len(x)), (step, 1))  # of g with cos, sin and x sin, summed in one call
         for w, phase, slope in zip(self.w, self.phases, self.slopes, strict=True):
             angle = torch.add(phase, x, alpha=w, out=scratch[2])
             if reduce:

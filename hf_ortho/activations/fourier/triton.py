@@ -1,6 +1,6 @@
-"""The Fourier family's Triton code: float32 accuracy at any angle, and for half precision the GPU's own cosine."""
+"""Triton code of the Fourier family: float32 accuracy at any angle; the GPU's fast cosine for half precision."""
 
-# Tuples of device values grow by concatenation, which mypy takes for a change of type.
+# Tuples of device values grow by concatenation, which mypy sees as a change of type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
@@ -18,7 +18,7 @@ INVERSE_PI = tl.constexpr(float(np.float32(1 / math.pi)))
 INVERSE_PI_REST = tl.constexpr(1 / math.pi - float(np.float32(1 / math.pi)))
 INVERSE_TWO_PI = tl.constexpr(1 / (2 * math.pi))
 MINUS_TWO_PI = tl.constexpr(-2 * math.pi)
-# A float32 t + ROUND is rounded to an integer, whose parity is the lowest bit, for |t| < 2^22.
+# For |t| < 2^22, the float32 sum t + ROUND is an integer, and its lowest bit is the parity.
 ROUND = tl.constexpr(1.5 * 2**23)
 REACH = tl.constexpr(2.0**22)
 
@@ -44,14 +44,14 @@ def inverse_factorial(k):
 
 @triton.jit
 def half_turns(radians):
-    """radians/pi, as a float32 and the rest."""
+    """radians/pi as a float32 and a remainder."""
     high = radians * INVERSE_PI
     return high, tl.fma(radians, INVERSE_PI, -high) + radians * INVERSE_PI_REST
 
 
 @triton.jit
 def fourier_scalars(p, DEGREE: tl.constexpr):
-    """a_0, the largest w_k/pi, and for each k: a_k/k!, w_k, w_k/pi as a sum of two, p_k/pi."""
+    """a_0, the largest |w_k|/pi, and for each k: a_k/k!, w_k, w_k/pi as a sum of two floats, p_k/pi."""
     offset = tl.load(p[0]).to(tl.float32)
     terms = ()
     fastest = 0.0
@@ -68,7 +68,7 @@ def fourier_scalars(p, DEGREE: tl.constexpr):
 
 @triton.jit
 def resolved(x, fastest):
-    """x; 0 where neighboring float32 x are too far apart to tell the phase of all terms; NaN where x is infinite."""
+    """x, or 0 where float32 is too coarse to resolve the phase of every term; NaN where x is infinite."""
     return tl.where(tl.abs(x * fastest) < REACH, x, x - x)
 
 
@@ -76,7 +76,7 @@ def resolved(x, fastest):
 def cosine_and_sine(x, high, low, phase):
     """cos and sin of w x - p = pi (m - r), m an integer, |r| <= 1/2.
 
-    The fused products are exact, so that r keeps its digits where m is large.
+    The fused products are exact, so r keeps its digits if m is large.
     """
     shifted = tl.fma(x, high, -phase) + ROUND
     r = tl.fma(x, -high, shifted - ROUND) + tl.fma(x, -low, phase)
@@ -94,7 +94,7 @@ def cosine_and_sine(x, high, low, phase):
 
 
 # ---- Fourier in half precision -----------------------------------------------------------------------------------
-# The GPU's own cosine, with an error below 2^-20 on [-pi, pi] (PTX ISA, cos.approx), is far better than the output.
+# The GPU's fast cosine has an error below 2^-20 on [-pi, pi] (PTX ISA, cos.approx), far below the output's rounding.
 
 INTERPRETED = tl.constexpr(not isinstance(half_turns, triton.JITFunction))
 
@@ -121,7 +121,7 @@ def approximate_cosine_and_sine(x, frequency, phase):
     return c, s
 
 
-# ---- What both precisions share ----------------------------------------------------------------------------------
+# ---- Shared by both precisions -----------------------------------------------------------------------------------
 
 
 @constexpr_function

@@ -16,12 +16,14 @@ from ..polynomial import PolynomialActivation, fractions_of
 from . import compiled
 from .cpu import HORNER_MAX_DEGREE, MONOMIALS, make_hermite_series
 
-ROUNDING = 2.0**-25, 2e-6  # of float32: relative, and the error that is not worth a lower degree
+ROUNDING = 2.0**-25, 2e-6  # of float32: the relative error, and an absolute error that is always acceptable
 
 
 def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
-    """sum_k c_k He_k(x)/k!: Horner in monomials up to degree 8, above Clenshaw with
-    (k+1) h_{k+1} = x h_k - h_{k-1} for h_k = He_k/k! (DLMF 18.9.1)."""
+    """sum_k c_k He_k(x)/k!: Horner in monomials up to degree 8, Clenshaw above.
+
+    Clenshaw uses (k+1) h_{k+1} = x h_k - h_{k-1} for h_k = He_k/k! (DLMF 18.9.1).
+    """
     degree = coefficients.shape[0] - 1
     if degree <= HORNER_MAX_DEGREE:
         table = torch.tensor(MONOMIALS[degree], dtype=x.dtype, device=x.device)
@@ -44,6 +46,12 @@ class Hermite(PolynomialActivation):
 
     Parameters: ``coefficients`` c, shape (n+1,), float32. Paper initialization: c_0 = sqrt((1 - 1/n!) / e),
     c_k = 1/sqrt(e).
+
+    Example:
+        >>> activation = hf_ortho.activations.Hermite(3)
+        >>> _ = activation.coefficients.data.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))  # S(x) = He_1(x) = x
+        >>> activation(torch.tensor([-1.0, 0.5])).tolist()
+        [-1.0, 0.5]
     """
 
     family = "hermite"
@@ -81,18 +89,22 @@ class Hermite(PolynomialActivation):
     def fit_parameters(self, target: Target):
         """Closed form for the coefficients given [lo, hi]; Nelder-Mead over the two ends.
 
-        Where float32 arithmetic at the full degree would do more harm than good (high degrees around a kink), the
-        highest ones stay 0.
+        If float32 rounding at the full degree costs more than the degree gains (high degrees around a kink), the
+        highest coefficients stay 0.
         """
         for n in range(self.degree, 0, -1):
             fit = fit_polynomial(target, n)
             c = chebyshev_to_hermite(fit.series, fit.lo, fit.hi)
-            # What float32 loses, up to a factor of 4: each term c_k He_k/k! is off by 2^-25 of itself. An estimate
-            # finds the same degree on every processor, as the float32 arithmetic itself would not.
+            # Estimate of the float32 error, up to a factor of 4: each term c_k He_k/k! has a relative error of 2^-25.
+            # Unlike a measurement in float32, the estimate gives the same degree on every processor.
             terms = hermite_e.hermevander(np.clip(target.nodes.x, fit.lo, fit.hi), n) * (c / _factorials(n))
             if target.nodes.w @ np.sum((ROUNDING[0] * terms) ** 2, 1) <= 0.1 * fit.square + ROUNDING[1] ** 2:
                 break
-        note = f"float32 carries degree {n} of {self.degree} here: higher coefficients are 0" if n < self.degree else ""
+        note = (
+            f"float32 supports only degree {n} of {self.degree} here: higher coefficients are 0"
+            if n < self.degree
+            else ""
+        )
         return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([fit.lo, fit.hi])}, note
 
 
@@ -101,10 +113,10 @@ def _factorials(n: int) -> np.ndarray:
 
 
 def chebyshev_to_hermite(c: np.ndarray, lo: float, hi: float) -> np.ndarray:
-    """Coefficients of sum_k c_k T_k((2x - lo - hi)/(hi - lo)) in He_k/k!, by exact rationals.
+    """Coefficients of sum_k c_k T_k((2x - lo - hi)/(hi - lo)) in He_k/k!, in exact rational arithmetic.
 
-    T_{k+1}(t) = 2 t T_k(t) - T_{k-1}(t) (DLMF 18.9.1) with x He_j = He_{j+1} + j He_{j-1}; in floating point the
-    change of basis has condition number 1e12 at degree 32.
+    Uses T_{k+1}(t) = 2 t T_k(t) - T_{k-1}(t) (DLMF 18.9.1) and x He_j = He_{j+1} + j He_{j-1}. Floating point is not
+    enough: the change of basis has condition number 1e12 at degree 32.
     """
     half, middle = (Fraction(hi) - Fraction(lo)) / 2, (Fraction(hi) + Fraction(lo)) / 2
 

@@ -16,7 +16,7 @@ class Hermite:
         degree = len(coefficients) - 1
         horner = degree <= HORNER_MAX_DEGREE
         table = torch.tensor(MONOMIALS[degree], dtype=x.dtype, device=x.device) if horner else None
-        c = coefficients if table is None else (table * coefficients).sum(1)  # no matmul: autocast would round it
+        c = coefficients if table is None else (table * coefficients).sum(1)  # not a matmul, which autocast rounds
         gx, before, now = torch.zeros_like(g), torch.zeros_like(g), g
         sums = [g.sum()]
         for k in range(degree):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.cpu import rounded
 
-HORNER_MAX_DEGREE = 8  # above, Horner's cancellation costs digits in float32
+HORNER_MAX_DEGREE = 8  # above, cancellation in Horner's scheme loses digits in float32
 
 
 def monomial(j: int, k: int) -> float:
@@ -21,18 +21,18 @@ def monomial(j: int, k: int) -> float:
     return (-1) ** m / (math.factorial(m) * math.factorial(j) * 2**m)
 
 
-# For each degree n the matrix, row j and column k, that takes the coefficients of He_k/k! to those of x^j.
+# For each degree n, the matrix (row j, column k) from the coefficients of He_k/k! to the coefficients of x^j.
 MONOMIALS = [[[monomial(j, k) for k in range(n + 1)] for j in range(n + 1)] for n in range(HORNER_MAX_DEGREE + 1)]
 
 
 class _Horner:
-    """S(x) = sum_j m_j x^j; the sums are those of g x^k."""
+    """S(x) = sum_j m_j x^j; sum k is the sum of g x^k."""
 
     scratch_rows = 1
 
     def __init__(self, parameters, dtype: torch.dtype, device: torch.device):
         self.table = np.array(MONOMIALS[len(parameters[0]) - 1])
-        with np.errstate(invalid="ignore", over="ignore"):  # of coefficients that have diverged
+        with np.errstate(invalid="ignore", over="ignore"):  # coefficients may have diverged
             m = np.array(rounded(self.table @ parameters[0], dtype))
             of_slope = rounded(m[1:] * np.arange(1, len(m)), dtype)
         *lower, last, _ = torch.tensor(m, dtype=dtype, device=device).unbind()
@@ -65,12 +65,12 @@ class _Horner:
         return sums
 
     def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
-        with np.errstate(invalid="ignore", over="ignore"):  # of a gradient that has overflowed
+        with np.errstate(invalid="ignore", over="ignore"):  # a gradient may have overflowed
             return [(self.table.T @ sums).tolist()]
 
 
 class _Recurrence:
-    """S(x) = sum_k c_k h_k(x) with (k+1) h_{k+1} = x h_k - h_{k-1} (DLMF 18.9.1); the sums are those of g h_k."""
+    """S(x) = sum_k c_k h_k(x) with (k+1) h_{k+1} = x h_k - h_{k-1} (DLMF 18.9.1); sum k is the sum of g h_k."""
 
     scratch_rows = 2
 
@@ -83,7 +83,7 @@ class _Recurrence:
     def value(self, x: Tensor, out, scratch) -> Tensor:
         """Clenshaw: b_k = c_k - b_{k+2}/(k+2) + x b_{k+1}/(k+1), S = b_0."""
         terms, n = self.terms, len(self.c) - 1
-        first, second = (scratch[0], out) if n % 2 == 0 else (out, scratch[0])  # so that b_0 ends in ``out``
+        first, second = (scratch[0], out) if n % 2 == 0 else (out, scratch[0])  # b_0 ends in ``out``
         after = torch.add(terms[n - 1], x, alpha=self.c[n] / n, out=first)
         y = torch.addcmul(terms[n - 2], x, after, value=1 / (n - 1), out=second)
         for k in range(n - 3, -1, -1):

@@ -1,6 +1,6 @@
 """Device functions of the Hermite family: Horner's scheme in monomials up to degree 8, the recurrence above."""
 
-# Tuples of device values grow by concatenation, which mypy takes for a change of type.
+# Tuples of device values grow by concatenation, which mypy sees as a change of type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 

@@ -45,14 +45,14 @@ def _breaks(module: LearnableActivation, *maxima: tuple[Tensor, Tensor]) -> tupl
 
 
 def _quantile_intercepts(slopes: np.ndarray) -> np.ndarray:
-    """Intercepts that make neighboring lines meet at the normal quantiles (k + 1/2)/n, so that every line is used."""
+    """Intercepts for which neighboring lines meet at the normal quantiles (k + 1/2)/n; every line is used."""
     n = len(slopes) - 1
     meet = ndtri((np.arange(n) + 0.5) / n)
     return np.concatenate([[0.0], np.cumsum(-np.diff(slopes) * meet)])
 
 
 def _normal_moments(value) -> tuple[float, float]:
-    """E[F(x)] and E[F(x)^2] for x ~ N(0, 1), F piecewise linear: a fine grid stands in for the split at every break."""
+    """E[F(x)] and E[F(x)^2] for x ~ N(0, 1), F piecewise linear, on a fine grid instead of a split at every break."""
     breaks = tuple(np.linspace(-8.0, 8.0, 2001))
     second, _ = gaussian_moments(value, value, 1.0, breaks)
     shifted, _ = gaussian_moments(lambda x: value(x) + 1.0, value, 1.0, breaks)
@@ -64,9 +64,14 @@ class Tropical(LearnableActivation):
 
         S(x) = (sqrt(2)/n) max_{k=0..n} (k x + a_k)
 
-    Parameters: ``coefficients`` a, shape (n+1,), float32. Paper initialization: a_k = 1, with which all lines
-    0 < k < n only touch the maximum at x = 0 and get no gradient elsewhere; ``init="unit"`` gives each line an
-    interval of its own.
+    Parameters: ``coefficients`` a, shape (n+1,), float32. Paper initialization: a_k = 1. The lines 0 < k < n then only
+    touch the maximum, at x = 0, and get no gradient elsewhere. With ``init="unit"`` each line is the maximum on an
+    interval.
+
+    Example:
+        >>> activation = hf_ortho.activations.Tropical(2)  # max(0, x, 2x) / sqrt(2) + 1 / sqrt(2)
+        >>> [round(v, 4) for v in activation(torch.tensor([-1.0, 1.0])).tolist()]
+        [0.7071, 2.1213]
     """
 
     family = "tropical"
@@ -106,19 +111,19 @@ class Tropical(LearnableActivation):
 
     def fit_parameters(self, target: Target):
         """In the equivalent form S(x) = offset + (sqrt(2)/n) sum_{k=1..n} max(x - b_k, 0)."""
-        source, found = target.source, fit_hinges(target, self.degree)
+        source, hinges = target.source, fit_hinges(target, self.degree)
         grid = np.linspace(-8.0, 8.0, 1601)
         slopes = source.derivative(grid)
         fall = float(np.max(np.maximum.accumulate(slopes) - slopes))
         note = ""
         if fall > 0.01:
             note = (
-                f"tropical polynomials are convex, {source.name} is not (its slope falls by {fall:.2g}): "
-                "the error does not vanish with the degree; tropical_rational has no such limit"
+                f"tropical polynomials are convex, but {source.name} is not (its slope falls by {fall:.2g}): "
+                "a higher degree cannot remove the error; tropical_rational has no such limit"
             )
         # Line k meets line k - 1 at b_k: a_k = a_{k-1} - b_k.
-        lines = found.offset / line_scale(self.degree) - np.concatenate([[0.0], np.cumsum(found.breaks)])
-        return {"coefficients": lines, "domain": found.domain}, note
+        lines = hinges.offset / line_scale(self.degree) - np.concatenate([[0.0], np.cumsum(hinges.breaks)])
+        return {"coefficients": lines, "domain": hinges.domain}, note
 
 
 class TropicalRational(LearnableActivation):
@@ -126,12 +131,18 @@ class TropicalRational(LearnableActivation):
 
         S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k),
 
-    which is any continuous piecewise-linear function with at most n convex and n concave kinks (arXiv 2502.01247,
-    section 3, with learnable slopes).
+    (arXiv 2502.01247, section 3, with learnable slopes). It can represent every continuous piecewise-linear function
+    with at most n convex and n concave kinks.
 
     Parameters, float32, shape (n+1,) each: ``numerator_slopes`` p, ``numerator_intercepts`` a,
-    ``denominator_slopes`` q, ``denominator_intercepts`` b. Paper initialization: the numerator is the tropical
-    polynomial at its own initialization, the denominator 0.
+    ``denominator_slopes`` q, ``denominator_intercepts`` b. Paper initialization: the numerator is the initial tropical
+    polynomial, the denominator is 0.
+
+    Example:
+        >>> activation = hf_ortho.activations.TropicalRational(2)
+        >>> report = activation.fit("relu6")  # one convex and one concave kink
+        >>> report.sup_error < 1e-5
+        True
     """
 
     family = "tropical_rational"
@@ -176,13 +187,13 @@ class TropicalRational(LearnableActivation):
         return _breaks(self, numerator, (self.denominator_slopes, self.denominator_intercepts))
 
     def fit_parameters(self, target: Target):
-        """Free-knot least squares: exact for piecewise-linear sources, else variable projection over the knots.
+        """Free-knot least squares: exact for piecewise-linear sources, otherwise variable projection over the knots.
 
-        The tails are exact lines, so ``domain`` stays infinite unless one is asked for.
+        The tails are exact lines, so ``domain`` stays infinite unless one is requested.
         """
         first = balance(self._solve, target, rounds=ROUNDS)
-        again = balance(self._solve, first.after, rounds=ROUNDS)  # knots anew: the best ones for other weights are far
-        knots, values = first_of_least((first, again), lambda found: found.score).solution
+        again = balance(self._solve, first.after, rounds=ROUNDS)  # new knots: the best ones for other weights are far
+        knots, values = first_of_least((first, again), lambda balanced: balanced.score).solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
         return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, ""
 

@@ -1,4 +1,4 @@
-"""CPU kernels of the tropical families: only the lines of the upper envelope are computed."""
+"""CPU kernels of the tropical families, which compute only the lines of the upper envelope."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def line_scale(degree: int) -> float:
 def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:
     """The lines that attain max_k (slopes_k x + intercepts_k), left to right, each with the x where it takes over.
 
-    Of lines that coincide the first one counts. The first x is -inf.
+    If lines coincide, the first one counts. The first x is -inf.
     """
+    # A stack of lines in order of slope. Each new line is the steepest, so it is the maximum from some x on. If that x
+    # is left of the start of the last line on the stack, the last line is nowhere the maximum: remove it and compare
+    # with the previous one.
     hull: list[tuple[int, float]] = []
     for k in sorted(range(len(slopes)), key=lambda k: (slopes[k], -intercepts[k], k)):
         if hull and slopes[hull[-1][0]] == slopes[k]:
@@ -38,11 +41,11 @@ def upper_envelope(slopes, intercepts) -> list[tuple[int, float]]:
 
 
 class Maximum:
-    """max_k (slopes_k x + intercepts_k); the sums are those of g and g x where each line of the envelope takes over."""
+    """max_k (slopes_k x + intercepts_k), by its upper envelope; see ``add_gradient`` for the sums."""
 
     def __init__(self, slopes, intercepts, dtype: torch.dtype, device: torch.device):
         self.count = len(slopes)
-        lines = [k for k in range(self.count) if intercepts[k] != -math.inf]  # max-plus zeros are never the maximum
+        lines = [k for k in range(self.count) if intercepts[k] != -math.inf]  # -inf is never the maximum
         self.defined = bool(lines) and all(math.isfinite(v) for k in lines for v in (slopes[k], intercepts[k]))
         if self.defined:
             hull = upper_envelope([slopes[k] for k in lines], [intercepts[k] for k in lines])
@@ -57,21 +60,21 @@ class Maximum:
         self.short = len(self.hull) <= 2
 
     def value(self, x: Tensor, out, row, least_slope: float | None = None) -> Tensor:
-        """The maximum; with ``least_slope`` in the place of the least slope s_0."""
+        """The maximum; ``least_slope`` replaces the least slope s_0."""
         exact = self.short and least_slope is None
         return self.lines(x, out, row) if exact else self.horner(x, out, least_slope)
 
     def lines(self, x: Tensor, out, row) -> Tensor:
-        """Line by line: each is rounded once, so that a maximum of x itself, as in ReLU and its kin, is exact."""
+        """Line by line. Each line is rounded once, so a maximum with x itself, as in ReLU, is exact."""
         y = torch.add(self.intercepts[0], x, alpha=self.slopes[0], out=out)
         for slope, intercept in zip(self.slopes[1:], self.intercepts[1:], strict=True):
             torch.maximum(y, torch.add(intercept, x, alpha=slope, out=row), out=y)  # propagates NaN
         return y
 
     def horner(self, x: Tensor, out, least_slope: float | None) -> Tensor:
-        """Horner's scheme of max and plus: max(a_0, r_1 x + max(a_1, r_2 x + a_2)) + s_0 x, r_i the rises of the slope.
+        """Max-plus Horner scheme: max(a_0, r_1 x + max(a_1, r_2 x + a_2)) + s_0 x, r_i the increases of the slope.
 
-        No scratch row, and NaN is propagated.
+        Needs no scratch row and propagates NaN.
         """
         first = self.rises[0] if least_slope is None else least_slope
         if not self.floors:
@@ -85,8 +88,8 @@ class Maximum:
     def add_gradient(
         self, x: Tensor, g: Tensor, out, scratch, reduce: bool, moments: bool, sign: float = 1.0
     ) -> list[float]:
-        """Adds sign g f'(x) to ``out``; returns, per line of the envelope, the sum of g (and, after it, of g x) to the
-        right of where it takes over."""
+        """Add sign g f'(x) to ``out``. Returns, per line of the envelope, the sum of g to the right of its start,
+        followed by the sum of g x if ``moments``."""
         if not self.defined and out is not None:
             out.fill_(math.nan)
         sums, right = [], g
@@ -102,7 +105,7 @@ class Maximum:
         return sums
 
     def per_line(self, sums: list[float]) -> list[float]:
-        """The sum where each line is the maximum, from the sums to the right of each start; 0 off the envelope."""
+        """The sum over the interval of each line, from the sums to the right of each start; 0 off the envelope."""
         total = [0.0] * self.count
         for (k, _), here, after in zip(self.hull, sums, [*sums[1:], 0.0], strict=True):
             total[k] = here - after

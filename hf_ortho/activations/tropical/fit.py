@@ -12,10 +12,10 @@ from ...fitting.least_squares import Target, balance, clearly_less, variable_pro
 from .cpu import line_scale
 
 ROUNDS = 12
-# The largest |b_k|, -lo and hi, and the least -lo and hi. Wider than ``width_bounds``, which guards the coefficients of
-# smooth series: here the slopes are fixed, so that a short interval or a break beyond the nodes does no harm.
+# The largest |b_k|, -lo and hi, and the least -lo and hi. Wider than ``width_bounds``, which protects the coefficients
+# of smooth series: here the slopes are fixed, so a short interval or a break beyond the nodes is harmless.
 LARGEST, LEAST = 40.0, 0.6
-STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of a descent along the parameters, and at each step
+STEPS, SWEEPS = (0.25, 0.0625, 0.015625), 4  # of the coordinate descent; sweeps per step
 
 
 class Hinges(NamedTuple):
@@ -32,17 +32,17 @@ def fit_hinges(target: Target, n: int) -> Hinges:
     breaks = np.sort(theta[1 : n + 1])
     domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
     if target.domain is None and target.source.slopes[0] == 0 and domain[0] <= breaks[0]:
-        domain[0] = -width_bounds(n)[0][1]  # the series and the tail are one and the same constant there
+        domain[0] = -width_bounds(n)[0][1]  # the series and the tail are the same constant there
     return Hinges(theta[0], breaks, domain)
 
 
 def _solve(target: Target, n: int, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """theta = (offset, n breaks and, if it is searched for, lo and hi) for fixed weights, and f - g at the nodes."""
-    # In the coefficients of max_k (k x + a_k), a line that attains the maximum nowhere has gradient 0 and stays lost.
-    # In the points b_k where line k takes over from k - 1, every line keeps its gradient: by b_k the sum of hinges
-    # changes by -step wherever x > b_k, by lo where x < lo and by hi where x > hi. The slopes are fixed, so only the
-    # offset is linear, and plain Gauss-Newton does. The problem is not convex: three starts, the breaks at the
-    # quantiles of normal distributions of three widths.
+    """theta = (offset, n breaks, and lo and hi unless given) for fixed weights, and f - g at the nodes."""
+    # As a function of the a_k of max_k (k x + a_k), a line that is nowhere the maximum has gradient 0 and never
+    # returns. As a function of the points b_k where line k takes over from k - 1, every line has a gradient: the
+    # derivative of the sum of hinges by b_k is -step where x > b_k; lo and hi matter only where x is beyond them. The
+    # slopes are fixed, so only the offset is linear, and plain Gauss-Newton is enough. The problem is not convex:
+    # there are three starts, with breaks at the quantiles of normal distributions of three widths.
     source, x = target.source, target.nodes.x
     step, (s_lo, s_hi) = line_scale(n), source.slopes
     root = np.sqrt(target.nodes.w)
@@ -73,13 +73,13 @@ def _solve(target: Target, n: int, start: np.ndarray | None) -> tuple[np.ndarray
     if target.domain is None:
         upper[-2], lower[-1] = -LEAST, LEAST
     theta = variable_projection(problem, starts, (lower, upper))
-    if target.derivative_weight:  # the slope jumps at each break, which Gauss-Newton does not see
+    if target.derivative_weight:  # Gauss-Newton cannot see the jumps of the slope at the breaks
         theta = _descend(lambda theta: problem(theta)[0], theta, lower, upper)
     return theta, problem(theta)[0][: len(x)] / np.where(root > 0, root, 1.0)
 
 
 def _descend(residual, theta: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Move one parameter at a time, by steps of powers of two, while |residual|^2 gets clearly less."""
+    """Coordinate descent with fixed steps, as long as |residual|^2 decreases clearly."""
 
     def square(theta):
         return float(np.sum(residual(theta) ** 2))

@@ -1,10 +1,10 @@
 """Device functions of the tropical families.
 
-Their summands for line k count where line k or a later one is the first that attains the maximum, which is where the
-maximum of all lines is above that of the first k. The gradient of line k is the difference of neighboring sums.
+Summand k is non-zero where the maximum of all lines is above the maximum of the first k, that is, where line k or a
+later one is the first to attain the maximum. The gradient of line k is the difference of neighboring sums.
 """
 
-# Tuples of device values grow by concatenation, which mypy takes for a change of type.
+# Tuples of device values grow by concatenation, which mypy sees as a change of type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
 
