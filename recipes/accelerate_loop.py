@@ -1,9 +1,9 @@
-"""Converts a language model and fine-tunes it in a bare Accelerate loop; by default without network.
+"""Convert a language model and fine-tune it in a plain Accelerate loop; offline by default.
 
     python recipes/accelerate_loop.py demo-text out --data pydoc_topics --steps 200
     torchrun --nproc-per-node 2 recipes/accelerate_loop.py openai-community/gpt2 out --data my_text.txt
 
-Expected hardware: any. Status: run for 2 steps by the tests; without results of its own.
+Expected hardware: any. Status: run for 2 steps by the tests; no results.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import hf_ortho
 from hf_ortho.tasks import data
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("model", help="a folder or a model on the Hub")
-p.add_argument("output", help="folder for the trained model")
+p.add_argument("model", help="Folder or Hub model.")
+p.add_argument("output", help="Output folder of the trained model.")
 p.add_argument("--activation", default="hermite_8")
 p.add_argument("--data", default="pydoc_topics")
 p.add_argument("--block_size", type=int, default=32)

@@ -83,7 +83,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
         images = processor_of(AutoImageProcessor, IMAGE_FILES, name, revision)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400] or explain(error)
         raise CheckpointError(f"{name} cannot be loaded: {reason}") from error
     model.eval()

@@ -165,7 +165,7 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
     try:
         config = AutoConfig.from_pretrained(folder)
         stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {explain(error)}") from error
     architecture = (config.architectures or ["none"])[0]
     source, auto_map = _remote_code(config, architecture, str(folder))

@@ -133,7 +133,7 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
             stored.pop("hf_ortho", None)  # the provenance of the original weights
         else:
             config, stored = AutoConfig.for_model(str(arguments.model_type)), {}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the config of {arguments.model or arguments.model_type}: {explain(error)}") from error
     known = {*config.to_dict(), *config.attribute_map}
     for key in overrides:

@@ -1,10 +1,10 @@
-"""Quality against bytes: what a frozen pretrained model gains by each kind of adapter.
+"""Quality against bytes: the gain of each kind of adapter on a frozen pretrained model.
 
     python recipes/small/adapters.py --config recipes/small/adapters_text.yaml \\
         --model BASE --dataset TRAIN --eval_dataset TEST
 
-Every run is one ``hf-ortho finetune`` with the flags of ``METHODS``. The first of ``SEEDS`` chooses the learning rate
-of each method, the others give the figures. Goes on where it was interrupted; writes ``adapters.json``, prints a table.
+Every run is one ``hf-ortho finetune`` with the flags of ``METHODS``. The first of ``SEEDS`` selects the learning rate
+of each method; the others give the results. Resumes after an interruption, writes ``adapters.json``, prints a table.
 """
 
 import json
@@ -40,7 +40,7 @@ SEEDS = 0, 1, 2
 
 
 def converted(model: str, folder: Path) -> str:
-    """The base of LoRA + activations: ``model`` with learnable activations, all else as it is."""
+    """The base model of LoRA + activations: ``model`` with learnable activations."""
     if not folder.is_dir():
         output = OutputFolder(folder, keep=[model])
         checkpoint = load_checkpoint(model, dtype="float32")
@@ -51,7 +51,7 @@ def converted(model: str, folder: Path) -> str:
 
 
 def train(argv: list[str], method: str, rate: str, seed: int, output: Path) -> dict:
-    """The figures of one run."""
+    """The results of one run."""
     folder = output / method.replace(" ", "") / f"{rate}-{seed}"
     own = {"learning_rate": rate, "seed": str(seed), "output_dir": str(folder), "save_strategy": "no"}
     flags = METHODS[method] | own
