@@ -16,7 +16,7 @@ class Settings:
         device: ``cpu`` or ``cuda``.
         dtype: data type of inputs and model weights.
         rounds: number of rounds; each competitor runs once per round.
-        seconds: a competitor that has taken this long stops after 3 rounds.
+        seconds: a competitor that has taken this long stops after 5 rounds.
         sample: short calls are repeated until one measurement takes this many seconds.
         sequence, image: input shapes of the activations.
         libraries: input shape for other libraries, which are slow.
@@ -35,7 +35,7 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     seed: int = 0
-    rounds: int = 4
+    rounds: int = 7
     seconds: float = 0.6
     sample: float = 0.002
     sequence: tuple[int, ...] = (8, 1024, 3072)

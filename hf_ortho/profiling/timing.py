@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 5
 QUEUE_CYCLES = 20_000_000  # about 10 ms
 
 Call = Callable[[], object]
@@ -69,7 +69,7 @@ def interleave(
 
     Args:
         rounds: at least 1.
-        seconds: a competitor drops out after 3 rounds once it has taken this long; the reference stays.
+        seconds: a competitor drops out after 5 rounds once it has taken this long; the reference stays.
         sample: one measurement repeats the call to take about this many seconds, after a warm-up call; 0 to measure
             single calls without warm-up.
         clock: measures the seconds of one call.

@@ -36,11 +36,11 @@ def test_the_order_rotates_and_turns_after_the_first_calls():
     assert "".join(call for call, _ in clock.called) == "abc" + "abc" + "acb" + "cab" + "cba"
 
 
-def test_a_slow_competitor_leaves_but_not_before_the_third_round():
+def test_a_slow_competitor_leaves_but_not_before_the_fifth_round():
     clock = Clock(gelu=[1.0], slow=[100.0], fast=[2.0])
-    found = interleave({"gelu": "gelu", "slow": "slow", "fast": "fast"}, rounds=6, seconds=10.0, clock=clock)
-    assert {name: len(times.seconds) for name, times in found.items()} == {"gelu": 6, "slow": 3, "fast": 5}
-    assert found["slow"].ratios == [100.0] * 3
+    found = interleave({"gelu": "gelu", "slow": "slow", "fast": "fast"}, rounds=8, seconds=14.0, clock=clock)
+    assert {name: len(times.seconds) for name, times in found.items()} == {"gelu": 8, "slow": 5, "fast": 7}
+    assert found["slow"].ratios == [100.0] * 5
 
 
 def test_short_calls_are_repeated():
