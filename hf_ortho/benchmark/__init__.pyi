@@ -1,13 +1,13 @@
 from . import report as report
 from .plot import plot_results as plot_results
+from .results import BenchResults as BenchResults
 from .results import Figure as Figure
 from .results import NotRun as NotRun
-from .results import Results as Results
 from .run import SECTIONS as SECTIONS
 from .settings import FULL as FULL
 from .settings import QUICK as QUICK
 from .settings import Settings as Settings
 from .targets import TARGETS as TARGETS
 from .targets import TOLERANCE as TOLERANCE
-from .targets import Target as Target
+from .targets import SpeedTarget as SpeedTarget
 from .targets import check as check

@@ -16,7 +16,7 @@ from ..profiling.memory import measure_each, peak_bytes, saved_bytes
 from ..profiling.timing import Call, interleave
 from .competitors import REFERENCE, compiled, fixed, learnable, third_party
 from .floors import FLOORS, Floor
-from .results import NotRun, Results
+from .results import BenchResults, NotRun
 from .settings import Settings
 from .targets import floor_of
 
@@ -56,7 +56,7 @@ class Load:
 
 
 def _add_times(
-    results: Results, case: str, modules: Modules, load: Load, settings: Settings, sample: float = 0.0
+    results: BenchResults, case: str, modules: Modules, load: Load, settings: Settings, sample: float = 0.0
 ) -> None:
     for measure, calls in (("forward", load.forwards(modules)), ("forward + backward", load.steps(modules))):
         times = interleave(
@@ -65,12 +65,12 @@ def _add_times(
         results.add_times(case, measure, times)
 
 
-def _add_saved(results: Results, case: str, modules: Modules, load: Load) -> None:
+def _add_saved(results: BenchResults, case: str, modules: Modules, load: Load) -> None:
     saved = {name: load.saved(module) for name, module in modules.items()}
     results.add_memory(case, "saved", saved, load.x.element_size())
 
 
-def _add_peak(results: Results, case: str, modules: Modules, load: Load, device: str) -> None:
+def _add_peak(results: BenchResults, case: str, modules: Modules, load: Load, device: str) -> None:
     """Peak bytes per element of a forward and backward pass, excluding x and the upstream gradient."""
     peaks = measure_each(peak_bytes, load.steps(modules), device)
     results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in peaks.items()})
@@ -81,7 +81,12 @@ def _make(makers: Mapping[str, Callable[[], nn.Module]], settings: Settings) -> 
 
 
 def _add_guarded(
-    results: Results, case: str, modules: dict[str, nn.Module], name: str, make: Callable[[], nn.Module], load: Load
+    results: BenchResults,
+    case: str,
+    modules: dict[str, nn.Module],
+    name: str,
+    make: Callable[[], nn.Module],
+    load: Load,
 ) -> None:
     """Add a competitor that may fail, in a compiler or another library. On failure, record the reason."""
     try:
@@ -97,7 +102,7 @@ def _add_guarded(
         modules[name] = module
 
 
-def _large(results: Results, settings: Settings, case: str, shape: tuple[int, ...]) -> None:
+def _large(results: BenchResults, settings: Settings, case: str, shape: tuple[int, ...]) -> None:
     load = Load(shape, settings)
     modules = _make(fixed() | learnable(settings.device), settings)
     if settings.device == "cpu":
@@ -113,17 +118,17 @@ def _large(results: Results, settings: Settings, case: str, shape: tuple[int, ..
     _add_peak(results, case, modules, load, settings.device)
 
 
-def sequence(results: Results, settings: Settings) -> None:
+def sequence(results: BenchResults, settings: Settings) -> None:
     """Fixed, learnable and compiled activations on the pre-activation shape of a transformer."""
     _large(results, settings, "sequence", settings.sequence)
 
 
-def image(results: Results, settings: Settings) -> None:
+def image(results: BenchResults, settings: Settings) -> None:
     """The same on the pre-activation shape of a ConvNeXt."""
     _large(results, settings, "image", settings.image)
 
 
-def libraries(results: Results, settings: Settings) -> None:
+def libraries(results: BenchResults, settings: Settings) -> None:
     """Other installed libraries, next to their counterparts in this package."""
     load = Load(settings.libraries, settings)
     counterparts = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
@@ -135,7 +140,7 @@ def libraries(results: Results, settings: Settings) -> None:
     _add_peak(results, "libraries", modules, load, settings.device)
 
 
-def elements(results: Results, settings: Settings) -> None:
+def elements(results: BenchResults, settings: Settings) -> None:
     """``hermite_8`` over the number of elements, in rows such as ``hermite_8 10000``, next to ``F.gelu 10000``."""
     makers = {REFERENCE: fixed()[REFERENCE], "hermite_8": learnable()["hermite_8"]}
     room = float(ROOM)
@@ -155,7 +160,7 @@ def _free_memory(device: str) -> int:
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
-def degree(results: Results, settings: Settings) -> None:
+def degree(results: BenchResults, settings: Settings) -> None:
     """The Hermite family from degree 1 to 32, and the other families at three degrees."""
     makers = {REFERENCE: fixed()[REFERENCE]}
     for family, cls in FAMILIES.items():
@@ -167,7 +172,7 @@ def degree(results: Results, settings: Settings) -> None:
     _add_saved(results, "degree", modules, load)
 
 
-def decode(results: Results, settings: Settings) -> None:
+def decode(results: BenchResults, settings: Settings) -> None:
     """One token, without gradients: the overhead of calling the module."""
     load = Load(settings.decode, settings)
     makers = fixed() | learnable(settings.device)

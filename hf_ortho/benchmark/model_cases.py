@@ -18,7 +18,7 @@ from .. import fuse_mlp
 from ..conversion import convert
 from ..profiling.memory import kept_bytes, measure_each, peak_bytes
 from ..profiling.timing import interleave
-from .results import Results
+from .results import BenchResults
 from .settings import Settings
 
 PROMPT = 16
@@ -48,7 +48,9 @@ def _gpt2(settings: Settings) -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(**(settings.gpt2 | others)))
 
 
-def _train_step(results: Results, settings: Settings, case: str, models: dict[str, PreTrainedModel], batch) -> None:
+def _train_step(
+    results: BenchResults, settings: Settings, case: str, models: dict[str, PreTrainedModel], batch
+) -> None:
     """Forward and backward pass. Gradients are freed after each step. The optimizer, equal for all, is omitted."""
     for model in models.values():
         _move(model, settings).train()
@@ -65,7 +67,7 @@ def _train_step(results: Results, settings: Settings, case: str, models: dict[st
     results.add_memory(case, "peak", measure_each(peak_bytes, calls, settings.device))
 
 
-def gpt2(results: Results, settings: Settings) -> None:
+def gpt2(results: BenchResults, settings: Settings) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(settings.gpt2["vocab_size"], settings.gpt2_batch, generator=generator).to(settings.device)
     original = _gpt2(settings)
@@ -78,7 +80,7 @@ def gpt2(results: Results, settings: Settings) -> None:
     _train_step(results, settings, "gpt2", models, {"input_ids": ids, "labels": ids})
 
 
-def convnext(results: Results, settings: Settings) -> None:
+def convnext(results: BenchResults, settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     original = ConvNextForImageClassification(ConvNextConfig(**(settings.convnext | {"num_labels": 10})))
     generator = torch.Generator().manual_seed(settings.seed)
@@ -95,7 +97,7 @@ def convnext(results: Results, settings: Settings) -> None:
     _train_step(results, settings, "convnext", models, batch)
 
 
-def generation(results: Results, settings: Settings) -> None:
+def generation(results: BenchResults, settings: Settings) -> None:
     """Greedy generation of one sequence with a key-value cache."""
     original = _gpt2(settings)
     models = {"gelu_new": original, "hermite_8": _converted(original, "hermite_8")}

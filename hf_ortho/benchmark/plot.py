@@ -16,9 +16,9 @@ from ..activations import parse
 from ..files import written
 from ..plotting.layout import BLACK, BLUE, SKY, VERMILION
 from .competitors import REFERENCE
-from .results import Figure, Results
+from .results import BenchResults, Figure
 from .settings import Settings
-from .targets import Target
+from .targets import SpeedTarget
 
 COLORS = {"forward": BLUE, "forward + backward": SKY, "call": BLUE, "step": BLUE, "peak": VERMILION, "generate": SKY}
 MARKERS = "osD^v<>"
@@ -26,7 +26,7 @@ MARKERS = "osD^v<>"
 Limits = Mapping[tuple[str, str, str], float]
 
 
-def plot_results(results: Results, settings: Settings, targets: Sequence[Target], path: str | Path) -> None:
+def plot_results(results: BenchResults, settings: Settings, targets: Sequence[SpeedTarget], path: str | Path) -> None:
     """Plot the results to a PNG: bars of the ratios with spread and targets, and the curves over elements and degree.
 
     Raises:
@@ -53,7 +53,7 @@ def plot_results(results: Results, settings: Settings, targets: Sequence[Target]
         canvas.savefig(draft, format="png")
 
 
-def _bars(axes: Axes, results: Results, limits: Limits, cases: tuple[str, ...], measures: tuple[str, ...]) -> None:
+def _bars(axes: Axes, results: BenchResults, limits: Limits, cases: tuple[str, ...], measures: tuple[str, ...]) -> None:
     """One group per row of the cases, one bar per measure, on a logarithmic scale from 1."""
     labels: list[str] = []
     for case in cases:
@@ -100,7 +100,7 @@ def _legend(axes: Axes) -> None:
     axes.legend(list(unique.values()), list(unique), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _elements(axes: Axes, results: Results) -> None:
+def _elements(axes: Axes, results: BenchResults) -> None:
     """Plot nanoseconds per element over the number of elements."""
     rows = results.of("elements")
     for name, color in ((REFERENCE, BLACK), ("hermite_8", VERMILION)):
@@ -113,7 +113,7 @@ def _elements(axes: Axes, results: Results) -> None:
     _legend(axes)
 
 
-def _degrees(axes: Axes, results: Results) -> None:
+def _degrees(axes: Axes, results: BenchResults) -> None:
     """Plot the ratio of forward and backward over the degree, one curve per family."""
     curves: dict[str, list[tuple[int, Figure]]] = {}
     for row, measures in results.of("degree").items():

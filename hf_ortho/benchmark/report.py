@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .results import Figure, Results
+from .results import BenchResults, Figure
 from .settings import Settings
 from .targets import Outcome
 
@@ -39,7 +39,7 @@ def explanation(settings: Settings) -> str:
     )
 
 
-def case_table(results: Results, case: str, settings: Settings) -> Table:
+def case_table(results: BenchResults, case: str, settings: Settings) -> Table:
     """Title, columns and rows of one case."""
     by_row = results.of(case)
     measures = list(dict.fromkeys(measure for row in by_row.values() for measure in row))
@@ -64,7 +64,7 @@ def _cells(case: str, figure: Figure | None) -> tuple[str, str]:
     return f"{figure.ratio:.2f}{spread}", f"{figure.value * unit:.4g}"
 
 
-def bandwidth(results: Results, case: str, settings: Settings) -> float:
+def bandwidth(results: BenchResults, case: str, settings: Settings) -> float:
     """Bandwidth of the copy, read and written, in bytes per second."""
     figure = results.find(case, "copy", "forward")
     assert figure is not None
@@ -74,7 +74,7 @@ def bandwidth(results: Results, case: str, settings: Settings) -> float:
     return 2 * elements * settings.dtype.itemsize / figure.value
 
 
-def not_run(results: Results, case: str) -> list[str]:
+def not_run(results: BenchResults, case: str) -> list[str]:
     """One line per reason for the competitors that were not run."""
     reasons: dict[str, list[str]] = {}
     for entry in results.not_run:

@@ -43,11 +43,11 @@ class NotRun:
 
 
 @dataclasses.dataclass
-class Results:
+class BenchResults:
     """All figures, in the order of measurement.
 
     Example:
-        >>> results = hf_ortho.benchmark.Results()
+        >>> results = hf_ortho.benchmark.BenchResults()
         >>> results.add_memory("gpt2", "peak", {"gelu": 2e6, "hermite_8": 1e6})
         >>> results.of("gpt2")["hermite_8"]["peak"].ratio
         0.5

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from .activation_cases import decode, degree, elements, image, libraries, sequence
 from .model_cases import convnext, generation, gpt2
-from .results import Results
+from .results import BenchResults
 from .settings import Settings
 
-SECTIONS: dict[str, Callable[[Results, Settings], None]] = {
+SECTIONS: dict[str, Callable[[BenchResults, Settings], None]] = {
     "sequence": sequence,
     "image": image,
     "libraries": libraries,

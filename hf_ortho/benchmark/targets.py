@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from .results import Figure, Results
+from .results import BenchResults, Figure
 
 TOLERANCE = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class SpeedTarget:
     """The ``ratio`` of the figure (case, row, measure) must be at most ``limit`` on ``device``.
 
     If a processor computes the reference nearly as fast as a copy, the memory passes of a kernel alone may exceed this
@@ -28,7 +28,7 @@ class Target:
 class Outcome:
     """A target and its measured figure, or None if not run. ``floor`` is set if it is above the limit of the target."""
 
-    target: Target
+    target: SpeedTarget
     figure: Figure | None
     floor: Figure | None = None
 
@@ -50,17 +50,17 @@ class Outcome:
         return verdict if self.floor is None else f"{verdict}, relative to the measured floor of {self.floor.ratio:.2f}"
 
 
-def _activations(device: str, limits: dict[str, tuple[float, float, float]]) -> list[Target]:
+def _activations(device: str, limits: dict[str, tuple[float, float, float]]) -> list[SpeedTarget]:
     measures = ("forward", "forward + backward", "saved")
     return [
-        Target(device, case, row, measure, limit)
+        SpeedTarget(device, case, row, measure, limit)
         for case in ("sequence", "image")
         for row, values in limits.items()
         for measure, limit in zip(measures, values, strict=True)
     ]
 
 
-TARGETS: list[Target] = [
+TARGETS: list[SpeedTarget] = [
     *_activations(
         "cpu",
         {
@@ -76,14 +76,14 @@ TARGETS: list[Target] = [
             "tropical_rational_6": (3.5, 3.5, 1),
         },
     ),
-    Target("cpu", "degree", "hermite_32", "saved", 1),
-    Target("cpu", "decode", "hermite_3", "call", 1.5),
+    SpeedTarget("cpu", "degree", "hermite_32", "saved", 1),
+    SpeedTarget("cpu", "decode", "hermite_3", "call", 1.5),
     *(
-        Target("cpu", "gpt2", row, measure, limit)
+        SpeedTarget("cpu", "gpt2", row, measure, limit)
         for row in ("hermite_3", "hermite_8")
         for measure, limit in (("step", 0.90), ("peak", 0.70))
     ),
-    Target("cpu", "generation", "hermite_8", "generate", 1.03),
+    SpeedTarget("cpu", "generation", "hermite_8", "generate", 1.03),
     *_activations(
         "cuda",
         {
@@ -94,7 +94,7 @@ TARGETS: list[Target] = [
             "fourier_6 harmonic": (1.3, 1.6, 1),
         },
     ),
-    Target("cuda", "degree", "hermite_32", "saved", 1),
+    SpeedTarget("cuda", "degree", "hermite_32", "saved", 1),
 ]
 
 
@@ -103,12 +103,12 @@ def floor_of(row: str) -> str:
     return f"floor of {row}"
 
 
-def check(results: Results, device: str, targets: list[Target] = TARGETS) -> list[Outcome]:
+def check(results: BenchResults, device: str, targets: list[SpeedTarget] = TARGETS) -> list[Outcome]:
     """Compare the figures with the targets of ``device``.
 
     Example:
-        >>> results = hf_ortho.benchmark.Results()
-        >>> target = hf_ortho.benchmark.Target("cpu", "gpt2", "hermite_8", "peak", limit=0.7)
+        >>> results = hf_ortho.benchmark.BenchResults()
+        >>> target = hf_ortho.benchmark.SpeedTarget("cpu", "gpt2", "hermite_8", "peak", limit=0.7)
         >>> results.add_memory("gpt2", "peak", {"gelu": 2e6, "hermite_8": 1e6})
         >>> [outcome.verdict for outcome in hf_ortho.benchmark.check(results, "cpu", [target])]
         ['met']
@@ -116,6 +116,6 @@ def check(results: Results, device: str, targets: list[Target] = TARGETS) -> lis
     return [_outcome(target, results) for target in targets if target.device == device]
 
 
-def _outcome(target: Target, results: Results) -> Outcome:
+def _outcome(target: SpeedTarget, results: BenchResults) -> Outcome:
     figure, floor = (results.find(target.case, row, target.measure) for row in (target.row, floor_of(target.row)))
     return Outcome(target, figure, floor if floor is not None and floor.ratio > target.limit else None)

@@ -17,7 +17,7 @@ from .console import Parser, console, table
 from .env import environment, show_environment
 
 if TYPE_CHECKING:
-    from ..benchmark import Results, Settings
+    from ..benchmark import BenchResults, Settings
 
 
 def parser() -> Parser:
@@ -101,11 +101,11 @@ def one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(settings: Settings) -> Results:
+def measure(settings: Settings) -> BenchResults:
     """Run all cases, and print each result when it is done."""
-    from ..benchmark import SECTIONS, Results, report
+    from ..benchmark import SECTIONS, BenchResults, report
 
-    results = Results()
+    results = BenchResults()
     for case, section in SECTIONS.items():
         with console.status(f"Measuring {case}"):
             section(results, settings)

@@ -24,7 +24,7 @@ from ..path_patterns import by_kind
 from .distill import Distillation
 
 WIDTH = 100
-FILE = "conversion.json"
+REPORT_FILE = "conversion.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ConversionReport:
 
     def save(self, folder: str | Path) -> None:
         """Write ``conversion.json`` to ``folder``, beside the weights."""
-        Path(folder, FILE).write_text(self.to_json(), encoding="utf-8")
+        Path(folder, REPORT_FILE).write_text(self.to_json(), encoding="utf-8")
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Write a PNG that shows, per layer, source, fit, difference, pre-activations and domain."""

@@ -15,7 +15,7 @@ from .nodes import Nodes
 from .source import Source
 
 BINS = 1024
-REACH = math.asinh(2.0**16)
+ASINH_RANGE = math.asinh(2.0**16)
 
 
 class Histogram:
@@ -43,7 +43,7 @@ class Histogram:
         extremes = torch.stack(torch.aminmax(x))
         counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
         for piece in x.split(2**24):  # histc counts in float32
-            counts += torch.histc(torch.asinh(piece).clamp_(-REACH, REACH), BINS, -REACH, REACH)
+            counts += torch.histc(torch.asinh(piece).clamp_(-ASINH_RANGE, ASINH_RANGE), BINS, -ASINH_RANGE, ASINH_RANGE)
         if self._counts is None or self._extremes is None:
             self._counts, self._extremes = counts, extremes
         else:
@@ -89,11 +89,11 @@ class Histogram:
     @property
     def edges(self) -> np.ndarray:
         """The 1025 bin edges, in units of x."""
-        return np.sinh(np.linspace(-REACH, REACH, BINS + 1))
+        return np.sinh(np.linspace(-ASINH_RANGE, ASINH_RANGE, BINS + 1))
 
     def nodes(self, source: Source, within: tuple[float, float] | None = None) -> Nodes:
         """Bin centers as fit nodes, weighted by the counts; see ``Density``."""
-        edges = np.linspace(-REACH, REACH, BINS + 1)
+        edges = np.linspace(-ASINH_RANGE, ASINH_RANGE, BINS + 1)
         centers = np.clip(np.sinh((edges[1:] + edges[:-1]) / 2), self.minimum, self.maximum)
         nodes = Nodes.of(source, centers, self.counts, LINE, self.minimum, self.maximum)
         return nodes if within is None else nodes.within(source, *within)

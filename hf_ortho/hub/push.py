@@ -26,8 +26,7 @@ from ..errors import ConfigError, HubError
 from ..files import explain
 from .card import card_of
 from .contents import ADAPTER_CONFIG, Contents, contents_of
-from .remote_code import FILE as REMOTE_CODE
-from .remote_code import add_remote_code
+from .remote_code import REMOTE_CODE, add_remote_code
 
 logger = logging.get_logger("hf_ortho")
 

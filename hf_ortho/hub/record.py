@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from ..conversion import ConversionReport
-from ..conversion.report import FILE
+from ..conversion.report import REPORT_FILE
 from ..errors import CheckpointError
 from ..files import written
 from .results import DataSource, Results
@@ -39,7 +39,7 @@ class Record:
         Raises:
             CheckpointError: the file was not written by ``hf-ortho``.
         """
-        path = folder / FILE
+        path = folder / REPORT_FILE
         if not path.is_file():
             return cls()
         try:
@@ -72,16 +72,16 @@ class Record:
         plain["results"] = [entry.to_dict() for entry in self.results]
         plain["commands"] = self.commands
         plain["data"] = [dataclasses.asdict(entry) for entry in self.data]
-        with written(folder / FILE) as draft:
+        with written(folder / REPORT_FILE) as draft:
             draft.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def carry_over(place: str, revision: str | None, folder: Path) -> None:
     """Copy ``conversion.json``, if any, from the model (a folder or Hub model) that a training started from."""
     try:
-        record = cached_file(place, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        record = cached_file(place, REPORT_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError:  # no network and not cached
         return
     if record is not None:
-        with written(folder / FILE) as draft:
+        with written(folder / REPORT_FILE) as draft:
             draft.write_bytes(Path(record).read_bytes())

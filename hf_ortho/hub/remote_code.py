@@ -27,7 +27,7 @@ from ..kernels import cpu, dispatch
 from .standalone import DOCSTRING, Standalone
 
 MODULE = "modeling_hf_ortho"
-FILE = f"{MODULE}.py"
+REMOTE_CODE = f"{MODULE}.py"
 IMPORTS = (
     ("copy", ""),
     ("functools", ""),
@@ -170,7 +170,7 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
     architecture = (config.architectures or ["none"])[0]
     source, auto_map = _remote_code(config, architecture, str(folder))
     text = json.dumps(stored | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
-    return {FILE: source.encode(), "config.json": text.encode()}
+    return {REMOTE_CODE: source.encode(), "config.json": text.encode()}
 
 
 def enable_remote_code(model: PreTrainedModel) -> None:
@@ -194,7 +194,7 @@ def enable_remote_code(model: PreTrainedModel) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "hf_ortho"
         place.mkdir()
-        (place / FILE).write_text(source, encoding="utf-8")
+        (place / REMOTE_CODE).write_text(source, encoding="utf-8")
         subclass: Any = get_class_from_dynamic_module(f"{MODULE}.{architecture}", place)
     subclass.register_for_auto_class(
         next(auto for auto, name in auto_map.items() if name == f"{MODULE}.{architecture}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_ortho.activations import build
-from hf_ortho.benchmark import QUICK, Results
+from hf_ortho.benchmark import QUICK, BenchResults
 from hf_ortho.benchmark.activation_cases import Load, elements, libraries
 from hf_ortho.benchmark.competitors import Copy, compiled, fixed, learnable, third_party
 
@@ -90,7 +90,7 @@ def installed(monkeypatch):
 
 def test_libraries_run_if_they_are_installed(installed):
     installed(lambda x: x * x.exp())
-    results = Results()
+    results = BenchResults()
     libraries(results, QUICK)
     found = results.of("libraries")
     for name in ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6"):
@@ -105,7 +105,7 @@ def test_a_library_that_fails_is_left_out(installed):
         raise RuntimeError("no kernel for this\nmore")
 
     installed(fail)
-    results = Results()
+    results = BenchResults()
     libraries(results, QUICK)
     reasons = {entry.row: entry.reason for entry in results.not_run}
     assert reasons.pop("rational-activations") != ""
@@ -116,7 +116,7 @@ def test_a_library_that_fails_is_left_out(installed):
 def test_sizes_that_do_not_fit_are_left_out(monkeypatch):
     memory = types.SimpleNamespace(available=128 * 10**4)  # x and the upstream gradient of 10**6 elements take more
     monkeypatch.setattr("hf_ortho.benchmark.activation_cases.psutil.virtual_memory", lambda: memory)
-    results = Results()
+    results = BenchResults()
     elements(results, dataclasses.replace(QUICK, elements=(10**4, 10**6)))
     assert list(results.of("elements")) == ["F.gelu 10000", "hermite_8 10000"]
     assert [(entry.row, entry.reason) for entry in results.not_run] == [("hermite_8 1000000", "too little free memory")]

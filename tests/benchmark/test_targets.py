@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ortho.benchmark import TARGETS, Figure, Results, Target, check
+from hf_ortho.benchmark import TARGETS, BenchResults, Figure, SpeedTarget, check
 from hf_ortho.benchmark.floors import FLOORS, Floor
 
-TARGET = Target("cpu", "sequence", "hermite_3", "forward", 2.0)
+TARGET = SpeedTarget("cpu", "sequence", "hermite_3", "forward", 2.0)
 
 
 def outcome(ratio):
-    results = Results([Figure("sequence", "hermite_3", "forward", 1.0, ratio)])
+    results = BenchResults([Figure("sequence", "hermite_3", "forward", 1.0, ratio)])
     (found,) = check(results, "cpu", [TARGET])
     return found
 
@@ -48,7 +48,7 @@ def test_a_floor_above_the_limit_takes_its_place(floor, ratio, fails, verdict):
     figures = [
         Figure("sequence", row, "forward", 1.0, r) for row, r in (("hermite_3", ratio), ("floor of hermite_3", floor))
     ]
-    (found,) = check(Results(figures), "cpu", [TARGET])
+    (found,) = check(BenchResults(figures), "cpu", [TARGET])
     assert (found.fails, found.verdict) == (fails, verdict)
 
 
@@ -77,13 +77,13 @@ class Counter(TorchDispatchMode):
 
 
 def test_what_was_not_run_fails():
-    (found,) = check(Results(), "cpu", [TARGET])
+    (found,) = check(BenchResults(), "cpu", [TARGET])
     assert (found.fails, found.verdict, found.figure) == (True, "not run", None)
 
 
 def test_only_the_targets_of_the_device_count():
     both = [TARGET, dataclasses.replace(TARGET, device="cuda")]
-    assert [o.target for o in check(Results(), "cuda", both)] == [both[1]]
+    assert [o.target for o in check(BenchResults(), "cuda", both)] == [both[1]]
 
 
 def test_no_target_is_given_twice():

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 import hf_ortho.benchmark
 import hf_ortho.cli.bench
-from hf_ortho.benchmark import QUICK, SECTIONS, TARGETS, Figure, NotRun, Results
+from hf_ortho.benchmark import QUICK, SECTIONS, TARGETS, BenchResults, Figure, NotRun
 from hf_ortho.benchmark.competitors import learnable
 
 
@@ -31,7 +31,7 @@ def measured(monkeypatch):
 
     def measured(factor):
         figures = [Figure(t.case, t.row, t.measure, 1.0, t.limit * factor) for t in TARGETS if t.device == "cpu"]
-        monkeypatch.setattr(hf_ortho.cli.bench, "measure", lambda settings: Results(figures))
+        monkeypatch.setattr(hf_ortho.cli.bench, "measure", lambda settings: BenchResults(figures))
 
     return measured
 

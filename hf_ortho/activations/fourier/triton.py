@@ -20,7 +20,7 @@ INVERSE_TWO_PI = tl.constexpr(1 / (2 * math.pi))
 MINUS_TWO_PI = tl.constexpr(-2 * math.pi)
 # For |t| < 2^22, the float32 sum t + ROUND is an integer, and its lowest bit is the parity.
 ROUND = tl.constexpr(1.5 * 2**23)
-REACH = tl.constexpr(2.0**22)
+LARGEST_ANGLE = tl.constexpr(2.0**22)
 
 
 COSINE = in_square(lambda r: np.cos(math.pi * r), 5)  # of cos(pi r); error 2.3e-10
@@ -69,7 +69,7 @@ def fourier_scalars(p, DEGREE: tl.constexpr):
 @triton.jit
 def resolved(x, fastest):
     """x, or 0 where float32 is too coarse to resolve the phase of every term; NaN where x is infinite."""
-    return tl.where(tl.abs(x * fastest) < REACH, x, x - x)
+    return tl.where(tl.abs(x * fastest) < LARGEST_ANGLE, x, x - x)
 
 
 @triton.jit
