@@ -35,6 +35,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-6, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 def test_other_vector_units(here, tmp_path):
     command = [sys.executable, "-W", "ignore", SCRIPT, tmp_path / "found.npz"]  # numpy warns of what it cannot disable
     subprocess.run(command, check=True, env=os.environ | OTHER)

@@ -72,6 +72,7 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_round_trip(tmp_path, converted, adapter, connect, hf_ortho_command):
     repositories = Repositories()
     before = files_of(converted)

@@ -250,6 +250,7 @@ def test_threads_work_alone(randomized, measured, threads, monkeypatch):
             assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
 
 
+@pytest.mark.slow
 def test_threads_after_a_fork_and_after_the_main_one(tmp_path, forked):
     """A forked process has threads of its own; threads that outlive the main one compute by themselves."""
     (tmp_path / "script.py").write_text("""
