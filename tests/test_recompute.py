@@ -498,6 +498,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, forked):
     """DDP, and FSDP2 with the activations as units of their own, whose parameters are sharded in the backward."""
     (tmp_path / "worker.py").write_text(WORKER)

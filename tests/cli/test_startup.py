@@ -58,9 +58,8 @@ def test_the_help_of_a_recipe_has_its_own_fields_alone(capsys, command):
     assert "_" not in "".join(word for word in pages["--help-all"].split() if word.startswith("--"))
 
 
-@pytest.mark.parametrize(
-    "order", ["import hf_ortho, peft", pytest.param("import peft, hf_ortho", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["import hf_ortho, peft", "import peft, hf_ortho"])
 def test_names_and_adapter_are_known_whichever_library_comes_first(order):
     code = f"""
 {order}

@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 from hf_ortho.activations import FAMILIES
 from hf_ortho.training import history
 
+pytestmark = pytest.mark.slow  # ranks are forked
+
 MODEL = """
 import torch
 import hf_ortho
