@@ -285,7 +285,7 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         raise OutputError(f"output folder {name}: {there} cannot be written")
     if not path.is_dir():
         return path
-    inputs = [place for name in keep if name for place in (name, _base_of(name)) if place and os.path.exists(place)]
+    inputs = [place for name in keep if name for place in (name, base_of(name)) if place and os.path.exists(place)]
     places = [(f"the input {place}", place) for place in inputs]
     for what, place in [*places, ("the current folder", os.getcwd()), ("the home folder", os.path.expanduser("~"))]:
         real = Path(os.path.realpath(place))
@@ -296,7 +296,7 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
     return path
 
 
-def _base_of(model: str | os.PathLike) -> str | None:
+def base_of(model: str | os.PathLike) -> str | None:
     """The base model of an adapter in a folder; None if unknown."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         base = json.loads(Path(model, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")

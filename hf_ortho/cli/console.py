@@ -95,6 +95,18 @@ def dashed(arg: str) -> str:
     return "=".join([flag.replace("_", "-"), *value]) if arg.startswith("--") else arg
 
 
+def add_calibration_flags(parser: Parser, purpose: str) -> None:
+    """The flags that select calibration data; ``purpose`` is the help of ``--calibration-data``."""
+    parser.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help=purpose)
+    parser.add_argument(
+        "--calibration-samples", type=int, default=8, help="Number of text blocks, or of batches of 8 images."
+    )
+    parser.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
+    parser.add_argument(
+        "--block-size", type=int, help="Tokens per block. Default: the context length of the model, at most 1024."
+    )
+
+
 def quiet() -> None:
     """Silence progress bars and warnings of libraries once they are imported. Errors are still shown."""
 

@@ -7,7 +7,7 @@ import math
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import DTYPES, Parser, console, show_report
+from .console import DTYPES, Parser, add_calibration_flags, console, show_report
 from .network import check_hub
 
 
@@ -21,18 +21,7 @@ def parser() -> Parser:
     p.add_argument("--family", default="hermite", help=f"Activation family: {', '.join(FAMILIES)}.")
     p.add_argument("--degree", help="Degree: 1 to 32, or auto. Default: the default of the family.")
     p.add_argument("--tolerance", type=float, default=1e-3, help="Maximum rms error per layer for --degree auto.")
-    p.add_argument(
-        "--calibration-data",
-        metavar="FILE_OR_DATASET",
-        help="File, folder or dataset to calibrate with. Default: none.",
-    )
-    p.add_argument(
-        "--calibration-samples", type=int, default=8, help="Number of text blocks, or of batches of 8 images."
-    )
-    p.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
-    p.add_argument(
-        "--block-size", type=int, help="Tokens per block. Default: the context length of the model, at most 1024."
-    )
+    add_calibration_flags(p, "File, folder or dataset to calibrate with. Default: none.")
     p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
     p.add_argument(

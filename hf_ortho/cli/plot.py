@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
-from .console import Parser, console
+from .console import Parser, add_calibration_flags, console
 from .network import check_hub
 
 if TYPE_CHECKING:
@@ -34,18 +34,7 @@ def parser() -> Parser:
         metavar="RUN_DIR",
         help="Plot a training: its recorded steps (or its checkpoints), followed by MODEL.",
     )
-    p.add_argument(
-        "--calibration-data",
-        metavar="FILE_OR_DATASET",
-        help="Also plot the distribution of pre-activations on this data.",
-    )
-    p.add_argument(
-        "--calibration-samples", type=int, default=8, help="Number of text blocks, or of batches of 8 images."
-    )
-    p.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
-    p.add_argument(
-        "--block-size", type=int, help="Tokens per block. Default: the context length of the model, at most 1024."
-    )
+    add_calibration_flags(p, "Also plot the distribution of pre-activations on this data.")
     return p
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from ..errors import ConfigError
-from ..files import why
+from ..files import explain, why
 from ..text import suggestion
 from ..training.arguments import Recipe
 from .console import Parser, dashed
@@ -89,7 +89,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
             scheduler_specific_kwargs=cast(dict, recipe.training.lr_scheduler_kwargs or {}),
         )
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
-        raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"training arguments: {explain(error)}") from error
     return recipe
 
 

@@ -15,6 +15,7 @@ from transformers.utils.generic import find_labels
 
 from ..checkpoints.verify import evaluating
 from ..errors import CalibrationError
+from ..files import explain
 from ..fitting.histogram import Histogram
 from ..processes import collective_device, several_processes, sum_over_processes
 
@@ -212,8 +213,7 @@ def _forward(model: PreTrainedModel, inputs: dict, where: str):
     try:
         return model(**inputs)
     except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {reason}") from error
+        raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {explain(error)}") from error
 
 
 def _inputs(batch, where: str, model: PreTrainedModel) -> dict:

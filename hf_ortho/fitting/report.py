@@ -16,7 +16,7 @@ from .least_squares import Target
 from .nodes import Array
 
 
-class Fitted(Protocol):
+class FittedActivation(Protocol):
     """A fitted activation: f and its derivative, the points where f' jumps, the domain and the slopes outside."""
 
     @property
@@ -65,7 +65,7 @@ class FitReport:
     note: str = ""
 
     @classmethod
-    def measure(cls, module: Fitted, target: Target, note: str = "") -> FitReport:
+    def measure(cls, module: FittedActivation, target: Target, note: str = "") -> FitReport:
         """Compare the module as stored (float32 parameters, float64 arithmetic) with the source."""
         nodes, source = target.nodes, target.source
         lo, hi = (float(v) for v in module.domain.tolist())

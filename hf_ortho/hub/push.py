@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, HubError
 from ..files import explain
+from ..folders import base_of
 from .card import card_of
 from .contents import ADAPTER_CONFIG, Contents, contents_of
 from .remote_code import REMOTE_CODE, add_remote_code
@@ -127,7 +127,7 @@ def _additions(folder: Path, contents: Contents, written: Mapping[str, bytes]) -
     """The files of the folder, replaced or extended by the files in ``written``."""
     files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | dict(written)
     if contents.adapter:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = base_of(folder)
         if base and (Path(base).exists() or Path(base).is_absolute()):
             logger.warning(
                 f"note: {ADAPTER_CONFIG} names the base model {base}, a local folder; set "

@@ -22,7 +22,7 @@ from ..activations.registry import is_learnable
 from ..checkpoints.load import check_place
 from ..conversion.sites import activation_fields
 from ..errors import CheckpointError, ConfigError
-from ..files import explain
+from ..files import explain, json_object
 from ..kernels import cpu, dispatch
 from .standalone import DOCSTRING, Standalone
 
@@ -164,7 +164,7 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
     check_place(str(Path(folder).absolute()))  # never a Hub name
     try:
         config = AutoConfig.from_pretrained(folder)
-        stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        stored = json_object(Path(folder) / "config.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {explain(error)}") from error
     architecture = (config.architectures or ["none"])[0]

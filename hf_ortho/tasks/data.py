@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict, List, Value
 
 from ..checkpoints.load import Checkpoint
+from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, DataError
 from .arguments import DataArguments
 from .built_in import BUILT_IN
@@ -77,7 +77,7 @@ def commit_of(name: str, *, config_name: str | None = None, revision: str | None
 
 def resolved(revision: str | None) -> str | None:
     """The revision if it is a full commit hash, else None."""
-    return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
+    return revision if is_commit(revision) else None
 
 
 def pick(splits: DatasetDict, requested: str | None, usual: tuple[str, ...], name: str) -> str:

@@ -14,6 +14,7 @@ from ..activations import LearnableActivation
 from ..checkpoints.load import Checkpoint
 from ..conversion.sites import rebuild
 from ..errors import ConfigError
+from ..files import explain
 from ..peft import OrthoConfig, calibrate
 from ..tasks import head_of
 from .arguments import LoraArguments, ModelArguments
@@ -56,7 +57,7 @@ def add_lora(
         return _wrap(model, config)
     except ValueError as error:
         values = f"lora_r {arguments.lora_r}, lora_target_modules {arguments.lora_target_modules or 'all-linear'}"
-        raise ConfigError(f"train {policy!r}, {values}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"train {policy!r}, {values}: {explain(error)}") from error
 
 
 def add_adapter(

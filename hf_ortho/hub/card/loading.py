@@ -6,6 +6,7 @@ import json
 import re
 
 from ...checkpoints.adapter import base_revision
+from ...checkpoints.provenance import Provenance
 from ...tasks import head_of
 
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
@@ -15,7 +16,7 @@ END = "<!-- end of how to load -->"
 def model_loading(config: dict, place: str, remote_code: bool) -> str:
     """Instructions for loading a model with and without hf_ortho."""
     auto = head_of((config.get("architectures") or [""])[0]).auto_class
-    activation = (config.get("hf_ortho") or {}).get("activation")
+    activation = Provenance.of(config, place).activation
     imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
     parts = [_code(f"{imports}{load})")]
