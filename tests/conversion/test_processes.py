@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 import hf_ortho
 
+pytestmark = pytest.mark.slow  # ranks are forked
+
 WORKER = """
 import sys
 import torch

@@ -22,6 +22,8 @@ from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.errors import CheckpointError, ConfigError
 from hf_ortho.hub import add_remote_code, enable_remote_code
 
+pytestmark = pytest.mark.slow  # a process without hf_ortho is launched
+
 STANDARD = {"__future__", "collections", "copy", "functools", "itertools", "math", "typing"}
 # ``cases.json`` in the folder argv[1]: the AutoModel class of each case, and whether to look at more than its values.
 WITHOUT_HF_ORTHO = """

@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # ranks are forked
+
 MODEL = """
 import torch
 from torch import nn

@@ -4,7 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
+pytestmark = [
+    pytest.mark.slow,  # ranks are forked
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # read by peft
+]
 
 WORKER = """
 import json
