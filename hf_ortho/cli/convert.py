@@ -7,7 +7,7 @@ import math
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import DTYPES, Parser, add_calibration_flags, console, show_report
+from .console import DTYPES, Parser, add_calibration_flags, calibration_options, console, show_report
 from .network import check_hub
 
 
@@ -58,6 +58,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} requires --calibration-data")
+    options = calibration_options(args)
     output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model, args.calibration_data])
     check_hub([(args.model, args.revision)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree)
@@ -72,13 +73,7 @@ def run(argv: list[str]) -> None:
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
     calibration, source = None, None
     if args.calibration_data:
-        calibration, source = calibration_batches(
-            checkpoint,
-            args.calibration_data,
-            samples=args.calibration_samples,
-            split=args.calibration_split,
-            block_size=args.block_size,
-        )
+        calibration, source = calibration_batches(checkpoint, args.calibration_data, **options)
     report = convert(
         checkpoint.model,
         args.family,

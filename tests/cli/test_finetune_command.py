@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import shutil
 
 import pyarrow as pa
@@ -415,6 +416,7 @@ def test_training_activations_alone(recipe, finetune, gpt2_folder, tmp_path):
     new = {key: value for key, value in tuned.items() if key not in source}
     learned = sum(value.numel() for key, value in new.items() if not key.endswith((".domain", ".tail_slopes")))
     assert f"({learned:,} trained parameters)" in ran.out
+    assert re.search(r"^Training on \d+ blocks of 16 tokens for \d+ steps$", ran.out, re.MULTILINE), ran.out
 
 
 def test_without_an_activation_the_model_keeps_its_own(recipe, finetune, tmp_path):
