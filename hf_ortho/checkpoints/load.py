@@ -37,6 +37,8 @@ class Checkpoint:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head with new weights for the classes of a dataset; empty without one.
         merged: whether the model is a merged adapter.
+        name: the folder or Hub model that it was loaded from; empty for a new model.
+        revision: the requested branch, tag or commit.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,8 @@ class Checkpoint:
     commit: str | None
     new_head: str = ""
     merged: bool = False
+    name: str = ""
+    revision: str | None = None
 
     @property
     def processor(self):
@@ -89,7 +93,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
     vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit)
+    return Checkpoint(model, tokenizer, images, commit, name=name, revision=revision)
 
 
 def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:
@@ -117,7 +121,7 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
         raise CheckpointError(f"{name} is incomplete: {missing}")
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True)
+    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, name=name, revision=revision)
 
 
 def check_place(name: str) -> None:
