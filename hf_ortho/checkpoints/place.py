@@ -34,7 +34,13 @@ def check_place(name: str) -> None:
             raise CheckpointError(f"{name} is not a checkpoint: {_content(path, files)}")
         if ADAPTER_CONFIG not in files and not files.intersection(READABLE) and (other := _foreign(files)):
             raise CheckpointError(f"{name} has only {other}")
-    elif not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+    else:
+        check_exists(name)
+
+
+def check_exists(name: str) -> None:
+    """Raise CheckpointError for a path that does not exist and cannot be the name of a Hub repository."""
+    if not Path(name).exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist")
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..checkpoints.load import Checkpoint
+from ..checkpoints.place import check_exists
 from ..checkpoints.processors import TOKENIZER_FILES, processor_of
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
@@ -24,6 +25,7 @@ def named_tokenizer(name: str, revision: str | None = None, trust_remote_code: b
     """
     if name == "bytes":
         return byte_tokenizer()
+    check_exists(name)
     try:
         tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, revision, trust_remote_code)
     except CheckpointError:

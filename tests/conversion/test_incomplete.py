@@ -1,4 +1,4 @@
-"""Checkpoints that lack weights, or whose activations have values that make no sense: refused wherever they are read."""
+"""Checkpoints that lack weights, or whose activations have impossible values, are refused wherever they are read."""
 
 import json
 
