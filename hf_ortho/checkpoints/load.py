@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..errors import CheckpointError
 from ..files import explain
 from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
+from .carry import Source, carry
 from .revision import model_commit
 
 TOKENIZER_FILES = (
@@ -37,6 +38,8 @@ class Checkpoint:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head with new weights for the classes of a dataset; empty without one.
         merged: whether the model is a merged adapter.
+        source: where the model was loaded from (for a merged adapter, its base model): ``save_checkpoint`` carries over
+            its other files. None for a new model.
     """
 
     model: PreTrainedModel
@@ -45,6 +48,7 @@ class Checkpoint:
     commit: str | None
     new_head: str = ""
     merged: bool = False
+    source: Source | None = None
 
     @property
     def processor(self):
@@ -89,7 +93,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
     vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit)
+    return Checkpoint(model, tokenizer, images, commit, source=Source(name, commit))
 
 
 def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:
@@ -146,7 +150,10 @@ def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) 
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
-    """Write the model (with the tensors of ``state_dict``), its config and its processors to an existing folder."""
+    """Write the model (with the tensors of ``state_dict``), its config and its processors to an existing folder.
+
+    The folder of a full model also gets the other files of its source, see ``carry``.
+    """
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
     if checkpoint.new_head and hasattr(checkpoint.model, "peft_config"):
         labels = json.dumps(checkpoint.model.config.id2label, indent=1)
@@ -154,3 +161,5 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | Non
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):
         if processor is not None:
             processor.save_pretrained(folder)
+    if checkpoint.source is not None and not (folder / ADAPTER_CONFIG).is_file():
+        carry(checkpoint.source, folder)  # an adapter needs none of them: its base model has them
