@@ -25,17 +25,13 @@ logger = logging.get_logger("hf_ortho")
 CARD = "README.md"
 # Written by hf_ortho, for the model that it describes.
 OURS = ("conversion.json", "activations.png", "modeling_hf_ortho.py")
-MAIN = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+MAIN = "model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 # The weights in other files and formats, which the new weights do not match.
-STALE = (
-    "*model*.safetensors* pytorch_model* model*.bin model*.pt consolidated* *.pth *.ckpt* tf_model* *.h5 flax_model* "
-    "*.msgpack rust_model* *.gguf *.ggml *.onnx* openvino_* *.tflite *.mlmodel *.mlpackage"
-).split()
-TRAINING = (
-    "optimizer* scheduler* scaler* rng_state* random_states* training_args.bin trainer_state.json "
-    "events.out.tfevents* *.distcp"
-).split()
-SKIPPED = ("checkpoint-*", "checkpoints*", "last-checkpoint", "global_step*", "runs", "wandb", "mlruns", "__pycache__")
+STALE = "*model*.safetensors* pytorch_model* model*.bin model*.pt consolidated* *.pth *.ckpt* tf_model* *.h5 "
+STALE += "flax_model* *.msgpack rust_model* *.gguf *.ggml *.onnx* openvino_* *.tflite *.mlmodel *.mlpackage"
+TRAINING = "optimizer* scheduler* scaler* rng_state* random_states* training_args.bin trainer_state.json "
+TRAINING += "events.out.tfevents* *.distcp"
+SKIPPED = "checkpoint-* checkpoints* last-checkpoint global_step* runs wandb mlruns __pycache__"
 LIMIT = 100 * 2**20  # bytes of a file, or of a folder with all that is in it, except the modules
 
 

@@ -16,10 +16,8 @@ from ..files import json_object
 
 MODULES = "modules.json"  # of a sentence-transformers model
 ROUTER = "router_config.json"  # of its module Router, whose parts modules.json does not list
-PRIVATE = (
-    "token *_token id_rsa* id_dsa* id_ecdsa* id_ed25519* *.pem *.key *.p12 *.pfx *.kdbx *.env *credential* *password* "
-    "secret* *.secret htpasswd kaggle.json"
-).split()
+PRIVATE = "token *_token id_rsa* id_dsa* id_ecdsa* id_ed25519* *.pem *.key *.p12 *.pfx *.kdbx *.env *credential* "
+PRIVATE += "*password* secret* *.secret htpasswd kaggle.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +79,9 @@ def is_private(path: str) -> bool:
     return any(part.startswith(".") for part in parts) or matches(parts[-1].lower(), PRIVATE)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def matches(name: str, patterns: str) -> bool:
+    """Whether a name matches one of several glob patterns, separated by spaces."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
 
 
 def module_folders(folder: Path) -> set[str]:
