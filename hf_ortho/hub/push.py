@@ -158,10 +158,8 @@ def _additions(
             f"note: the model needs {', '.join(missing)} to load, and code is only pushed with --include '*.py', or "
             "with --remote-code if hf_ortho generated it"
         )
-    modules = module_folders(folder)
-    if lost := [
-        path for path in contents.left_out if module_of(path, modules) and path.endswith((".bin", ".pt", "/", ")"))
-    ]:
+    lost = [path for path in contents.left_out if module_of(path, module_folders(folder))]
+    if lost := [path for path in lost if path.endswith((".bin", ".pt", "/", ")"))]:  # weights, folders and links
         logger.warning(f"note: sentence-transformers needs what is left out of its modules: {', '.join(lost)}")
     return [CommitOperationAdd(path, source) for path, source in sorted(files.items())]
 
