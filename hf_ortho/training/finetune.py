@@ -21,7 +21,7 @@ from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import MANIFEST, checkpoints, is_whole, resume_point, whole_checkpoints
-from .distributed import full_state_dict, main_decides
+from .distributed import check_fsdp, full_state_dict, main_decides
 from .metrics import metrics_at_start, metrics_of
 from .policies import POLICIES
 
@@ -90,6 +90,7 @@ def finetune(
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     if recipe.data.streaming:
         check_stream(recipe.data, arguments)
+    check_fsdp(arguments)
     output = main_decides(arguments, lambda: output_folder(recipe))
     folder = Path(str(arguments.output_dir))
     whole = whole_checkpoints(folder)
