@@ -16,10 +16,10 @@ from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
-from ..files import MANIFEST, TRAINING_MANIFEST, explain, json_object
+from ..files import MANIFEST, TRAINING_MANIFEST, TRAINING_RECIPE, explain, json_object
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-STATES = (TRAINER_STATE_NAME, TRAINING_MANIFEST)
+STATES = (TRAINER_STATE_NAME, TRAINING_MANIFEST, TRAINING_RECIPE)
 LEFT_OUT = (".", f"{PREFIX_CHECKPOINT_DIR}-")  # prefixes of folders
 FOLDERS = ("last-checkpoint", "__pycache__")
 UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")

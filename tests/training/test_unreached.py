@@ -118,7 +118,5 @@ def test_a_replaced_forward_is_refused(mixtral, tmp_path):
     model = copy.deepcopy(mixtral)
     experts = model.model.layers[0].mlp.experts
     experts.forward = MethodType(MegaBlocksMoeMLP.forward, experts)
-    with pytest.raises(
-        ConfigError, match=r"MLP\.forward replaced the forward of MixtralExperts .*kernels"
-    ):
+    with pytest.raises(ConfigError, match=r"MLP\.forward replaced the forward of MixtralExperts .*kernels"):
         trainer(model, tmp_path)
