@@ -135,6 +135,20 @@ def columns(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(args).items() if key.endswith("_column")}
 
 
+def add_model_flags(parser: Parser) -> None:
+    """The flags for what the repository of a model lacks, or may not do without permission."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_FOLDER",
+        help="Tokenizer: a folder, a Hub model, or bytes. Default: the one of the model.",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Run the code in the repository of a model that needs it; read it first. Default: refuse such a model.",
+    )
+
+
 def quiet() -> None:
     """Silence progress bars and warnings of libraries once they are imported. Errors are still shown."""
 

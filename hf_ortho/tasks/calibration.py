@@ -8,7 +8,7 @@ from ..checkpoints.load import Checkpoint
 from ..conversion.calibrate import mean_loss
 from ..errors import CalibrationError, DataError
 from .arguments import DataArguments
-from .data import check_block_size, context_length, first_chunks
+from .data import NO_TOKENIZER, check_block_size, context_length, first_chunks
 from .images import images
 from .samples import batches
 
@@ -56,7 +56,7 @@ def image_batches(
 def _texts(checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int) -> list[dict]:
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if tokenizer is None:
-        raise DataError(f"{model.name_or_path} has no tokenizer, so text cannot be read for it")
+        raise DataError(NO_TOKENIZER.format(model.name_or_path))
     context = min(context_length(model) or SIZE, tokenizer.model_max_length)
     size = min(SIZE, context) if arguments.block_size is None else arguments.block_size
     if context_length(model) is not None:

@@ -24,6 +24,9 @@ from .shards import is_local
 TRAIN, HELD_BACK = ("train",), ("validation", "valid", "dev", "test")
 CHARACTERS = 64  # more than a token takes in any text but long runs of spaces
 BLOCK_FEATURES = Features({key: List(Value("int64")) for key in ("input_ids", "labels")})
+NO_TOKENIZER = (
+    "{} has no tokenizer, so text cannot be read for it; give one with --tokenizer (a folder, a Hub model, or bytes)"
+)
 
 
 def load(
@@ -95,7 +98,7 @@ def tokens_per_sample(checkpoint: Checkpoint, arguments: DataArguments) -> int:
         ConfigError: ``block_size`` exceeds the context length.
     """
     if checkpoint.tokenizer is None:
-        raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
+        raise DataError(NO_TOKENIZER.format(checkpoint.model.name_or_path))
     context = context_length(checkpoint.model) or 1024
     size = min(context, 1024) if arguments.block_size is None else arguments.block_size
     check_block_size(size, context)
