@@ -87,9 +87,11 @@ def _not_utf8(stream: IO[bytes]) -> str:
         except UnicodeDecodeError as error:  # its object starts with the bytes left over from the block before
             position += len(block) - len(error.object) + error.start
             line += error.object[: error.start].count(b"\n")
+            byte = error.object[error.start]
+            encoding = "UTF-16" if position == 0 and byte in (0xFE, 0xFF) else "LATIN1"
             return (
-                f"not UTF-8: byte {error.object[error.start]:#04x} at position {position} (line {line}); convert the "
-                "file, for example with iconv -f LATIN1 -t UTF-8"
+                f"not UTF-8: byte {byte:#04x} at position {position} (line {line}); convert the file, for example with "
+                f"iconv -f {encoding} -t UTF-8"
             )
         position += len(block)
     return ""

@@ -124,6 +124,15 @@ def test_each_panel_has_its_own_source(hf_ortho_command, moved, panels):
         assert torch.equal(panel.source(x), function(x))
 
 
+def test_the_text_column_of_calibration_data(hf_ortho_command, converted, panels, tmp_path):
+    (tmp_path / "two.jsonl").write_text(json.dumps({"title": "none", "body": "some words " * 9}) + "\n")
+    flags = ["--calibration-data", tmp_path / "two.jsonl", "--block-size", 16]
+    sentence = hf_ortho_command("plot", converted, *flags).error
+    assert "no unambiguous text column (columns: title, body); name it with --text-column" in sentence
+    assert hf_ortho_command("plot", converted, *flags, "--text-column", "body").code == 0
+    assert all(panel.histogram is not None for panel in panels())
+
+
 def test_against(hf_ortho_command, converted, moved, calls, panels):
     other = moved(0.5)
     ran = hf_ortho_command("plot", converted, "--against", other)

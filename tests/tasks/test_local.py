@@ -148,6 +148,12 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path, name, content, position, 
     assert f"not UTF-8: {byte}" in refusal_of_stream(path)
 
 
+@pytest.mark.parametrize("encoding", ["UTF-16", "LATIN1"])
+def test_the_conversion_that_is_proposed_works(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("Gödel".encode(encoding))
+    assert f"with iconv -f {encoding} -t UTF-8" in refusal(tmp_path / "a.txt")
+
+
 def refusal_of_stream(path):
     from hf_ortho.tasks.stream import read
 
