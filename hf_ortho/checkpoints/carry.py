@@ -18,13 +18,14 @@ from huggingface_hub.errors import HTTPError
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..files import explain
+from .custom_code import GENERATED
 from .listing import MODULES, ROUTER, Listing, is_private, list_files, matches, module_folders, module_of
 
 logger = logging.get_logger("hf_ortho")
 
 CARD = "README.md"
 # Written by hf_ortho, for the model that it describes.
-OURS = ("conversion.json", "activations.png", "modeling_hf_ortho.py")
+OURS = ("conversion.json", "activations.png", f"{GENERATED}.py")
 MAIN = "model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 # The weights in other files and formats, which the new weights do not match.
 STALE = "*model*.safetensors* pytorch_model* model*.bin model*.pt consolidated* *.pth *.ckpt* tf_model* *.h5 "

@@ -211,7 +211,7 @@ BROKEN = {
     "the source's weights": (
         "single",
         lambda f: shutil.copy(f.parent / "source.safetensors", f / "model.safetensors"),
-        "its config names learnable activations, but its weights have none",
+        "is incomplete: its weights lack transformer.h.0.mlp.act.domain",
     ),
     "a card outside": (
         "single",

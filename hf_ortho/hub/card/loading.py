@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ...checkpoints.adapter import base_revision
+from ...checkpoints.custom_code import references
 from ...checkpoints.listing import MODULES
 from ...checkpoints.provenance import Provenance
 from ...errors import CheckpointError
@@ -41,6 +42,8 @@ def model_loading(config: dict, place: str, remote_code: bool, sentence: str | N
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
     if sentence:
         load = f"from sentence_transformers import {sentence}\n\nmodel = {sentence}({json.dumps(place)}"
+    own_code = references(config.get("auto_map"))
+    load += ", trust_remote_code=True" if own_code else ""
     parts = [_code(f"{imports}{load})")]
     if remote_code:
         parts += ["Without hf_ortho, using the code in this repository:", _code(f"{load}, trust_remote_code=True)")]
