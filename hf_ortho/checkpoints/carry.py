@@ -49,7 +49,7 @@ def carry(source: Source, folder: Path) -> None:
 
     Files of the same name in ``folder`` stay. What is left out is logged in one line: other formats of the weights,
     the state of a training, the card, links that lead out of the source, folders with another model, secrets, and
-    whatever is larger than ``LIMIT``. Hidden files and links to folders are ignored.
+    whatever is larger than ``LIMIT``. Hidden files are ignored.
     """
     place = Path(source.name)
     found, files, missing = _cached(place, folder) if place.is_dir() else _download(source, folder)

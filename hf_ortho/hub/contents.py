@@ -72,7 +72,7 @@ def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Conte
         ConfigError: a pattern selects no file, or the name of a selected file is not UTF-8.
     """
     place = Path(folder)
-    if not place.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
         raise CheckpointError(f"{folder} is not a folder; give a folder with a model or an adapter")
     found = list_files(place, lambda name: name.startswith(".") or name == "__pycache__")
     _refuse(place, [path for path in found.others if _needed(path)], found)

@@ -387,6 +387,11 @@ def test_nothing_is_sent_of_what_is_not_whole(served, tmp_path, shards):
     assert served.requests == []
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_folder_that_cannot_be(served, hf_ortho_command, name):
+    assert "is not a folder; give a folder with a model or an adapter" in hf_ortho_command("push", name, "me/x").error
+
+
 def test_errors_of_the_client_are_told(served, converted):
     served.faults["commit"] = [412]
     with pytest.raises(HubError, match=r"^me/x: the Hub refuses the request \(412 "):
