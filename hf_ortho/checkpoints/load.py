@@ -47,10 +47,8 @@ class Checkpoint:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head with new weights for the classes of a dataset; empty without one.
         merged: whether the model is a merged adapter.
-        name: the folder or Hub model that it was loaded from; empty for a new model.
-        revision: the requested branch, tag or commit.
-        source: the same with its commit, but the base model of a merged adapter: ``save_checkpoint`` carries over its
-            other files. None for a new model.
+        source: where the model was loaded from (for a merged adapter, its base model): ``save_checkpoint`` carries over
+            its other files. None for a new model.
     """
 
     model: PreTrainedModel
@@ -59,8 +57,6 @@ class Checkpoint:
     commit: str | None
     new_head: str = ""
     merged: bool = False
-    name: str = ""
-    revision: str | None = None
     source: Source | None = None
 
     @property
@@ -123,7 +119,7 @@ def load_checkpoint(
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
     if not cls.is_remote_code():
         vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit, name=name, revision=revision, source=Source(name, commit))
+    return Checkpoint(model, tokenizer, images, commit, source=Source(name, commit))
 
 
 @contextlib.contextmanager
@@ -217,7 +213,7 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     _check_activations(name, _activations_of(model))
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, name=name, revision=revision)
+    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True)
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
