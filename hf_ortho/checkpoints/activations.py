@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..activations import FAMILIES, LearnableActivation, parse
-from ..activations.base import MAX_DEGREE
+from ..activations.base import MAX_DEGREE, SHARED
 from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain, json_object
 from . import weights
-from .adapter import ADAPTER_CONFIG, SHARED, adapter_config, adapter_tensors, base_revision
+from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
 from .place import check_place
 from .provenance import Provenance
 from .revision import model_commit
