@@ -57,7 +57,7 @@ def test_what_is_no_tokenizer_for_the_model(hf_ortho_command, silent, text_file,
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     for name, message in (
         (silent, f"{silent} has no tokenizer; give another folder or Hub model, or bytes"),
-        (tmp_path / "larger", "larger has 265 tokens, but the vocabulary of"),
+        (tmp_path / "larger", "larger has 265 tokens, more than the 257 of"),
         (tmp_path / "broken", f"the tokenizer of {tmp_path / 'broken'}: "),
         (tmp_path / "none", f"{tmp_path / 'none'} does not exist"),
     ):
