@@ -42,6 +42,7 @@ class Source:
 
     name: str
     commit: str | None = None
+    without: str = ""  # glob patterns of files that were replaced
 
 
 def carry(source: Source, folder: Path) -> None:
@@ -53,6 +54,7 @@ def carry(source: Source, folder: Path) -> None:
     """
     place = Path(source.name)
     found, files, missing = _cached(place, folder) if place.is_dir() else _download(source, folder)
+    files = {path: file for path, file in files.items() if not matches(path, source.without)}
     for path, file in files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

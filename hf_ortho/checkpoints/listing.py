@@ -18,6 +18,11 @@ MODULES = "modules.json"  # of a sentence-transformers model
 ROUTER = "router_config.json"  # of its module Router, whose parts modules.json does not list
 PRIVATE = "token *_token id_rsa* id_dsa* id_ecdsa* id_ed25519* *.pem *.key *.p12 *.pfx *.kdbx *.env *credential* "
 PRIVATE += "*password* secret* *.secret htpasswd kaggle.json"
+# The files of tokenizers and their chat templates.
+TOKENIZER = "tokenizer*.json special_tokens_map.json added_tokens.json *vocab*.json *vocab*.txt merges.txt bpe.codes "
+TOKENIZER += "tokenizer*.model* spiece.model sentencepiece*.model spm*.model *.spm *.tiktoken tekken.json dict.txt "
+TOKENIZER += "normalizer.json emoji.json byte_maps.json word_shape.json word_pronunciation.json "
+TOKENIZER += "chat_template.json *.jinja additional_chat_templates/*.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
