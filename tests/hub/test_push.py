@@ -115,7 +115,7 @@ def test_the_card_reads_as_on_the_hub(served, converted):
 def test_what_a_training_leaves_is_left_out(served, tmp_path, converted, hf_ortho_command):
     folder = tmp_path / "run"
     left_out = ["checkpoint-10/", "checkpoint-10/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    left_out += ["training_args.bin", "trainer_state.json", "manifest.json", ".cache/", ".cache/x", ".hf_ortho-ready/"]
+    left_out += ["training_args.bin", "trainer_state.json", "manifest.json", "training_recipe.json", ".cache/", ".cache/x", ".hf_ortho-ready/"]
     left_out += [".hf_ortho-ready/config.json", ".hidden", "model.safetensors.incomplete", "onnx/weights.PKL"]
     present = files_of(converted) | {"activations/step-1.safetensors": b"kept", "notes.txt": b"kept"}
     for name, body in (present | dict.fromkeys(left_out, b"x")).items():
