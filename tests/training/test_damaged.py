@@ -102,14 +102,17 @@ def test_an_adapter_of_another_activation(flags, hf_ortho_command, tmp_path):
 
 def test_another_seed_is_said(stopped, straight, flags, hf_ortho_command, caplog):
     folder = stopped(2)
-    ran = hf_ortho_command(*flags(folder, resume_from_checkpoint="true", seed=1, max_train_samples=None))
+    changed = {"seed": 1, "max_train_samples": None, "learning_rate": 0.02}
+    ran = hf_ortho_command(*flags(folder, resume_from_checkpoint="true", **changed))
     assert ran.code == 0, ran.err
     samples = json.loads((straight / "checkpoint-2" / "training_recipe.json").read_text())["samples"]
     now = json.loads((folder / "checkpoint-4" / "training_recipe.json").read_text())["samples"]
     assert notes(caplog) == [
         "note: checkpoint-2 was saved with max_train_samples 30, now None; seed 42, now 1; "
+        "learning_rate 0.01, now 0.02, which the optimizer does not adopt; "
         f"samples {samples}, now {now}: the result differs from that of a training that was not interrupted"
     ]
+    assert set(torch.load(folder / "checkpoint-4" / "scheduler.pt")["base_lrs"]) == {0.01}
     assert not same_model(folder, straight)
 
 
