@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..files import explain
+from ..files import TRAINING_MANIFEST, TRAINING_RECIPE, explain
 from .custom_code import GENERATED
 from .listing import MODULES, ROUTER, Listing, is_private, list_files, matches, module_folders, module_of
 
@@ -31,7 +31,7 @@ MAIN = "model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 STALE = "*model*.safetensors* pytorch_model* model*.bin model*.pt consolidated* *.pth *.ckpt* tf_model* *.h5 "
 STALE += "flax_model* *.msgpack rust_model* *.gguf *.ggml *.onnx* openvino_* *.tflite *.mlmodel *.mlpackage"
 TRAINING = "optimizer* scheduler* scaler* rng_state* random_states* training_args.bin trainer_state.json "
-TRAINING += "events.out.tfevents* *.distcp"
+TRAINING += f"events.out.tfevents* *.distcp {TRAINING_MANIFEST} {TRAINING_RECIPE}"
 SKIPPED = "checkpoint-* checkpoints* last-checkpoint global_step* runs wandb mlruns __pycache__"
 LIMIT = 100 * 2**20  # bytes of a file, or of a folder with all that is in it, except the modules
 
