@@ -85,9 +85,6 @@ def finetune(
         check_adapter(model_arguments)
     if model_arguments.activation:
         check_name(model_arguments.activation)
-    for key in ("max_train_samples", "max_eval_samples"):
-        if (value := getattr(recipe.data, key)) is not None and value < 1:
-            raise ConfigError(f"{key} {value}: must be at least 1")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
