@@ -43,6 +43,8 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.against_revision and not args.against:
         raise ConfigError(f"--against-revision {args.against_revision} requires --against")
+    if args.tokenizer and not args.calibration_data:
+        raise ConfigError(f"--tokenizer {args.tokenizer} requires --calibration-data")
     suffix = Path(args.output).suffix
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")

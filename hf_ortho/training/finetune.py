@@ -105,7 +105,7 @@ def finetune(
     # Accelerate treats a model that was evaluated before training as prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
     trainer, trainable = build_trainer(recipe, checkpoint, train, held_back, resume)
-    trainer.recipe = record
+    trainer.recipe, trainer.checked = record, resume or ""
     if isinstance(checkpoint.model, PeftModel):
         report = report or getattr(checkpoint.model.peft_config["default"], "report", None)
     for callback in callbacks:
