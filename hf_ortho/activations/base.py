@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -259,8 +260,10 @@ class LearnableActivation(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
-        """``forward`` or ``derivative`` at float64 points."""
-        return fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
+        """``forward`` or ``derivative`` at float64 points. On the CPU: some devices have no float64."""
+        if self.domain.device.type != "cpu":
+            fn = getattr(copy.deepcopy(self).cpu(), fn.__name__)
+        return fn(torch.as_tensor(x, dtype=torch.float64)).numpy()
 
     @classmethod
     def compute_dtype(cls, x: Tensor) -> torch.dtype:

@@ -63,13 +63,14 @@ def run(argv: list[str]) -> None:
     named(args.family, None if args.degree == "auto" else args.degree)
 
     from ..checkpoints.load import load_checkpoint, save_checkpoint
-    from ..checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
+    from ..checkpoints.verify import check_weights, example_inputs, fingerprint, outputs, verify_reload
     from ..conversion import convert
     from ..hub import Results, command_line, hardware, write_card
     from ..training.calibration import calibration_batches
 
     console.print(f"Loading {args.model}")
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
+    check_weights(checkpoint.model, args.model)
     calibration, source = None, None
     if args.calibration_data:
         calibration, source = calibration_batches(

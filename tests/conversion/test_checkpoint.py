@@ -1,6 +1,7 @@
 """Loading with head and processor, and checking what was saved."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -143,6 +144,22 @@ def test_outputs_of_other_kinds():
         T5Config(vocab_size=97, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
     assert outputs(t5, example_inputs(t5))[0].shape == (1, 16, 97)
+
+
+def test_outputs_that_are_not_finite_are_compared(gpt2, tmp_path):
+    model = gpt2()
+    hf_ortho.convert(model, "hermite_3")
+    inputs = example_inputs(model)
+    model.save_pretrained(tmp_path)
+    finite, tensors = outputs(model, inputs), fingerprint(model)
+    for bad in (math.nan, math.inf):
+        expected = [v.index_fill(-1, torch.tensor([0]), bad) for v in finite]
+        with pytest.raises(OutputError, match="does not reload"):
+            verify_reload(GPT2LMHeadModel, tmp_path, tensors, inputs, expected)
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    model.save_pretrained(tmp_path)
+    assert not verify_reload(GPT2LMHeadModel, tmp_path, fingerprint(model), inputs, outputs(model, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
