@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +17,12 @@ from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain, json_object
 from . import weights
 from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
-from .load import check_place
+from .place import check_place
 from .provenance import Provenance
 from .revision import model_commit
+from .values import check_values
+
+NAMES = frozenset(SHARED).union(*(family.initial_parameters(1, "paper") for family in FAMILIES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,8 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
     For a peft adapter, only the activations in the adapter are read, not those of its base model.
 
     Raises:
-        CheckpointError: there is no checkpoint with safetensors weights, or a family is unknown.
+        CheckpointError: there is no checkpoint with safetensors weights, it is incomplete, a family is unknown, or a
+            value of an activation is not valid.
         ConfigError: the checkpoint has no learnable activations.
     """
     check_place(name)
@@ -53,13 +57,16 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
         revision = commit or revision
         if adapter is None:
             config = json_object(_file(name, CONFIG_NAME, revision, needed=True))
-            provenance, tensors = Provenance.of(config, name), _read(name, revision)
+            provenance = Provenance.of(config, name)
+            tensors = stored_tensors(name, revision, [layer.module for layer in provenance.layers])
         else:
             config, provenance, tensors = _of_adapter(name, adapter, revision)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
+    if tensors is None:
+        raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     if not tensors:
         raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
     modules = {}
@@ -68,6 +75,7 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
         field = provenance.layer(path).field
         named = [list(_names(_at(config, field))) if field else [], list(_names(config))]
         modules[path] = _build(named, shapes, f"{path} of {name}")
+        check_values(tensors[path], f"{path} of {name}")
         modules[path].load_state_dict(tensors[path])
     return StoredActivations(modules, provenance, commit)
 
@@ -91,15 +99,32 @@ def _file(name: str, file: str, revision: str | None, needed: bool = False) -> s
     return str(cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=needed) or "")
 
 
-def _read(name: str, revision: str | None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each activation, by its path and the tensor's name in it."""
-    if index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
-        places = weights.weight_map(index)
-    elif single := _file(name, SAFE_WEIGHTS_NAME, revision):
+def stored_tensors(
+    name: str, revision: str | None, expected: Iterable[str] = ()
+) -> dict[str, dict[str, Tensor]] | None:
+    """The tensors of each activation, by its path and the tensor's name in it; None without safetensors weights.
+
+    Raises:
+        CheckpointError: a file is damaged, or an activation, such as one of ``expected``, lacks tensors.
+    """
+    if single := _file(name, SAFE_WEIGHTS_NAME, revision):  # transformers prefers it as well
         places = dict.fromkeys(weights.shapes(single), SAFE_WEIGHTS_NAME)
+    elif index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
+        places = weights.weight_map(index)
     else:
-        raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    paths = {path for path in map(_parent, places) if all(_join(path, key) in places for key in SHARED)}
+        return None
+    leaves = defaultdict(set)
+    for key in places:
+        leaves[_parent(key)].add(key.rpartition(".")[2])
+    series = NAMES.difference(SHARED)
+    paths = {path for path, found in leaves.items() if "tail_slopes" in found or ("domain" in found and found & series)}
+    for path in expected:
+        # Renamed or left out with the module around it, as in the encoder of an encoder-decoder, it is not missing.
+        if any(other.startswith(f"{_parent(path)}.") for other in leaves):
+            paths.add(path)
+    for path in sorted(paths, key=_natural):
+        if lacking := [key for key in SHARED if key not in leaves[path]]:
+            raise CheckpointError(f"{name} is incomplete: its weights lack {_join(path, lacking[0])}")
     keys_by_file = defaultdict(list)
     for key, file in places.items():
         if _parent(key) in paths:

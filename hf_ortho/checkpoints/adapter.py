@@ -9,10 +9,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import cached_file
 
+from ..activations.base import SHARED
 from ..errors import CheckpointError
 from ..files import explain, json_object
 from . import weights
 from .provenance import LayerProvenance, Provenance
+from .values import check_values
 
 LABELS = "labels.json"  # the classes of a new head
 ATTRIBUTE = "hf_ortho_act"  # attribute of an OrthoLayer with the activations by adapter name
@@ -64,10 +66,18 @@ def fixed_tensors(layer: LayerProvenance) -> dict[str, Tensor]:
     return {"domain": tensor(layer.domain), "tail_slopes": tensor(layer.tail_slopes)}
 
 
+def has_safetensors(name: str, revision: str | None) -> bool:
+    """Whether the weights of an adapter are stored as safetensors, not only pickled."""
+    return bool(cached_file(name, ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False))
+
+
 def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[str, dict[str, Tensor]]:
     """The tensors of an adapter by the path of their module in the base model.
 
     For an ``OrthoConfig`` adapter they include the domain and the tail slopes from its config.
+
+    Raises:
+        CheckpointError: the adapter is incomplete, or a value of an activation is not valid.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.tensors(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision))).items():
@@ -77,4 +87,7 @@ def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[st
         if layer.module not in tensors:
             raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} has no tensors for {layer.module}")
         tensors[layer.module] |= fixed_tensors(layer)
+    for path, by_key in tensors.items():
+        if all(key in by_key for key in SHARED):
+            check_values(by_key, f"{path} of {name}")
     return tensors

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, OutputError
+from .custom_code import auto_class
 
 
 def check_weights(model: PreTrainedModel, name: str) -> None:
@@ -136,7 +137,8 @@ def verify_reload(
     Raises:
         OutputError: a tensor or an output differs.
     """
-    reloaded = model_class.from_pretrained(folder, dtype="auto")
+    options = {"trust_remote_code": True} if model_class.is_remote_code() else {}  # the code that was just run
+    reloaded = auto_class(model_class).from_pretrained(folder, dtype="auto", **options)
     actual = outputs(reloaded, inputs)
     close = len(actual) == len(expected) and all(map(_close, actual, expected))
     if fingerprint(reloaded) != tensors or not close:

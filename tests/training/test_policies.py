@@ -224,14 +224,6 @@ def test_a_step_without_gradient_leaves_activations_as_they_are(make_gpt2, tmp_p
     torch.testing.assert_close(after[matrix], before[matrix] * (1 - 0.01 * 0.5))
 
 
-def test_a_plain_trainer_would_decay_them(make_gpt2, tmp_path):
-    """What the class is for; if this fails, it can go."""
-    from transformers import Trainer
-
-    model = converted(make_gpt2()[0])
-    assert series(model) <= set(Trainer(model=model, args=arguments(tmp_path)).get_decay_parameter_names(model))
-
-
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
