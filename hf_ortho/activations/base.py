@@ -44,7 +44,9 @@ class LearnableActivation(nn.Module):
     positions and channels.
 
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
-    parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
+    parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64). A library
+    that assigns ``p.data = p.data.to(torch.bfloat16)`` rounds them; the next ``.to(...)`` or ``.float()`` of the model
+    makes them float32 again, without the digits that were lost.
 
     A subclass must define ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
     ``series_derivative`` and ``fit_parameters``, and needs a line in ``registry.FAMILIES``. Optional are
