@@ -18,7 +18,7 @@ from ..files import explain
 from ..peft import OrthoConfig, calibrate
 from ..tasks import head_of
 from .arguments import LoraArguments, ModelArguments
-from .policies import NO_ACTIVATIONS, norm_layers
+from .policies import NO_ACTIVATIONS, freeze_domains, norm_layers
 
 ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 
@@ -26,7 +26,7 @@ ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 def add_lora(
     model: PreTrainedModel, arguments: LoraArguments, seed: int, policy: str = "lora+activations", **options
 ) -> PeftModel:
-    """Wrap ``model`` with LoRA on its linear layers. Activations are trained in full (``modules_to_save``).
+    """Wrap ``model`` with LoRA on its linear layers. The series of activations are trained (``modules_to_save``).
 
     ``policy`` is ``lora`` or ``lora+activations``. ``options`` are passed to ``LoraConfig``.
 
@@ -37,8 +37,8 @@ def add_lora(
         >>> from hf_ortho.training import LoraArguments, add_lora
         >>> _ = hf_ortho.convert(model, "hermite_3")
         >>> wrapped = add_lora(model, LoraArguments(lora_r=2, lora_target_modules=["c_fc"]), seed=0)
-        >>> wrapped.get_nb_trainable_parameters()[0]  # 2 layers: 160 of LoRA, 6 of the activation
-        332
+        >>> wrapped.get_nb_trainable_parameters()[0]  # 2 layers: 160 of LoRA, 4 of the activation
+        328
     """
     saved = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
     if policy == "lora+activations" and not saved:
@@ -54,10 +54,12 @@ def add_lora(
             modules_to_save=saved or None,
             **options,
         )
-        return _wrap(model, config)
+        wrapped = _wrap(model, config)
     except ValueError as error:
         values = f"lora_r {arguments.lora_r}, lora_target_modules {arguments.lora_target_modules or 'all-linear'}"
         raise ConfigError(f"train {policy!r}, {values}: {explain(error)}") from error
+    freeze_domains(wrapped)  # peft makes all that it copies trainable
+    return wrapped
 
 
 def add_adapter(
