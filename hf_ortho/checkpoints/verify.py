@@ -18,7 +18,12 @@ from .custom_code import auto_class
 
 
 def check_weights(model: PreTrainedModel, name: str) -> None:
-    """Raise CheckpointError if a weight of ``model``, loaded from ``name``, is NaN: no output could be compared."""
+    """Raise CheckpointError if ``model``, loaded from ``name``, has weights that are NaN or quantized."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise CheckpointError(
+            f"{name} is quantized, so a converted copy could not be saved and compared bit for bit: convert the "
+            "original model and quantize the result, or add an adapter (hf_ortho.peft.OrthoConfig)"
+        )
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits > 8 and parameter.isnan().any():
             raise CheckpointError(f"{name} is damaged: {key} contains NaN; download or save it again")
