@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from .console import Parser, console
 from .network import check_hub
@@ -45,7 +45,7 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if Path(args.folder).is_dir():
+    if os.path.isdir(args.folder):
         check_hub(push=True)
 
     from ..hub.contents import contents_of

@@ -26,7 +26,7 @@ ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 def add_lora(
     model: PreTrainedModel, arguments: LoraArguments, seed: int, policy: str = "lora+activations", **options
 ) -> PeftModel:
-    """Wrap ``model`` with LoRA on its linear layers. The series of activations are trained (``modules_to_save``).
+    """Wrap ``model`` with LoRA on its linear layers. Activations are trained too (``modules_to_save``).
 
     ``policy`` is ``lora`` or ``lora+activations``. ``options`` are passed to ``LoraConfig``.
 
@@ -54,12 +54,10 @@ def add_lora(
             modules_to_save=saved or None,
             **options,
         )
-        wrapped = _wrap(model, config)
+        return _wrap(model, config)
     except ValueError as error:
         values = f"lora_r {arguments.lora_r}, lora_target_modules {arguments.lora_target_modules or 'all-linear'}"
         raise ConfigError(f"train {policy!r}, {values}: {explain(error)}") from error
-    freeze_domains(wrapped)  # peft makes all that it copies trainable
-    return wrapped
 
 
 def add_adapter(
@@ -130,7 +128,9 @@ def check_adapter(arguments: ModelArguments) -> None:
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():  # peft warns about the orientation of GPT-2's layers, and corrects it
         warnings.simplefilter("ignore")
-        return cast(PeftModel, get_peft_model(model, config))
+        wrapped = cast(PeftModel, get_peft_model(model, config))
+    freeze_domains(wrapped)  # peft makes all of modules_to_save trainable
+    return wrapped
 
 
 def merge_lora(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:
