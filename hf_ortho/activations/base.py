@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -43,7 +44,9 @@ class LearnableActivation(nn.Module):
     positions and channels.
 
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
-    parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
+    parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64). A library
+    that assigns ``p.data = p.data.to(torch.bfloat16)`` rounds them; the next ``.to(...)`` or ``.float()`` of the model
+    makes them float32 again, without the digits that were lost.
 
     A subclass must define ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
     ``series_derivative`` and ``fit_parameters``, and needs a line in ``registry.FAMILIES``. Optional are
@@ -259,8 +262,10 @@ class LearnableActivation(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
-        """``forward`` or ``derivative`` at float64 points."""
-        return fn(torch.as_tensor(x, dtype=torch.float64, device=self.domain.device)).cpu().numpy()
+        """``forward`` or ``derivative`` at float64 points. On the CPU: some devices have no float64."""
+        if self.domain.device.type != "cpu":
+            fn = getattr(copy.deepcopy(self).cpu(), fn.__name__)
+        return fn(torch.as_tensor(x, dtype=torch.float64)).numpy()
 
     @classmethod
     def compute_dtype(cls, x: Tensor) -> torch.dtype:

@@ -68,7 +68,7 @@ def run(argv: list[str]) -> None:
     named(args.family, None if args.degree == "auto" else args.degree)
 
     from ..checkpoints.load import load_checkpoint, save_checkpoint
-    from ..checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
+    from ..checkpoints.verify import check_weights, example_inputs, fingerprint, outputs, verify_reload
     from ..conversion import convert
     from ..hub import Results, command_line, hardware, write_card
     from ..tasks.tokenizer import use_tokenizer
@@ -78,6 +78,7 @@ def run(argv: list[str]) -> None:
     trust = args.trust_remote_code
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype, trust_remote_code=trust)
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
+    check_weights(checkpoint.model, args.model)
     calibration, source = None, None
     if args.calibration_data:
         calibration, source = calibration_batches(checkpoint, args.calibration_data, **options)

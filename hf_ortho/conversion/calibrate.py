@@ -84,7 +84,8 @@ def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
 
 def _relative(actual: Tensor, expected: Tensor) -> float | None:
     """|actual - expected| / |expected|, in the Euclidean norm over all elements; None if not finite."""
-    ratio = torch.linalg.vector_norm((actual - expected).double()) / torch.linalg.vector_norm(expected.double())
+    error, norm = (t.cpu().double() for t in (actual - expected, expected))  # some devices have no float64
+    ratio = torch.linalg.vector_norm(error) / torch.linalg.vector_norm(norm)
     return float(ratio) if torch.isfinite(ratio) else None
 
 
@@ -181,7 +182,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
             loss, labels = _loss(model, batch, f"calibration batch {count}")
             if labels:
                 total, weight = total + loss * labels, weight + labels
-    sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(model.device))
+    sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(torch.device("cpu")))
     total, weight, count = sum_over_processes(sums).tolist()
     if not count:
         raise CalibrationError("calibration is empty: pass at least one batch of model inputs")

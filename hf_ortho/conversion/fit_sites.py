@@ -107,9 +107,13 @@ def _agree(module: LearnableActivation) -> None:
 
 
 def device_of(model: PreTrainedModel, path: str) -> torch.device:
-    """The device of a module, or of the closest parent with parameters if it has none."""
+    """The device of a module, or of the closest parent with parameters if it has none; of an offloaded one, where
+    Accelerate runs it."""
     while True:
-        tensor = next(model.get_submodule(path).parameters(), None)
-        if tensor is not None or not path:
-            return tensor.device if tensor is not None else torch.device("cpu")
+        for module in model.get_submodule(path).modules():
+            if (tensor := next(module.parameters(recurse=False), None)) is not None:
+                running = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+                return torch.device(running) if tensor.is_meta and running is not None else tensor.device
+        if not path:
+            return torch.device("cpu")
         path = path.rpartition(".")[0]

@@ -24,6 +24,11 @@ from ..path_patterns import by_kind
 from .distill import Distillation
 
 WIDTH = 100
+MOST_OUTSIDE = 0.3  # share of the pre-activations outside the fitted domain
+NOT_CALIBRATED = (
+    "not calibrated: for fits to the inputs of each layer, pass calibration=[inputs, ...] to hf_ortho.convert, or "
+    "--calibration-data to hf-ortho convert"
+)
 REPORT_FILE = "conversion.json"
 
 
@@ -168,7 +173,7 @@ class ConversionReport:
         return list(dict.fromkeys(layer.fit.note for layer in self.layers if layer.fit.note))
 
     def tables(self) -> list[Table]:
-        """One table per group of paths that differ only in numbers, one row per activation."""
+        """One table per group of paths that differ only in numbers; one row per activation, or one if all are equal."""
         layers = {layer.module: layer for layer in self.layers}
         return [self._table(place, rows, layers) for place, rows in by_kind(list(layers)).items()]
 
@@ -189,8 +194,10 @@ class ConversionReport:
         table.add_column("*", overflow="fold")
         for column in ("domain", "sup f", "rms f", "sup f'", "rms f'", "outside", "seen"):
             table.add_column(column, justify="right", no_wrap=True)
-        for row, path in rows:
-            _, domain, _, *rest = layers[path].cells()
+        cells = {row: layers[path].cells() for row, path in rows}
+        if len(rows) > 1 and all(cells[row] == cells[rows[0][0]] for row, _ in rows):
+            cells = {f"{rows[0][0]}..{rows[-1][0]} ({len(rows)} layers)": cells[rows[0][0]]}
+        for row, (_, domain, _, *rest) in cells.items():
             table.add_row(row, domain, *rest)
         return table
 
@@ -201,7 +208,7 @@ class ConversionReport:
             f"{len(self.layers)} activations converted in {self.seconds:.1f} s (fits: {self.fit_seconds:.1f} s); "
             f"rms and outside are weighted by {weight}"
         )
-        return [first, *self.remarks()]
+        return [first, *([] if self.calibrated else [NOT_CALIBRATED]), *self.remarks()]
 
     def remarks(self) -> list[str]:
         """The effect on the outputs of the model, and notes and warnings about the fits."""
@@ -227,6 +234,12 @@ class ConversionReport:
             lines += [f"warning: {line}" for line in self.warnings[:3]]
             if more := self.warnings[3:]:
                 lines.append(f"warning: and {len(more)} more layers")
+        widest = max(self.layers, key=lambda layer: layer.fit.mass_outside)
+        if self.calibrated and widest.fit.mass_outside > MOST_OUTSIDE and widest.fit.rms_error > 1e-6:
+            lines.append(
+                f"warning: {widest.fit.mass_outside:.0%} of {widest.fit.density} of {widest.module} lie outside the "
+                "fitted domain: the calibration data may be unlike what the model sees in use, such as random tokens"
+            )
         return lines
 
     def __str__(self) -> str:

@@ -45,7 +45,8 @@ def plain_model(model: Any) -> PreTrainedModel:
         if tensor.is_meta:
             raise SiteError(
                 f"{name} has no data for {key}: it is offloaded, or on the meta device; load the model without "
-                "device_map (a conversion needs no GPU), convert and save it, and load the result with device_map"
+                "device_map (a conversion needs no GPU), convert and save it, and load the result with device_map; or "
+                "add an adapter of activations (hf_ortho.peft.OrthoConfig)"
             )
     return model
 

@@ -40,11 +40,12 @@ class Histogram:
         x = x.detach().reshape(-1).float()
         if not x.numel():
             return
-        extremes = torch.stack(torch.aminmax(x))
-        counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
-        for piece in x.split(2**24):  # histc counts in float32
-            counts += torch.histc(torch.asinh(piece).clamp_(-ASINH_RANGE, ASINH_RANGE), BINS, -ASINH_RANGE, ASINH_RANGE)
-        self._combine(counts, extremes)
+        counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+        for piece in x.split(2**24):  # for less memory
+            bins = torch.asinh(piece).add_(ASINH_RANGE).mul_(BINS / (2 * ASINH_RANGE)).clamp_(0, BINS - 1)
+            # not histc: it is not deterministic on a GPU, and raises if torch.use_deterministic_algorithms is set
+            counts += torch.bincount(bins.nan_to_num_(0.0).int(), minlength=BINS)
+        self._combine(counts, torch.stack(torch.aminmax(x)))
 
     def add(self, other: Histogram) -> None:
         """Count all that ``other`` has counted."""
@@ -64,7 +65,7 @@ class Histogram:
 
     def reduce(self, device: torch.device) -> None:
         """Sum the counts and combine the extremes over all processes of ``torch.distributed``."""
-        counts = torch.zeros(BINS, dtype=torch.float64, device=device)
+        counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         extremes = torch.tensor([math.inf, -math.inf], device=device)
         if self._counts is not None and self._extremes is not None:
             counts, extremes = self._counts.to(device), self._extremes.to(device)
@@ -84,7 +85,7 @@ class Histogram:
 
     @property
     def counts(self) -> np.ndarray:
-        return np.zeros(BINS) if self._counts is None else self._counts.cpu().numpy()
+        return np.zeros(BINS) if self._counts is None else self._counts.cpu().numpy().astype(float)
 
     @property
     def minimum(self) -> float:

@@ -129,7 +129,9 @@ class _Compiled(torch.autograd.Function):
             outside = torch.stack(
                 [torch.where(x < domain[0], upstream, 0).sum(), torch.where(x > domain[1], upstream, 0).sum()]
             )
-            ends, *exact = (t.double() for t in (domain, *parameters))  # S' and the tail's slope nearly cancel
+            # S' and the tail's slope nearly cancel; MPS has no float64
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            ends, *exact = (t.to(wide) for t in (domain, *parameters))
             rise = family.series_derivative(ends, *exact) - tail_slopes
             at_domain = torch.where(domain.isfinite(), outside * rise, 0)
         results: list[Tensor | None] = [gx, at_domain, None, *gradients]

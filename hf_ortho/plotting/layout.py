@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import textwrap
@@ -151,10 +152,11 @@ def interval(modules: Sequence[LearnableActivation], lo: float, hi: float) -> tu
 
 
 def values(module: nn.Module, x: np.ndarray) -> np.ndarray:
-    """f(x) in float64, on the device of the module."""
+    """f(x) in float64, on the CPU: some devices have no float64."""
     tensor = next(module.parameters(), torch.empty(0))
+    on_cpu = module if tensor.device.type == "cpu" else copy.deepcopy(module).cpu()
     with torch.no_grad():
-        return module(torch.as_tensor(x, dtype=torch.float64, device=tensor.device)).cpu().numpy()
+        return on_cpu(torch.as_tensor(x, dtype=torch.float64)).numpy()
 
 
 def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [lo, hi]") -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..activations import LearnableActivation, build
 from ..errors import ConfigError
-from ..processes import max_over_processes, sum_over_processes
+from ..processes import collective_device, max_over_processes, sum_over_processes
 from . import history
 from .optimizer import activations_by_path
 
@@ -154,7 +154,7 @@ class _Moments:
     """Moments of the inputs of one activation, accumulated until ``close``."""
 
     def __init__(self, module: LearnableActivation):
-        self.sums: Any = 0
+        self.sums: list[Tensor] = []
         self.extremes: Tensor | None = None
         self.device = module.domain.device
         self._handle = module.register_forward_pre_hook(self._update)
@@ -165,17 +165,19 @@ class _Moments:
         lo, hi = module.domain
         outside = ((x < lo) | (x > hi)).sum()
         count = torch.tensor(float(x.numel()), device=x.device)
-        self.sums = self.sums + torch.stack([count, x.sum(), x.square().sum(), outside.float()]).double()
+        self.sums.append(torch.stack([count, x.sum(), x.square().sum(), outside.float()]))
         low, high = x.aminmax()
         extremes = torch.stack([-low, high])
         self.extremes = extremes if self.extremes is None else torch.maximum(self.extremes, extremes)
 
     def close(self) -> dict[str, float]:
         self._handle.remove()
-        sums = self.sums if self.extremes is not None else torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for each in self.sums:
+            sums += each.cpu()
         extremes = torch.full((2,), -math.inf, device=self.device) if self.extremes is None else self.extremes
         extremes = max_over_processes(extremes)
-        count, total, squares, outside = sum_over_processes(sums).tolist()
+        count, total, squares, outside = sum_over_processes(sums.to(collective_device(sums.device))).tolist()
         if not count:
             return {}
         mean = total / count

@@ -122,3 +122,17 @@ def test_per_sample_gradients(module, x):
         single = torch.func.grad(loss)(parameters, row)
         for key in parameters:
             torch.testing.assert_close(batched[key][i], single[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_rounded_behind_its_back_still_work_and_are_float32_again_after_a_cast(dtype, module, x):
+    for p in module.parameters():  # what some libraries do before training
+        p.data = p.data.to(dtype)
+    exact = copy.deepcopy(module).float()
+    assert {v.dtype for v in exact.state_dict().values()} == {torch.float32}
+    data = x.clone().requires_grad_()
+    torch.testing.assert_close(module(data), exact(x))
+    torch.testing.assert_close(module.derivative(x), exact.derivative(x))
+    module(data).sum().backward()
+    assert {p.grad.dtype for p in module.parameters() if p.requires_grad} == {dtype}
+    assert states_equal(module.to(dtype), exact)  # any cast or move of the model

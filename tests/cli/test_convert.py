@@ -286,6 +286,20 @@ def test_bad_flags(convert, gpt2_folder, output, flags, message):
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_weights_that_are_nan_are_named(convert, make_gpt2, tmp_path, output, dtype):
+    model, tokenizer = make_gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 4] = torch.nan
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "damaged")
+    sentence = refusal(convert(tmp_path / "damaged", "--dtype", dtype))
+    assert sentence == (
+        f"{tmp_path / 'damaged'} is damaged: transformer.h.1.mlp.c_fc.weight contains NaN; download or save it again"
+    )
+    assert list(output.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

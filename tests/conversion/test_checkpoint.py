@@ -1,6 +1,7 @@
 """Loading with head and processor, and checking what was saved."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
 
 import hf_ortho
 from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint, save_checkpoint
-from hf_ortho.checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
+from hf_ortho.checkpoints.verify import check_weights, example_inputs, fingerprint, outputs, verify_reload
 from hf_ortho.cli.demo_tasks import byte_tokenizer, small_convnext
 from hf_ortho.errors import CheckpointError, HfOrthoError, OutputError
 
@@ -143,6 +144,30 @@ def test_outputs_of_other_kinds():
         T5Config(vocab_size=97, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
     assert outputs(t5, example_inputs(t5))[0].shape == (1, 16, 97)
+
+
+def test_quantized_weights_are_refused(gpt2):
+    model = gpt2()
+    check_weights(model, "me/model")
+    model.hf_quantizer = object()
+    with pytest.raises(CheckpointError, match=r"^me/model is quantized, .* convert the original model and quantize"):
+        check_weights(model, "me/model")
+
+
+def test_outputs_that_are_not_finite_are_compared(gpt2, tmp_path):
+    model = gpt2()
+    hf_ortho.convert(model, "hermite_3")
+    inputs = example_inputs(model)
+    model.save_pretrained(tmp_path)
+    finite, tensors = outputs(model, inputs), fingerprint(model)
+    for bad in (math.nan, math.inf):
+        expected = [v.index_fill(-1, torch.tensor([0]), bad) for v in finite]
+        with pytest.raises(OutputError, match="does not reload"):
+            verify_reload(GPT2LMHeadModel, tmp_path, tensors, inputs, expected)
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    model.save_pretrained(tmp_path)
+    assert not verify_reload(GPT2LMHeadModel, tmp_path, fingerprint(model), inputs, outputs(model, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -53,6 +53,33 @@ def test_bad_tails_warn(gpt2, ids):
     assert report.warnings[1].startswith("transformer.h.1.mlp.act")
 
 
+@pytest.mark.parametrize(
+    ("mass", "rms", "warns"),
+    [(0.45, 1e-3, True), (0.29, 1e-3, False), (0.45, 1e-9, False)],  # the last is exact outside, as for ReLU
+)
+def test_unlike_calibration_data_warn_once(report, mass, rms, warns):
+    changed = with_fit(report, mass_outside=mass, rms_error=rms, rms_error_outside=0.0)
+    lines = [line for line in changed.summary() if "unlike what the model sees" in line]
+    assert len(lines) == warns
+    if warns:
+        assert lines[0].startswith("warning: 45% of the pre-activations of transformer.h.0.mlp.act lie outside")
+        assert lines[0] in changed.remarks()
+        assert changed.warnings == []
+
+
+def test_without_data_it_says_how_to_calibrate_and_shows_equal_rows_once(gpt2, report):
+    plain = hf_ortho.convert(gpt2(n_layer=4), "hermite_8")
+    (line,) = [line for line in plain.summary() if line.startswith("not calibrated")]
+    assert "calibration=[inputs, ...]" in line
+    assert "--calibration-data" in line
+    (table,) = plain.tables()
+    assert table.row_count == 1
+    rows = [row.split() for row in str(plain).splitlines() if "layers)" in row]
+    assert rows == [["0..3", "(4", "layers)", *plain.layers[0].cells()[1:2], *plain.layers[0].cells()[3:]]]
+    assert not any("not calibrated" in line for line in report.summary())
+    assert report.tables()[0].row_count == 2
+
+
 def test_json(report, tmp_path):
     data = json.loads(report.to_json())
     assert data == report.to_dict()

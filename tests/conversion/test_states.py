@@ -125,8 +125,12 @@ def test_offloaded_layers_are_refused_and_one_device_is_fine(model, tmp_path):
     rest = ("transformer.wte", "transformer.wpe", "transformer.h.1", "transformer.ln_f", "lm_head")
     places = {"transformer.h.0": "disk"} | dict.fromkeys(rest, "cpu")
     offloaded = GPT2LMHeadModel.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
-    with pytest.raises(SiteError, match=r"no data for transformer\.h\.0"):
+    with pytest.raises(SiteError, match=r"no data for transformer\.h\.0.*OrthoConfig"):
         hf_ortho.convert(offloaded)
+    adapters = [peft.get_peft_model(m, hf_ortho.peft.OrthoConfig(activation="hermite_3")) for m in (offloaded, model)]
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.equal(*(adapted.eval()(ids).logits for adapted in adapters))
     whole = GPT2LMHeadModel.from_pretrained(tmp_path / "model", device_map={"": "cpu"})
     assert len(hf_ortho.convert(whole).layers) == 2
 

@@ -107,7 +107,7 @@ class Tropical(LearnableActivation):
         return slope_of_max(x, *cls._lines(coefficients))
 
     def breaks(self):
-        return _breaks(self, self._lines(self.coefficients.double()))
+        return _breaks(self, self._lines(self.coefficients.cpu().double()))
 
     def fit_parameters(self, target: Target):
         """In the equivalent form S(x) = offset + (sqrt(2)/n) sum_{k=1..n} max(x - b_k, 0)."""
