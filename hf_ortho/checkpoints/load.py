@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..errors import CheckpointError
 from ..files import explain
 from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
+from .patterns import check_patterns
 from .revision import model_commit
 
 TOKENIZER_FILES = (
@@ -107,6 +108,7 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
         loaded = load_checkpoint(base, revision=at, dtype=dtype, **overrides)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
+    check_patterns(adapter, [path for path, _ in loaded.model.named_modules()], f"{ADAPTER_CONFIG} of {name}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrapped = PeftModel.from_pretrained(loaded.model, name, revision=commit or revision)

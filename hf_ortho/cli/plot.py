@@ -110,8 +110,8 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
 
 def _history(args) -> None:
     from ..checkpoints.activations import load_activations
+    from ..path_patterns import thin
     from ..plotting import Snapshot, animate_history, plot_history
-    from ..plotting.layout import thin
     from ..training.checkpoints import step_of
     from ..training.history import read_step, recorded_steps
 

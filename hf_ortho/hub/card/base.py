@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from ...checkpoints.revision import is_commit
+from ...text import Markdown, code, markdown
 
 INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -53,7 +54,7 @@ class Base:
             return {}
         return {key: data.get(key) for key in INHERITED if data.get(key)}
 
-    def __str__(self) -> str:
+    def __str__(self) -> Markdown:
         if self.name is None:
-            return "a model built in memory"
-        return f"`{self.name}`" + (f" at commit `{self.revision}`" if self.revision else "")
+            return markdown("a model built in memory")
+        return Markdown(code(self.name) + (f" at commit {code(self.revision)}" if self.revision else ""))
