@@ -133,7 +133,8 @@ class ConversionReport:
             LayerReport(str(v["module"]), str(v["field"]), FitReport.from_dict(v)) for v in plain["layers"]
         ]
         values["left_alone"] = [(str(field), str(why)) for field, why in plain["left_alone"]]
-        values["distillation"] = plain["distillation"] and Distillation.from_dict(plain["distillation"])
+        distillation = plain["distillation"]
+        values["distillation"] = None if distillation is None else Distillation.from_dict(distillation)
         return cls(**values)
 
     def to_json(self) -> str:

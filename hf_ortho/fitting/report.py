@@ -137,4 +137,6 @@ class FitReport:
                 values[field.name] = None if field.name in ("minimum", "maximum") else math.inf
             else:
                 values[field.name] = float(value)
+        if (values["minimum"] is None) != (values["maximum"] is None):
+            raise ValueError("one of minimum and maximum is missing")
         return cls(**values)
