@@ -7,7 +7,6 @@ import signal
 import peft
 import pytest
 import torch
-from matplotlib.figure import Figure
 from mutations import damage
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,7 +17,6 @@ from hf_ortho.conversion.summary import examine
 from hf_ortho.errors import HfOrthoError
 from hf_ortho.hub import DataSource, Results, card_of, write_card
 from hf_ortho.hub.contents import contents_of
-from hf_ortho.plotting import plot_stored
 
 FILES = {
     "model": ["config.json", "conversion.json", "model.safetensors"],
@@ -26,7 +24,7 @@ FILES = {
     "adapter": ["adapter_config.json", "adapter_model.safetensors"],
     "lora": ["adapter_config.json", "adapter_model.safetensors"],
 }
-SEEDS = 45  # for each kind of folder
+SEEDS = 25  # for each kind of folder
 SECONDS = 60  # a bound for what should take milliseconds
 
 
@@ -108,17 +106,3 @@ def test_damage_is_refused_in_one_line(folders, tmp_path, limited, kind):
         for command in COMMANDS.values() if name != "conversion.json" else [COMMANDS["card"]]:
             found[outcome(command, folder)] += 1
     assert min(found.values()) > SEEDS // 5  # the damage matters, and does not hide everything
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_damage_is_refused_or_drawn(folders, tmp_path, limited, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figure.draw_without_rendering())
-    drawn = 0
-    for seed in range(12):
-        folder = tmp_path / str(seed)
-        shutil.copytree(folders / "model", folder)
-        damage(random.Random(f"plot {seed}"), folder, ["model.safetensors"])
-        drawn += "done" == outcome(
-            lambda folder: plot_stored(load_activations(str(folder)), tmp_path / "x.png", str(folder)), folder
-        )
-    assert drawn

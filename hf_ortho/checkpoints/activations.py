@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +19,21 @@ from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain, json_object
 from ..path_patterns import thin
 from . import weights
-from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, adapter_keys, base_revision, fixed_tensors
-from .load import check_place
+from .adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SHARED,
+    adapter_config,
+    adapter_keys,
+    base_revision,
+    fixed_tensors,
+)
+from .place import check_place
 from .provenance import Provenance
 from .revision import model_commit
+from .values import check_values
 
-SHARED = ("domain", "tail_slopes")  # the tensors common to all families
+NAMES = frozenset(SHARED).union(*(family.initial_parameters(1, "paper") for family in FAMILIES.values()))
 Places = dict[str, dict[str, tuple[str, str]]]  # (file, name) of tensors, by the path of their module and their own
 
 
@@ -53,7 +63,8 @@ def load_activations(name: str, *, revision: str | None = None, most: int = sys.
         most: read at most this number of activations, evenly spaced.
 
     Raises:
-        CheckpointError: there is no checkpoint with safetensors weights, or a family is unknown.
+        CheckpointError: there is no checkpoint with safetensors weights, it is incomplete, a family is unknown, or a
+            value of an activation is not valid.
         ConfigError: the checkpoint has no learnable activations.
     """
     check_place(name)
@@ -63,7 +74,11 @@ def load_activations(name: str, *, revision: str | None = None, most: int = sys.
         revision = commit or revision
         if adapter is None:
             config = json_object(_file(name, CONFIG_NAME, revision, needed=True))
-            provenance, places = Provenance.of(config, name), _in_model(name, revision)
+            provenance = Provenance.of(config, name)
+            found = stored_places(name, revision, [layer.module for layer in provenance.layers])
+            if found is None:
+                raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+            places = found
         else:
             config, provenance, places = _of_adapter(name, adapter, revision)
         paths = sorted(places, key=_natural)
@@ -87,6 +102,7 @@ def load_activations(name: str, *, revision: str | None = None, most: int = sys.
         if field and field not in at_field:
             at_field[field] = list(_names(_at(config, field)))
         modules[path] = _build([at_field[field] if field else [], everywhere], shapes, f"{path} of {name}")
+        check_values(tensors[path], f"{path} of {name}")
         modules[path].load_state_dict(tensors[path])
     return StoredActivations(modules, provenance, commit, len(paths) - len(chosen))
 
@@ -114,19 +130,48 @@ def _file(name: str, file: str, revision: str | None, needed: bool = False) -> s
     return str(cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=needed) or "")
 
 
-def _in_model(name: str, revision: str | None) -> Places:
-    """The places of the tensors of each activation of a model."""
-    if index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
-        places = weights.weight_map(index)
-    elif single := _file(name, SAFE_WEIGHTS_NAME, revision):
+def stored_tensors(name: str, revision: str | None) -> dict[str, dict[str, Tensor]] | None:
+    """The tensors of each activation, by its path and the tensor's name in it; None without safetensors weights.
+
+    Raises:
+        CheckpointError: a file is damaged, or an activation lacks tensors.
+    """
+    places = stored_places(name, revision)
+    return None if places is None else _read(name, revision, places)
+
+
+def stored_places(name: str, revision: str | None, expected: Iterable[str] = ()) -> Places | None:
+    """The places of the tensors of each activation; None without safetensors weights.
+
+    Raises:
+        CheckpointError: a file is damaged, or an activation, such as one of ``expected``, lacks tensors.
+    """
+    if single := _file(name, SAFE_WEIGHTS_NAME, revision):  # transformers prefers it as well
         places = dict.fromkeys(weights.shapes(single), SAFE_WEIGHTS_NAME)
+    elif index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
+        places = weights.weight_map(index)
     else:
-        raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        return None
     by_path: Places = defaultdict(dict)
     for key, file in places.items():
         path, _, leaf = key.rpartition(".")
         by_path[path][leaf] = file, key
-    return {path: by_leaf for path, by_leaf in by_path.items() if all(key in by_leaf for key in SHARED)}
+    series, ordered = NAMES.difference(SHARED), sorted(by_path)
+    paths = {
+        path
+        for path, found in by_path.items()
+        if "tail_slopes" in found or ("domain" in found and found.keys() & series)
+    }
+    for path in expected:
+        # Renamed or left out with the module around it, as in the encoder of an encoder-decoder, it is not missing.
+        parent = path.rpartition(".")[0] + "."
+        first = bisect.bisect_left(ordered, parent)
+        if first < len(ordered) and ordered[first].startswith(parent):
+            paths.add(path)
+    for path in sorted(paths, key=_natural):
+        if lacking := [key for key in SHARED if key not in by_path[path]]:
+            raise CheckpointError(f"{name} is incomplete: its weights lack {f'{path}.{lacking[0]}'.removeprefix('.')}")
+    return {path: by_path[path] for path in paths}
 
 
 def _read(name: str, revision: str | None, places: Places) -> dict[str, dict[str, Tensor]]:

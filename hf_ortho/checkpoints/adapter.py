@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, tensor
@@ -14,9 +15,11 @@ from ..errors import CheckpointError
 from ..files import explain, json_object
 from . import weights
 from .provenance import LayerProvenance, Provenance, optional_text, unexpected
+from .values import check_values
 
 LABELS = "labels.json"  # the classes of a new head
 ATTRIBUTE = "hf_ortho_act"  # attribute of an OrthoLayer with the activations by adapter name
+SHARED = ("domain", "tail_slopes")  # the tensors common to all families of activations
 PREFIX, SUFFIX = "base_model.model.", f".{ATTRIBUTE}"  # around a module's path in the names of its tensors
 
 
@@ -96,3 +99,29 @@ def adapter_keys(name: str, revision: str | None) -> dict[str, dict[str, str]]:
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         keys.setdefault(path.removesuffix(SUFFIX), {})[leaf] = key
     return keys
+
+
+def has_safetensors(name: str, revision: str | None) -> bool:
+    """Whether the weights of an adapter are stored as safetensors, not only pickled."""
+    return bool(cached_file(name, ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False))
+
+
+def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of an adapter by the path of their module in the base model.
+
+    For an ``OrthoConfig`` adapter they include the domain and the tail slopes from its config.
+
+    Raises:
+        CheckpointError: the adapter is incomplete, or a value of an activation is not valid.
+    """
+    values = weights.tensors(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision)))
+    keys = adapter_keys(name, revision)
+    tensors = {path: {leaf: values[key] for leaf, key in by_leaf.items()} for path, by_leaf in keys.items()}
+    for layer in Provenance.of_adapter(config, f"{ADAPTER_CONFIG} of {name}").layers:
+        if layer.module not in tensors:
+            raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} has no tensors for {layer.module}")
+        tensors[layer.module] |= fixed_tensors(layer)
+    for path, by_key in tensors.items():
+        if all(key in by_key for key in SHARED):
+            check_values(by_key, f"{path} of {name}")
+    return tensors

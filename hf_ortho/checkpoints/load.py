@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from ..errors import CheckpointError
-from ..files import explain
-from .adapter import ADAPTER_CONFIG, LABELS, adapter_config, adapter_labels, base_revision
-from .patterns import check_patterns
-from .revision import model_commit
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
+from ..activations import LearnableActivation
+from ..errors import CheckpointError, HfOrthoError
+from .activations import stored_tensors
+from .adapter import (
+    ADAPTER_CONFIG,
+    LABELS,
+    adapter_config,
+    adapter_labels,
+    adapter_tensors,
+    base_revision,
+    has_safetensors,
 )
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+from .custom_code import custom_class, load_config, references, refusal
+from .keys import check_keys
+from .patterns import check_patterns
+from .place import check_place
+from .processors import IMAGE_FILES, TOKENIZER_FILES, processor_of
+from .revision import model_commit
+from .values import check_values
+
+logger = logging.get_logger("hf_ortho")
 
 
 @dataclasses.dataclass
@@ -38,6 +47,8 @@ class Checkpoint:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head with new weights for the classes of a dataset; empty without one.
         merged: whether the model is a merged adapter.
+        name: the folder or Hub model that it was loaded from; empty for a new model.
+        revision: the requested branch, tag or commit.
     """
 
     model: PreTrainedModel
@@ -46,69 +57,153 @@ class Checkpoint:
     commit: str | None
     new_head: str = ""
     merged: bool = False
+    name: str = ""
+    revision: str | None = None
 
     @property
     def processor(self):
         return self.tokenizer or self.image_processor
 
 
-def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", **overrides) -> Checkpoint:
+def load_checkpoint(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    auto_classes: Sequence[str] = ("AutoModel",),
+    **overrides,
+) -> Checkpoint:
     """Load a folder or a Hub model with the class named in its config, which keeps its head.
 
-    A peft adapter is merged into its base model.
+    A peft adapter is merged into its base model. No weight is initialized at random: the file must contain all tensors
+    of the model, except a head that ``overrides`` replace.
 
     Args:
         dtype: ``auto`` (the dtype of the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
-        overrides: passed to the config, for example ``num_labels``.
+        trust_remote_code: whether code in the repository may run, as in transformers. Without it, a model or processor
+            that is defined by such code is an error; the user is never asked.
+        auto_classes: if the config names no class, the first of these that knows the config loads the model.
+        overrides: passed to the config, for example ``num_labels``, with ``ignore_mismatched_sizes`` for a new head.
 
     Raises:
-        CheckpointError: there is no checkpoint, or no transformers class for it.
+        CheckpointError: there is no checkpoint, or no transformers class for it; it is incomplete; it needs code that
+            may not run; or a value of an activation is not valid.
     """
     check_place(name)
+    new_head = overrides.pop("ignore_mismatched_sizes", False)
     try:
         adapter = adapter_config(name, revision)
         if adapter is not None:
-            return _merged(name, adapter, revision, dtype, overrides)
+            options = {"trust_remote_code": trust_remote_code, "auto_classes": auto_classes, **overrides}
+            return _merged(name, adapter, revision, dtype=dtype, **options)
         commit = model_commit(name, revision)
-        revision = commit or revision  # a branch may move between two downloads
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        architecture = (config.architectures or [""])[0]
-        cls = getattr(transformers, architecture, None)
-        if cls is None:
-            raise CheckpointError(
-                f"the config of {name} names the class {architecture or 'none'!r} under architectures, but "
-                f"transformers {transformers.__version__} has no such class"
-            )
-        model = cls.from_pretrained(name, revision=revision, dtype=dtype, **overrides)
-        tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, revision)
-        images = processor_of(AutoImageProcessor, IMAGE_FILES, name, revision)
-    except CheckpointError:
+        at = commit or revision  # a branch may move between two downloads
+        config = load_config(name, at, trust_remote_code)
+        cls = _model_class(name, at, config, trust_remote_code, auto_classes)
+        stored = stored_tensors(name, at)
+        _check_activations(name, stored or {})  # as stored: transformers converts any dtype to that of the model
+        options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **overrides}
+        with _muted():
+            model, info = cls.from_pretrained(name, revision=at, dtype=dtype, output_loading_info=True, **options)
+        check_keys(name, model, info, new_head=new_head)
+        if stored is None:
+            logger.warning(f"note: the weights of {name} are pickled; only tensors are read, and no code in them runs")
+            _check_activations(name, _activations_of(model))
+        tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, at, trust_remote_code)
+        images = processor_of(AutoImageProcessor, IMAGE_FILES, name, at, trust_remote_code)
+    except HfOrthoError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400] or explain(error)
-        raise CheckpointError(f"{name} cannot be loaded: {reason}") from error
+    except Exception as error:  # whatever the libraries raise for such files
+        raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
-    vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit)
+    if not cls.is_remote_code():
+        vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
+    return Checkpoint(model, tokenizer, images, commit, name=name, revision=revision)
 
 
-def _merged(name: str, adapter: dict, revision: str | None, dtype: str, overrides: dict) -> Checkpoint:
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Log nothing about activations without weights, which are an error here."""
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+
+
+def _activations_of(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each learnable activation, by its path."""
+    return {path: m.state_dict() for path, m in model.named_modules() if isinstance(m, LearnableActivation)}
+
+
+def _check_activations(name: str, activations: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for path, tensors in activations.items():
+        check_values(tensors, f"{path} of {name}")
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error on one line; with its type if the message alone would say little."""
+    if isinstance(error, UnpicklingError):  # torch suggests to run the code
+        return "its pickled weights contain other objects than tensors, which are not read; save them as safetensors"
+    text = " ".join(str(error).split())[:400]
+    return (
+        text if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
+    )
+
+
+def _model_class(
+    name: str, revision: str | None, config: PreTrainedConfig, trust_remote_code: bool, auto_classes: Sequence[str]
+) -> Any:
+    """The class that the config names, else that of the first auto class that knows the config."""
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(entry, str) for entry in named):
+        raise CheckpointError(f"the config of {name}: architectures is {named!r:.80}; expected the name of a class")
+    custom = {auto: ref for auto, ref in references(getattr(config, "auto_map", None)).items() if "Model" in auto}
+    if named:
+        own = getattr(transformers, named[0], None)
+        fits = [auto for auto, reference in custom.items() if reference.rpartition(".")[2] == named[0]]
+    else:
+        classes = (getattr(transformers, auto)._model_mapping.get(type(config), None) for auto in auto_classes)
+        own = next((cls for cls in classes if cls is not None), None)
+        own = own[0] if isinstance(own, tuple) else own
+        fits = [auto for auto in auto_classes if auto in custom]
+    is_model = isinstance(own, type) and issubclass(own, PreTrainedModel)
+    if fits and (trust_remote_code or not is_model):
+        if not trust_remote_code:
+            raise refusal(name, custom[fits[0]], "the model")
+        own = custom_class(name, revision, fits[0], custom[fits[0]])
+    elif not is_model:
+        known = f"transformers {transformers.__version__} has no such model class"
+        if not named:
+            known = f"{' or '.join(auto_classes)} has no class for the model type {config.model_type!r}"
+        raise CheckpointError(
+            f"the config of {name} names the class {(named or ['none'])[0]!r} under architectures, but {known}"
+        )
+    if own is not None and not named:
+        logger.warning(f"note: the config of {name} names no class under architectures; it is loaded as {own.__name__}")
+    return own
+
+
+def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkpoint:
     from peft import PeftModel
 
     base, at = adapter["base_model_name_or_path"], base_revision(adapter)
     commit = model_commit(name, revision, ADAPTER_CONFIG)
     if labels := adapter_labels(name, commit or revision):
-        overrides = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **overrides}
-        overrides |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **options}
+        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
     try:
         check_place(base)
         if adapter_config(base, at) is not None:
             raise CheckpointError(f"{base} is an adapter too; save it merged, and use the merged model as the base")
-        loaded = load_checkpoint(base, revision=at, dtype=dtype, **overrides)
+        loaded = load_checkpoint(base, revision=at, **options)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
     check_patterns(adapter, [path for path, _ in loaded.model.named_modules()], f"{ADAPTER_CONFIG} of {name}")
+    if has_safetensors(name, commit or revision):
+        adapter_tensors(name, adapter, commit or revision)  # checks the values, as stored
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrapped = PeftModel.from_pretrained(loaded.model, name, revision=commit or revision)
@@ -117,34 +212,10 @@ def _merged(name: str, adapter: dict, revision: str | None, dtype: str, override
         model: Any = wrapped.merge_and_unload(safe_merge=True)
     if missing := next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None):
         raise CheckpointError(f"{name} is incomplete: {missing}")
+    _check_activations(name, _activations_of(model))
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True)
-
-
-def check_place(name: str) -> None:
-    """Raise CheckpointError for a folder without a config, or a path that does not exist and is not a Hub name."""
-    path = Path(name)
-    configs = (path / CONFIG_NAME, path / ADAPTER_CONFIG)
-    if path.is_file() or (path.is_dir() and not any(file.is_file() for file in configs)):
-        raise CheckpointError(f"{name} is not a checkpoint: expected a folder with config.json and safetensors weights")
-    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
-        raise CheckpointError(f"{name} does not exist")
-
-
-def processor_of(auto, files: tuple[str, ...], name: str, revision: str | None) -> Any | None:
-    """The tokenizer or image processor; None if the checkpoint has none."""
-    present = (cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False) for f in files)
-    if not any(present):
-        return None
-    try:
-        return auto.from_pretrained(name, revision=revision)
-    except ImportError as error:
-        raise CheckpointError(f"the processor of {name} needs a missing package: {explain(error)}") from error
-    except (OSError, ValueError):
-        if auto is AutoTokenizer:
-            raise
-        return None  # the file describes another kind of processor, such as an audio feature extractor
+    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, name=name, revision=revision)
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:

@@ -66,7 +66,11 @@ class LayerProvenance:
         if values["module"] is None:
             raise CheckpointError(f"{where}: module is missing; expected the path of an activation")
         if (ends := plain.get("domain")) is not None:
-            values["domain"] = interval(_pair(ends, where, "domain", "two finite numbers, or null for no bound"))
+            lo, hi = values["domain"] = interval(
+                _pair(ends, where, "domain", "two finite numbers, or null for no bound")
+            )
+            if lo > hi:
+                raise unexpected(f"{where}: domain", ends, "an interval [lo, hi] with lo <= hi")
         if (slopes := plain.get("tail_slopes")) is not None:
             values["tail_slopes"] = _pair(slopes, where, "tail_slopes", "two finite numbers")
             if None in slopes:

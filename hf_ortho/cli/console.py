@@ -107,6 +107,20 @@ def add_calibration_flags(parser: Parser, purpose: str) -> None:
     )
 
 
+def add_model_flags(parser: Parser) -> None:
+    """The flags for what the repository of a model lacks, or may not do without permission."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_FOLDER",
+        help="Tokenizer: a folder, a Hub model, or bytes. Default: the one of the model.",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Run the code in the repository of a model that needs it; read it first. Default: refuse such a model.",
+    )
+
+
 def quiet() -> None:
     """Silence progress bars and warnings of libraries once they are imported. Errors are still shown."""
 

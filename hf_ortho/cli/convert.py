@@ -7,8 +7,8 @@ import math
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import DTYPES, Parser, add_calibration_flags, console, show_report
-from .network import check_hub
+from .console import DTYPES, Parser, add_calibration_flags, add_model_flags, console, show_report
+from .network import check_hub, hub_tokenizer
 
 
 def parser() -> Parser:
@@ -23,6 +23,7 @@ def parser() -> Parser:
     p.add_argument("--tolerance", type=float, default=1e-3, help="Maximum rms error per layer for --degree auto.")
     add_calibration_flags(p, "File, folder or dataset to calibrate with. Default: none.")
     p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
+    add_model_flags(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
     p.add_argument(
         "--field",
@@ -58,18 +59,23 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} requires --calibration-data")
-    output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model, args.calibration_data])
-    check_hub([(args.model, args.revision)], [args.calibration_data])
+    output = OutputFolder(
+        args.output, overwrite=args.overwrite, keep=[args.model, args.tokenizer, args.calibration_data]
+    )
+    check_hub([(args.model, args.revision), hub_tokenizer(args.tokenizer)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree)
 
     from ..checkpoints.load import load_checkpoint, save_checkpoint
     from ..checkpoints.verify import example_inputs, fingerprint, outputs, verify_reload
     from ..conversion import convert
     from ..hub import Results, command_line, hardware, write_card
+    from ..tasks.tokenizer import use_tokenizer
     from ..training.calibration import calibration_batches
 
     console.print(f"Loading {args.model}")
-    checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype)
+    trust = args.trust_remote_code
+    checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype, trust_remote_code=trust)
+    use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
     calibration, source = None, None
     if args.calibration_data:
         calibration, source = calibration_batches(

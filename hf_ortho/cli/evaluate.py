@@ -6,8 +6,8 @@ from ..errors import ConfigError
 from ..tasks import TASKS
 from ..tasks.arguments import DataArguments
 from ..text import change
-from .console import DTYPES, Parser, console, table
-from .network import check_hub
+from .console import DTYPES, Parser, add_model_flags, console, table
+from .network import check_hub, hub_tokenizer
 
 
 def parser() -> Parser:
@@ -22,6 +22,7 @@ def parser() -> Parser:
     p.add_argument("--split", help="Split to evaluate on. Default: validation or test, else the first split.")
     p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
     p.add_argument("--against-revision", help="Branch, tag or commit of the second model.")
+    add_model_flags(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
     p.add_argument(
         "--block-size", type=int, help="Tokens per sample. Default: the context length of the model, at most 1024."
@@ -38,9 +39,13 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
     from ..checkpoints.load import load_checkpoint
     from ..tasks import data, of
     from ..tasks.samples import head
+    from ..tasks.tokenizer import use_tokenizer
     from ..training.evaluation import evaluate_model
 
-    checkpoint = load_checkpoint(name, revision=revision, dtype=args.dtype)
+    trust, auto_classes = args.trust_remote_code, [task.auto_class for task in TASKS]
+    options = {"dtype": args.dtype, "trust_remote_code": trust, "auto_classes": auto_classes}
+    checkpoint = load_checkpoint(name, revision=revision, **options)
+    use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
     task = of(checkpoint.model)
     place = args.dataset or task.default_dataset
     if place is None:
@@ -60,7 +65,8 @@ def run(argv: list[str]) -> None:
     for flag, value in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
-    check_hub([(args.model, args.revision), (args.against, args.against_revision)], [args.dataset])
+    models = [(args.model, args.revision), (args.against, args.against_revision), hub_tokenizer(args.tokenizer)]
+    check_hub(models, [args.dataset])
     data_used, first = measure(args.model, args.revision, args)
     if not args.against:
         table(data_used, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])

@@ -60,6 +60,11 @@ def check_hub(
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
+def hub_tokenizer(name: str | None) -> tuple[str | None, None]:
+    """A tokenizer as an entry of ``models``; the names of new tokenizers are not on the Hub."""
+    return (None if name in ("bytes", "bpe") else name), None
+
+
 def answers(endpoint: str) -> bool:
     """Whether a server responds within ``SECONDS``, including name resolution. An error response counts."""
     answered = threading.Event()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
-from .console import Parser, add_calibration_flags, console
-from .network import check_hub
+from .console import Parser, add_calibration_flags, add_model_flags, console
+from .network import check_hub, hub_tokenizer
 
 if TYPE_CHECKING:
     from ..activations import LearnableActivation
@@ -35,6 +35,7 @@ def parser() -> Parser:
         help="Plot a training: its recorded steps (or its checkpoints), followed by MODEL.",
     )
     add_calibration_flags(p, "Also plot the distribution of pre-activations on this data.")
+    add_model_flags(p)
     return p
 
 
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> None:
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
     check_file(args.output)
-    models = (args.model, args.revision), (args.against, args.against_revision)
+    models = (args.model, args.revision), (args.against, args.against_revision), hub_tokenizer(args.tokenizer)
     check_hub(models, [args.calibration_data])
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
@@ -91,9 +92,11 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     from ..checkpoints.load import load_checkpoint
     from ..checkpoints.provenance import Provenance
     from ..conversion import collect
+    from ..tasks.tokenizer import use_tokenizer
     from ..training.calibration import calibration_batches
 
-    checkpoint = load_checkpoint(args.model, revision=args.revision)
+    checkpoint = load_checkpoint(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=args.trust_remote_code)
     modules = {n: m for n, m in checkpoint.model.named_modules() if isinstance(m, LearnableActivation)}
     if not modules:
         raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")

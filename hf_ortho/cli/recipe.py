@@ -15,7 +15,7 @@ from ..text import suggestion
 from ..training.arguments import Recipe
 from .console import Parser, dashed
 from .launch import add_arguments
-from .network import check_hub
+from .network import check_hub, hub_tokenizer
 
 R = TypeVar("R", bound=Recipe)
 LAUNCH = ("accelerate_config", "num_processes")
@@ -96,8 +96,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
 def _check_places(values: dict[str, Any]) -> None:
     """``check_hub`` for the model, tokenizer and datasets of a recipe."""
     place = {key: str(value) for key, value in values.items() if value}
-    tokenizer = None if place.get("tokenizer") in ("bytes", "bpe") else place.get("tokenizer")
-    models = (place.get("model"), place.get("model_revision")), (tokenizer, None)
+    models = (place.get("model"), place.get("model_revision")), hub_tokenizer(place.get("tokenizer"))
     check_hub(models, [place.get("dataset"), place.get("eval_dataset")])
 
 

@@ -12,7 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints.activations import load_activations
-from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
+from ..checkpoints.custom_code import references
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
@@ -69,8 +70,13 @@ def contents_of(folder: str | os.PathLike) -> Contents:
 
 
 def _check_model(folder: Path) -> None:
+    code = references(json_object(folder / CONFIG_NAME).get("auto_map"))
+    for module in sorted({path.partition(".")[0] for path in code.values() if "--" not in path}):
+        if not (folder / f"{module}.py").is_file():
+            raise CheckpointError(f"{folder} is incomplete: {module}.py, which {CONFIG_NAME} names, is missing")
     try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if "AutoConfig" not in code:  # otherwise only code could read it, which a push does not run
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds
         raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {explain(error)}") from error
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
@@ -86,10 +92,10 @@ def _check_model(folder: Path) -> None:
             missing = {key for key, file in places.items() if file == shard} - shapes(folder / shard).keys()
             if missing:
                 raise CheckpointError(f"{folder} is incomplete: {shard} lacks {min(missing)}, which {index.name} lists")
-    if Provenance.of(json_object(folder / CONFIG_NAME), str(folder)).layers:
-        try:
-            load_activations(str(folder))
-        except ConfigError as error:
+    try:
+        load_activations(str(folder))
+    except ConfigError as error:  # it has none
+        if Provenance.of(json_object(folder / CONFIG_NAME), str(folder)).layers:
             raise CheckpointError(
                 f"{folder} is incomplete: its config names learnable activations, but its weights have none"
             ) from error
@@ -101,6 +107,7 @@ def _check_adapter(folder: Path) -> None:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name a peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{folder} is incomplete: it has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+    adapter_tensors(str(folder), config, None)  # checks the values of activations
     names = shapes(folder / ADAPTER_WEIGHTS)
     for layer in Provenance.of_adapter(config, str(folder / ADAPTER_CONFIG)).layers:
         if not any(f".{layer.module}." in name for name in names):

@@ -19,14 +19,15 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_mode
 
 from ..activations import base, parse
 from ..activations.registry import is_learnable
-from ..checkpoints.load import check_place
+from ..checkpoints.custom_code import GENERATED as MODULE
+from ..checkpoints.custom_code import references
+from ..checkpoints.place import check_place
 from ..conversion.sites import activation_fields
 from ..errors import CheckpointError, ConfigError
 from ..files import explain, json_object
 from ..kernels import cpu, dispatch
 from .standalone import DOCSTRING, Standalone
 
-MODULE = "modeling_hf_ortho"
 REMOTE_CODE = f"{MODULE}.py"
 IMPORTS = (
     ("copy", ""),
@@ -153,7 +154,7 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
 
     Raises:
         CheckpointError: there is no config.json, or no ``AutoModel...`` class loads the model.
-        ConfigError: the model has no learnable activations.
+        ConfigError: the model has no learnable activations, or is defined by its own code.
 
     Example:
         >>> _ = hf_ortho.convert(model, "hermite_3")
@@ -162,9 +163,10 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
         ['modeling_hf_ortho.py', 'config.json']
     """
     check_place(str(Path(folder).absolute()))  # never a Hub name
+    stored = json_object(Path(folder) / "config.json")
+    _refuse_own_code(stored.get("auto_map"), str(folder))
     try:
-        config = AutoConfig.from_pretrained(folder)
-        stored = json_object(Path(folder) / "config.json")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {explain(error)}") from error
     architecture = (config.architectures or ["none"])[0]
@@ -181,7 +183,7 @@ def enable_remote_code(model: PreTrainedModel) -> None:
 
     Raises:
         CheckpointError: no ``AutoModel...`` class loads the model.
-        ConfigError: the model has no learnable activations.
+        ConfigError: the model has no learnable activations, or is defined by its own code.
 
     Example:
         >>> _ = hf_ortho.convert(model, "hermite_3")
@@ -190,6 +192,7 @@ def enable_remote_code(model: PreTrainedModel) -> None:
         'modeling_hf_ortho.GPT2LMHeadModel'
     """
     architecture = type(model).__name__
+    _refuse_own_code(getattr(model.config, "auto_map", None), architecture)
     source, auto_map = _remote_code(model.config, architecture, architecture)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "hf_ortho"
@@ -201,6 +204,15 @@ def enable_remote_code(model: PreTrainedModel) -> None:
     )
     model.__class__ = subclass
     model.config.auto_map = auto_map
+
+
+def _refuse_own_code(auto_map: Any, where: str) -> None:
+    """Raise ConfigError for a model with code of its own, which generated code would replace."""
+    for reference in references(auto_map).values():
+        raise ConfigError(
+            f"{where} is defined by its own code, {reference.rpartition('--')[2].partition('.')[0]}.py, so no remote "
+            "code can be added; it loads with trust_remote_code=True where hf_ortho is imported"
+        )
 
 
 def _remote_code(config: PreTrainedConfig, architecture: str, where: str) -> tuple[str, dict[str, str]]:

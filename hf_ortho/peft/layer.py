@@ -10,8 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..activations import LearnableActivation, build
-from ..checkpoints.activations import SHARED
-from ..checkpoints.adapter import ATTRIBUTE
+from ..checkpoints.adapter import ATTRIBUTE, SHARED
 from ..errors import AdapterError
 
 

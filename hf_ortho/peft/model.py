@@ -149,17 +149,23 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
 
 def targeted_sites(model: PreTrainedModel, config: OrthoConfig) -> list[Site]:
     """The driving fields of ``model`` with the modules that ``config`` selects."""
+    for key, kinds in (("target_modules", str | list | tuple | set | None), ("fields", list | tuple | None)):
+        if not isinstance(value := getattr(config, key), kinds):
+            raise AdapterError(f"{key} {value!r} of the OrthoConfig: must be a list of names")
     sites, _ = find_sites(model, config.fields)
     driven = {path for site in sites for path in site.modules}
-    targets = sorted(driven) if config.target_modules is None else config.target_modules
-    matcher = dataclasses.replace(config, target_modules=targets)
-    chosen = {path for path, _ in model.named_modules() if path and check_target_module_exists(matcher, path)}
+    if config.target_modules is None:
+        chosen = driven
+    elif config.layers is not None:  # a saved adapter; matching a regular expression from a file may take forever
+        chosen = driven & {layer.module for layer in config.provenance.layers}
+    else:
+        chosen = {path for path, _ in model.named_modules() if path and check_target_module_exists(config, path)}
     if stray := sorted(chosen - driven):
         raise SiteError(
             f"target_modules {config.target_modules!r} selects {stray[0]}, which is not an activation driven by the "
             f"config of {type(model).__name__}; it drives {_some(driven)}"
         )
-    if not chosen:
+    if not chosen and config.layers is None:
         raise SiteError(
             f"target_modules {config.target_modules!r} selects nothing; the config of {type(model).__name__} drives "
             f"{_some(driven)}"

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from ..checkpoints.load import Checkpoint
 from ..errors import DataError
-from .data import images, text_chunks
+from .data import NO_TOKENIZER, images, text_chunks
 from .samples import batches
 
 
@@ -18,11 +18,13 @@ def unlabeled(
     if model.main_input_name == "pixel_values" and checkpoint.image_processor is not None:
         inputs = batches(images(rows, checkpoint.image_processor, name=name), samples * 8, size=8)
         return [{"pixel_values": batch["pixel_values"]} for batch in inputs]
-    if model.main_input_name != "input_ids" or checkpoint.tokenizer is None:
+    if model.main_input_name != "input_ids":
         raise DataError(
             f"{type(model).__name__} takes {model.main_input_name}, which --calibration-data cannot provide; "
             "calibrate it in Python with hf_ortho.convert(model, calibration=batches), or omit the flag"
         )
+    if checkpoint.tokenizer is None:
+        raise DataError(NO_TOKENIZER.format(model.name_or_path))
     size = block_size or min(512, checkpoint.tokenizer.model_max_length)
     inputs = batches(text_chunks(rows, checkpoint.tokenizer, size, name), samples)
     if model.config.is_encoder_decoder:

@@ -17,6 +17,9 @@ from .shards import BUILDERS, files_of, load_files, why_unreadable
 
 TRAIN, HELD_BACK = ("train",), ("validation", "valid", "dev", "test")
 BLOCK_FEATURES = Features({key: List(Value("int64")) for key in ("input_ids", "labels")})
+NO_TOKENIZER = (
+    "{} has no tokenizer, so text cannot be read for it; give one with --tokenizer (a folder, a Hub model, or bytes)"
+)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
@@ -104,7 +107,7 @@ def tokens_per_sample(checkpoint: Checkpoint, arguments: DataArguments) -> int:
         ConfigError: ``block_size`` is less than 2 or exceeds the context length.
     """
     if checkpoint.tokenizer is None:
-        raise DataError(f"{checkpoint.model.name_or_path} has no tokenizer, so text cannot be read for it")
+        raise DataError(NO_TOKENIZER.format(checkpoint.model.name_or_path))
     context = getattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", None) or 1024
     size = arguments.block_size or min(context, 1024)
     if not 2 <= size <= context:

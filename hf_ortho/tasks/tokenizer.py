@@ -1,13 +1,58 @@
-"""Tokenizers for models trained from scratch: one token per byte, or byte-pair encoding learned from the corpus."""
+"""Tokenizers by name, for models that have none: saved ones, one token per byte, or byte-pair encoding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ..checkpoints.load import Checkpoint
+from ..checkpoints.place import check_exists
+from ..checkpoints.processors import TOKENIZER_FILES, processor_of
+from ..errors import CheckpointError, ConfigError
+from ..files import explain
 
 END = "<|endoftext|>"
+
+
+def named_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """``bytes``, or the tokenizer of a folder or Hub model.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    check_exists(name)
+    try:
+        tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, revision, trust_remote_code)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the libraries raise for such files
+        raise CheckpointError(f"the tokenizer of {name}: {explain(error)}") from error
+    if tokenizer is None:
+        raise CheckpointError(f"{name} has no tokenizer; give another folder or Hub model, or bytes")
+    return tokenizer
+
+
+def use_tokenizer(checkpoint: Checkpoint, name: str | None, *, trust_remote_code: bool = False) -> None:
+    """Replace the tokenizer of a checkpoint by that with a name, see ``named_tokenizer``; nothing for None.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it has more tokens than the vocabulary of the model.
+    """
+    if name is None:
+        return
+    tokenizer = named_tokenizer(name, trust_remote_code=trust_remote_code)
+    size = getattr(checkpoint.model.config.get_text_config(), "vocab_size", None) or 0
+    if len(tokenizer) > size:
+        raise ConfigError(
+            f"tokenizer {name} has {len(tokenizer)} tokens, but the vocabulary of {checkpoint.name} has only {size}"
+        )
+    checkpoint.tokenizer = tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -58,7 +58,10 @@ class ModelArguments:
     )
     tokenizer: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "With init scratch: bytes, bpe (learned from the dataset), a folder or a Hub name."},
+        metadata={
+            "help": "Tokenizer: a folder, a Hub name, bytes, or with init scratch bpe (learned from the dataset). "
+            "Default: the one of the model."
+        },
     )
     vocab_size: int = dataclasses.field(default=4096, metadata={"help": "Vocabulary size of tokenizer bpe."})
     image_processor_overrides: dict | str | None = dataclasses.field(
@@ -79,6 +82,14 @@ class ModelArguments:
         metadata={
             "help": "Recompute the activations in the backward pass instead of saving their outputs for the next "
             "linear layer. Gives the same weights with less memory, but one extra forward per activation."
+        },
+    )
+
+    trust_remote_code: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Run the code in the repository of a model that needs it; read it first. Otherwise such a model is "
+            "refused."
         },
     )
 

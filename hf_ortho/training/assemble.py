@@ -17,8 +17,10 @@ from ..conversion.sites import find_sites
 from ..errors import ConfigError, HfOrthoError
 from ..files import explain
 from ..recompute import fuse_mlp
+from ..tasks import TASKS
 from ..tasks.samples import batches, load_splits
 from ..tasks.stream import Stream
+from ..tasks.tokenizer import use_tokenizer
 from .adapters import add_adapter, add_lora
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
@@ -38,7 +40,12 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
         checkpoint, report = scratch_checkpoint(arguments, recipe.data, training.seed)
     else:
         place, report = str(arguments.model), None
-        checkpoint = load_checkpoint(place, revision=arguments.model_revision, dtype=arguments.dtype, **sharding())
+        if arguments.tokenizer == "bpe":
+            raise ConfigError("tokenizer bpe: learned from the dataset, only with init scratch")
+        options = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code, **sharding()}
+        auto_classes = [task.auto_class for task in TASKS]
+        checkpoint = load_checkpoint(place, revision=arguments.model_revision, auto_classes=auto_classes, **options)
+        use_tokenizer(checkpoint, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
     with training.main_process_first(desc="preparing the data"):  # the other processes read its cache
         seed = training.seed if training.data_seed is None else training.data_seed
         train, held_back = load_splits(checkpoint, recipe.data, seed)

@@ -11,7 +11,6 @@ from transformers import (
     IMAGE_PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
@@ -21,7 +20,10 @@ from transformers.activations import ACT2FN
 from ..activations import LearnableActivation, build
 from ..activations.base import INITIALIZATIONS
 from ..activations.registry import check_name
-from ..checkpoints.load import IMAGE_FILES, TOKENIZER_FILES, Checkpoint, check_place, processor_of
+from ..checkpoints.custom_code import custom_class, load_config, references
+from ..checkpoints.load import Checkpoint
+from ..checkpoints.place import check_place
+from ..checkpoints.processors import IMAGE_FILES, processor_of
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.revision import model_commit
 from ..conversion import ConversionReport, convert
@@ -30,7 +32,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import explain
 from ..tasks import SUPPORTED, TASKS, data
 from ..tasks.stream import read, without_rows
-from ..tasks.tokenizer import bpe_tokenizer, byte_tokenizer
+from ..tasks.tokenizer import bpe_tokenizer, named_tokenizer
 from ..text import suggestion
 from .arguments import DataArguments, ModelArguments
 from .tensor_parallel import sharding
@@ -54,8 +56,7 @@ def scratch_checkpoint(
     if sharding():
         raise ConfigError("init scratch cannot be combined with tensor parallelism; use multi_gpu or fsdp2")
     config, commit = _config(arguments)
-    classes = (task.model_class(config) for task in TASKS)
-    cls = next((cls for cls in classes if cls is not None), None)
+    cls = _class_of(config, arguments, commit)
     if cls is None:
         raise ConfigError(f"model_type {config.model_type!r} has no supported task; init scratch supports: {SUPPORTED}")
     tokenizer = image_processor = None
@@ -75,6 +76,17 @@ def scratch_checkpoint(
         raise ConfigError(f"dtype {arguments.dtype!r}: must be one of {', '.join(DTYPES)}")
     torch.nn.Module.to(model, DTYPES[arguments.dtype])
     return Checkpoint(model, tokenizer, image_processor, commit), report
+
+
+def _class_of(config: PreTrainedConfig, arguments: ModelArguments, commit: str | None) -> type[PreTrainedModel] | None:
+    """The class of the first task that has one for this config, in transformers or in the code beside the config."""
+    custom = references(getattr(config, "auto_map", None)) if arguments.trust_remote_code else {}
+    for task in TASKS:
+        if arguments.model and task.auto_class in custom:
+            return custom_class(arguments.model, commit, task.auto_class, custom[task.auto_class])
+        if (cls := task.model_class(config)) is not None:
+            return cls
+    return None
 
 
 def build_model(
@@ -128,11 +140,13 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
             check_place(arguments.model)
             commit = model_commit(arguments.model, arguments.model_revision)
             revision = commit or arguments.model_revision
-            config = AutoConfig.from_pretrained(arguments.model, revision=revision)
+            config = load_config(arguments.model, revision, arguments.trust_remote_code)
             stored = PreTrainedConfig.get_config_dict(arguments.model, revision=revision)[0]
             stored.pop("hf_ortho", None)  # the provenance of the original weights
         else:
             config, stored = AutoConfig.for_model(str(arguments.model_type)), {}
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the config of {arguments.model or arguments.model_type}: {explain(error)}") from error
     known = {*config.to_dict(), *config.attribute_map}
@@ -147,8 +161,6 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
 
 def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None):
     name = arguments.tokenizer
-    if name == "bytes":
-        return byte_tokenizer()
     if name == "bpe":
         if not arguments.vocab_size >= 257:
             raise ConfigError(f"vocab_size {arguments.vocab_size}: a byte-level tokenizer needs at least 257")
@@ -156,13 +168,7 @@ def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit:
     place = name or arguments.model
     if not place:
         raise ConfigError("tokenizer is missing; give bytes, bpe (learned from the dataset), a folder or a Hub name")
-    try:
-        tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, place, commit if place == arguments.model else None)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer of {place}: {explain(error)}") from error
-    if tokenizer is None:
-        raise CheckpointError(f"{place} has no tokenizer; set tokenizer to bytes, bpe, a folder or a Hub name")
-    return tokenizer
+    return named_tokenizer(place, commit if place == arguments.model else None, arguments.trust_remote_code)
 
 
 def _texts(arguments: DataArguments):
@@ -178,7 +184,8 @@ def _texts(arguments: DataArguments):
 def _image_processor(arguments: ModelArguments, config: PreTrainedConfig, commit: str | None):
     options = cast(dict, arguments.image_processor_overrides)
     if arguments.model:
-        processor = processor_of(AutoImageProcessor, IMAGE_FILES, arguments.model, commit)
+        trust = arguments.trust_remote_code
+        processor = processor_of(AutoImageProcessor, IMAGE_FILES, arguments.model, commit, trust)
         if processor is None:
             raise CheckpointError(f"{arguments.model} has no image processor; give model_type instead of model")
         cls: Any = type(processor)

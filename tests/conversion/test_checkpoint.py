@@ -43,7 +43,7 @@ def _config(text):
         (_folder_without_config, "is not a checkpoint"),
         (lambda path: path.write_text("{}"), "is not a checkpoint"),
         (_config(json.dumps({"model_type": "gpt2", "architectures": ["NoSuchModel"]})), "'NoSuchModel'"),
-        (_config(json.dumps({"model_type": "gpt2"})), "'none' under architectures"),
+        (_config(json.dumps({"model_type": "gpt2"})), "cannot be loaded"),
         (_config(json.dumps({"model_type": "no_such_type", "architectures": ["GPT2LMHeadModel"]})), "no_such_type"),
         (_config(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})), "cannot be loaded"),
         (_config("{broken"), "cannot be loaded"),
@@ -65,7 +65,7 @@ def test_truncated_weights(gpt2, tmp_path):
     gpt2().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="cannot be loaded") as error:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or truncated") as error:
         load_checkpoint(str(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -64,7 +64,7 @@ BROKEN = {
     "the source's weights": (
         "single",
         lambda f: shutil.copy(f.parent / "source.safetensors", f / "model.safetensors"),
-        "its config names learnable activations, but its weights have none",
+        "is incomplete: its weights lack transformer.h.0.mlp.act.domain",
     ),
     "a broken link": ("single", lambda f: (f / "vocab.json").symlink_to(f / "blob"), "vocab.json is a link to a "),
     "an adapter without weights": (

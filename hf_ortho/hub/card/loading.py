@@ -6,6 +6,7 @@ import json
 import re
 
 from ...checkpoints.adapter import base_revision
+from ...checkpoints.custom_code import references
 from ...checkpoints.provenance import Provenance
 from ...errors import CheckpointError
 from ...tasks import head_of
@@ -33,6 +34,8 @@ def model_loading(config: dict, place: str, remote_code: bool) -> Markdown:
     activation = Provenance.of(config, place).activation
     imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
+    own_code = references(config.get("auto_map"))
+    load += ", trust_remote_code=True" if own_code else ""
     parts: list[str] = [code_block(f"{imports}{load})", "python")]
     if remote_code:
         parts += [

@@ -1,0 +1,67 @@
+"""Check that the weights of a checkpoint and the tensors of its model are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..activations import LearnableActivation
+from ..errors import CheckpointError
+from .activations import NAMES
+
+logger = logging.get_logger("hf_ortho")
+
+COUNTER = ".num_batches_tracked"  # of a batch norm; not stored by old versions of torch, and not used in evaluation
+
+
+def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False) -> None:
+    """Check the ``loading_info`` of ``from_pretrained``: no tensor of ``model`` may have been initialized at random.
+
+    Tied tensors and those that transformers declares optional are not in ``info``. Tensors that the model does not
+    use, such as other heads, are noted in the log.
+
+    Args:
+        new_head: whether the tensors outside the base model may be missing or have other shapes.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or the weights of an activation are not used.
+    """
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "-") else ""
+
+    def needed(key: str) -> bool:
+        return not key.endswith(COUNTER) and (not new_head or key.startswith(base))
+
+    cls = type(model).__name__
+    if missing := sorted(filter(needed, info["missing_keys"])):
+        raise CheckpointError(f"{name} is incomplete: its weights lack {some(missing)} of {cls}")
+    if mismatched := sorted(entry for entry in info["mismatched_keys"] if needed(entry[0])):
+        key, stored, expected = mismatched[0]
+        more = f" ({len(mismatched) - 1} more)" if mismatched[1:] else ""
+        raise CheckpointError(
+            f"{name} does not fit its config: {key} has the shape {list(stored)}, not {list(expected)}{more}"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if activations := [key for key in unexpected if _of_activation(key, unexpected, model)]:
+        raise CheckpointError(
+            f"{name} does not fit its config, which does not name the activations of {some(activations)}"
+        )
+    if unexpected:
+        logger.warning(f"note: {cls} does not use {some(unexpected)} of {name}")
+
+
+def some(keys: Iterable[str], most: int = 3) -> str:
+    """The first keys and the number of the others."""
+    first, rest = list(keys)[:most], list(keys)[most:]
+    return ", ".join(first) + (f" and {len(rest)} more tensors" if rest else "")
+
+
+def _of_activation(key: str, unexpected: list[str], model: PreTrainedModel) -> bool:
+    """Whether a tensor that the model does not have belongs to a learnable activation."""
+    path, _, leaf = key.rpartition(".")
+    if isinstance(dict(model.named_modules()).get(path), LearnableActivation):
+        return True
+    beside = {other.rpartition(".")[2] for other in unexpected if other.rpartition(".")[0] == path} & NAMES
+    return leaf in NAMES and bool(len(beside) > 1 or beside & {"tail_slopes", "coefficients"})
