@@ -133,7 +133,7 @@ class Grid:
         by_label: dict[str, Artist] = {}
         for axes in self.figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                by_label.setdefault(literal(label), handle)
+                by_label.setdefault(literal(_shortened(label)), handle)
         longest = max(map(len, by_label), default=1)
         columns = max(1, min(len(by_label), int(self.size[0] / (0.075 * longest + 0.5))))
         self.figure.legend(
@@ -141,11 +141,13 @@ class Grid:
         )
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
 def _wrapped(text: str, width: int) -> str:
     """``text`` with long paths broken after dots, slashes and underscores, to keep titles from overlapping."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    breakable = re.sub(r"(?<=[./_])(?=\S)", "\0 ", visible(text))
+    breakable = re.sub(r"(?<=[./_])(?=\S)", "\0 ", visible(_shortened(text)))
     return literal(textwrap.fill(breakable, width).replace("\0 ", "").replace("\0", ""))
 
 
