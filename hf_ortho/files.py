@@ -20,7 +20,8 @@ from .errors import CheckpointError, HfOrthoError, OutputError
 logger = logging.getLogger("hf_ortho")
 
 MANIFEST = ".hf_ortho.json"
-TRAINING_MANIFEST = "manifest.json"  # file sizes of a training checkpoint
+TRAINING_MANIFEST = "manifest.json"  # sizes and checksums of the files of a training checkpoint
+TRAINING_RECIPE = "training_recipe.json"  # settings of the training that saved a checkpoint
 DRAFT = ".hf_ortho-"
 
 
@@ -191,6 +192,16 @@ def checksum(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, where the file system supports it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def listed(folder: Path) -> dict[str, str]:

@@ -115,8 +115,8 @@ def randomized():
         module = build(name).double()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for key, value in module.named_parameters():
-                if key != "domain":
+            for value in module.parameters():
+                if value.requires_grad:
                     value += spread * torch.randn(value.shape, generator=generator, dtype=value.dtype)
             if domain is not None:
                 module.domain.copy_(torch.tensor(domain, dtype=torch.float64))

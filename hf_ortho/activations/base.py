@@ -28,6 +28,7 @@ from .registry import MAX_DEGREE
 logger = logging.get_logger("hf_ortho")
 
 INITIALIZATIONS = ("paper", "unit")
+SHARED = ("domain", "tail_slopes")  # the tensors common to all families, frozen by default
 
 
 class LearnableActivation(nn.Module):
@@ -37,9 +38,9 @@ class LearnableActivation(nn.Module):
 
         f(x) = S(t) + s_lo * min(x - lo, 0) + s_hi * max(x - hi, 0).
 
-    ``domain`` = [lo, hi] is a float32 parameter, frozen by default. The default [-inf, inf] gives the paper's pure
-    series. ``tail_slopes`` = [s_lo, s_hi] is a float32 buffer. The parameters of the series are float32 vectors, shared
-    over all positions and channels.
+    ``domain`` = [lo, hi] and ``tail_slopes`` = [s_lo, s_hi] are float32 parameters, frozen by default. The default
+    domain [-inf, inf] gives the paper's pure series. The parameters of the series are float32 vectors, shared over all
+    positions and channels.
 
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64).
@@ -75,7 +76,7 @@ class LearnableActivation(nn.Module):
     series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype
     series_derivative: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S'(x), likewise
     domain: nn.Parameter
-    tail_slopes: Tensor
+    tail_slopes: nn.Parameter
 
     def __init__(self, degree: int | None = None, *, init: str = "paper"):
         super().__init__()
@@ -91,15 +92,12 @@ class LearnableActivation(nn.Module):
     def _create(self, initial: dict[str, list[float]]) -> None:
         # Python floats survive construction on the meta device.
         self._initial = {name: list(values) for name, values in initial.items()}
-        self._names = "domain", "tail_slopes", *self._initial
+        self._names = *SHARED, *self._initial
         self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
         # An explicit float32 keeps float32 on every load path of transformers.
         for name, values in self._initial.items():
             empty = torch.empty(len(values), dtype=torch.float32)
-            if name == "tail_slopes":
-                self.register_buffer(name, empty)
-            else:
-                self.register_parameter(name, nn.Parameter(empty, requires_grad=name != "domain"))
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=name not in SHARED))
         self._initialized = False
         if not self.domain.is_meta:
             self.reset_parameters()
@@ -298,7 +296,8 @@ class LearnableActivation(nn.Module):
 
                 value = distribute_tensor(value, stored.device_mesh, stored.placements)
             copy(stored, value)
-        self.domain.requires_grad_(False)
+        for name in SHARED:  # transformers makes all that it loads trainable
+            getattr(self, name).requires_grad_(False)
         self._initialized = True
 
     @property

@@ -8,6 +8,7 @@ import json
 from transformers.activations import ACT2FN
 
 from ..activations import FitReport, LearnableActivation, build, named
+from ..activations.base import SHARED
 from ..activations.registry import is_learnable
 from ..errors import FitError
 from ..fitting.density import DATA_FREE
@@ -63,12 +64,10 @@ class Fit:
 
     def parameters(self) -> str:
         """All parameters as JSON, one per line, in the shortest decimals that round-trip in float32."""
-        stored = {**dict(self.module.named_parameters()), "tail_slopes": self.module.tail_slopes}
-        shown = (
-            stored if self.tails else {name: v for name, v in stored.items() if name not in ("domain", "tail_slopes")}
-        )
         lines = (
-            f"  {json.dumps(k)}: {json.dumps([float(str(n)) for n in v.detach().numpy()])}" for k, v in shown.items()
+            f"  {json.dumps(k)}: {json.dumps([float(str(n)) for n in v.detach().numpy()])}"
+            for k, v in self.module.named_parameters()
+            if self.tails or k not in SHARED
         )
         return "{\n" + ",\n".join(lines) + "\n}"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..activations import FAMILIES, LearnableActivation, parse
-from ..activations.base import MAX_DEGREE
+from ..activations.base import MAX_DEGREE, SHARED
 from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain, json_object
 from ..path_patterns import thin
@@ -22,7 +22,6 @@ from . import weights
 from .adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    SHARED,
     adapter_config,
     adapter_keys,
     base_revision,

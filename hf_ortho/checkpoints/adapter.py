@@ -11,6 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import cached_file
 
+from ..activations.base import SHARED
 from ..errors import CheckpointError
 from ..files import explain, json_object
 from . import weights
@@ -19,7 +20,6 @@ from .values import check_values
 
 LABELS = "labels.json"  # the classes of a new head
 ATTRIBUTE = "hf_ortho_act"  # attribute of an OrthoLayer with the activations by adapter name
-SHARED = ("domain", "tail_slopes")  # the tensors common to all families of activations
 PREFIX, SUFFIX = "base_model.model.", f".{ATTRIBUTE}"  # around a module's path in the names of its tensors
 
 

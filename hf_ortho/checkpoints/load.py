@@ -28,6 +28,7 @@ from .adapter import (
     base_revision,
     has_safetensors,
 )
+from .carry import Source, carry
 from .custom_code import custom_class, load_config, references, refusal
 from .keys import check_keys
 from .patterns import check_patterns
@@ -47,8 +48,8 @@ class Checkpoint:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
         new_head: name of a head with new weights for the classes of a dataset; empty without one.
         merged: whether the model is a merged adapter.
-        name: the folder or Hub model that it was loaded from; empty for a new model.
-        revision: the requested branch, tag or commit.
+        source: where the model was loaded from (for a merged adapter, its base model): ``save_checkpoint`` carries over
+            its other files. None for a new model.
     """
 
     model: PreTrainedModel
@@ -57,8 +58,7 @@ class Checkpoint:
     commit: str | None
     new_head: str = ""
     merged: bool = False
-    name: str = ""
-    revision: str | None = None
+    source: Source | None = None
 
     @property
     def processor(self):
@@ -120,7 +120,7 @@ def load_checkpoint(
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
     if not cls.is_remote_code():
         vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit, name=name, revision=revision)
+    return Checkpoint(model, tokenizer, images, commit, source=Source(name, commit))
 
 
 @contextlib.contextmanager
@@ -215,11 +215,14 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     _check_activations(name, _activations_of(model))
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, name=name, revision=revision)
+    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True)
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
-    """Write the model (with the tensors of ``state_dict``), its config and its processors to an existing folder."""
+    """Write the model (with the tensors of ``state_dict``), its config and its processors to an existing folder.
+
+    The folder of a full model also gets the other files of its source, see ``carry``.
+    """
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
     if checkpoint.new_head and hasattr(checkpoint.model, "peft_config"):
         labels = json.dumps(checkpoint.model.config.id2label, indent=1)
@@ -227,3 +230,5 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | Non
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):
         if processor is not None:
             processor.save_pretrained(folder)
+    if checkpoint.source is not None and not (folder / ADAPTER_CONFIG).is_file():
+        carry(checkpoint.source, folder)  # an adapter needs none of them: its base model has them

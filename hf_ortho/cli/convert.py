@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
@@ -108,7 +109,7 @@ def run(argv: list[str]) -> None:
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
     with output.writing() as draft:
         save_checkpoint(checkpoint, draft)
-        report.plot(draft / "activations.png")
+        report.plot(draft / "activations.png", f"{Path(args.model).name}: {report.activation}")
         report.modules.clear()  # free the source modules before reloading
         write_card(
             draft,

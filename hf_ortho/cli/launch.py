@@ -102,6 +102,10 @@ def _processes(name: str, file: Path, requested: str | None) -> int:
         raise ConfigError(f"accelerate_config {name} is not an Accelerate config: {reason}") from error
     devices = torch.accelerator.device_count()
     kind = config.distributed_type
+    if kind == DistributedType.FSDP and int(config.fsdp_config.get("fsdp_version", 1)) == 1:
+        from ..training.distributed import FSDP1
+
+        raise ConfigError(f"accelerate_config {name}: {FSDP1}")
     if not devices and (config.parallelism_config or kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)):
         raise ConfigError(
             f"accelerate_config {name} requires GPUs, but this machine has none; multi_gpu also runs on the CPU"

@@ -29,6 +29,16 @@ def parser() -> Parser:
         action="store_true",
         help="Add code that loads the model without hf_ortho (trust_remote_code=True).",
     )
+    p.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="Glob pattern of further files to push, such as '*.py' (repeatable). Default: only what the model needs.",
+    )
+    p.add_argument(
+        "--base-model", metavar="ID", help="Hub id of the base model, if the model was made from a local folder."
+    )
     p.add_argument("--commit-message", metavar="MESSAGE", help="Commit message. Default: the version of hf_ortho.")
     return p
 
@@ -41,9 +51,9 @@ def run(argv: list[str]) -> None:
     from ..hub.contents import contents_of
     from ..hub.push import push
 
-    left_out = contents_of(args.folder).left_out
+    left_out = contents_of(args.folder, args.include).left_out
     if left_out:
-        console.print(f"Left out: {', '.join(left_out)}")
+        console.print(f"Left out (--include adds files): {', '.join(left_out)}")
     url = push(
         args.folder,
         args.repo_id,
@@ -51,6 +61,8 @@ def run(argv: list[str]) -> None:
         revision=args.revision,
         create_pr=args.create_pr,
         remote_code=args.remote_code,
+        include=args.include,
+        base_model=args.base_model,
         commit_message=args.commit_message,
     )
     console.print(f"{args.folder} is at {url}")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from ..errors import ConfigError
 from ..files import explain, why
+from ..tasks import METRICS
 from ..text import suggestion
 from ..training.arguments import Recipe
 from .console import Parser, dashed
@@ -78,6 +79,11 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
         raise ConfigError("output_dir is missing; give --output_dir, or output_dir in the config")
     if values["report_to"] is None:
         values["report_to"] = "none"
+    metric = METRICS.get(str(values["metric_for_best_model"]).removeprefix("eval_"))
+    if (
+        metric is not None and values["greater_is_better"] is None
+    ):  # Trainer takes all but the loss as greater is better
+        values["greater_is_better"] = metric.greater_is_better
     try:
         recipe = kind(*p.parse_dict(values))
         # Check the scheduler arguments now: Trainer only reads them after creating the output folder.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import itertools
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,6 +20,7 @@ from ..errors import CalibrationError
 from ..files import explain
 from ..fitting.histogram import Histogram
 from ..processes import collective_device, several_processes, sum_over_processes
+from .sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Calibration:
         loss: the mean loss, None without labels.
         first: the first batch; empty in a process without batches.
         reference: the output on the first samples in float32.
-        noise_floor: relative error of the same output in the model's dtype; None for float32.
+        noise_floor: relative error of the same output in the model's dtype; None for float32, or a quantized model.
     """
 
     batches: Iterable | None = None
@@ -41,13 +44,13 @@ class Calibration:
     noise_floor: float | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, modules: Iterable[str], batches: Iterable | None) -> Calibration:
+    def of(cls, model: PreTrainedModel, sites: Iterable[Site], batches: Iterable | None) -> Calibration:
         """Run ``model`` over ``batches``; raises as ``collect``."""
         if batches is None:
             return cls()
         rest = iter(batches)
         first = tuple(itertools.islice(rest, 1))
-        histograms, loss = collect(model, modules, itertools.chain(first, rest))
+        histograms, loss = collect_sites(model, sites, itertools.chain(first, rest))
         reference, noise_floor = _reference(model, first[0]) if first else (None, None)
         return cls(batches, histograms, loss, first, reference, noise_floor)
 
@@ -69,7 +72,7 @@ def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
     """The output of the source model in float32. For a lower precision, also the model's error relative to it."""
     with torch.no_grad():
         output = main_output(model, batch, sample=True)
-    if torch.finfo(model.dtype).bits >= 32:
+    if torch.finfo(model.dtype).bits >= 32 or getattr(model, "hf_quantizer", None) is not None:
         return output, None
     try:
         with torch.no_grad():
@@ -126,6 +129,18 @@ def collect(
             histogram.reduce(collective_device(model.device))
         histogram.check(name)
     return {name: histogram for name, histogram in histograms.items() if histogram.counts.any()}, loss
+
+
+def collect_sites(
+    model: PreTrainedModel, sites: Iterable[Site], batches: Iterable
+) -> tuple[dict[str, Histogram], float | None]:
+    """``collect`` for the modules of ``sites``; tied modules have one histogram of the inputs of all of them."""
+    tied = {path: source for site in sites for path, source in site.tied}
+    histograms, loss = collect(model, [path for site in sites for path in site.modules], batches)
+    for path, source in tied.items():
+        if path in histograms:
+            histograms.setdefault(source, Histogram()).add(histograms[path])
+    return histograms | {path: histograms[source] for path, source in tied.items() if source in histograms}, loss
 
 
 def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -211,9 +226,16 @@ def _forward(model: PreTrainedModel, inputs: dict, where: str):
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     try:
-        return model(**inputs)
+        with _uncompiled():
+            return model(**inputs)
     except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
         raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {explain(error)}") from error
+
+
+def _uncompiled():
+    """Compiled code may ignore new hooks."""
+    compiling = "torch._dynamo" in sys.modules  # otherwise nothing is compiled, and this would import it
+    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
 
 
 def _inputs(batch, where: str, model: PreTrainedModel) -> dict:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -21,8 +22,10 @@ from .fit_sites import Fitted, fit_site, fit_smallest
 from .replace import replace_modules
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites
+from .states import plain_model
 
 
+@torch.inference_mode(False)  # inference tensors could not be trained
 def convert(
     model: PreTrainedModel,
     activation: str = "hermite",
@@ -43,7 +46,8 @@ def convert(
     a model first.
 
     Args:
-        model: any transformers model whose config names its activation.
+        model: any transformers model whose config names its activation; also quantized, or wrapped by
+            ``torch.compile``, but not offloaded, sharded, or with peft adapters attached.
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``; or a family,
             with ``degree`` or its default degree.
         degree: 1 to 32, or ``"auto"``: for each config field, the smallest degree with a root mean square error of at
@@ -67,7 +71,7 @@ def convert(
 
     Raises:
         ActivationNameError: the family or degree does not exist.
-        SiteError: the config drives no activation.
+        SiteError: the config drives no activation, or ``model`` is in another state; the error names what to convert.
         CalibrationError: the calibration data is empty, of the wrong kind, or not finite, or ``distill`` has none.
         FitError: an activation of the model cannot be fitted, or no degree reaches ``tolerance``.
         CheckpointError: the entry ``hf_ortho`` in the config of the model is invalid.
@@ -88,9 +92,10 @@ def convert(
     if calibration is not None:
         check_batches(calibration)
     check_steps(distill, calibration)
+    model = plain_model(model)
     sites, left_alone = find_sites(model, fields)
     Provenance.of(model.config)  # raises on an invalid entry before any work is done
-    source = Calibration.of(model, [name for site in sites for name in site.modules], calibration)
+    source = Calibration.of(model, sites, calibration)
     fitting = time.perf_counter()
     fitted: Fitted = {}
     names: dict[str, str] = {}
@@ -159,6 +164,7 @@ def revert(model: PreTrainedModel) -> list[str]:
         >>> model.config.activation_function
         'gelu_new'
     """
+    model = plain_model(model)
     provenance = Provenance.of(model.config)
     sources = provenance.source_activations
     if not sources:

@@ -70,7 +70,9 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
         raise CalibrationError("distill needs calibration batches in every process")
     several = len(seen) > 1
     held_out = seen.pop() if several else seen[0]
-    learned = [cast(LearnableActivation, model.get_submodule(path)) for path in sources]
+    pairs = [(cast(LearnableActivation, model.get_submodule(path)), source) for path, source in sources.items()]
+    pairs = list({id(module.domain): (module, source) for module, source in pairs}.values())  # tied modules once
+    learned = [module for module, _ in pairs]
     before = {id(module): {k: v.clone() for k, v in module.state_dict().items()} for module in learned}
 
     def error(batch) -> Tensor:
@@ -83,7 +85,7 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
             error_before = float(mean_over_processes(error(held_out)))
         if not 0 < error_before < math.inf:
             return Distillation(0, 0.0, 0.0, several)
-        scales = [s for module, source in zip(learned, sources.values(), strict=True) for s in _scales(module, source)]
+        scales = [scale for module, source in pairs for scale in _scales(module, source)]
         starts = [p.detach().clone() for p in parameters]
         offsets = [torch.zeros_like(p, requires_grad=True) for p in parameters]
         optimizer = torch.optim.Adam(offsets, lr=RATE)
@@ -119,10 +121,12 @@ def _swapped(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Iterator[
 
 @contextlib.contextmanager
 def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]:
-    """The finite parameters of ``modules``; only they require gradients inside the block."""
+    """The ``_distilled`` parameters of ``modules``; only they require gradients inside the block."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
-    chosen = [p.requires_grad_() for module in modules for p in module.parameters() if torch.isfinite(p).all()]
+    chosen = [p for module in modules for p in _distilled(module).values()]
+    for p in chosen:
+        p.requires_grad_()
     try:
         yield chosen
     finally:
@@ -130,12 +134,17 @@ def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]
             p.requires_grad_(flag)
 
 
+def _distilled(module: LearnableActivation) -> dict[str, nn.Parameter]:
+    """The parameters of the series, and the domain if it is finite."""
+    return {n: p for n, p in module.named_parameters() if n != "tail_slopes" and torch.isfinite(p).all()}
+
+
 @torch.no_grad()
 def _scales(module: LearnableActivation, source: nn.Module) -> list[Tensor]:
-    """The step of each finite parameter that changes f by its error against the source, under ``DATA_FREE``."""
+    """The step of each ``_distilled`` parameter that changes f by its error against the source, under ``DATA_FREE``."""
     x = DATA_FREE.mean + DATA_FREE.deviation * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
     x = x.to(module.domain.device)
-    state = {name: p for name, p in module.named_parameters() if torch.isfinite(p).all()}
+    state = _distilled(module)
     slopes = torch.func.jacrev(lambda values: torch.func.functional_call(module, values, (x,)))(state)
     miss = (module(x) - source(x)).square().mean().sqrt()
     return [miss / slope.square().mean(0).sqrt().clamp(min=1e-3) for slope in slopes.values()]

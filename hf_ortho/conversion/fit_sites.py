@@ -79,21 +79,21 @@ def _fits(
     options: FitOptions,
 ) -> Iterator[tuple[LearnableActivation, LayerReport]]:
     """Fit the modules of ``site`` at ``paths`` one after the other; equal fits are computed once."""
-    data_free: tuple[LearnableActivation, FitReport] | None = None
+    done: dict[int, tuple[LearnableActivation, FitReport]] = {}  # by the histogram, which tied modules share
     for path in paths:
         source, histogram = model.get_submodule(path), histograms.get(path)
         plain = next(source.parameters(), None) is None
         new = family(degree)
-        if histogram is None and data_free is not None and plain:
-            new.load_state_dict(data_free[0].state_dict())
-            fit = data_free[1]
+        if plain and id(histogram) in done:
+            equal, fit = done[id(histogram)]
+            new.load_state_dict(equal.state_dict())
         else:
             try:
                 fit = new.fit(source, histogram=histogram, name=site.source, **vars(options))
             except FitError as error:
                 raise FitError(f"{path}: {error}") from error
-            if histogram is None and plain:
-                data_free = new, fit
+            if plain:
+                done[id(histogram)] = new, fit
         _agree(new)
         yield new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
 

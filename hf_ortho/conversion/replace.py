@@ -20,11 +20,13 @@ def replace_modules(
         A function that undoes it.
 
     Raises:
-        SiteError: a model built from the new config has other tensors; ``model`` is unchanged.
+        SiteError: a model built from the new config has other activations; ``model`` is unchanged.
     """
     old = {path: model.get_submodule(path) for path in modules}
+    ties = model.all_tied_weights_keys
 
     def restore() -> None:
+        model.all_tied_weights_keys = ties
         for path, module in old.items():
             model.set_submodule(path, module)
         for site in sites:
@@ -35,12 +37,34 @@ def replace_modules(
             model.set_submodule(path, module)
         for site in sites:
             set_field(model.config, site.field, site.prefix + names[site.field])
-        expected = {k: v.shape for k, v in rebuild(model, model.config).state_dict().items()}
-        actual = {k: v.shape for k, v in model.state_dict().items()}
-        if expected != actual:
-            odd = min(k for k in expected.keys() | actual.keys() if expected.get(k) != actual.get(k))
-            raise SiteError(f"the converted model could not be reloaded: its config builds other tensors ({odd} ...)")
+        twin = rebuild(model, model.config)
+        _tie(model, modules, twin.all_tied_weights_keys)
+        for path in modules:  # only these: a quantized model, or one with a new head, has other tensors elsewhere
+            expected, actual = (
+                {k: v.shape for k, v in m.get_submodule(path).state_dict().items()} for m in (twin, model)
+            )
+            if expected != actual:
+                odd = min(k for k in expected.keys() | actual.keys() if expected.get(k) != actual.get(k))
+                raise SiteError(
+                    f"the converted model could not be reloaded: its config builds other tensors ({path}.{odd} ...)"
+                )
     except BaseException:
         restore()
         raise
     return restore
+
+
+def _tie(model: PreTrainedModel, modules: dict[str, nn.Module], ties: dict[str, str]) -> None:
+    """Share the parameters of ``modules`` that transformers ties after a reload."""
+
+    def inside(key: str) -> bool:
+        return key.rpartition(".")[0] in modules
+
+    model.all_tied_weights_keys = {
+        key: source for key, source in model.all_tied_weights_keys.items() if not inside(key)
+    }
+    for key, source in ties.items():
+        if inside(key):
+            path, _, name = key.rpartition(".")
+            setattr(modules[path], name, model.get_parameter(source))
+            model.all_tied_weights_keys[key] = source

@@ -21,8 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from ..errors import SiteError
+from .states import not_a_model
 
 SENTINEL = "hf_ortho_sentinel"
+TIES = "all_tied_weights_keys"  # of a PreTrainedModel, with those of activations
 
 
 class _Sentinel(nn.Identity):
@@ -30,6 +32,7 @@ class _Sentinel(nn.Identity):
 
     def __init__(self):
         super().__init__()
+        self.mark = nn.Parameter(torch.empty(0))  # shows where transformers ties
         type(self).built += 1
 
 
@@ -42,12 +45,14 @@ class Site:
         prefix: text before the activation's name in the field's value (``gated-`` in T5), usually empty.
         source: the activation's name in ``ACT2FN``.
         modules: dotted paths of the modules in the model.
+        tied: (path, other path) of the modules in blocks that share their parameters with another block.
     """
 
     field: str
     prefix: str
     source: str
     modules: tuple[str, ...]
+    tied: tuple[tuple[str, str], ...] = ()
 
 
 def get_field(config: PreTrainedConfig, field: str) -> str:
@@ -104,7 +109,7 @@ def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple
         ('activation_function', 'gelu_new', ('transformer.h.0.mlp.act', 'transformer.h.1.mlp.act'))
     """
     if not isinstance(model, PreTrainedModel):
-        raise SiteError(f"{type(model).__name__} is not a transformers PreTrainedModel, so no config drives it")
+        raise SiteError(not_a_model(model))
     if isinstance(fields, str):
         raise SiteError(f"fields {fields!r}: must be a list of config fields, for example [{fields!r}]")
     sites: list[Site] = []
@@ -118,13 +123,13 @@ def find_sites(model: PreTrainedModel, fields: list[str] | None = None) -> tuple
         if fields is not None and field not in fields:
             left_alone.append((field, "not selected"))
             continue
-        why, names = _probe(model, original, field, prefix, source)
-        if why:
-            left_alone.append((field, why))
-        elif taken := next((site.field for site in sites if set(site.modules) & set(names)), ""):
+        found = _probe(model, original, field, prefix, source)
+        if isinstance(found, str):
+            left_alone.append((field, found))
+        elif taken := next((site.field for site in sites if set(site.modules) & set(found.modules)), ""):
             left_alone.append((field, f"{taken} drives the same modules"))
         else:
-            sites.append(Site(field, prefix, source, names))
+            sites.append(found)
     if not sites:
         reasons = "; ".join(f"{field}: {why}" for field, why in left_alone) or "no field names an activation"
         raise SiteError(
@@ -151,36 +156,36 @@ def _check_together(model: PreTrainedModel, sites: list[Site]) -> None:
         raise SiteError(f"{fields} together {why}; select one of them, for example fields=[{sites[0].field!r}]")
 
 
-def _probe(
-    model: PreTrainedModel, original: PreTrainedModel, field: str, prefix: str, source: str
-) -> tuple[str, tuple[str, ...]]:
-    """Why the field cannot be used (or empty), and the modules it drives; ``original`` is ``model`` rebuilt."""
+def _probe(model: PreTrainedModel, original: PreTrainedModel, field: str, prefix: str, source: str) -> Site | str:
+    """The site of the field, or why the field cannot be used; ``original`` is ``model`` rebuilt."""
     try:
         twin, built = _with_sentinels(model, {field: prefix})
     except Exception as error:  # whatever fails in the model's code, the field does not accept other names
-        return f"{type(error).__name__} with another name: {' '.join(str(error).split())[:160]}", ()
+        return f"{type(error).__name__} with another name: {' '.join(str(error).split())[:160]}"
     if reader := _reader(twin, field.rpartition(".")[2]):
-        return f"{reader} reads the name and looks the activation up inside forward, where it cannot be trained", ()
+        return f"{reader} reads the name and looks the activation up inside forward, where it cannot be trained"
     placed = [(n, m) for n, m in twin.named_modules(remove_duplicate=False) if isinstance(m, _Sentinel)]
     if not placed:
-        return "it creates no module" if not built else "it is looked up, but not kept as a module", ()
+        return "it creates no module" if not built else "it is looked up, but not kept as a module"
     names = tuple(n for n, _ in placed)
     if len({id(m) for _, m in placed}) < len(placed):
-        return "several paths share one instance, which safetensors does not support", ()
+        return "several paths share one instance, which safetensors does not support"
     if built > len(placed):
-        return f"{built - len(placed)} of the {built} activations that it creates are not kept as modules", ()
+        return f"{built - len(placed)} of the {built} activations that it creates are not kept as modules"
     present = dict(model.named_modules(remove_duplicate=False))
     if missing := set(names) - present.keys():
-        return f"the model has no {min(missing)}, but its config builds it", ()
+        return f"the model has no {min(missing)}, but its config builds it"
     for name in names:
         if type(present[name]) is not type(expected := original.get_submodule(name)):
             kinds = f"{type(present[name]).__name__}, but its config builds {type(expected).__name__}"
-            return f"{name} of the model is {kinds}", ()
+            return f"{name} of the model is {kinds}"
     if not any(_is_used(twin, name) for name in names):
-        return f"no method uses its module {names[0]}", ()
+        return f"no method uses its module {names[0]}"
     if difference := _difference(original, twin, names, source):
-        return f"another name changes more than the activation: {difference}", ()
-    return "", names
+        return f"another name changes more than the activation: {difference}"
+    ties = twin.all_tied_weights_keys
+    tied = tuple((n, ties[f"{n}.mark"].removesuffix(".mark")) for n in names if f"{n}.mark" in ties)
+    return Site(field, prefix, source, names, tied)
 
 
 def _with_sentinels(model: PreTrainedModel, fields: dict[str, str]) -> tuple[PreTrainedModel, int]:
@@ -263,7 +268,7 @@ def _difference(original: PreTrainedModel, twin: PreTrainedModel, sites: tuple[s
             name: (
                 f"{type(module).__module__}.{type(module).__qualname__}",  # torch creates new parametrized classes
                 {key: parameter.shape for key, parameter in module.named_parameters(recurse=False)},
-                {k: str(v).replace(SENTINEL, source) for k, v in vars(module).items() if _is_plain(v)},
+                {k: str(v).replace(SENTINEL, source) for k, v in vars(module).items() if k != TIES and _is_plain(v)},
             )
             for name, module in model.named_modules()
             if not any(name == site or name.startswith(f"{site}.") for site in sites)

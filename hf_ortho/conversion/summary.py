@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..activations import FitReport, LearnableActivation
+from ..activations.base import SHARED
 from ..checkpoints.activations import StoredActivations
 from ..errors import FitError
 
@@ -21,7 +22,7 @@ class Layer:
 
     def vectors(self) -> dict[str, list[float]]:
         """The parameters of the series."""
-        return {name: value.tolist() for name, value in self.module.named_parameters() if name != "domain"}
+        return {name: value.tolist() for name, value in self.module.named_parameters() if name not in SHARED}
 
     def to_dict(self) -> dict:
         """As JSON values."""

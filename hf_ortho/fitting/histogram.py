@@ -44,10 +44,18 @@ class Histogram:
         counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
         for piece in x.split(2**24):  # histc counts in float32
             counts += torch.histc(torch.asinh(piece).clamp_(-ASINH_RANGE, ASINH_RANGE), BINS, -ASINH_RANGE, ASINH_RANGE)
+        self._combine(counts, extremes)
+
+    def add(self, other: Histogram) -> None:
+        """Count all that ``other`` has counted."""
+        if other._counts is not None and other._extremes is not None:
+            self._combine(other._counts, other._extremes)
+
+    def _combine(self, counts: Tensor, extremes: Tensor) -> None:
         if self._counts is None or self._extremes is None:
             self._counts, self._extremes = counts, extremes
         else:
-            self._counts += counts.to(self._counts.device)
+            self._counts = self._counts + counts.to(self._counts.device)
             low, high = extremes.to(self._extremes.device)
             # torch.minimum and maximum propagate NaN, for ``check``
             self._extremes = torch.stack(

@@ -1,29 +1,40 @@
-"""The files of a folder to push to the Hub: a complete model or adapter, without training state."""
+"""The files of a folder to push to the Hub: what its model or adapter needs, and nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import unquote
 
 from transformers import AutoConfig
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
+from ..checkpoints.carry import CARD
 from ..checkpoints.custom_code import references
+from ..checkpoints.listing import Listing, is_private, list_files, matches, module_folders, module_of
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
-from ..files import MANIFEST, TRAINING_MANIFEST, explain, json_object
+from ..files import MANIFEST, explain, json_object
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-STATES = (TRAINER_STATE_NAME, TRAINING_MANIFEST)
-LEFT_OUT = (".", f"{PREFIX_CHECKPOINT_DIR}-")  # prefixes of folders
-FOLDERS = ("last-checkpoint", "__pycache__")
-UNFINISHED = (".tmp", ".lock", ".incomplete", ".draft")
+# What a model or an adapter may need, besides its weights.
+NEEDED = "config.json generation_config.json adapter_config.json labels.json conversion.json README.md activations.png "
+NEEDED += "model.safetensors.index.json "
+NEEDED += "tokenizer*.json special_tokens_map.json added_tokens.json *vocab*.json *vocab*.txt merges.txt bpe.codes "
+NEEDED += "tokenizer*.model* spiece.model sentencepiece*.model spm*.model *.spm *.tiktoken tekken.json dict.txt "
+NEEDED += "normalizer.json emoji.json byte_maps.json word_shape.json word_pronunciation.json "
+NEEDED += "*processor_config.json chat_template.json *.jinja additional_chat_templates/*.jinja "
+NEEDED += "modules.json router_config.json sentence_*_config.json config_sentence_transformers.json"
+LEGAL = "LICENSE LICENSE.* LICENSE-* LICENCE LICENCE.* NOTICE NOTICE.* COPYING COPYING.* USE_POLICY.*"
+OF_MODULES = "*.json *.safetensors *.txt *.model"
+PICTURES = "*.png *.jpg *.jpeg *.gif *.svg *.webp"
+SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]*?\ssrc\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Contents:
     Attributes:
         adapter: whether the folder contains an adapter but no model.
         files: files to upload, as paths in the repository.
-        left_out: files to leave out: hidden files, pickles, training checkpoints and states. Folders end in ``/``. The
+        left_out: what is left out, with a reason if it is not a regular file of the folder. Folders end in ``/``. The
             manifest of ``OutputFolder`` is in neither list.
     """
 
@@ -42,21 +53,30 @@ class Contents:
     left_out: list[str]
 
 
-def contents_of(folder: str | os.PathLike) -> Contents:
-    """Check that a folder contains a complete model or adapter, and sort its files.
+def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Contents:
+    """Check that a folder contains a complete model or adapter, and select its files to push.
 
     A model has a config that transformers can read, and all weights as safetensors. A peft adapter has
     ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
 
+    Selected are the weights, the files of tokenizers and processors, the modules of sentence-transformers, the card
+    with its pictures, the license, and what ``include`` selects.
+
+    Args:
+        include: glob patterns of further files, such as ``eval/*.json``; ``*`` also matches ``/``. Hidden files and
+            files with the name of a secret, such as ``token``, must be named exactly.
+
     Raises:
-        CheckpointError: the folder contains neither, or a file is missing, truncated, or lacks an entry that another
-            file lists.
+        CheckpointError: the folder contains neither, or a file is missing, truncated, lacks an entry that another file
+            lists, or is a link that leads out of the folder.
+        ConfigError: a pattern selects no file, or the name of a selected file is not UTF-8.
     """
     place = Path(folder)
     if not place.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a folder with a model or an adapter")
-    adapter = (place / ADAPTER_CONFIG).is_file()
-    model = (place / CONFIG_NAME).is_file()
+    found = list_files(place, lambda name: name.startswith(".") or name == "__pycache__")
+    _refuse(place, [path for path in found.others if _needed(path)], found)
+    adapter, model = ADAPTER_CONFIG in found.sizes, CONFIG_NAME in found.sizes
     if not adapter and not model:
         raise CheckpointError(
             f"{folder} contains neither a model nor an adapter: expected {CONFIG_NAME} with {SAFE_WEIGHTS_NAME}, or "
@@ -66,7 +86,62 @@ def contents_of(folder: str | os.PathLike) -> Contents:
         _check_adapter(place)
     if model:
         _check_model(place)
-    return Contents(adapter and not model, *_sort(place))
+    weights = {SAFE_WEIGHTS_NAME} if model else set()
+    weights |= {ADAPTER_WEIGHTS} if adapter else set()
+    if model and SAFE_WEIGHTS_INDEX_NAME in found.sizes:
+        weights |= set(weight_map(place / SAFE_WEIGHTS_INDEX_NAME).values())
+    modules, pictures = module_folders(place), _pictures(place) if CARD in found.sizes else set()
+
+    def selected(path: str) -> bool:
+        if path in weights or _needed(path):
+            return True
+        of_module = module_of(path, modules) and matches(path, OF_MODULES)
+        return (of_module or (path in pictures and matches(path.lower(), PICTURES))) and not is_private(path)
+
+    _refuse(place, [path for path in found.others if selected(path)], found)
+    files = {path for path in found.sizes if selected(path)}
+    for pattern in include:
+        named = {path for path in found.sizes if fnmatchcase(path, pattern)}
+        named = {path for path in named if path == pattern or not is_private(path)}
+        if not named:
+            reasons = [f": {path} is {why}" for path, why in found.others.items() if why and fnmatchcase(path, pattern)]
+            raise ConfigError(f"include {pattern!r} selects no file of {folder}{next(iter(reasons), '')}")
+        # Pickles too: some models need one, such as 2_Dense/pytorch_model.bin, and the user has chosen it.
+        files |= named
+    for path in files:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{folder}: the name of {path!r} is not UTF-8; rename the file") from error
+    return Contents(adapter and not model, sorted(files), _left_out(found, files))
+
+
+def _needed(path: str) -> bool:
+    legal = "/" not in path and matches(path.upper(), LEGAL)
+    return legal or (matches(path, NEEDED) and path.count("/") == path.startswith("additional_chat_templates/"))
+
+
+def _refuse(folder: Path, paths: Sequence[str], found: Listing) -> None:
+    for path in paths:
+        hint = "; replace it with a copy" if "out of" in found.others[path] else ""
+        raise CheckpointError(f"{folder} is incomplete: {path} is {found.others[path]}{hint}")
+
+
+def _pictures(folder: Path) -> set[str]:
+    """The paths of the pictures that the card shows."""
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    return {os.path.normpath(unquote(one or other)) for one, other in SHOWN.findall(text)}
+
+
+def _left_out(found: Listing, files: set[str]) -> list[str]:
+    """What is not pushed; a folder of which nothing is pushed by its name."""
+    entered = {path.split("/")[0] for path in files}
+    names = []
+    for path in {*found.sizes, *found.others} - files - {MANIFEST}:
+        top, slash, _ = path.partition("/")
+        reason = found.others.get(path, "")
+        names.append(f"{path} ({reason})" if reason else f"{top}/" if slash and top not in entered else path)
+    return sorted(set(names))
 
 
 def _check_model(folder: Path) -> None:
@@ -114,21 +189,3 @@ def _check_adapter(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} is incomplete: {ADAPTER_WEIGHTS} lacks {layer.module}, which {ADAPTER_CONFIG} lists"
             )
-
-
-def _sort(folder: Path) -> tuple[list[str], list[str]]:
-    """The paths to upload and the paths to leave out."""
-    files: list[str] = []
-    left_out: list[str] = []
-    for place, folders, names in os.walk(folder):
-        here = Path(place)
-        for name in [name for name in folders if name.startswith(LEFT_OUT) or name in FOLDERS]:
-            folders.remove(name)
-            left_out.append(f"{(here / name).relative_to(folder).as_posix()}/")
-        for name in filter(lambda name: name != MANIFEST, names):
-            path = (here / name).relative_to(folder).as_posix()
-            excluded = name.startswith(".") or name in STATES or name.lower().endswith(PICKLES + UNFINISHED)
-            (left_out if excluded else files).append(path)
-            if not excluded and not (here / name).is_file():
-                raise CheckpointError(f"{folder} is incomplete: {path} is a link to a missing file")
-    return sorted(files), sorted(left_out)

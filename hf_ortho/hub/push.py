@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,18 +21,22 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..checkpoints.carry import CARD
+from ..checkpoints.listing import matches, module_folders, module_of
 from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, HubError
 from ..files import explain
 from ..folders import base_of
 from .card import card_of
 from .contents import ADAPTER_CONFIG, Contents, contents_of
+from .local_paths import check_base, public_name, without_paths
 from .remote_code import REMOTE_CODE, add_remote_code
 
 logger = logging.get_logger("hf_ortho")
 
-CARD = "README.md"
 WEIGHTS = "model*.safetensors*"
+WITH_PATHS = "config.json adapter_config.json generation_config.json conversion.json tokenizer_config.json "
+WITH_PATHS += "preprocessor_config.json processor_config.json video_preprocessor_config.json"
 AGAIN = "nothing was committed; run the same command again to resume the upload"
 
 
@@ -43,10 +48,15 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     remote_code: bool = False,
+    include: Sequence[str] = (),
+    base_model: str | None = None,
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
     """Upload a complete model or adapter with its card in one commit. ``folder`` is not changed.
+
+    Local paths in the card, the configs and ``conversion.json`` are replaced by their last parts, see
+    ``without_paths``.
 
     This uses ``HfApi.create_commit`` because ``upload_folder`` may split a folder into several commits. The repository
     thus always contains a complete model. The commit includes files that are not in the folder (the card for the Hub,
@@ -55,12 +65,14 @@ def push(
     resumes: data already on the Hub is not sent again, and unchanged files are not part of the commit.
 
     Args:
-        folder: the folder to push; see ``contents_of`` for the checks and the excluded files.
+        folder: the folder to push; see ``contents_of`` for the checks and the selected files.
         repo_id: ``owner/name``, or ``name`` for a repository of the current user. Created if it does not exist.
         private: whether a new repository is private. An existing repository is not changed, which is logged.
         revision: branch (created from main if it does not exist) or ``refs/pr/N``; default: main.
         create_pr: open a pull request against main, which does not require write access.
         remote_code: add code that loads the model without hf_ortho, with ``trust_remote_code=True``.
+        include: glob patterns of further files to push, see ``contents_of``.
+        base_model: Hub id of the base model, for a model or adapter that was made from a local folder.
         token: default: the token of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:
@@ -68,7 +80,8 @@ def push(
 
     Raises:
         CheckpointError: the folder does not contain a complete model or adapter.
-        ConfigError: the arguments are incompatible, or ``repo_id`` is malformed.
+        ConfigError: the arguments are incompatible, ``repo_id`` or ``base_model`` is malformed, or ``include`` selects
+            no file.
         HubError: no token, no write access, no network, or the Hub refuses. Nothing is committed. A newly created
             repository remains, empty.
     """
@@ -76,14 +89,15 @@ def push(
         raise ConfigError(f"revision {revision}: cannot push to a commit; give a branch")
     if create_pr and revision not in (None, "main"):
         raise ConfigError(f"revision {revision}: a pull request is always against main; omit one of the two")
-    contents = contents_of(folder)
+    check_base(base_model)
+    contents = contents_of(folder, include)
     if remote_code and contents.adapter:
         raise ConfigError(f"remote code: {folder} contains an adapter; only a full model can have remote code")
     code = add_remote_code(Path(folder)) if remote_code else {}
     info = find_or_create(repo_id, private=private, token=token)
     repo_id, branch = info.id, None if revision == "main" else revision
     card = card_of(Path(folder), repo_id=repo_id, remote_code=remote_code).encode()
-    additions = _additions(Path(folder), contents, code | {CARD: card})
+    additions = _additions(Path(folder), contents, code | {CARD: card}, base_model)
     api = HfApi(token=token)
     with _one_sentence(repo_id, branch):
         if branch:
@@ -113,7 +127,10 @@ def find_or_create(repo_id: str, *, private: bool | None = None, token: str | No
         meant = "/".join(repo_id.rstrip("/").split("/")[-2:])
         hint = f"; did you mean {meant}?" if "://" in repo_id else ", of letters, digits, '-', '_' and '.'"
         raise ConfigError(f"repository {repo_id!r}: must be owner/name, such as me/gpt2-hermite{hint}") from error
-    if token is None and get_token() is None:
+    known = token or get_token()
+    if known and not known.isascii():
+        raise HubError(f"{repo_id}: the Hub token is not ASCII text; run `hf auth login` with a valid token")
+    if not known:
         raise HubError(f"{repo_id}: no Hub token; run `hf auth login`, or set HF_TOKEN to a token with write access")
     api = HfApi(token=token)
     with _one_sentence(repo_id):
@@ -123,17 +140,40 @@ def find_or_create(repo_id: str, *, private: bool | None = None, token: str | No
     return info
 
 
-def _additions(folder: Path, contents: Contents, written: Mapping[str, bytes]) -> list[CommitOperationAdd]:
-    """The files of the folder, replaced or extended by the files in ``written``."""
-    files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | dict(written)
-    if contents.adapter:
-        base = base_of(folder)
-        if base and (Path(base).exists() or Path(base).is_absolute()):
-            logger.warning(
-                f"note: {ADAPTER_CONFIG} names the base model {base}, a local folder; set "
-                "base_model_name_or_path to its name on the Hub so others can load the adapter"
-            )
+def _additions(
+    folder: Path, contents: Contents, written: Mapping[str, bytes], base_model: str | None
+) -> list[CommitOperationAdd]:
+    """The files of the folder, replaced or extended by the files in ``written``, without local paths."""
+    texts = {path: (folder / path).read_bytes() for path in contents.files if matches(path, WITH_PATHS)} | dict(written)
+    public = without_paths(texts, base_model)
+    changed = {path: body for path, body in public.items() if path in written or body != texts[path]}
+    files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | changed
+    if contents.adapter and not base_model and (base := base_of(folder)) and public_name(base) != base:
+        logger.warning(
+            f"note: {ADAPTER_CONFIG} names the base model {base}, a local folder, and is pushed with "
+            f"{public_name(base)!r}; give its name on the Hub with --base-model so that others can load the adapter"
+        )
+    if missing := sorted(_modules_of_code(public) - files.keys()):
+        logger.warning(
+            f"note: the model needs {', '.join(missing)} to load, and code is only pushed with --include '*.py', or "
+            "with --remote-code if hf_ortho generated it"
+        )
+    lost = [path for path in contents.left_out if module_of(path, module_folders(folder))]
+    if lost := [path for path in lost if path.endswith((".bin", ".pt", "/", ")"))]:  # weights, folders and links
+        logger.warning(f"note: sentence-transformers needs what is left out of its modules: {', '.join(lost)}")
     return [CommitOperationAdd(path, source) for path, source in sorted(files.items())]
+
+
+def _modules_of_code(files: Mapping[str, bytes]) -> set[str]:
+    """The Python files of a repository that its configs refer to with ``auto_map``."""
+    found: set[str] = set()
+    for path in files.keys() - {CARD}:
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            for value in json.loads(files[path]).get("auto_map", {}).values():
+                for name in value if isinstance(value, list) else [value]:
+                    if isinstance(name, str) and "--" not in name:  # a name with dashes is in another repository
+                        found.add(f"{name.rpartition('.')[0].replace('.', '/')}.py")
+    return found
 
 
 def _stale(info: ModelInfo, added: set[str]) -> list[str]:

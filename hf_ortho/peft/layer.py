@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..activations import LearnableActivation, build
-from ..checkpoints.adapter import ATTRIBUTE, SHARED
+from ..activations.base import SHARED
+from ..checkpoints.adapter import ATTRIBUTE
 from ..errors import AdapterError
 
 

@@ -69,7 +69,7 @@ CAUSAL_LM = CausalLM(
     pipeline_tag="text-generation",
     peft_type="CAUSAL_LM",
     title="causal language modeling",
-    metrics=(LOSS, Metric("perplexity", "perplexity", "perplexity")),
+    metrics=(LOSS, Metric("perplexity", "perplexity", "perplexity", greater_is_better=False)),
     compared=LOSS,
     default_dataset="pydoc_topics",
     random_split=False,  # neighboring blocks overlap in content

@@ -26,18 +26,20 @@ class Metric:
         name: display name.
         evaluate_name: name in the ``evaluate`` library, as listed on the Hub; None if it is not listed.
         unit: unit; empty for a plain number.
+        greater_is_better: whether a larger value is better.
     """
 
     key: str
     name: str
     evaluate_name: str | None = None
     unit: str = ""
+    greater_is_better: bool = True
 
     def __str__(self) -> str:
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
 
-LOSS = Metric("loss", "loss", unit="nats")
+LOSS = Metric("loss", "loss", unit="nats", greater_is_better=False)
 
 
 @dataclasses.dataclass(frozen=True)

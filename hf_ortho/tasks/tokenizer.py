@@ -49,9 +49,8 @@ def use_tokenizer(checkpoint: Checkpoint, name: str | None, *, trust_remote_code
     tokenizer = named_tokenizer(name, trust_remote_code=trust_remote_code)
     size = getattr(checkpoint.model.config.get_text_config(), "vocab_size", None) or 0
     if len(tokenizer) > size:
-        raise ConfigError(
-            f"tokenizer {name} has {len(tokenizer)} tokens, but the vocabulary of {checkpoint.name} has only {size}"
-        )
+        model = checkpoint.model.name_or_path
+        raise ConfigError(f"tokenizer {name} has {len(tokenizer)} tokens, more than the {size} of {model}")
     checkpoint.tokenizer = tokenizer
 
 

@@ -1,51 +1,30 @@
-"""Training checkpoints with a manifest, which distinguishes complete ones from leftovers of a killed process."""
+"""Training checkpoints: which one to resume from, and which ones to remove."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ConfigError
-from ..files import TRAINING_MANIFEST as MANIFEST
-from ..files import set_aside, use_umask
+from ..files import TRAINING_RECIPE, flush, set_aside, use_umask
+from .manifest import MANIFEST, UNREADABLE, damaged_file, is_whole, read_manifest, sizes_of, write_manifest
+
+logger = logging.getLogger("hf_ortho")
 
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 START = '{\n "'  # how a manifest begins
-# Errors on reading a foreign file: undecodable, not JSON, nested too deeply, or not an object.
-UNREADABLE = (OSError, ValueError, RecursionError, AttributeError, TypeError)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether all files in ``manifest.json`` exist with the right size, and ``trainer_state.json`` exists as well.
-
-    The state is written after the manifest. A killed save leaves an empty manifest or no state. A killed deletion
-    leaves a file missing.
-    """
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except UNREADABLE:
-        return False
-
-
-def write_manifest(checkpoint: Path) -> None:
-    """Write a manifest with the sizes of all files of a checkpoint, in bytes."""
-    (checkpoint / MANIFEST).write_text(json.dumps(_sizes(checkpoint), indent=1))
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in files if p != checkpoint / MANIFEST}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -69,19 +48,55 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return [p for p in checkpoints(folder) if p.name in common]
 
 
-def resume_point(folder: Path, whole: list[Path], *, required: bool) -> Path | None:
+def intact_checkpoints(whole: list[Path]) -> list[Path]:
+    """The complete checkpoints up to the last one whose files are not damaged; logs a note for each later one.
+
+    Every process must call it.
+    """
+    state = PartialState()
+    while whole:
+        found = damaged_file(whole[-1]) if state.is_local_main_process else ""
+        damaged = next(filter(None, gather_object([found])), "")
+        if not damaged:
+            break
+        if state.is_main_process:
+            rest = f"resuming from {whole[-2].name}" if len(whole) > 1 else "no earlier one is complete"
+            logger.warning(f"note: {whole[-1]} is damaged: {damaged} is not as it was saved; {rest}")
+        whole = whole[:-1]
+    return whole
+
+
+def check_intact(checkpoint: Path) -> None:
+    """Raise ConfigError if a checkpoint is damaged, with the last earlier one in its folder that is not."""
+    if not (name := damaged_file(checkpoint)):
+        return
+    others = [p for p in checkpoints(checkpoint.parent) if is_whole(p) and p.name != checkpoint.name]
+    if checkpoint.name.startswith(PREFIX) and checkpoint.name[len(PREFIX) :].isdecimal():
+        others = [p for p in others if step_of(p) < step_of(checkpoint)]
+    earlier = next((p for p in reversed(others) if not damaged_file(p)), None)
+    rest = f"use {earlier}" if earlier else "there is no earlier complete checkpoint"
+    raise ConfigError(f"resume_from_checkpoint {checkpoint}: {name} is damaged, not as it was saved; {rest}")
+
+
+def resume_point(folder: Path, whole: list[Path], intact: list[Path], *, required: bool) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
     Args:
         whole: result of ``whole_checkpoints``.
+        intact: result of ``intact_checkpoints``.
         required: whether a fresh start is an error. It is always an error if it could lose data: if the folder contains
-            a model, or checkpoints without ``manifest.json``.
+            a model, checkpoints without ``manifest.json``, or only damaged ones.
 
     Raises:
         ConfigError: there is no complete checkpoint, and a fresh start is not allowed.
     """
+    if intact:
+        return intact[-1]
     if whole:
-        return whole[-1]
+        raise ConfigError(
+            f"resume_from_checkpoint: {folder} has no checkpoint that is not damaged ({whole[-1].name} is the last); "
+            "use another output_dir"
+        )
     present = checkpoints(folder)
     foreign = [p for p in present if not (p / MANIFEST).is_file()]
     if foreign:
@@ -108,8 +123,8 @@ def _is_own(checkpoint: Path, saved: dict[str, int] | None = None) -> bool:
     Changed contents of the same size go unnoticed: checksums of gigabytes would take too long.
     """
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text()) if saved is None else saved
-        present = _sizes(checkpoint).items()
+        sizes = {name: size for name, (size, _) in read_manifest(checkpoint).items()} if saved is None else saved
+        present = sizes_of(checkpoint).items()
         return not checkpoint.is_symlink() and all(
             name == TRAINER_STATE_NAME or sizes.get(name) == size for name, size in present
         )
@@ -153,22 +168,25 @@ def make_way(checkpoint: Path) -> None:
 class WholeCheckpoints(Trainer):
     """``Trainer`` that writes a manifest into each checkpoint and only resumes from complete ones.
 
-    ``manifest.json`` lists all files with their sizes once every process has written its files. It is followed by
-    ``trainer_state.json``, and then by the deletions of ``save_total_limit``. These skip, and do not count, checkpoints
-    with foreign files. ``train`` first removes the leftovers of killed saves. ``resume_from_checkpoint=True`` uses the
-    last complete checkpoint. A finished training takes no more steps.
+    ``manifest.json`` lists all files with their sizes and checksums once every process has written its files. It is
+    followed by ``trainer_state.json``, and then by the deletions of ``save_total_limit``. These skip, and do not count,
+    checkpoints with foreign files. ``train`` first removes the leftovers of killed saves.
+    ``resume_from_checkpoint=True`` uses the last complete checkpoint that is not damaged. A finished training takes no
+    more steps. ``recipe``, if set, is saved with each checkpoint.
 
     With multiple nodes, ``output_dir`` must be on a shared disk, or ``save_on_each_node`` must be set.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.recipe: dict[str, Any] | None = None
         self._saved: dict[Path, dict[str, int]] = {}  # files of checkpoints without a manifest (save_only_model)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         folder = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(resume_point(folder, whole_checkpoints(folder), required=True))
+            whole = whole_checkpoints(folder)
+            resume_from_checkpoint = str(resume_point(folder, whole, intact_checkpoints(whole), required=True))
         if self.args.should_save:
             remove_leftovers(folder)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -196,8 +214,10 @@ class WholeCheckpoints(Trainer):
             raise
         if self.args.should_save:
             use_umask(folder)
+            flush(folder / TRAINER_STATE_NAME)
+            flush(folder)
             if self.args.save_only_model:
-                self._saved[folder] = _sizes(folder)
+                self._saved[folder] = sizes_of(folder)
             self._rotate(folder.parent, {folder.name})
 
     def _finalize_training(self, trial, *args, **kwargs):
@@ -232,4 +252,6 @@ class WholeCheckpoints(Trainer):
         super()._save_rng_state(output_dir)  # the last file written by every process
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.recipe is not None:
+                (Path(output_dir) / TRAINING_RECIPE).write_text(json.dumps(self.recipe, indent=1))
             write_manifest(Path(output_dir))

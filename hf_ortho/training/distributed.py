@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from ..activations import LearnableActivation
-from ..errors import HfOrthoError
+from ..errors import ConfigError, HfOrthoError
 
+FSDP1 = (
+    "FSDP version 1 is not supported: it flattens the parameters of activations with those of other layers; set "
+    "fsdp_version to 2 in the Accelerate config, or version to 2 in fsdp_config"
+)
 T = TypeVar("T")
 
 
@@ -55,10 +60,19 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
     return {name: tensor for name, tensor in gathered.items() if name not in tied}
 
 
+def check_fsdp(arguments: TrainingArguments) -> None:
+    """Raise ConfigError if FSDP version 1 is configured: in the arguments, or by Accelerate in the environment."""
+    version = (getattr(arguments, "fsdp_plugin_args", None) or {}).get("fsdp_version")
+    if version is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+    if version is not None and int(version) == 1:
+        raise ConfigError(FSDP1)
+
+
 def keep_float32(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
     """Keep the parameters of activations in float32 under FSDP2, for a model of any dtype and with bf16."""
     activations = sorted({type(m).__name__ for m in model.modules() if isinstance(m, LearnableActivation)})
-    if not activations or plugin.fsdp_version != 2:
+    if not activations:
         return
     plugin.mixed_precision_policy = None  # it would round all parameters; ActivationTrainer uses autocast instead
     if any(p.dtype != torch.float32 for p in model.parameters()):  # FSDP2 shards one dtype at a time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 
 import torch
@@ -11,17 +12,26 @@ from transformers.trainer_callback import PrinterCallback
 
 from .. import tasks
 from ..checkpoints.load import Checkpoint
+from ..errors import ConfigError
 from ..tasks.metrics import Perplexity as Perplexity
 from ..tasks.metrics import TopKAccuracy as TopKAccuracy
+from ..text import suggestion
 from .metrics import metrics_of
 from .trainer import ActivationTrainer
+
+logger = logging.getLogger("hf_ortho")
 
 
 def make_trainer(
     checkpoint: Checkpoint, arguments: TrainingArguments, train=None, held_back=None, **options
 ) -> ActivationTrainer:
-    """A Trainer with the metrics of the task. ``options`` are passed to ``ActivationTrainer``."""
+    """A Trainer with the metrics of the task. ``options`` are passed to ``ActivationTrainer``.
+
+    Raises:
+        ConfigError: ``metric_for_best_model`` is not a metric of the task.
+    """
     task = tasks.of(checkpoint.model)
+    _check_metric(task, arguments)
     # Images are processed on access, from columns that are not inputs of the model.
     arguments.remove_unused_columns = False
     trainer = ActivationTrainer(
@@ -38,6 +48,20 @@ def make_trainer(
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _check_metric(task: tasks.Task, arguments: TrainingArguments) -> None:
+    name = arguments.metric_for_best_model
+    if name is None:
+        return
+    metrics = {metric.key: metric for metric in task.metrics}
+    metric = metrics.get(name.removeprefix("eval_"))
+    if metric is None:
+        raise ConfigError(
+            f"metric_for_best_model {name!r}: {task.title} has {', '.join(metrics)}{suggestion(name, metrics)}"
+        )
+    if arguments.greater_is_better and not metric.greater_is_better:
+        logger.warning(f"note: greater_is_better true: the best checkpoint is the one with the largest {metric.name}")
 
 
 def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:

@@ -15,15 +15,18 @@ from ..activations.registry import check_name
 from ..checkpoints.load import Checkpoint, save_checkpoint
 from ..conversion import ConversionReport
 from ..errors import ConfigError, DataError
+from ..files import json_object
 from ..folders import OutputFolder
 from ..tasks.stream import Stream, check_stream
 from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import MANIFEST, checkpoints, is_whole, resume_point, whole_checkpoints
-from .distributed import full_state_dict, main_decides
+from .checkpoints import check_intact, checkpoints, intact_checkpoints, resume_point, whole_checkpoints
+from .distributed import check_fsdp, full_state_dict, main_decides
+from .manifest import MANIFEST, is_whole
 from .metrics import metrics_at_start, metrics_of
 from .policies import POLICIES
+from .record import check_resumed, record_of
 
 
 @dataclasses.dataclass
@@ -90,14 +93,22 @@ def finetune(
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
     if recipe.data.streaming:
         check_stream(recipe.data, arguments)
+    check_fsdp(arguments)
     output = main_decides(arguments, lambda: output_folder(recipe))
     folder = Path(str(arguments.output_dir))
     whole = whole_checkpoints(folder)
-    resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole))
+    asked = str(arguments.resume_from_checkpoint or "").lower()
+    intact = intact_checkpoints(whole) if asked in ("true", "auto") else whole
+    resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole, intact))
     checkpoint, train, held_back, report = assemble(recipe)
+    record = record_of(recipe, checkpoint.model, train)
+    if resume is not None:
+        adapter = model_arguments.activation if model_arguments.adapter else None
+        main_decides(arguments, lambda: check_resumed(Path(resume), checkpoint.model, record, adapter))
     # Accelerate treats a model that was evaluated before training as prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
     trainer, trainable = build_trainer(recipe, checkpoint, train, held_back, resume)
+    trainer.recipe = record
     if isinstance(checkpoint.model, PeftModel):
         report = report or getattr(checkpoint.model.peft_config["default"], "report", None)
     for callback in callbacks:
@@ -146,7 +157,7 @@ def output_folder(recipe: Recipe) -> OutputFolder:
     return OutputFolder(str(recipe.training.output_dir), keep=inputs, beside=True)
 
 
-def _resume_from(arguments: TrainingArguments, folder: Path, whole: list[Path]) -> str | None:
+def _resume_from(arguments: TrainingArguments, folder: Path, whole: list[Path], intact: list[Path]) -> str | None:
     requested = arguments.resume_from_checkpoint
     if requested and str(requested).lower() not in ("true", "auto", "false"):
         if not Path(requested).is_dir():
@@ -160,9 +171,11 @@ def _resume_from(arguments: TrainingArguments, folder: Path, whole: list[Path]) 
                 f"resume_from_checkpoint {requested}: incomplete, or different from its {MANIFEST}; use another, or "
                 "true for the last complete checkpoint in output_dir"
             )
+        json_object(Path(requested) / "trainer_state.json")
+        check_intact(Path(requested))
         return str(requested)
     if requested and str(requested).lower() in ("true", "auto"):
-        latest = resume_point(folder, whole, required=str(requested).lower() == "true")
+        latest = resume_point(folder, whole, intact, required=str(requested).lower() == "true")
         return None if latest is None else str(latest)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(

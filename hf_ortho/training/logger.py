@@ -32,7 +32,7 @@ class ActivationLogger(TrainerCallback):
 
     It records for each activation:
 
-    - all parameters;
+    - all parameters except the tail slopes;
     - ``gain``, ``gain_derivative``: E[f^2] and E[f'^2] under N(0, 1);
     - statistics of the pre-activations in the batch, over all processes and including padding: ``minimum``,
       ``maximum``, ``mean``, ``std``, and ``outside``, the fraction outside the domain.
@@ -112,7 +112,8 @@ class ActivationLogger(TrainerCallback):
         scalars = {f"activations/{p}.{key}": value for p, values in statistics.items() for key, value in values.items()}
         for path, module in modules.items():
             for name, values in module.named_parameters():
-                scalars |= {f"activations/{path}.{name}.{i}": v for i, v in enumerate(values.tolist())}
+                if name != "tail_slopes":
+                    scalars |= {f"activations/{path}.{name}.{i}": v for i, v in enumerate(values.tolist())}
         finite = {key: value for key, value in scalars.items() if math.isfinite(value)}  # domains may be infinite
         for integration in self._integrations:
             integration.on_log(args, state, control, model=model, logs=dict(finite))

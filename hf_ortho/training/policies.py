@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
+from ..activations.base import SHARED
 from ..errors import ConfigError
 from .arguments import POLICIES
 
@@ -32,7 +33,7 @@ def activation_parameters(model: nn.Module) -> set[str]:
 def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> int:
     """Freeze all parameters except those of ``policy`` and return the number of trainable parameters.
 
-    - ``all``: all parameters except the domains of activations.
+    - ``all``: all parameters except the domains and tail slopes of activations.
     - ``activations``: the series of activations.
     - ``activations+head``: also the output head: the modules outside the base model, or the output embeddings (for a
       tied language model, also the input embeddings).
@@ -74,10 +75,11 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
 
 
 def freeze_domains(model: nn.Module) -> None:
-    """Freeze the domains of all activations."""
+    """Freeze the domains and tail slopes of all activations."""
     for module in model.modules():
         if isinstance(module, LearnableActivation):
-            module.domain.requires_grad_(False)
+            for name in SHARED:
+                getattr(module, name).requires_grad_(False)
 
 
 def _head(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -10,18 +10,20 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from ..errors import ConfigError
 from .arguments import OptimizerArguments
 from .checkpoints import WholeCheckpoints
-from .distributed import keep_float32
+from .distributed import check_fsdp, keep_float32
 from .ema import ExponentialMovingAverage
 from .guard import FiniteLoss
 from .optimizer import param_groups, scale_steps
 from .penalty import DomainPenalty
 from .policies import freeze_domains
+from .unreached import GradientWatch, check_reached
 
 
 class ActivationTrainer(FiniteLoss, WholeCheckpoints):
     """``Trainer`` with the parameter groups of ``param_groups``, for all named optimizers of ``TrainingArguments``.
 
-    It also stops before saving a non-finite model, and only resumes from complete checkpoints.
+    It also stops before saving a non-finite model, only resumes from complete checkpoints, and reports activations that
+    got no gradient.
 
     Args:
         optimizer_arguments: how to optimize the activations; default: ``OptimizerArguments()``.
@@ -50,6 +52,10 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         super().__init__(*args, **kwargs)
         self.optimizer_arguments = optimizer_arguments
         self.penalty = penalty
+        check_fsdp(self.args)
+        check_reached(self.accelerator.unwrap_model(self.model))
+        if not self.is_deepspeed_enabled:
+            self.add_callback(GradientWatch())
         if self.is_fsdp_enabled:
             keep_float32(self.accelerator.state.fsdp_plugin, self.accelerator.unwrap_model(self.model))
 

@@ -218,11 +218,11 @@ def test_a_source_module_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fit_works_without_grad_and_keeps_the_frozen_domain(family):
+def test_a_fit_works_without_grad_and_keeps_what_is_frozen(family):
     with torch.no_grad():
         module, report = fitted(f"{family}_2")
     assert report == fitted(f"{family}_2")[1]
-    assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"domain"}
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"domain", "tail_slopes"}
     assert {v.dtype for v in module.state_dict().values()} == {torch.float32}
 
 

@@ -91,7 +91,7 @@ def test_state_dict_round_trip(module, x):
 
 def test_state_dict_holds_float32_vectors_only(module):
     state = module.state_dict()
-    assert state.keys() == {name for name, _ in module.named_parameters()} | {"tail_slopes"}
+    assert state.keys() == {name for name, _ in module.named_parameters()}  # some loaders accept no buffers
     assert all(v.dtype == torch.float32 and v.ndim == 1 for v in state.values())  # FSDP refuses 0-d parameters
 
 

@@ -102,9 +102,9 @@ def shrink(config: PreTrainedConfig, factor: int) -> PreTrainedConfig:
             new = max(new - new % config.patch_size, 2 * config.patch_size)
         if isinstance(value, PreTrainedConfig) or new != default.get(key):
             changes[key] = new
-    layers = changes.get("num_hidden_layers")
-    if isinstance(changes.get("layer_types"), list) and layers:
-        changes["layer_types"] = changes["layer_types"][:layers]
+    for key in ("layer_types", "layers_block_type"):
+        if isinstance(changes.get(key), list):
+            changes[key] = changes[key][: changes.get("num_hidden_layers")]
     return type(config)(**changes)
 
 
@@ -244,4 +244,6 @@ OVERRIDES: dict[str, dict] = {
     "nemotron": {"num_key_value_heads": 8},
     "table-transformer": RESNET,
     "time_series_transformer": {"prediction_length": 8},
+    "zamba": {"num_hidden_layers": 2, "layers_block_type": ["hybrid", "hybrid"]},  # two blocks that are tied
+    "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["hybrid", "hybrid"]},
 }

@@ -148,6 +148,52 @@ def test_flags_override_the_config(recipe):
         assert model.activation == "fourier_2"
 
 
+@pytest.mark.parametrize(
+    ("flags", "greater"),
+    [
+        (["--metric_for_best_model", "perplexity"], False),
+        (["--metric_for_best_model", "eval_perplexity"], False),
+        (["--metric_for_best_model", "eval_loss"], False),
+        (["--metric_for_best_model", "top1"], True),
+        (["--metric_for_best_model", "perplexity", "--greater_is_better", "true"], True),
+        (["--metric_for_best_model", "top5", "--greater_is_better", "false"], False),
+        (["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "500"], False),  # the loss
+    ],
+)
+def test_the_direction_of_a_metric_is_known_unless_given(recipe, flags, greater):
+    found = parse_recipe(Recipe, "finetune", "", ["--config", str(recipe()), *flags])
+    assert found.training.greater_is_better is greater
+
+
+def test_the_checkpoint_of_the_least_perplexity_is_kept(recipe, finetune, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity", "eval_steps": 1, "save_steps": 1}
+    ran = finetune(recipe(eval_strategy="steps", max_eval_samples=2, learning_rate=0.3, **best))
+    assert ran.code == 0, ran.err
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    values = {e["step"]: e["eval_perplexity"] for e in state["log_history"] if e.get("step") and "eval_loss" in e}
+    assert state["best_metric"] == min(values.values()) < max(values.values())
+    assert state["best_global_step"] == min(values, key=values.get)
+
+
+def test_a_metric_that_the_task_lacks(recipe, finetune, tmp_path):
+    entries = {"metric_for_best_model": "perplexty", "eval_strategy": "steps", "load_best_model_at_end": True}
+    error = finetune(recipe(**entries, eval_steps=1, save_steps=1)).error
+    assert error == (
+        "metric_for_best_model 'perplexty': causal language modeling has loss, perplexity; did you mean perplexity?"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_fsdp_version_1(recipe, finetune, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    assert "FSDP version 1 is not supported" in finetune(recipe()).error
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    entries = {"fsdp": "full_shard", "fsdp_config": {"version": 1}}
+    assert "set fsdp_version to 2" in finetune(recipe(**entries)).error
+    assert not (tmp_path / "out").exists()
+
+
 def test_flags_alone(tmp_path):
     places = ["--model", "m", "--dataset=d", "--output_dir", str(tmp_path)]
     schedule = ["--lr_scheduler_type=polynomial", "--lr_scheduler_kwargs", '{"power": 2.0}']
@@ -648,7 +694,7 @@ def test_an_adapter(finetune, recipe, tmp_path, gpt2_folder, hf_ortho_command, d
     assert len(stored.modules) == 2
     for place, module in stored.modules.items():
         for key, value in module.named_parameters():
-            if key != "domain":
+            if value.requires_grad:
                 assert torch.equal(value, tensors[f"base_model.model.{place}.hf_ortho_act.{key}"])
     figures = hf_ortho_command(
         "evaluate", out, "--against", gpt2_folder, "--max-samples", 2, "--block-size", 16

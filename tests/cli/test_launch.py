@@ -135,6 +135,21 @@ def test_mistakes(monkeypatch, started, flags, message):
     assert started == []
 
 
+@pytest.mark.parametrize("version", ["", "fsdp_config: {fsdp_version: 1}\n", "fsdp_config: {fsdp_version: 2}\n"])
+def test_fsdp_needs_version_2(gpus, started, tmp_path, version):
+    """Version 1 is the default of Accelerate."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"distributed_type: FSDP\nnum_processes: 2\nmain_process_port: 0\n{version}")
+    flags = ["--accelerate_config", str(file)]
+    if "2}" in version:
+        launch.launch("finetune", flags)
+        assert len(started) == 1
+        return
+    with pytest.raises(ConfigError, match=r"mine\.yaml: FSDP version 1 is not supported.* set fsdp_version to 2"):
+        launch.launch("finetune", flags)
+    assert started == []
+
+
 def test_more_processes_than_gpus(gpus, started):
     with pytest.raises(ConfigError, match="num_processes 5: this machine has 4 GPUs"):
         launch.launch("finetune", ["--accelerate_config", "fsdp2", "--num_processes", "5"])

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of the s
         ("wav2vec2", 10),
         ("distilbert", 3),
         ("electra", 2),
+        ("zamba", 2),  # in blocks that are tied
+        ("zamba2", 2),
     ],
 )
 def test_converts(model_type, sites):
@@ -90,6 +92,34 @@ def test_the_other_tower_stays_bit_equal(model_type, cls, field, inside, other):
     image, text = features()
     assert torch.equal(image, image_before)
     assert not torch.equal(text, text_before)
+
+
+def test_tied_blocks_share_one_activation_fitted_to_all_their_inputs(tmp_path):
+    model = next(tiny_models("zamba2"))
+    ids = torch.arange(5, 21)[None]
+    report = hf_ortho.convert(model, "hermite_3", calibration=[{"input_ids": ids}], distill=1)
+    paths = [layer.module for layer in report.layers]
+    first, second = map(model.get_submodule, paths)
+    assert first is not second
+    assert [*map(id, first.parameters())] == [*map(id, second.parameters())]
+    seen = []
+    for module in (first, second):
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(ids)
+    for layer in report.layers:
+        _, _, histogram = report.modules[layer.module]
+        assert int(histogram.counts.sum()) == sum(x.numel() for x in seen)
+        assert layer.fit.minimum == min(float(x.min()) for x in seen)
+
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.all_tied_weights_keys == model.all_tied_weights_keys
+    assert len({id(again.get_submodule(path).coefficients) for path in paths}) == 1
+    assert torch.equal(again.get_submodule(paths[0]).coefficients, first.coefficients)
+
+    ties = set(model.all_tied_weights_keys)
+    assert hf_ortho.revert(model) == paths
+    assert ties - set(model.all_tied_weights_keys) == {f"{paths[1]}.{name}" for name, _ in first.named_parameters()}
 
 
 def test_a_wrong_activation_is_noticed(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, BertModel, TrainingArguments
 from transformers.utils import PushToHubMixin
 
 import hf_ortho
@@ -227,6 +227,74 @@ def test_the_license_is_that_of_the_base(card, make_gpt2, tmp_path, head, inheri
     keys = ("license", "license_name", "license_link", "language")
     assert {key: found.data.get(key) for key in keys if found.data.get(key)} == inherited
     assert ("so does its license" in found.text) == ("license" not in inherited)
+
+
+def test_what_else_the_card_keeps_of_the_base(card, make_gpt2, tmp_path):
+    (tmp_path / "base").mkdir()
+    head = "library_name: sentence-transformers\npipeline_tag: sentence-similarity\ndatasets: [s2orc, snli]\n"
+    head += "tags: [sentence-transformers, hf_ortho, pytorch, ONNX, transformers]\nlicense: mit\n"
+    (tmp_path / "base" / "README.md").write_text(f"---\n{head}---\n# Base\n")
+    model, _ = make_gpt2()
+    model.config._name_or_path = str(tmp_path / "base")
+    hf_ortho.convert(model, "hermite_3")
+    data = DataSource("me/text", revision=COMMIT)
+    found = card(model, data=[data]).data
+    assert (found.library_name, found.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    ours = ["hf_ortho", "learnable-activations", "hermite"]
+    assert found.tags == [*ours, "sentence-transformers", "transformers"]
+    assert found.datasets == ["me/text", "s2orc", "snli"]
+    trained = card(model, training=TrainingDetails(TrainingArguments("out"))).data
+    assert trained.pipeline_tag == "text-generation"  # of its head, whatever that of the base was
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "license: {a: b}\nlicense_name: [x]\nlanguage: no\ntags: {a: b}\npipeline_tag: 3\nlibrary_name: [a]\n",
+        "license: 2024-01-01\ntags: [1, [2], {a: b}, null]\nlanguage: [en, 5, no]\nmodel-index: 5\ndatasets: [{}]\n",
+        "- a\n- b\n",
+        "tags: " + "[" * 3000,
+        "a: &a [1]\n*a : 2\n",
+    ],
+    ids=["other types", "odd items", "list", "deep", "unhashable"],
+)
+def test_metadata_of_the_base_that_is_none(card, make_gpt2, tmp_path, head):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{head}---\n# Base\n")
+    model, _ = make_gpt2()
+    model.config._name_or_path = str(tmp_path / "base")
+    hf_ortho.convert(model, "hermite_3")
+    found = card(model).data
+    assert (found.license, found.datasets, found.pipeline_tag) == (None, None, "text-generation")
+    assert (found.library_name, found.tags) == ("transformers", ["hf_ortho", "learnable-activations", "hermite"])
+    assert found.language == (["en"] if "language: [en" in head else None)
+
+
+@pytest.mark.parametrize(
+    ("config", "cls", "task"),
+    [
+        (None, "SentenceTransformer", "sentence-similarity"),
+        ("{", "SentenceTransformer", "sentence-similarity"),
+        ('{"model_type": ["x"]}', "SentenceTransformer", "sentence-similarity"),
+        ('{"model_type": "SparseEncoder"}', "SparseEncoder", "feature-extraction"),
+    ],
+)
+def test_a_model_of_sentence_transformers(folder, config, cls, task):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertModel(BertConfig(**sizes, vocab_size=20))
+    hf_ortho.convert(model, "hermite_3")
+    model.save_pretrained(folder)
+    (folder / "modules.json").write_text("[]")
+    if config is not None:
+        (folder / "config_sentence_transformers.json").write_text(config)
+    write_card(folder)
+    found = ModelCard.load(folder / "README.md")
+    assert (found.data.library_name, found.data.pipeline_tag) == ("sentence-transformers", task)
+    assert f'from sentence_transformers import {cls}\n\nmodel = {cls}("{folder}")\n' in found.text
+    assert "import hf_ortho" in found.text
+    pushed = card_of(folder, repo_id="me/x", remote_code=True)
+    assert f'{cls}("me/x", trust_remote_code=True)' in pushed
 
 
 def test_further_metadata_wins(card, make_gpt2):

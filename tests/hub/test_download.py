@@ -5,10 +5,11 @@ import json
 import datasets
 import pytest
 import torch
-from stand_in import COMMIT, hub
+from stand_in import COMMIT, Repositories, hub
 from transformers import AutoModelForCausalLM
 
 import hf_ortho
+from hf_ortho.checkpoints import carry
 from hf_ortho.cli.demo_tasks import byte_tokenizer
 
 
@@ -19,6 +20,7 @@ def root(tmp_path, tiny_gpt2_model):
     byte_tokenizer().save_pretrained(folder)
     data = tmp_path / "hub" / "datasets" / "me" / "text"
     data.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text("{{ x }}")
     (data / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     return tmp_path / "hub"
 
@@ -43,6 +45,36 @@ def test_model_and_data_from_the_hub(root, tmp_path, connect, hf_ortho_command, 
     with torch.no_grad():
         expected, found = tiny_gpt2_model.eval()(ids).logits, converted(ids).logits
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_the_other_files_of_a_model_of_the_hub(root, tmp_path, connect, hf_ortho_command, monkeypatch, caplog):
+    folder = root / "models" / "me" / "tiny"
+    carried = {"modules.json": b'[{"path": "2_Dense"}]', "2_Dense/model.safetensors": b"weights", "LICENSE": b"mine"}
+    left_out = {"README.md": b"# Tiny", "onnx/model.onnx": b"stale", "tf_model.h5": b"stale", "logs/x": b"x" * 2000}
+    for path, body in (carried | left_out | {"notes.txt": b"cut"}).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(body)
+    monkeypatch.setattr(carry, "LIMIT", 1900)
+    repositories = Repositories(root)
+    download = carry.hf_hub_download
+
+    def lost(name, path, revision):
+        assert revision == COMMIT
+        assert path not in left_out  # only what is carried is downloaded
+        if path == "notes.txt":
+            raise OSError("lost")
+        return download(name, path, revision=revision)
+
+    monkeypatch.setattr(carry, "hf_hub_download", lost)
+    with hub(repositories) as endpoint:
+        connect(endpoint)
+        done = hf_ortho_command("convert", "me/tiny", "-o", tmp_path / "out", "--degree", 3)
+    assert done.code == 0, done.err
+    assert {path: (tmp_path / "out" / path).read_bytes() for path in carried} == carried
+    assert caplog.messages == [
+        "note: not carried over from me/tiny: README.md (the model has a new card), logs/, onnx/, tf_model.h5, "
+        "notes.txt (download failed)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +125,10 @@ def test_without_network_the_cache_is_used_and_said(
         assert done.code == 0, done.err
         assert done.out == (online.pop(0).out if online else done.out)
         assert COMMIT in (done.out if command[0] != "convert" else (tmp_path / "again" / "config.json").read_text())
-        assert caplog.messages == [f"note: no answer from {endpoint}: using the cached commit {COMMIT} of {command[1]}"]
+        notes = [f"note: no answer from {endpoint}: using the cached commit {COMMIT} of {command[1]}"]
+        listing = "note: the Hub does not list the files of me/tiny (offline): only cached files are carried over"
+        assert caplog.messages == notes + [listing] * (command[0] == "convert")
+        assert command[0] != "convert" or (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ x }}"
 
 
 @pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "plot"])

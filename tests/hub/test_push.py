@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -116,18 +117,19 @@ def test_what_a_training_leaves_is_left_out(served, tmp_path, converted, hf_orth
     folder = tmp_path / "run"
     left_out = ["checkpoint-10/", "checkpoint-10/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
     left_out += ["training_args.bin", "trainer_state.json", "manifest.json", ".cache/", ".cache/x", ".hf_ortho-ready/"]
-    left_out += [".hf_ortho-ready/config.json", ".hidden", "model.safetensors.incomplete", "onnx/weights.PKL"]
-    present = files_of(converted) | {"activations/step-1.safetensors": b"kept", "notes.txt": b"kept"}
+    left_out += [".hf_ortho-ready/config.json", ".hidden", "model.safetensors.incomplete", "onnx/weights.PKL", "onnx/"]
+    left_out += ["activations/step-1.safetensors", "activations/", "notes.txt"]
+    present = files_of(converted) | {"LICENSE": b"kept", "step.py": b"included"}
     for name, body in (present | dict.fromkeys(left_out, b"x")).items():
         if not name.endswith("/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(body)
     before = files_of(folder)
-    done = hf_ortho_command("push", folder, "me/run")
+    done = hf_ortho_command("push", folder, "me/run", "--include", "*.py")
     assert done.code == 0, done.err
     assert set(served.get("models", "me/run").files("main")) == set(present) - {".hf_ortho.json"} | {".gitattributes"}
-    said = done.out.splitlines()[0].removeprefix("Left out: ").split(", ")
-    assert said == sorted(name for name in left_out if name.count("/") == 0 or name.endswith("/") or "onnx" in name)
+    said = done.out.splitlines()[0].removeprefix("Left out (--include adds files): ").split(", ")
+    assert said == sorted(name for name in left_out if name.count("/") == 0 or name.endswith("/"))
     assert files_of(folder) == before
 
 
@@ -193,13 +195,16 @@ def test_an_interrupted_upload_is_resumed(served, shards, hf_ortho_command):
     assert hf_ortho_command("push", shards, "me/x").code == 0
     assert len(served.stored) == len(set(served.stored)) > arrived
     pushed = served.get("models", "me/x").files("main")
-    assert pushed | files_of(shards) == pushed
+    expected = files_of(shards)
+    assert json.loads(pushed.pop("config.json"))["vocab_size"] == json.loads(expected.pop("config.json"))["vocab_size"]
+    assert pushed | expected == pushed
 
 
 @pytest.mark.parametrize(
     ("token", "name", "hints"),
     [
         (None, "me/x", ["no Hub token", "hf auth login", "HF_TOKEN"]),
+        ("hf_m\u00ebn", "me/x", ["the Hub token is not ASCII text", "hf auth login"]),
         ("hf_wrong", "me/x", ["does not accept the token", "401", "hf auth login"]),
         ("hf_reader", "me/x", ["no write access", "403", "hf auth login"]),
         ("hf_me", "you/x", ["no write access", "403", "--create-pr"]),
@@ -293,13 +298,86 @@ def test_remote_code(served, monkeypatch, converted, adapter):
         push(adapter[0], "me/y", remote_code=True)
 
 
+def test_local_paths_do_not_become_public(served, tmp_path, make_gpt2, save_parts, text_file, hf_ortho_command):
+    source = save_parts(tmp_path / "private" / "my-gpt2", *make_gpt2())
+    folder, data = tmp_path / "private" / "out", shutil.copy(text_file, tmp_path / "private" / "mine.txt")
+    done = hf_ortho_command("convert", source, "-o", folder, "--degree", 3, "--calibration-data", data)
+    assert done.code == 0, done.err
+    before = files_of(folder)
+    push(folder, "me/x")
+    pushed = served.get("models", "me/x").files("main")
+    assert files_of(folder) == before
+    assert b"private" in before["config.json"]
+    assert b"private" in before["conversion.json"]
+    assert [path for path, body in pushed.items() if b"private" in body] == []
+    assert json.loads(pushed["config.json"])["hf_ortho"]["source_model"] == "my-gpt2"
+    command = "hf-ortho convert my-gpt2 -o out --degree 3 --calibration-data mine.txt"
+    record = json.loads(pushed["conversion.json"])
+    assert (record["commands"], record["model"]) == ([command], "my-gpt2")
+    card = ModelCard(pushed["README.md"].decode())
+    assert f"\n{command}\n" in card.text
+    assert "converted from `my-gpt2`" in card.text
+    assert card.data.base_model is None
+
+    done = hf_ortho_command("push", folder, "me/x", "--base-model", "openai-community/gpt2")
+    assert done.code == 0, done.err
+    pushed = served.get("models", "me/x").files("main")
+    assert json.loads(pushed["config.json"])["hf_ortho"]["source_model"] == "openai-community/gpt2"
+    card = ModelCard(pushed["README.md"].decode())
+    assert "converted from `openai-community/gpt2`" in card.text
+    assert (card.data.base_model, card.data.base_model_relation) == ("openai-community/gpt2", "finetune")
+    found = json.loads(pushed["config.json"])
+    expected = json.loads(before["config.json"])
+    expected["hf_ortho"]["source_model"] = "openai-community/gpt2"
+    assert found == expected
+
+
+def test_a_base_model_that_is_no_hub_id(served, converted, hf_ortho_command):
+    message = hf_ortho_command("push", converted, "me/x", "--base-model", "/home/me/gpt2").error
+    assert message == "base model '/home/me/gpt2': must be a Hub id, such as openai-community/gpt2"
+    assert served.known == {}
+
+
 def test_the_base_of_an_adapter_on_this_machine_is_noted(served, tmp_path, converted, caplog):
     config = LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(converted), config)
     model.save_pretrained(tmp_path)
     push(tmp_path, "me/x")
     (message,) = caplog.messages
-    assert f"names the base model {converted}, a local folder" in message
+    assert f"names the base model {converted}, a local folder, and is pushed with 'converted'; give" in message
+    pushed = served.get("models", "me/x").files("main")
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "converted"
+    assert str(converted).encode() not in b"".join(pushed.values())
+    caplog.clear()
+    push(tmp_path, "me/x", base_model="me/converted")
+    assert caplog.messages == []
+    pushed = served.get("models", "me/x").files("main")
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "me/converted"
+    card = ModelCard(pushed["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation) == ("me/converted", "adapter")
+    assert 'base = GPT2LMHeadModel.from_pretrained("me/converted")' in card.text
+
+
+def test_what_the_model_needs_and_does_not_get_is_noted(served, tmp_path, converted, caplog):
+    folder = shutil.copytree(converted, tmp_path / "custom")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_own.Own", "AutoTokenizer": ["a.b", None], "AutoConfig": "x/y--own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modules.json").write_text('[{"path": "2_Dense"}]')
+    (folder / "2_Dense").mkdir()
+    for name in ("modeling_own.py", "a.py", "2_Dense/config.json", "2_Dense/pytorch_model.bin"):
+        (folder / name).write_text("x")
+    push(folder, "me/x")
+    assert caplog.messages == [
+        "note: the model needs a.py, modeling_own.py to load, and code is only pushed with --include '*.py', or with "
+        "--remote-code if hf_ortho generated it",
+        "note: sentence-transformers needs what is left out of its modules: 2_Dense/pytorch_model.bin",
+    ]
+    assert "modeling_own.py" not in served.get("models", "me/x").files("main")
+    caplog.clear()
+    push(folder, "me/x", include=["*.py", "2_Dense/*"])
+    assert caplog.messages == []
+    assert served.get("models", "me/x").files("main").keys() >= {"modeling_own.py", "a.py", "2_Dense/pytorch_model.bin"}
 
 
 def test_nothing_is_sent_of_what_is_not_whole(served, tmp_path, shards):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_ortho.activations import FAMILIES
+from hf_ortho.activations.base import SHARED
 from hf_ortho.kernels import cpu
 
 NAMES = [f"{family}_{degree}" for family, cls in FAMILIES.items() if cls.cpu_series for degree in (1, 3, 8, 9, 12)]
@@ -49,7 +50,7 @@ def measured():
 
 
 def series(module):
-    return ((key, p) for key, p in module.named_parameters() if key != "domain")
+    return ((key, p) for key, p in module.named_parameters() if key not in SHARED)
 
 
 @pytest.fixture

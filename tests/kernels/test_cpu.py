@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_ortho.activations import FAMILIES, LearnableActivation, build
+from hf_ortho.activations.base import SHARED
 from hf_ortho.activations.tropical.cpu import upper_envelope
 from hf_ortho.kernels import cpu
 
@@ -190,7 +191,11 @@ def test_only_what_is_asked_for(name, randomized, measured, small_chunks):
     module = make(randomized, name)
     x, g = data(300)
     _, expected = measured(module, x, g)
-    groups = {"x": [], "domain": [module.domain], "series": [p for k, p in module.named_parameters() if k != "domain"]}
+    groups = {
+        "x": [],
+        "domain": [module.domain],
+        "series": [p for k, p in module.named_parameters() if k not in SHARED],
+    }
     for group, parameters in groups.items():
         module.zero_grad()
         for p in module.parameters():
@@ -374,7 +379,7 @@ def test_every_way_to_write_a_parameter_is_seen(name, randomized):
         lambda p: setattr(p, "data", torch.full_like(p, 0.2)),
     ):
         for key, p in module.named_parameters():
-            if key != "domain":
+            if key not in SHARED:
                 write(p)
         exact = type(module).formula(x, *module._tensors())
         torch.testing.assert_close(module(x), exact)
@@ -406,7 +411,7 @@ def test_coefficients_that_are_not_finite_give_nan(name):
     module = build(name)
     with torch.no_grad():
         for key, p in module.named_parameters():
-            if key != "domain":
+            if key not in SHARED:
                 p[-1] = float("nan")
     assert module(torch.linspace(-2, 2, 100)).isnan().all()
 
@@ -433,7 +438,7 @@ def test_numbers_that_float32_cannot_hold_become_infinite():
         module = build(name)
         with torch.no_grad():
             for key, p in module.named_parameters():
-                if key != "domain":
+                if key not in SHARED:
                     p.fill_(3e38)
         y = module(x)
         (gx,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_ortho.activations import build
+from hf_ortho.activations.base import SHARED
 from hf_ortho.activations.fourier.cpu import FourierSeries
 from hf_ortho.activations.fourier.taylor import LEAST_NODES, MOST_NODES, TaylorSeries, make_fourier_series
 from hf_ortho.kernels import cpu
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def kernel(module, dtype=torch.float32, large=True):
-    vectors = tuple(tuple(p.tolist()) for key, p in module.named_parameters() if key != "domain")
+    vectors = tuple(tuple(p.tolist()) for key, p in module.named_parameters() if key not in SHARED)
     return make_fourier_series(vectors, tuple(module.domain.tolist()), dtype, CPU, large)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_ortho.activations import FAMILIES, build
+from hf_ortho.activations.base import SHARED
 
 pytest.importorskip("triton")  # on Linux only
 
@@ -43,7 +44,7 @@ def random_module(name, domain=DOMAIN, tail_slopes=TAIL_SLOPES):
 
 
 def family_parameters(module):
-    return [value for key, value in module.named_parameters() if key != "domain"]
+    return [value for key, value in module.named_parameters() if key not in SHARED]
 
 
 def arguments(module, dtype=torch.float32):

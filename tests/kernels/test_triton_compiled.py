@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_ortho.activations import FAMILIES, build
+from hf_ortho.activations.base import SHARED
 
 triton = pytest.importorskip("triton")  # on Linux only
 
@@ -42,7 +43,7 @@ def signature_of(value):
 def launches_of(kernel, name, dtype):
     """The arguments with which a call of the operator and its backward launch a kernel."""
     module = build(name)
-    parameters = [value for key, value in module.named_parameters() if key != "domain"]
+    parameters = [value for key, value in module.named_parameters() if key not in SHARED]
     x = torch.zeros(2**22, dtype=dtype, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
         recorders = {each: Recorder() for each in ("forward_kernel", "backward_kernel", "sum_kernel")}
@@ -133,7 +134,7 @@ def on_the_gpu(name, x, g):
         module.domain.copy_(torch.tensor([-2.0, 2.5]))
         module.tail_slopes.copy_(torch.tensor([0.0, 1.0]))
     module.domain.requires_grad_()
-    parameters = [value for key, value in module.named_parameters() if key != "domain"]
+    parameters = [value for key, value in module.named_parameters() if key not in SHARED]
     x = x.clone().requires_grad_()
     y = module(x)
     return module, [y.detach(), *torch.autograd.grad(y, [x, *parameters, module.domain], g)]
@@ -153,7 +154,7 @@ class TestOnGPU:
         module.double()
         x = x.double().requires_grad_()
         y = type(module).formula(x, *module._tensors())
-        leaves = [x, *(value for key, value in module.named_parameters() if key != "domain"), module.domain]
+        leaves = [x, *(value for key, value in module.named_parameters() if key not in SHARED), module.domain]
         theirs = [y, *torch.autograd.grad(y, leaves, g.double())]
         rounding = 4 * torch.finfo(dtype).eps
         # x within rounding of a kink may differ

@@ -50,8 +50,8 @@ def poison(trainer, path, where, step):
     else:
 
         def damage(module, args):
-            for name, parameter in module.named_parameters():
-                if bad() and name != "domain":
+            for parameter in module.parameters():
+                if bad() and parameter.requires_grad:
                     parameter.data[-1] = math.nan
 
         module.register_forward_pre_hook(damage)

@@ -42,7 +42,7 @@ def settings(model, groups):
 def test_groups_follow_trainer_but_for_activations(model, tmp_path):
     found = settings(model, hf_ortho.param_groups(model, lr=0.1, weight_decay=0.2, activation_lr=0.3))
     plain = Trainer(model=model, args=arguments(tmp_path, learning_rate=0.1, weight_decay=0.2)).create_optimizer()
-    learned = {name for name in activation_parameters(model) if not name.endswith(".domain")}
+    learned = {name for name in activation_parameters(model) if not name.endswith((".domain", ".tail_slopes"))}
     expected = settings(model, plain.param_groups) | dict.fromkeys(learned, (0.3, 0.0))
     assert found == expected
     assert {decay for _, decay in found.values()} == {0.0, 0.2}

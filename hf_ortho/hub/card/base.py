@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
@@ -14,7 +14,10 @@ from yaml import YAMLError
 from ...checkpoints.revision import is_commit
 from ...text import Markdown, code, markdown
 
-INHERITED = ("license", "license_name", "license_link", "language")
+LICENSE = ("license", "license_name", "license_link", "language")
+TEXTS = (*LICENSE[:3], "library_name", "pipeline_tag")
+LISTS = ("language", "tags", "datasets")  # a single text is also allowed
+FORMATS = ("pytorch", "tf", "jax", "flax", "rust", "onnx", "openvino", "coreml", "tflite", "gguf", "mlx", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +45,27 @@ class Base:
         return known and not Path(str(self.name)).exists()
 
     def inherited(self) -> dict[str, Any]:
-        """License and language from the card of the base model; empty if the card is missing or unreachable."""
+        """License, language, library, task, tags and datasets from the card of the base model.
+
+        Empty if the card is missing or unreachable. Values of another type are ignored, and so are the tags for the
+        formats of its weights.
+        """
         if self.name is None:
             return {}
         path = Path(self.name, "README.md")
         try:
             if self.on_hub:
                 path = Path(hf_hub_download(self.name, "README.md", revision=self.revision))
-            data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-        except (OSError, ValueError, YAMLError):  # no such file, no network, not a card
+            data = metadata_load(path) or {}
+        except (OSError, ValueError, RecursionError, YAMLError):  # no such file, no network, not a card
             return {}
-        return {key: data.get(key) for key in INHERITED if data.get(key)}
+        found = {key: data[key] for key in TEXTS if isinstance(data.get(key), str) and data[key]}
+        for key in LISTS:
+            value = data.get(key)
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
+            texts = [text for text in texts if key != "tags" or text.lower() not in FORMATS]
+            found |= {key: texts if isinstance(value, list) else texts[0]} if texts else {}
+        return found
 
     def __str__(self) -> Markdown:
         if self.name is None:

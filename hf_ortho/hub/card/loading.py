@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from pathlib import Path
 
 from ...checkpoints.adapter import base_revision
 from ...checkpoints.custom_code import references
+from ...checkpoints.listing import MODULES
 from ...checkpoints.provenance import Provenance
 from ...errors import CheckpointError
+from ...files import json_object
 from ...tasks import head_of
 from ...text import Markdown, code, code_block, markdown
 
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
 END = "<!-- end of how to load -->"
+
+
+SENTENCE_CONFIG = "config_sentence_transformers.json"
+SENTENCE_MODELS = {"SentenceTransformer": "sentence-similarity", "SparseEncoder": "feature-extraction"}
+SENTENCE_MODELS |= {"CrossEncoder": "text-ranking"}  # their tasks on the Hub
+
+
+def sentence_model(folder: Path | None) -> str | None:
+    """The class of sentence_transformers that loads the folder; None for a model of transformers only."""
+    if folder is None or not (folder / MODULES).is_file():
+        return None
+    kind = None
+    with contextlib.suppress(CheckpointError):
+        kind = json_object(folder / SENTENCE_CONFIG).get("model_type")
+    return kind if isinstance(kind, str) and kind in SENTENCE_MODELS else "SentenceTransformer"
 
 
 def architecture(config: dict, place: str) -> str | None:
@@ -28,12 +47,14 @@ def architecture(config: dict, place: str) -> str | None:
     return names[0] if names else None
 
 
-def model_loading(config: dict, place: str, remote_code: bool) -> Markdown:
-    """Instructions for loading a model with and without hf_ortho."""
+def model_loading(config: dict, place: str, remote_code: bool, sentence: str | None = None) -> Markdown:
+    """Instructions for loading a model with and without hf_ortho; ``sentence``: see ``sentence_model``."""
     auto = head_of(architecture(config, place) or "").auto_class
     activation = Provenance.of(config, place).activation
     imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
+    if sentence:
+        load = f"from sentence_transformers import {sentence}\n\nmodel = {sentence}({json.dumps(place)}"
     own_code = references(config.get("auto_map"))
     load += ", trust_remote_code=True" if own_code else ""
     parts: list[str] = [code_block(f"{imports}{load})", "python")]

@@ -20,9 +20,10 @@ from ...text import Markdown, code, code_block, markdown, markdown_table
 from ..record import Record
 from ..results import DataSource, Results, hardware
 from .adapter import adapter_parts
-from .loading import BEGIN, adapter_loading, model_loading, with_loading
+from .base import LICENSE
+from .loading import BEGIN, SENTENCE_MODELS, adapter_loading, model_loading, sentence_model, with_loading
 from .model import model_parts
-from .parts import TrainingDetails
+from .parts import CardParts, TrainingDetails
 
 PICTURE = "activations.png"
 PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
@@ -118,7 +119,7 @@ def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
     old, new = folder.absolute().name, repo_id.rpartition("/")[2]
     text = text.replace(f"\n# {markdown(old)}\n", f"\n# {markdown(new)}\n", 1)
     text = text.replace(f"\nmodel-index:\n- name: {old}\n", f"\nmodel-index:\n- name: {new}\n", 1)
-    return with_loading(text, _loading(config, repo_id, remote_code))
+    return with_loading(text, _loading(config, repo_id, remote_code, folder))
 
 
 def _is_form(text: str) -> bool:
@@ -139,8 +140,30 @@ def _config(folder: Path) -> dict[str, Any]:
     )
 
 
-def _loading(config: dict, place: str, remote_code: bool) -> str:
-    return adapter_loading(config, place) if "peft_type" in config else model_loading(config, place, remote_code)
+def _loading(config: dict, place: str, remote_code: bool, folder: Path | None) -> str:
+    if "peft_type" in config:
+        return adapter_loading(config, place)
+    return model_loading(config, place, remote_code, sentence_model(folder))
+
+
+def _inherited(base: dict[str, Any], parts: CardParts, sentence: str | None) -> dict[str, Any]:
+    """The metadata that the card of a base model gives to that of a model: an adapter only gets license and language.
+
+    A trained model may have another task than its base.
+    """
+    if parts.kind == "adapter":
+        return {key: base[key] for key in LICENSE if key in base} | {"library_name": "peft", "pipeline_tag": parts.task}
+    trained = parts.tuned or parts.kind == "plain"
+    known = (parts.task, base.get("pipeline_tag")) if trained else (base.get("pipeline_tag"), parts.task)
+    task = known[0] or known[1] or SENTENCE_MODELS.get(sentence or "")
+    library = "sentence-transformers" if sentence else base.get("library_name", "transformers")
+    return base | {"library_name": library, "pipeline_tag": task}
+
+
+def _listed(*values: str | Sequence[str] | None) -> list[str]:
+    """The distinct texts of several values of a list in the metadata."""
+    texts = (text for value in values for text in ([value] if isinstance(value, str) else value or ()))
+    return list(dict.fromkeys(texts))
 
 
 def card_text(
@@ -171,26 +194,25 @@ def card_text(
     parts = adapter_parts(config, folder) if adapter else model_parts(config, place, record, training)
     title, task, base = Path(place).name, parts.task, parts.base
     evaluations = [entry for results in record.results[-1:] for entry in results.evaluations(task)] if task else []
-    extra = {**base.inherited(), **metadata}
-    tags = extra.pop("tags", [])
-    fields = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": task,
-        "tags": [*parts.tags, *([tags] if isinstance(tags, str) else tags)],
-        "datasets": list(dict.fromkeys(source.name for source in record.data if source.on_hub)) or None,
+    inherited = _inherited(base.inherited(), parts, sentence_model(folder))
+    datasets = [source.name for source in record.data if source.on_hub]
+    fields = inherited | {
+        "tags": _listed(parts.tags, inherited.get("tags"), metadata.get("tags")),
+        "datasets": _listed(datasets, inherited.get("datasets")) or None,
         "metrics": sorted({e.metric_type for e in evaluations} & {m.evaluate_name for m in METRICS.values()}) or None,
         "model_name": title if evaluations else None,
         "eval_results": evaluations or None,
     }
     if base.on_hub:
         fields |= {"base_model": base.name, "base_model_relation": "adapter" if adapter else "finetune"}
-    head = ModelCardData(**(fields | extra))
+    fields |= {key: value for key, value in metadata.items() if key != "tags"}
+    head = ModelCardData(**fields)
     text = TEMPLATE.render(
-        **head.to_dict(),  # its fields, such as license, are also available in the template
+        head.to_dict(),  # its fields, such as license, are also available in the template
         card_data=Markdown(head.to_yaml()),
         title=title,
         parts=parts,
-        loading=_loading(config, place, remote_code),
+        loading=_loading(config, place, remote_code, folder),
         picture=PICTURE if folder is not None and (folder / PICTURE).is_file() else None,
         notes=notes,
         results=record.results,
