@@ -17,6 +17,11 @@ def visible(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str) -> str:
+    r"""``text`` with all control characters escaped, line feeds too: names from files cannot pass for lines of ours."""
+    return visible(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known word closest to ``word``; empty if none is close."""
     closest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)

@@ -6,7 +6,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from hf_ortho.cli import console as cli
-from hf_ortho.text import change, code, code_block, interval, json_values, markdown, markdown_table, visible
+from hf_ortho.text import change, code, code_block, interval, json_values, markdown, markdown_table, one_line, visible
 
 UNSAFE = {
     "\x1b]0;title\x07": r"\x1b]0;title\x07",
@@ -27,6 +27,10 @@ def test_controls_are_made_visible(text):
 @pytest.mark.parametrize("text", PLAIN)
 def test_other_text_stays(text):
     assert visible(text) == text
+
+
+def test_text_on_one_line():
+    assert one_line("a\nb\tc\x1b[m [x] ✓") == r"a\nb\tc\x1b[m [x] ✓"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
+from ..text import one_line
 from .console import Parser, add_calibration_flags, add_model_flags, console
 from .network import check_hub, hub_tokenizer
 
@@ -170,4 +171,4 @@ def _name_the_rest(all_of: dict[str, dict[str, LearnableActivation]], common: di
         if set(modules) - set(common)
     ]
     if rest:
-        console.print(f"note: not drawn: {'; '.join(rest)}")
+        console.print(f"note: not drawn: {one_line('; '.join(rest))}")
