@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..activations import LearnableActivation, build
 from ..errors import CheckpointError
-from ..files import written
+from ..files import explain, written
 
 FOLDER = "activations"
 
@@ -51,8 +51,8 @@ def read_step(file: Path) -> tuple[dict[str, LearnableActivation], dict[str, dic
             for path, module in modules.items():
                 module.load_state_dict({key: stored.get_tensor(f"{path}.{key}") for key in module.state_dict()})
             return modules, json.loads(metadata["statistics"])
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} cannot be read as recorded activations: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read as recorded activations: {explain(error)}") from error
 
 
 def drop_after(run: str | Path, step: int) -> None:
