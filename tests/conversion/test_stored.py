@@ -205,8 +205,16 @@ def test_a_spoiled_provenance(spoiled, tmp_path, scratch_tensors):
 
 @pytest.mark.parametrize(
     "weight_map",
-    [None, ["a"], {}, {"act.domain": 3}, {"act.domain": "weights.bin"}, {"act.domain": "../x.safetensors"}],
-    ids=str,
+    [
+        None,
+        ["a"],
+        {},
+        {"act.domain": 3},
+        {"act.domain": "weights.bin"},
+        {"act.domain": "../x.safetensors"},
+        {"act.domain": f"{'9' * 300}.safetensors"},
+    ],
+    ids=ascii,
 )
 def test_an_index_of_other_files(tmp_path, weight_map):
     (tmp_path / "config.json").write_text("{}")
