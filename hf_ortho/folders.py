@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -109,8 +110,8 @@ class OutputFolder:
         folder: must not be or contain the home folder, the current folder or a path in ``keep``.
         overwrite: replace the files that hf_ortho wrote here before. They must be unchanged, and there must be no
             other files.
-        keep: paths of inputs; the base model of an adapter is protected too. Paths that do not exist, such as the
-            name of a model on the Hub, are skipped.
+        keep: paths or glob patterns of inputs; the base model of an adapter is protected too. Paths that do not
+            exist, such as the name of a model on the Hub, are skipped.
         beside: for the output folder of a training: other files may be there, and stay. If a new file has the name of
             one, the old one is renamed.
 
@@ -285,7 +286,8 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         raise OutputError(f"output folder {name}: {there} cannot be written")
     if not path.is_dir():
         return path
-    inputs = [place for name in keep if name for place in (name, base_of(name)) if place and os.path.exists(place)]
+    inputs = [place for name in keep if name for place in (*_matches(name), base_of(name)) if place]
+    inputs = [place for place in inputs if os.path.exists(place)]
     places = [(f"the input {place}", place) for place in inputs]
     for what, place in [*places, ("the current folder", os.getcwd()), ("the home folder", os.path.expanduser("~"))]:
         real = Path(os.path.realpath(place))
@@ -294,6 +296,11 @@ def _place(name: str, keep: Sequence[str | os.PathLike | None]) -> Path:
         if any(os.path.samefile(path, parent) for parent in real.parents if parent.exists()):
             raise OutputError(f"output folder {name} contains {what}; name another")
     return path
+
+
+def _matches(name: str | os.PathLike) -> list[str]:
+    """A path, or the paths that match a glob pattern."""
+    return [os.fspath(name)] if os.path.exists(name) else glob.glob(os.fspath(name), recursive=True)
 
 
 def base_of(model: str | os.PathLike) -> str | None:

@@ -264,7 +264,8 @@ def test_places_that_are_never_written(tmp_path, monkeypatch):
             assert f"is the input {source}" in refusal(tmp_path / "alias", **options)
             assert "contains the input" in refusal(source.parent, **options)
             assert "is a file" in refusal(data, **options)
-    OutputFolder(source / "converted", keep=[source])
+    assert f"contains the input {data}" in refusal(tmp_path, overwrite=True, keep=[f"{tmp_path}/*.txt"])
+    OutputFolder(source / "converted", keep=[source, f"{tmp_path}/*.txt"])
     OutputFolder(home / "model")
 
 

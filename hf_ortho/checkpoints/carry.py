@@ -17,20 +17,21 @@ from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..files import explain
+from ..files import TRAINING_MANIFEST, TRAINING_RECIPE, explain
+from .custom_code import GENERATED
 from .listing import MODULES, ROUTER, Listing, is_private, list_files, matches, module_folders, module_of
 
 logger = logging.get_logger("hf_ortho")
 
 CARD = "README.md"
 # Written by hf_ortho, for the model that it describes.
-OURS = ("conversion.json", "activations.png", "modeling_hf_ortho.py")
+OURS = ("conversion.json", "activations.png", f"{GENERATED}.py")
 MAIN = "model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 # The weights in other files and formats, which the new weights do not match.
 STALE = "*model*.safetensors* pytorch_model* model*.bin model*.pt consolidated* *.pth *.ckpt* tf_model* *.h5 "
 STALE += "flax_model* *.msgpack rust_model* *.gguf *.ggml *.onnx* openvino_* *.tflite *.mlmodel *.mlpackage"
 TRAINING = "optimizer* scheduler* scaler* rng_state* random_states* training_args.bin trainer_state.json "
-TRAINING += "events.out.tfevents* *.distcp"
+TRAINING += f"events.out.tfevents* *.distcp {TRAINING_MANIFEST} {TRAINING_RECIPE}"
 SKIPPED = "checkpoint-* checkpoints* last-checkpoint global_step* runs wandb mlruns __pycache__"
 LIMIT = 100 * 2**20  # bytes of a file, or of a folder with all that is in it, except the modules
 
@@ -41,6 +42,7 @@ class Source:
 
     name: str
     commit: str | None = None
+    without: str = ""  # glob patterns of files that were replaced
 
 
 def carry(source: Source, folder: Path) -> None:
@@ -48,10 +50,11 @@ def carry(source: Source, folder: Path) -> None:
 
     Files of the same name in ``folder`` stay. What is left out is logged in one line: other formats of the weights,
     the state of a training, the card, links that lead out of the source, folders with another model, secrets, and
-    whatever is larger than ``LIMIT``. Hidden files and links to folders are ignored.
+    whatever is larger than ``LIMIT``. Hidden files are ignored.
     """
     place = Path(source.name)
     found, files, missing = _cached(place, folder) if place.is_dir() else _download(source, folder)
+    files = {path: file for path, file in files.items() if not matches(path, source.without)}
     for path, file in files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

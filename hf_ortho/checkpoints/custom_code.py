@@ -66,6 +66,10 @@ def custom_class(name: str, revision: str | None, auto: str, reference: str) -> 
     return add_generation_mixin_to_remote_model(cls)
 
 
-def auto_class(model_class: Any) -> Any:
-    """The auto class that loads a class from the code of a repository, otherwise the class itself."""
-    return getattr(transformers, str(model_class._auto_class)) if model_class.is_remote_code() else model_class
+def loader(model_class: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a saved model of ``model_class`` (or of an auto class), and its options.
+
+    For code that was already run, it is the auto class, which takes the code from the saved model.
+    """
+    name = getattr(model_class, "_auto_class", None)
+    return (getattr(transformers, name), {"trust_remote_code": True}) if name else (model_class, {})

@@ -18,6 +18,11 @@ MODULES = "modules.json"  # of a sentence-transformers model
 ROUTER = "router_config.json"  # of its module Router, whose parts modules.json does not list
 PRIVATE = "token *_token id_rsa* id_dsa* id_ecdsa* id_ed25519* *.pem *.key *.p12 *.pfx *.kdbx *.env *credential* "
 PRIVATE += "*password* secret* *.secret htpasswd kaggle.json"
+# The files of tokenizers and their chat templates.
+TOKENIZER = "tokenizer*.json special_tokens_map.json added_tokens.json *vocab*.json *vocab*.txt merges.txt bpe.codes "
+TOKENIZER += "tokenizer*.model* spiece.model sentencepiece*.model spm*.model *.spm *.tiktoken tekken.json dict.txt "
+TOKENIZER += "normalizer.json emoji.json byte_maps.json word_shape.json word_pronunciation.json "
+TOKENIZER += "chat_template.json *.jinja additional_chat_templates/*.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ def list_files(folder: Path, skipped: Callable[[str], bool]) -> Listing:
                 continue
             if not stat.S_ISREG(status.st_mode):
                 found.others[path] = "not a regular file"
+            elif not os.access(real, os.R_OK):
+                found.others[path] = "not readable"
             elif not any(real.is_relative_to(place) for place in places):
                 found.others[path] = "a link that leads out of the folder"
             else:
@@ -86,18 +93,20 @@ def matches(name: str, patterns: str) -> bool:
 
 def module_folders(folder: Path) -> set[str]:
     """The folders of the modules of a sentence-transformers model; empty for another model or an invalid list."""
-    found: set[str] = set()
+    found: set[PurePosixPath] = set()
     if not (folder / MODULES).is_file():
-        return found
+        return set()
     with contextlib.suppress(CheckpointError, OSError, ValueError, AttributeError, TypeError, RecursionError):
         modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
-        paths = [str(module["path"]) for module in modules if "path" in module]
-        for path in paths:
-            if (folder / path / ROUTER).is_file():
-                parts = json_object(folder / path / ROUTER).get("types", {})
-                found |= {PurePosixPath(path, part).as_posix() for part in parts}
-        found |= {PurePosixPath(path).as_posix() for path in paths}
-    return {path for path in found if path != "." and ".." not in path.split("/") and not path.startswith("/")}
+        for path in filter(_inside, (PurePosixPath(module["path"]) for module in modules)):
+            router = folder / path / ROUTER
+            parts = json_object(router).get("types", {}) if router.is_file() else {}
+            found |= {path / part for part in ("", *parts)}
+    return {path.as_posix() for path in filter(_inside, found)} - {"."}
+
+
+def _inside(path: PurePosixPath) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def module_of(path: str, modules: Iterable[str]) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import transformers
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..activations import LearnableActivation
@@ -29,8 +27,9 @@ from .adapter import (
     has_safetensors,
 )
 from .carry import Source, carry
-from .custom_code import custom_class, load_config, references, refusal
+from .custom_code import load_config
 from .keys import check_keys
+from .model_class import encoder_class, model_class
 from .patterns import check_patterns
 from .place import check_place
 from .processors import IMAGE_FILES, TOKENIZER_FILES, processor_of
@@ -96,16 +95,19 @@ def load_checkpoint(
         adapter = adapter_config(name, revision)
         if adapter is not None:
             options = {"trust_remote_code": trust_remote_code, "auto_classes": auto_classes, **overrides}
+            options |= {"ignore_mismatched_sizes": True} if new_head else {}
             return _merged(name, adapter, revision, dtype=dtype, **options)
         commit = model_commit(name, revision)
         at = commit or revision  # a branch may move between two downloads
         config = load_config(name, at, trust_remote_code)
-        cls = _model_class(name, at, config, trust_remote_code, auto_classes)
+        cls = model_class(name, at, config, trust_remote_code, auto_classes)
         stored = stored_tensors(name, at)
         _check_activations(name, stored or {})  # as stored: transformers converts any dtype to that of the model
         options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **overrides}
-        with _muted():
-            model, info = cls.from_pretrained(name, revision=at, dtype=dtype, output_loading_info=True, **options)
+        options |= {"revision": at, "dtype": dtype, "output_loading_info": True}
+        model, info = _from_pretrained(cls, name, options)
+        if encoder := encoder_class(name, at, model, info):
+            model, info = _from_pretrained(encoder, name, options)
         check_keys(name, model, info, new_head=new_head)
         if stored is None:
             logger.warning(f"note: the weights of {name} are pickled; only tensors are read, and no code in them runs")
@@ -118,17 +120,16 @@ def load_checkpoint(
         raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
     model.eval()
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
-    if not cls.is_remote_code():
+    if not type(model).is_remote_code():
         vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
     return Checkpoint(model, tokenizer, images, commit, source=Source(name, commit))
 
 
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Log nothing about activations without weights, which are an error here."""
+def _from_pretrained(cls: Any, name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and its loading info, without the warning about missing activations, which are an error here."""
     logger.disabled = True
     try:
-        yield
+        return cls.from_pretrained(name, **options)
     finally:
         logger.disabled = False
 
@@ -151,39 +152,6 @@ def _reason(error: Exception) -> str:
     return (
         text if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
     )
-
-
-def _model_class(
-    name: str, revision: str | None, config: PreTrainedConfig, trust_remote_code: bool, auto_classes: Sequence[str]
-) -> Any:
-    """The class that the config names, else that of the first auto class that knows the config."""
-    named = config.architectures or []
-    if not isinstance(named, list) or not all(isinstance(entry, str) for entry in named):
-        raise CheckpointError(f"the config of {name}: architectures is {named!r:.80}; expected the name of a class")
-    custom = {auto: ref for auto, ref in references(getattr(config, "auto_map", None)).items() if "Model" in auto}
-    if named:
-        own = getattr(transformers, named[0], None)
-        fits = [auto for auto, reference in custom.items() if reference.rpartition(".")[2] == named[0]]
-    else:
-        classes = (getattr(transformers, auto)._model_mapping.get(type(config), None) for auto in auto_classes)
-        own = next((cls for cls in classes if cls is not None), None)
-        own = own[0] if isinstance(own, tuple) else own
-        fits = [auto for auto in auto_classes if auto in custom]
-    is_model = isinstance(own, type) and issubclass(own, PreTrainedModel)
-    if fits and (trust_remote_code or not is_model):
-        if not trust_remote_code:
-            raise refusal(name, custom[fits[0]], "the model")
-        own = custom_class(name, revision, fits[0], custom[fits[0]])
-    elif not is_model:
-        known = f"transformers {transformers.__version__} has no such model class"
-        if not named:
-            known = f"{' or '.join(auto_classes)} has no class for the model type {config.model_type!r}"
-        raise CheckpointError(
-            f"the config of {name} names the class {(named or ['none'])[0]!r} under architectures, but {known}"
-        )
-    if own is not None and not named:
-        logger.warning(f"note: the config of {name} names no class under architectures; it is loaded as {own.__name__}")
-    return own
 
 
 def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkpoint:

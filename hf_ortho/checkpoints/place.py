@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import CheckpointError
-from ..files import why
 from .adapter import ADAPTER_CONFIG
 
 READABLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -27,13 +27,9 @@ def check_place(name: str) -> None:
         CheckpointError: the folder has no config, or only weights in another format; or it does not exist.
     """
     path = Path(name)
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:  # such as a name that is too long
-        raise CheckpointError(f"{name!r:.80} cannot be read: {why(error)}") from error
-    if is_file:
+    if os.path.isfile(name):  # unlike Path.is_file, False for a name that is too long
         raise CheckpointError(f"{name} is not a checkpoint: expected a folder with config.json and safetensors weights")
-    if is_folder:
+    if os.path.isdir(name):
         files = {file.name for file in path.iterdir() if file.is_file()}
         if not files & {CONFIG_NAME, ADAPTER_CONFIG}:
             raise CheckpointError(f"{name} is not a checkpoint: {_content(path, files)}")
@@ -45,7 +41,7 @@ def check_place(name: str) -> None:
 
 def check_exists(name: str) -> None:
     """Raise CheckpointError for a path that does not exist and cannot be the name of a Hub repository."""
-    if not Path(name).exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+    if not os.path.exists(name) and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name} does not exist")
 
 

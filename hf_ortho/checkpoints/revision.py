@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def is_commit(revision: str | None) -> bool:
 
 def model_commit(name: str, revision: str | None, config: str = CONFIG_NAME) -> str | None:
     """The commit of a Hub model, None for a folder. If the Hub does not answer, uses the cache and logs a note."""
-    moving = not Path(name).is_dir() and not is_commit(revision)
+    moving = not os.path.isdir(name) and not is_commit(revision)
     offline = moving and not _answers(name, revision, config)
     file = Path(str(cached_file(name, config, revision=revision, local_files_only=offline)))
     if file.parent.parent.name != "snapshots":

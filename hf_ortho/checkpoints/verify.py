@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import OutputError
-from .custom_code import auto_class
+from .custom_code import loader
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
@@ -130,8 +130,8 @@ def verify_reload(
     Raises:
         OutputError: a tensor or an output differs.
     """
-    options = {"trust_remote_code": True} if model_class.is_remote_code() else {}  # the code that was just run
-    reloaded = auto_class(model_class).from_pretrained(folder, dtype="auto", **options)
+    cls, options = loader(model_class)
+    reloaded = cls.from_pretrained(folder, dtype="auto", **options)
     actual = outputs(reloaded, inputs)
     close = len(actual) == len(expected) and all(
         torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1), equal_nan=True)

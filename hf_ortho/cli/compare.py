@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from glob import has_magic
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def _figure(mean: str, spread: float, seeds: int) -> str:
 
 def _name(dataset: str | None) -> str:
     """The name of a dataset, without local folders."""
-    return Path(str(dataset)).name if Path(str(dataset)).exists() else str(dataset)
+    return Path(str(dataset)).name if Path(str(dataset)).exists() or has_magic(str(dataset)) else str(dataset)
 
 
 def write(

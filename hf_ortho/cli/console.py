@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from rich.table import Table
 from wrapt import register_post_import_hook
 
 from ..errors import ConfigError
+from ..tasks.arguments import DataArguments
 from ..text import one_line, suggestion, visible
 
 if TYPE_CHECKING:
@@ -105,6 +107,32 @@ def add_calibration_flags(parser: Parser, purpose: str) -> None:
     parser.add_argument(
         "--block-size", type=int, help="Tokens per block. Default: the context length of the model, at most 1024."
     )
+    add_column_flags(parser)
+
+
+def calibration_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``calibration_batches`` from the flags of ``add_calibration_flags``.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    if args.calibration_samples < 1:
+        raise ConfigError(f"--calibration-samples {args.calibration_samples}: must be at least 1")
+    fields = {"block_size": args.block_size, **columns(args)}
+    DataArguments(**fields)
+    return {"samples": args.calibration_samples, "split": args.calibration_split, **fields}
+
+
+def add_column_flags(parser: Parser) -> None:
+    """The flags that select columns of a dataset, named as the fields of ``DataArguments``."""
+    for field in dataclasses.fields(DataArguments):
+        if field.name.endswith("_column"):
+            parser.add_argument(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+
+
+def columns(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of ``add_column_flags``."""
+    return {key: value for key, value in vars(args).items() if key.endswith("_column")}
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -129,7 +157,7 @@ def quiet() -> None:
         logging_module.disable_progress_bar()
 
     def datasets_logging(datasets):
-        datasets.logging.set_verbosity_error()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # each error that it logs is also raised
         datasets.disable_progress_bars()
 
     register_post_import_hook(transformers_logging, "transformers.utils.logging")
@@ -174,6 +202,21 @@ def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
     )
     with Progress(first, BarColumn(), count, TimeElapsedColumn(), last, console=console) as bar:
         yield bar, bar.add_task(one_line(title), total=None, note="")
+
+
+def training_size():
+    """A Trainer callback that prints the number of training samples and their tokens."""
+    from transformers import TrainerCallback
+
+    class Size(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            samples: Any = getattr(train_dataloader, "dataset", None)
+            if state.is_world_process_zero and hasattr(samples, "__len__"):  # a stream has no length
+                tokens = samples[0].get("input_ids")
+                what = "samples" if tokens is None else f"blocks of {len(tokens)} tokens"
+                console.print(f"Training on {len(samples)} {what} for {state.max_steps} steps")
+
+    return Size()
 
 
 def trainer_progress(title: str):

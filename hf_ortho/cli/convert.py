@@ -8,7 +8,7 @@ from pathlib import Path
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import DTYPES, Parser, add_calibration_flags, add_model_flags, console, show_report
+from .console import DTYPES, Parser, add_calibration_flags, add_model_flags, calibration_options, console, show_report
 from .network import check_hub, hub_tokenizer
 
 
@@ -60,6 +60,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--distill {args.distill}: must be at least 0")
     if args.distill and not args.calibration_data:
         raise ConfigError(f"--distill {args.distill} requires --calibration-data")
+    options = calibration_options(args)
     output = OutputFolder(
         args.output, overwrite=args.overwrite, keep=[args.model, args.tokenizer, args.calibration_data]
     )
@@ -79,13 +80,7 @@ def run(argv: list[str]) -> None:
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
     calibration, source = None, None
     if args.calibration_data:
-        calibration, source = calibration_batches(
-            checkpoint,
-            args.calibration_data,
-            samples=args.calibration_samples,
-            split=args.calibration_split,
-            block_size=args.block_size,
-        )
+        calibration, source = calibration_batches(checkpoint, args.calibration_data, **options)
     report = convert(
         checkpoint.model,
         args.family,

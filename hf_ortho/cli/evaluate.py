@@ -6,7 +6,7 @@ from ..errors import ConfigError
 from ..tasks import TASKS
 from ..tasks.arguments import DataArguments
 from ..text import change
-from .console import DTYPES, Parser, add_model_flags, console, table
+from .console import DTYPES, Parser, add_column_flags, add_model_flags, columns, console, table
 from .network import check_hub, hub_tokenizer
 
 
@@ -27,9 +27,7 @@ def parser() -> Parser:
     p.add_argument(
         "--block-size", type=int, help="Tokens per sample. Default: the context length of the model, at most 1024."
     )
-    p.add_argument("--text-column", help="Text column. Default: text, or the only text column.")
-    p.add_argument("--image-column", help="Image column. Default: image, or the only image column.")
-    p.add_argument("--label-column", help="Label column. Default: label, or the only label column.")
+    add_column_flags(p)
     p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples only. Default: all samples.")
     p.add_argument("--batch-size", type=int, default=8, help="Samples per forward pass.")
     return p
@@ -52,8 +50,7 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
         raise ConfigError(f"--dataset is required for {type(checkpoint.model).__name__}")
     splits = data.load(place)
     split = data.pick(splits, args.split, data.HELD_BACK, place)
-    columns = {"text_column": args.text_column, "image_column": args.image_column, "label_column": args.label_column}
-    samples = task.prepare(checkpoint, splits[split], DataArguments(block_size=args.block_size, **columns), place)
+    samples = task.prepare(checkpoint, splits[split], args.data, place)
     samples = head(samples, args.max_samples)
     data_used = f"{place}, {split}, {len(samples)} samples"
     console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {data_used}")
@@ -65,6 +62,7 @@ def run(argv: list[str]) -> None:
     for flag, value in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
+    args.data = DataArguments(block_size=args.block_size, **columns(args))
     models = [(args.model, args.revision), (args.against, args.against_revision), hub_tokenizer(args.tokenizer)]
     check_hub(models, [args.dataset])
     data_used, first = measure(args.model, args.revision, args)

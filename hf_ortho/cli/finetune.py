@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..training.arguments import Recipe
-from .console import console, show_report, table, trainer_log
+from .console import console, show_report, table, trainer_log, training_size
 from .launch import launch
 from .recipe import parse_recipe
 
@@ -115,7 +115,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
             training=TrainingDetails(arguments, _others(recipe), base, result.checkpoint.commit if base else None),
         )
 
-    result = finetune(recipe, [trainer_log("Training")], finish)
+    result = finetune(recipe, [training_size(), trainer_log("Training")], finish)
     if arguments.process_index != 0:
         return None
     console.print(f"Wrote {folder} ({result.trainable:,} trained parameters)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import http.client
 import os
 import sys
@@ -88,7 +89,9 @@ def answers(endpoint: str) -> bool:
 
 def _on_hub(name: str | None) -> bool:
     """Whether a name can only refer to the Hub."""
-    return bool(name) and not os.path.exists(str(name)) and str(name)[0] not in "/.~" and str(name).count("/") <= 1
+    if not name or os.path.exists(name) or glob.has_magic(name):
+        return False
+    return name[0] not in "/.~" and name.count("/") <= 1
 
 
 def _cached(name: str, revision: str | None) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
 from ..text import one_line
-from .console import Parser, add_calibration_flags, add_model_flags, console
+from .console import Parser, add_calibration_flags, add_model_flags, calibration_options, console
 from .network import check_hub, hub_tokenizer
 
 if TYPE_CHECKING:
@@ -44,9 +44,12 @@ def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.against_revision and not args.against:
         raise ConfigError(f"--against-revision {args.against_revision} requires --against")
+    if args.tokenizer and not args.calibration_data:
+        raise ConfigError(f"--tokenizer {args.tokenizer} requires --calibration-data")
     suffix = Path(args.output).suffix
     if suffix not in (".png", ".gif") or (suffix == ".gif" and not args.history):
         raise ConfigError(f"--output {args.output}: must end in .png, or in .gif with --history")
+    calibration_options(args)
     check_file(args.output)
     models = (args.model, args.revision), (args.against, args.against_revision), hub_tokenizer(args.tokenizer)
     check_hub(models, [args.calibration_data])
@@ -101,13 +104,7 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     modules = {n: m for n, m in checkpoint.model.named_modules() if isinstance(m, LearnableActivation)}
     if not modules:
         raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
-    batches, _ = calibration_batches(
-        checkpoint,
-        args.calibration_data,
-        samples=args.calibration_samples,
-        split=args.calibration_split,
-        block_size=args.block_size,
-    )
+    batches, _ = calibration_batches(checkpoint, args.calibration_data, **calibration_options(args))
     stored = StoredActivations(modules, Provenance.of(checkpoint.model.config), checkpoint.commit)
     return stored, collect(checkpoint.model, modules, batches)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from ..text import one_line
 from .console import Parser, console
@@ -46,7 +46,7 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if Path(args.folder).is_dir():
+    if os.path.isdir(args.folder):
         check_hub(push=True)
 
     from ..hub.contents import contents_of

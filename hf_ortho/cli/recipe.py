@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HfOrthoError
 from ..files import explain, why
 from ..tasks import METRICS
 from ..text import suggestion
@@ -94,6 +94,8 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
             num_training_steps=1,
             scheduler_specific_kwargs=cast(dict, recipe.training.lr_scheduler_kwargs or {}),
         )
+    except HfOrthoError:
+        raise
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
         raise ConfigError(f"training arguments: {explain(error)}") from error
     return recipe

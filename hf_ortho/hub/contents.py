@@ -17,7 +17,7 @@ from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
 from ..checkpoints.carry import CARD
 from ..checkpoints.custom_code import references
-from ..checkpoints.listing import Listing, is_private, list_files, matches, module_folders, module_of
+from ..checkpoints.listing import TOKENIZER, Listing, is_private, list_files, matches, module_folders, module_of
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
@@ -26,10 +26,7 @@ from ..files import MANIFEST, explain, json_object
 # What a model or an adapter may need, besides its weights.
 NEEDED = "config.json generation_config.json adapter_config.json labels.json conversion.json README.md activations.png "
 NEEDED += "model.safetensors.index.json "
-NEEDED += "tokenizer*.json special_tokens_map.json added_tokens.json *vocab*.json *vocab*.txt merges.txt bpe.codes "
-NEEDED += "tokenizer*.model* spiece.model sentencepiece*.model spm*.model *.spm *.tiktoken tekken.json dict.txt "
-NEEDED += "normalizer.json emoji.json byte_maps.json word_shape.json word_pronunciation.json "
-NEEDED += "*processor_config.json chat_template.json *.jinja additional_chat_templates/*.jinja "
+NEEDED += f"{TOKENIZER} *processor_config.json "
 NEEDED += "modules.json router_config.json sentence_*_config.json config_sentence_transformers.json"
 LEGAL = "LICENSE LICENSE.* LICENSE-* LICENCE LICENCE.* NOTICE NOTICE.* COPYING COPYING.* USE_POLICY.*"
 OF_MODULES = "*.json *.safetensors *.txt *.model"
@@ -72,7 +69,7 @@ def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Conte
         ConfigError: a pattern selects no file, or the name of a selected file is not UTF-8.
     """
     place = Path(folder)
-    if not place.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
         raise CheckpointError(f"{folder} is not a folder; give a folder with a model or an adapter")
     found = list_files(place, lambda name: name.startswith(".") or name == "__pycache__")
     _refuse(place, [path for path in found.others if _needed(path)], found)

@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..checkpoints.carry import CARD
+from ..checkpoints.custom_code import GENERATED, references
 from ..checkpoints.listing import matches, module_folders, module_of
 from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, HubError
@@ -165,14 +166,14 @@ def _additions(
 
 
 def _modules_of_code(files: Mapping[str, bytes]) -> set[str]:
-    """The Python files of a repository that its configs refer to with ``auto_map``."""
+    """The Python files of a repository that its configs refer to."""
     found: set[str] = set()
     for path in files.keys() - {CARD}:
         with contextlib.suppress(ValueError, RecursionError, AttributeError):
-            for value in json.loads(files[path]).get("auto_map", {}).values():
-                for name in value if isinstance(value, list) else [value]:
-                    if isinstance(name, str) and "--" not in name:  # a name with dashes is in another repository
-                        found.add(f"{name.rpartition('.')[0].replace('.', '/')}.py")
+            auto_map = json.loads(files[path]).get("auto_map")
+            modules = {name.partition(".")[0] for name in references(auto_map).values() if "--" not in name}
+            modules |= {GENERATED} if f"{GENERATED}." in str(auto_map) else set()
+            found |= {f"{module}.py" for module in modules}
     return found
 
 

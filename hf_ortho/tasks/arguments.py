@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..errors import ConfigError
+
+LEAST = {"block_size": 2, "shuffle_buffer": 1, "shuffle_blocks": 1, "max_train_samples": 1, "max_eval_samples": 1}
+
 
 @dataclasses.dataclass
 class DataArguments:
-    """Training and evaluation data."""
+    """Training and evaluation data.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
 
     _argument_group_name = "data"
 
     dataset: str | None = dataclasses.field(
-        default=None, metadata={"help": "File, folder, Hub dataset, or a built-in dataset (pydoc_topics, digits)."}
+        default=None,
+        metadata={"help": "File, folder, pattern, Hub dataset, or a built-in dataset (pydoc_topics, digits)."},
     )
     eval_dataset: str | None = dataclasses.field(
         default=None, metadata={"help": "Evaluation dataset, in the same formats. Default: a split of dataset."}
@@ -61,3 +70,9 @@ class DataArguments:
     max_eval_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Evaluate on the first N samples only."}
     )
+
+    def __post_init__(self):
+        for key, least in LEAST.items():
+            value = getattr(self, key)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{key} {value}: must be at least {least}")

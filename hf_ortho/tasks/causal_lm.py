@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DataArguments
 from .task import LOSS, Metric, Task
 
 if TYPE_CHECKING:
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
     from ..checkpoints.load import Checkpoint
+    from .arguments import DataArguments
     from .stream import Stream
 
 
@@ -48,19 +48,16 @@ class CausalLM(Task):
         return token_losses(logits, labels)
 
     def calibration(
-        self, checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None
+        self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
     ) -> list[dict]:
         """Blocks. A quarter has labels and is cut into pieces: logits of long blocks exceed the model in memory."""
-        from .samples import batches
+        from .data import first_blocks, tokens_per_sample
 
-        blocks = batches(self.prepare(checkpoint, rows, DataArguments(block_size=block_size), name), samples)
+        size = tokens_per_sample(checkpoint, arguments)
+        blocks = first_blocks(rows, checkpoint.tokenizer, size, samples, arguments.text_column, name)
         labeled = max(1, len(blocks) // 4)
-        pieces = [
-            {"input_ids": piece, "labels": piece}
-            for block in blocks[:labeled]
-            for piece in block["input_ids"].split(256, 1)
-        ]
-        return pieces + [{"input_ids": block["input_ids"]} for block in blocks[labeled:]]
+        pieces = [{"input_ids": piece, "labels": piece} for block in blocks[:labeled] for piece in block.split(256, 1)]
+        return pieces + [{"input_ids": block} for block in blocks[labeled:]]
 
 
 CAUSAL_LM = CausalLM(

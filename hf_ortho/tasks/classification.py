@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Classification(Task):
-    """A task whose ``prepare`` returns a ``ClassLabel`` column; see ``data.with_classes``."""
+    """A task whose ``prepare`` returns a ``ClassLabel`` column; see ``labels.with_classes``."""
 
     def stream(
         self,
@@ -37,21 +37,45 @@ class Classification(Task):
         train = stream_classified(rows, partial(prepare, name=name), arguments, seed)
         self.adapt_head(checkpoint, train, seed)
         name = arguments.eval_dataset or name
-        return train, prepare(first_rows(held_back_rows, arguments.max_eval_samples, name), name=name)
+        held_back = prepare(first_rows(held_back_rows, arguments.max_eval_samples, name), name=name)
+        self.check_classes(train, held_back, name)
+        return train, held_back
+
+    def check_classes(self, train: Dataset | Stream, held_back: Dataset, name: str) -> None:
+        from .labels import class_names
+
+        known, names = class_names(train), class_names(held_back)
+        if _numbers(names):
+            if len(names) > len(known):
+                raise DataError(
+                    f"{name} has the label {len(names) - 1}, but the training data has {len(known)} classes, numbered "
+                    "from 0"
+                )
+            return
+        if unseen := [label for label in names if label not in known]:
+            raise DataError(
+                f"{name} has the class {unseen[0]!r}, which is not among the {len(known)} classes of the training data "
+                f"({', '.join(known[:5])}{', ...' if len(known) > 5 else ''})"
+            )
 
     def check(self, model: PreTrainedModel, samples: Dataset) -> None:
-        from .data import class_names
+        from .labels import class_names
 
-        names, classes = class_names(samples), model.config.num_labels or 0
+        names, known, classes = class_names(samples), classes_of(model), model.config.num_labels or 0
         if len(names) > classes:
             raise DataError(f"the dataset has {len(names)} classes, {model.name_or_path} has {classes}")
+        unseen = [name for name in names if name not in known]
+        shared = [name for name in names if name in known]
+        same = len(names) == classes and all(names.index(name) == known.index(name) for name in shared)
+        if unseen and shared and not same and not _numbers(names):  # with equal places, the spelling may differ
+            raise DataError(f"the dataset has the class {unseen[0]!r}, which {model.name_or_path} does not have")
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
         """Write the class names of the dataset to the config, and replace the head if the classes differ."""
         import torch
         from transformers.utils import logging
 
-        from .data import class_names
+        from .labels import class_names
 
         names, model = class_names(train), checkpoint.model
         known, old = classes_of(model), model.config.num_labels
@@ -87,3 +111,8 @@ class Classification(Task):
 def classes_of(model: PreTrainedModel) -> list[str]:
     """The classes of a classifier, in the order of its logits."""
     return [name for _, name in sorted((model.config.id2label or {}).items())]
+
+
+def _numbers(names: list[str]) -> bool:
+    """Whether the classes are numbers, as of integer labels."""
+    return names == [str(i) for i in range(len(names))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
-from .arguments import DataArguments
 from .classification import Classification, classes_of
 from .task import LOSS, Metric
 
@@ -14,16 +13,18 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
     from ..checkpoints.load import Checkpoint
+    from .arguments import DataArguments
 
 
 class ImageClassification(Classification):
     def prepare(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
-        from .data import images
+        from .images import images
 
         if checkpoint.image_processor is None:
             raise DataError(f"{checkpoint.model.name_or_path} has no image processor, so images cannot be read for it")
         columns = (arguments.image_column, arguments.label_column)
-        return images(rows, checkpoint.image_processor, *columns, name, classes_of(checkpoint.model))
+        known, numbered = classes_of(checkpoint.model), not arguments.streaming
+        return images(rows, checkpoint.image_processor, *columns, name, known, numbered=numbered)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         from .metrics.compute import accuracy
@@ -31,15 +32,19 @@ class ImageClassification(Classification):
         return accuracy(prediction, (1, 5))
 
     def calibration(
-        self, checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None
+        self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
     ) -> list[dict]:
-        from .data import class_names
+        """Batches of images, with labels if the dataset has the classes of the model."""
+        from .calibration import image_batches
+        from .columns import has_labels
+        from .labels import class_names
         from .samples import batches
 
-        prepared = self.prepare(checkpoint, rows, DataArguments(), name)
+        if not (arguments.label_column or has_labels(rows)):
+            return image_batches(checkpoint, rows, arguments, name, samples)
+        prepared = self.prepare(checkpoint, rows, arguments, name)
         inputs = batches(prepared, samples * 8, size=8)
         if class_names(prepared) != classes_of(checkpoint.model):
-            # The labels do not match the classes of the model.
             inputs = [{"pixel_values": batch["pixel_values"]} for batch in inputs]
         return inputs
 

@@ -51,6 +51,7 @@ def load_splits(
     task.adapt_head(checkpoint, train, seed)
     if raw_held_back is not None:
         held_back = task.prepare(checkpoint, raw_held_back, arguments, held_back_name)
+        task.check_classes(train, held_back, held_back_name)
     elif len(train) > 1:
         train, held_back = _hold_back(train, task.random_split)
     if held_back is not None:

@@ -1,47 +1,101 @@
-"""Local data files: a single file, or a folder of shards."""
+"""Local data files: a single file, the files of a folder, or those of a glob pattern such as ``data/*.jsonl``."""
 
 from __future__ import annotations
 
+import glob
+import importlib.util
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
 from datasets import DatasetDict, IterableDatasetDict
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from ..files import explain
+from ..errors import DataError
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# A text file is one document, including its line breaks.
+TEXT = ("text", {"sample_by": "document", "encoding": "utf-8-sig"})
+JSON: tuple[str, dict] = ("json", {})
+IMAGES: tuple[str, dict] = ("imagefolder", {})
+BUILDERS: dict[str, tuple[str, dict]] = {
+    ".txt": TEXT,
+    ".jsonl": JSON,
+    ".ndjson": JSON,
+    ".json": JSON,
+    # Parquet is otherwise read by whole row groups, which fails for a file without rows.
+    ".parquet": ("parquet", {"batch_size": 1000}),
+    ".arrow": ("arrow", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSIBLE = ("text", "json", "csv")
+KNOWN = f"one of {', '.join(BUILDERS)} (text, JSON and CSV also followed by {', '.join(COMPRESSIONS)})"
 
 
-def files_of(path: Path) -> list[str]:
-    """A file itself; for a folder, all files below it with the first suffix of ``BUILDERS`` that occurs, sorted."""
-    if path.is_file():
-        return [str(path)]
-    files = sorted(str(p) for p in path.rglob("*") if p.is_file())
-    kinds = ([f for f in files if Path(f).suffix.lower() == suffix] for suffix in BUILDERS)
-    return next((kind for kind in kinds if kind), [])
+def builder_of(file: str | os.PathLike) -> tuple[str, dict] | None:
+    """The builder of ``load_dataset`` for a file and its options, by the suffix of the file; None if there is none."""
+    path = Path(str(file).lower())
+    if path.suffix in COMPRESSIONS:
+        inner = BUILDERS.get(path.with_suffix("").suffix)
+        return inner if inner and inner[0] in COMPRESSIBLE else None
+    return BUILDERS.get(path.suffix, IMAGES if path.suffix in ImageFolder.EXTENSIONS else None)
 
 
-def load_files(files: list[str], streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """Load files of the same type as the split ``train``."""
-    suffix = Path(files[0]).suffix.lower()
-    # A text file is one document, including its line breaks. Parquet is otherwise read by whole row groups, which fails
-    # for a file without rows.
-    kinds: dict[str, dict] = {".txt": {"sample_by": "document"}, ".parquet": {"batch_size": 1000}}
-    return datasets.load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming, **kinds.get(suffix, {}))
+def is_local(name: str) -> bool:
+    """Whether a name cannot be that of a Hub dataset."""
+    if os.path.exists(name) or glob.has_magic(name) or name.startswith(("/", ".")):
+        return True
+    return builder_of(name) not in (None, IMAGES)  # many suffixes of images are too common
 
 
-def why_unreadable(name: str, error: Exception) -> str:
-    """Explain an error: the faulty file and the reason for a local dataset, else the message of the error.
+def files_of(name: str) -> list[str]:
+    """The data files of a file name, a folder or a glob pattern, sorted, all of one type.
 
-    All files are read again because the error does not name the file.
+    If a folder has images, only the images are listed, as its other files may describe them.
+
+    Raises:
+        DataError: there are no data files, or they have several types.
     """
-    columns: set[str] = set()
-    for file in files_of(Path(name)):
-        try:
-            for row in load_files([file], streaming=True)["train"]:
-                columns = columns or set(row)
-                if missing := columns - set(row):
-                    return f"{file} has {', '.join(row)} but lacks column {', '.join(missing)} of the files before it"
-        except Exception as file_error:
-            return f"{file}: {explain(file_error)}"
-    return explain(error)
+    path = Path(name)
+    if path.is_file():
+        candidates = [name]
+    elif path.is_dir():
+        # Hidden files and folders, such as .ipynb_checkpoints, are not data.
+        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        candidates = sorted(str(p) for p in below if p.is_file())
+    elif glob.has_magic(name):
+        candidates = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+    else:
+        raise DataError(f"{name} does not exist")
+    files = [file for file in candidates if builder_of(file)]
+    if not files and path.is_dir():
+        raise DataError(f"{name} contains no images and no file ending in {KNOWN}")
+    if not candidates:
+        raise DataError(f"{name} matches no file")
+    if not files:
+        raise DataError(f"{candidates[0]}: a data file must end in {KNOWN}, or be an image")
+    if path.is_dir():
+        files = [file for file in files if builder_of(file) == IMAGES] or files
+    different = next((file for file in files if builder_of(file) != builder_of(files[0])), None)
+    if different is not None:
+        folder = name if path.is_dir() else os.path.dirname(files[0])
+        raise DataError(
+            f"{name} has data files of several types, such as {files[0]} and {different}; select one type with a "
+            f"pattern, such as '{os.path.join(folder, '*' + Path(different).suffix)}'"
+        )
+    if not any(map(os.path.getsize, files)):
+        raise DataError(f"{name} is empty")
+    return files
+
+
+def load_files(files: Mapping[str, list[str]], streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Load files of one type, by split."""
+    builder, options = JSON
+    for file in (file for part in files.values() for file in part):
+        builder, options = builder_of(file) or JSON
+        if file.lower().endswith(".zst") and importlib.util.find_spec("zstandard") is None:
+            raise DataError(f"{file}: the compression .zst needs zstandard: pip install zstandard")
+    names = {split: [glob.escape(file) for file in part] for split, part in files.items()}  # datasets reads patterns
+    return datasets.load_dataset(builder, data_files=names, streaming=streaming, **options)

@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, DataError
-from . import data
+from . import columns, data
 from .arguments import DataArguments
+from .faults import why_unreadable
 from .packing import DOCUMENTS, Packer
-from .shards import why_unreadable
 
 Samples = Callable[[Iterable[dict]], Iterator[dict]]
 
@@ -89,9 +89,6 @@ def check_stream(arguments: DataArguments, training: TrainingArguments) -> None:
     """Raise ``ConfigError`` for arguments that are invalid for a stream."""
     if training.max_steps < 1 and arguments.max_train_samples is None:
         raise ConfigError("streaming: a stream is infinite, so training needs a number of steps; give --max_steps")
-    for key in ("shuffle_buffer", "shuffle_blocks"):
-        if (value := getattr(arguments, key)) < 1:
-            raise ConfigError(f"{key} {value}: must be at least 1")
 
 
 def read(rows: Iterable[dict], name: str) -> Iterator[dict]:
@@ -145,7 +142,7 @@ def stream_text(
     """
     name, held_back_name = str(arguments.dataset), str(arguments.eval_dataset or arguments.dataset)
     blocks = partial(packed, tokenizer=tokenizer, block_size=block_size)
-    column = data.text_column(without_rows(rows, name), arguments.text_column, name)
+    column = columns.text_column(without_rows(rows, name), arguments.text_column, name)
     documents: list[str] = []
     if held_back_rows is None:
         if arguments.max_eval_samples is None:
@@ -157,7 +154,7 @@ def stream_text(
         evaluation = blocks([{column: text} for text in documents], column=column)
     else:
         empty = without_rows(held_back_rows, held_back_name)
-        other_column = data.text_column(empty, arguments.text_column, held_back_name)
+        other_column = columns.text_column(empty, arguments.text_column, held_back_name)
         evaluation = blocks(read(held_back_rows, held_back_name), column=other_column)
     train_blocks = partial(blocks, column=column, held_back=frozenset(documents))
     documents_only = rows.select_columns([column])
@@ -184,8 +181,8 @@ def _documents_of(rows: Iterable[dict], pack: Packer, column: str, number: int) 
 
 
 def _whole(blocks: Iterable[dict]) -> Dataset:
-    columns = {"input_ids": [np.asarray(block["input_ids"]) for block in blocks]}
-    return Dataset.from_dict(columns | {"labels": columns["input_ids"]}, data.BLOCK_FEATURES).with_format("torch")
+    ids = [np.asarray(block["input_ids"]) for block in blocks]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids}, data.BLOCK_FEATURES).with_format("torch")
 
 
 def stream_classified(
@@ -201,7 +198,7 @@ def stream_classified(
     """
     name, rows = str(arguments.dataset), undecoded(rows)
     empty = without_rows(rows, name)
-    column = data.class_column(empty, arguments.label_column, name)
+    column = columns.class_column(empty, arguments.label_column, name)
     if not isinstance(empty.features[column], ClassLabel):
         raise DataError(
             f"streaming: column {column!r} of {name} is not a ClassLabel, so its classes are unknown until all rows "

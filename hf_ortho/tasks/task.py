@@ -66,20 +66,20 @@ class Head:
         return classes[0] if isinstance(classes, tuple) else classes
 
     def calibration(
-        self, checkpoint: Checkpoint, rows: Dataset, name: str, samples: int, block_size: int | None
+        self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
     ) -> list[dict]:
         """Model inputs from the dataset ``name`` for calibrating a conversion, with labels if they fit the model.
 
         Args:
-            samples: number of texts, each of ``block_size`` tokens (the context length if None), or of batches of 8
-                images.
+            arguments: the columns and ``block_size``.
+            samples: number of texts, or of batches of 8 images.
 
         Raises:
             HfOrthoError: the data does not fit the model.
         """
         from .calibration import unlabeled
 
-        return unlabeled(checkpoint, rows, name, samples, block_size)
+        return unlabeled(checkpoint, rows, arguments, name, samples)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,10 @@ class Task(Head, abc.ABC):
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
         """Replace the head, initialized from ``seed``, if the samples require it; sets ``checkpoint.new_head``."""
+        return None
+
+    def check_classes(self, train: Dataset | Stream, held_back: Dataset, name: str) -> None:
+        """Raise DataError if the evaluation samples, of the dataset ``name``, have other classes than the training."""
         return None
 
     def check(self, model: PreTrainedModel, samples: Dataset) -> None:

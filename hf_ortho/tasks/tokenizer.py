@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ..checkpoints.listing import TOKENIZER
 from ..checkpoints.load import Checkpoint
 from ..checkpoints.place import check_exists
 from ..checkpoints.processors import TOKENIZER_FILES, processor_of
@@ -52,6 +54,8 @@ def use_tokenizer(checkpoint: Checkpoint, name: str | None, *, trust_remote_code
         model = checkpoint.model.name_or_path
         raise ConfigError(f"tokenizer {name} has {len(tokenizer)} tokens, more than the {size} of {model}")
     checkpoint.tokenizer = tokenizer
+    if checkpoint.source is not None:  # none of the previous one is carried over
+        checkpoint.source = dataclasses.replace(checkpoint.source, without=TOKENIZER)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

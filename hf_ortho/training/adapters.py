@@ -18,7 +18,7 @@ from ..files import explain
 from ..peft import OrthoConfig, calibrate
 from ..tasks import head_of
 from .arguments import LoraArguments, ModelArguments
-from .policies import NO_ACTIVATIONS, norm_layers
+from .policies import NO_ACTIVATIONS, freeze_domains, norm_layers
 
 ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 
@@ -26,7 +26,7 @@ ADAPTERS = ("activations", "norms", "lora", "lora+activations")
 def add_lora(
     model: PreTrainedModel, arguments: LoraArguments, seed: int, policy: str = "lora+activations", **options
 ) -> PeftModel:
-    """Wrap ``model`` with LoRA on its linear layers. Activations are trained in full (``modules_to_save``).
+    """Wrap ``model`` with LoRA on its linear layers. Activations are trained too (``modules_to_save``).
 
     ``policy`` is ``lora`` or ``lora+activations``. ``options`` are passed to ``LoraConfig``.
 
@@ -37,8 +37,8 @@ def add_lora(
         >>> from hf_ortho.training import LoraArguments, add_lora
         >>> _ = hf_ortho.convert(model, "hermite_3")
         >>> wrapped = add_lora(model, LoraArguments(lora_r=2, lora_target_modules=["c_fc"]), seed=0)
-        >>> wrapped.get_nb_trainable_parameters()[0]  # 2 layers: 160 of LoRA, 6 of the activation
-        332
+        >>> wrapped.get_nb_trainable_parameters()[0]  # 2 layers: 160 of LoRA, 4 of the activation
+        328
     """
     saved = [path for path, module in model.named_modules() if isinstance(module, LearnableActivation)]
     if policy == "lora+activations" and not saved:
@@ -128,7 +128,9 @@ def check_adapter(arguments: ModelArguments) -> None:
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():  # peft warns about the orientation of GPT-2's layers, and corrects it
         warnings.simplefilter("ignore")
-        return cast(PeftModel, get_peft_model(model, config))
+        wrapped = cast(PeftModel, get_peft_model(model, config))
+    freeze_domains(wrapped)  # peft makes all of modules_to_save trainable
+    return wrapped
 
 
 def merge_lora(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:

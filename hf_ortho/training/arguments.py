@@ -94,6 +94,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if not self.calibration_samples >= 0:
+            raise ConfigError(f"calibration_samples {self.calibration_samples}: must be at least 0")
         self.config_overrides = _mapping("config_overrides", self.config_overrides)
         self.image_processor_overrides = _mapping("image_processor_overrides", self.image_processor_overrides)
 

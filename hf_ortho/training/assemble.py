@@ -27,7 +27,7 @@ from .augment import augment, check_augmentation
 from .evaluation import make_trainer
 from .logger import ActivationLogger
 from .penalty import DomainPenalty
-from .policies import freeze_domains, set_trainable
+from .policies import set_trainable
 from .scratch import scratch_checkpoint
 from .tensor_parallel import reduce_activation_gradients, sharding
 from .trainer import ActivationTrainer
@@ -104,7 +104,6 @@ def build_trainer(
             setting = f"train {arguments.train!r}" + (" with adapter" if arguments.adapter else "")
             raise ConfigError(f"{setting} cannot be combined with tensor parallelism; use multi_gpu or fsdp2")
         checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train, resume))
-        freeze_domains(checkpoint.model)
         trainable = sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad)
     else:
         trainable = set_trainable(checkpoint.model, arguments.train, checkpoint.new_head)

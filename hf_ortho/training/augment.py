@@ -19,7 +19,8 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 
 from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError
-from ..tasks import data, of
+from ..tasks import of
+from ..tasks.images import pictures
 from .arguments import AugmentationArguments
 from .ema import ExponentialMovingAverage
 from .trainer import ActivationTrainer
@@ -88,7 +89,7 @@ def augment(trainer: ActivationTrainer, checkpoint: Checkpoint, arguments: Augme
 
 
 class AugmentedImages(torch.utils.data.Dataset):
-    """The dataset of ``data.images``, augmented before the image processor (erasing: after it).
+    """The dataset of ``tasks.images.images``, augmented before the image processor (erasing: after it).
 
     Samples have the same columns: ``pixel_values`` (C, H, W) and ``labels``. With mixup or cutmix they also have
     ``key``, an integer that seeds the mixing of the batch.
@@ -96,7 +97,7 @@ class AugmentedImages(torch.utils.data.Dataset):
     Example:
         >>> import datasets
         >>> from transformers import ViTImageProcessorPil
-        >>> from hf_ortho.tasks.data import images
+        >>> from hf_ortho.tasks.images import images
         >>> from hf_ortho.training import AugmentationArguments, AugmentedImages
         >>> features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
         >>> noise = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8).numpy()
@@ -132,12 +133,12 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict]:
         rngs = [np.random.default_rng((self.seed, int(self.epoch), int(i))) for i in indices]
         rows = self.rows[[int(i) for i in indices]]
-        pictures = [
-            self._augmented(data.picture(row, self.name), rng)
-            for row, rng in zip(rows[self.image_column], rngs, strict=True)
+        augmented = [
+            self._augmented(image, rng)
+            for image, rng in zip(pictures(rows, self.image_column, self.name), rngs, strict=True)
         ]
         ready = {"do_resize": False, "do_center_crop": False} if self.arguments.random_crop else {}
-        pixels = self.processor(pictures, return_tensors="pt", **ready)["pixel_values"]
+        pixels = self.processor(augmented, return_tensors="pt", **ready)["pixel_values"]
         samples = []
         for image, label, rng in zip(pixels, rows[self.label_column], rngs, strict=True):
             if rng.random() < self.arguments.random_erasing:

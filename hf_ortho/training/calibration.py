@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..checkpoints.load import Checkpoint
-from ..errors import DataError
 from ..hub import DataSource
 from ..tasks import data, head_of
+from ..tasks.arguments import DataArguments
 
 
 def calibration_batches(
-    checkpoint: Checkpoint, name: str, *, samples: int, split: str | None = None, block_size: int | None = None
+    checkpoint: Checkpoint, name: str, *, samples: int, split: str | None = None, **arguments: Any
 ) -> tuple[list[dict], DataSource]:
     """Batches of the dataset ``name``, and their source.
 
     Args:
-        samples: number of blocks of text, or of batches of 8 images.
+        samples: number of blocks of text, or of batches of 8 images; at least 1.
         split: default: the training split.
-        block_size: tokens per block; default: the context length of the model, at most 1024.
+        arguments: fields of ``DataArguments``: ``block_size`` and the columns.
 
     Raises:
-        DataError: the data does not fit the model, or ``samples`` is less than 1.
+        ConfigError: an argument is out of range.
+        DataError: the data does not fit the model.
     """
-    if samples < 1:
-        raise DataError(f"--calibration-samples {samples}: must be at least 1")
+    fields = DataArguments(**arguments)
     revision = data.commit_of(name)
     splits = data.load(name, revision=revision)
     split = data.pick(splits, split, data.TRAIN, name)
     source = DataSource.of(None, name, split=split, revision=revision)
-    return head_of(checkpoint.model).calibration(checkpoint, splits[split], name, samples, block_size), source
+    return head_of(checkpoint.model).calibration(checkpoint, splits[split], fields, name, samples), source

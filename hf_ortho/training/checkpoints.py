@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ConfigError
 from ..files import TRAINING_RECIPE, flush, set_aside, use_umask
+from .distributed import main_decides
 from .manifest import MANIFEST, UNREADABLE, damaged_file, is_whole, read_manifest, sizes_of, write_manifest
 
 logger = logging.getLogger("hf_ortho")
@@ -180,6 +181,7 @@ class WholeCheckpoints(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] | None = None
+        self.checked = ""  # a checkpoint that is known not to be damaged
         self._saved: dict[Path, dict[str, int]] = {}  # files of checkpoints without a manifest (save_only_model)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
@@ -187,6 +189,8 @@ class WholeCheckpoints(Trainer):
         if resume_from_checkpoint is True:
             whole = whole_checkpoints(folder)
             resume_from_checkpoint = str(resume_point(folder, whole, intact_checkpoints(whole), required=True))
+        elif resume_from_checkpoint and resume_from_checkpoint != self.checked:
+            main_decides(self.args, lambda: check_intact(Path(resume_from_checkpoint)))
         if self.args.should_save:
             remove_leftovers(folder)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

@@ -85,9 +85,6 @@ def finetune(
         check_adapter(model_arguments)
     if model_arguments.activation:
         check_name(model_arguments.activation)
-    for key in ("max_train_samples", "max_eval_samples"):
-        if (value := getattr(recipe.data, key)) is not None and value < 1:
-            raise ConfigError(f"{key} {value}: must be at least 1")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, key) < 1:
             raise ConfigError(f"{key} {getattr(arguments, key)}: must be at least 1")
@@ -108,7 +105,7 @@ def finetune(
     # Accelerate treats a model that was evaluated before training as prepared, and does not wrap it.
     arguments.eval_on_start = held_back is not None and resume is None and not scratch
     trainer, trainable = build_trainer(recipe, checkpoint, train, held_back, resume)
-    trainer.recipe = record
+    trainer.recipe, trainer.checked = record, resume or ""
     if isinstance(checkpoint.model, PeftModel):
         report = report or getattr(checkpoint.model.peft_config["default"], "report", None)
     for callback in callbacks:

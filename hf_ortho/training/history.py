@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..activations import LearnableActivation, build
+from ..checkpoints.values import check_values
 from ..errors import CheckpointError
 from ..files import explain, written
 
@@ -42,15 +43,19 @@ def read_step(file: Path) -> tuple[dict[str, LearnableActivation], dict[str, dic
     """The activations and statistics of one recorded step, both by path.
 
     Raises:
-        CheckpointError: the file was not written by ``write_step``.
+        CheckpointError: the file was not written by ``write_step``, or a value is not finite.
     """
     try:
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
             modules = {path: build(name) for path, name in json.loads(metadata["activations"]).items()}
             for path, module in modules.items():
-                module.load_state_dict({key: stored.get_tensor(f"{path}.{key}") for key in module.state_dict()})
+                tensors = {key: stored.get_tensor(f"{path}.{key}") for key in module.state_dict()}
+                check_values(tensors, f"{path} in {file}")
+                module.load_state_dict(tensors)
             return modules, json.loads(metadata["statistics"])
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read as recorded activations: {explain(error)}") from error
 

@@ -36,8 +36,10 @@ def param_groups(
 
     There are up to three non-empty groups: parameters with weight decay (as in ``Trainer``: all except norms and
     biases), parameters without, and the parameters of learnable activations, also without weight decay, which would
-    pull them toward f = 0. Frozen parameters are excluded and tied parameters appear once. The model may be wrapped
-    (DDP, FSDP2, ``torch.compile``). Each device mesh gets separate groups, as fused optimizers require.
+    pull them toward f = 0. Without these groups, an optimizer decays the activations with everything else, as in
+    ``torch.optim.AdamW(model.parameters(), weight_decay=0.1)``. Frozen parameters are excluded and tied parameters
+    appear once. The model may be wrapped (DDP, FSDP2, ``torch.compile``). Each device mesh gets separate groups, as
+    fused optimizers require.
 
     Args:
         model: any module.

@@ -47,6 +47,9 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
         "activation_learning_rate": optimizer.activation_learning_rate,
         **dataclasses.asdict(recipe.augmentation),
     }
+    for key in ("model", "dataset"):  # Trainer may push checkpoints, and the path of a file concerns nobody else
+        if record[key] is not None and Path(record[key]).exists():
+            record[key] = Path(record[key]).absolute().name
     if recipe.model.train.startswith("lora"):
         record |= dataclasses.asdict(recipe.lora)
     if isinstance(train, Dataset):

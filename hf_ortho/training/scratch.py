@@ -31,6 +31,7 @@ from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
 from ..tasks import SUPPORTED, TASKS, data
+from ..tasks.columns import text_column
 from ..tasks.stream import read, without_rows
 from ..tasks.tokenizer import bpe_tokenizer, named_tokenizer
 from ..text import suggestion
@@ -177,7 +178,7 @@ def _texts(arguments: DataArguments):
     options = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
     splits = data.load(name, streaming=True, **options)
     split = splits[data.pick(splits, arguments.train_split, data.TRAIN, name)]
-    column = data.text_column(without_rows(split, name), arguments.text_column, name)
+    column = text_column(without_rows(split, name), arguments.text_column, name)
     return (row[column] or "" for row in read(split.take(TOKENIZER_DOCUMENTS), name))
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -305,8 +306,7 @@ def test_bad_flags_for_calibration(convert, gpt2_folder, text_file, output, flag
     [
         ("empty.txt", b"", "empty.txt is empty"),
         ("empty.jsonl", b"", "empty.jsonl is empty"),
-        ("short.txt", b"too short", "less than one block of 32"),
-        ("blank.txt", b"\n\n\n", "less than one block of 32"),
+        ("blank.jsonl", b'{"text": null}\n{"text": ""}\n', "less than one block of 2 tokens: it has 0"),
         ("words.docx", b"text", r"must end in one of \.txt"),
         ("words", b"text", r"must end in one of \.txt"),
         ("binary.txt", b"\xff\xfe\x00" * 99, "binary.txt"),
@@ -322,6 +322,41 @@ def test_bad_calibration_files(convert, gpt2_folder, output, tmp_path, name, con
     assert re.search(message, sentence), sentence
     assert name in sentence
     assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "saved", "pattern"])
+def test_calibration_data_of_any_kind_gives_the_same_model(convert, gpt2_folder, text_file, output, tmp_path, kind):
+    rows = Dataset.from_dict({"title": ["none"], "body": [text_file.read_text()]})
+    place = tmp_path / {"jsonl.gz": "words.jsonl.gz", "saved": "saved", "pattern": "wor*.csv"}[kind]
+    if kind == "saved":
+        rows.save_to_disk(place)
+    elif kind == "pattern":
+        rows.to_csv(tmp_path / "words.csv")
+    else:
+        rows.to_json(place, compression="gzip")
+    assert "it has: title, body; name one with --text-column" in refusal(
+        convert(gpt2_folder, "--calibration-data", place, "--text-column", "text")
+    )
+    flags = ["--calibration-samples", 2, "--block-size", 16]
+    assert convert(gpt2_folder, "--calibration-data", place, "--text-column", "body", *flags).code == 0
+    expected = tmp_path / "expected"
+    assert convert(gpt2_folder, "-o", expected, "--calibration-data", text_file, *flags).code == 0
+    name = "model.safetensors"
+    assert (output / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_a_short_calibration_text_is_one_block(convert, gpt2_folder, tmp_path, caplog):
+    (tmp_path / "short.txt").write_text("fifteen letters")
+    ran = convert(gpt2_folder, "--calibration-data", tmp_path / "short.txt")
+    assert ran.code == 0, ran.err
+    assert "loss on the labeled calibration data" in ran.out
+    assert any("has 16 tokens, which are one block shorter than 32" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("flags", [["--block-size", "0"], ["--block-size", "-4"], ["--calibration-samples", "-1"]])
+def test_numbers_out_of_range_are_refused_before_loading(convert, flags):
+    sentence = refusal(convert("no/model/here", "--calibration-data", "words.txt", *flags))
+    assert f"{flags[0].removeprefix('--block-').removeprefix('--')} {flags[1]}: must be at least" in sentence
 
 
 def test_text_needs_a_tokenizer(convert, make_gpt2, save_parts, text_file, output, tmp_path):

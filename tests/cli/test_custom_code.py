@@ -122,7 +122,8 @@ def test_with_the_flag_it_converts_reloads_and_evaluates(hf_ortho_command, one_l
     assert isinstance(found.act, LearnableActivation)
     figures = hf_ortho_command("evaluate", out, "--dataset", text_file, "--trust-remote-code", "--block-size", 16)
     assert float(figures.figures["loss"][0]) == pytest.approx(5.6, abs=0.3)
-    assert contents_of(out).files.count("modeling_one_layer.py") == 1
+    assert "modeling_one_layer.py" in contents_of(out).left_out  # code is pushed on request only
+    assert "modeling_one_layer.py" in contents_of(out, ["*.py"]).files
     assert 'from_pretrained("me/it", trust_remote_code=True)' in card_of(out, repo_id="me/it", remote_code=False)
     with pytest.raises(ConfigError, match=r"by its own code, \w+_one_layer\.py, so no remote code can be added"):
         add_remote_code(out)

@@ -453,7 +453,7 @@ def test_a_model_that_has_the_activation_is_left_as_is(recipe, finetune, convert
     assert configs[0]["hf_ortho"] == configs[1]["hf_ortho"]
 
 
-def test_training_activations_alone(recipe, finetune, gpt2_folder, tmp_path):
+def test_training_activations_alone(recipe, finetune, gpt2_folder, text_file, tmp_path):
     ran = finetune(recipe(activation="fourier_2", train="activations", learning_rate=0.01, save_strategy="no"))
     tuned = load_file(tmp_path / "out" / "model.safetensors")
     source = load_file(gpt2_folder / "model.safetensors")
@@ -461,6 +461,8 @@ def test_training_activations_alone(recipe, finetune, gpt2_folder, tmp_path):
     new = {key: value for key, value in tuned.items() if key not in source}
     learned = sum(value.numel() for key, value in new.items() if not key.endswith((".domain", ".tail_slopes")))
     assert f"({learned:,} trained parameters)" in ran.out
+    blocks = (len(text_file.read_text()) + 1) // 32  # a token per byte and one for the end
+    assert f"Training on {blocks - blocks // 10} blocks of 32 tokens for 2 steps\n" in ran.out
 
 
 def test_without_an_activation_the_model_keeps_its_own(recipe, finetune, tmp_path):

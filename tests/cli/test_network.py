@@ -60,5 +60,7 @@ def test_what_is_cached_is_used_offline(online, silent, tmp_path):
 
 def test_nothing_of_the_hub_asks_nobody(online, tmp_path):
     online("no address at all")
-    network.check_hub([(str(tmp_path), None), ("/no/such/folder", None)], ["pydoc_topics", "digits", "missing.txt"])
+    network.check_hub(
+        [(str(tmp_path), None), ("/no/such/folder", None)], ["pydoc_topics", "missing.txt", "*.txt", "da[t]a/*"]
+    )
     assert not constants.HF_HUB_OFFLINE

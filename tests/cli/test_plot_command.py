@@ -72,6 +72,9 @@ def drop_layer(folder, layer):
     tensors = load_file(folder / "model.safetensors")
     kept = {key: value for key, value in tensors.items() if f"h.{layer}.mlp.act." not in key}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["hf_ortho"]["layers"] = [x for x in config["hf_ortho"]["layers"] if f"h.{layer}.mlp.act" not in x["module"]]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_png(hf_ortho_command, converted, text_file, tmp_path):

@@ -1,5 +1,7 @@
 """``--tokenizer`` for a model that is saved without one."""
 
+import shutil
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -51,13 +53,27 @@ def test_every_command_takes_one(hf_ortho_command, gpt2_folder, silent, spoken, 
     assert AutoTokenizer.from_pretrained(tuned).get_vocab() == byte_tokenizer().get_vocab()
 
 
+def test_nothing_of_the_replaced_tokenizer_is_carried_over(hf_ortho_command, gpt2_folder, tmp_path, caplog):
+    model = shutil.copytree(gpt2_folder, tmp_path / "model")
+    for name in ("vocab.txt", "chat_template.jinja", "LICENSE"):
+        (model / name).write_text(name)
+    for name, kept in (("own", True), ("bytes", False)):
+        options = ["--tokenizer", "bytes"] if name == "bytes" else []
+        ran = hf_ortho_command("convert", model, "-o", tmp_path / name, "--degree", 3, *options)
+        assert ran.code == 0, ran.err
+        assert (tmp_path / name / "LICENSE").exists()
+        assert (tmp_path / name / "vocab.txt").exists() is kept
+        assert (tmp_path / name / "chat_template.jinja").exists() is kept
+    assert f"note: not carried over from {model}: chat_template.jinja, vocab.txt" in caplog.text
+
+
 def test_what_is_no_tokenizer_for_the_model(hf_ortho_command, silent, text_file, tmp_path):
     bpe_tokenizer(["never the same word twice"], 265).save_pretrained(tmp_path / "larger")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     for name, message in (
         (silent, f"{silent} has no tokenizer; give another folder or Hub model, or bytes"),
-        (tmp_path / "larger", "larger has 265 tokens, but the vocabulary of"),
+        (tmp_path / "larger", "larger has 265 tokens, more than the 257 of"),
         (tmp_path / "broken", f"the tokenizer of {tmp_path / 'broken'}: "),
         (tmp_path / "none", f"{tmp_path / 'none'} does not exist"),
     ):

@@ -111,6 +111,27 @@ def test_an_adapter_that_is_not_whole(gpt2_folder, tmp_path, dropped):
         load_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("spoiled", [{"target_modules": 5}, {"fields": 5}, {"fields": "x"}], ids=str)
+def test_an_adapter_config_that_selects_nothing(gpt2_folder, tmp_path, spoiled):
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    get_peft_model(base, OrthoConfig(activation="hermite_3")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | spoiled))
+    (key,) = spoiled
+    with pytest.raises(HfOrthoError, match=rf"{key} .* of the OrthoConfig: must be a list of names"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_a_pattern_of_a_saved_adapter_is_not_matched(gpt2_folder, tmp_path):
+    """It would not end. The paths of the activations are stored as well."""
+    base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    get_peft_model(base, OrthoConfig(activation="hermite_3")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": "(.*)*(.*)*(.*)*(.*)*x"}))
+    model = load_checkpoint(str(tmp_path)).model
+    assert [model.get_submodule(path).name for path in PATHS] == ["hermite_3"] * 2
+
+
 def test_an_adapter_that_cannot_be_merged(gpt2_folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

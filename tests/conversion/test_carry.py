@@ -57,6 +57,7 @@ LEFT_OUT = {
     "optimizer.pt": "state",
     "training_args.bin": "state",
     "trainer_state.json": "{}",
+    "training_recipe.json": "{}",
     "events.out.tfevents.1": "state",
     "runs/events.out.tfevents.2": "state",
     "checkpoint-5/config.json": "{}",
@@ -70,7 +71,8 @@ LEFT_OUT = {
 SILENT = {".env": "private", ".git/config": "private", "activations.png": "of the source"}
 NAMED = "README.md (the model has a new card), checkpoint-*/, data/, earlier/, events.out.tfevents.1, "
 NAMED += "flax_model.msgpack, id_rsa, model.Q4.gguf, model.fp16.safetensors, onnx/, optimizer.pt, original/, "
-NAMED += "pytorch_model-*-of-00002.bin, runs/, tf_model.h5, trainer_state.json, training_args.bin"
+NAMED += "pytorch_model-*-of-00002.bin, runs/, tf_model.h5, trainer_state.json, training_args.bin, "
+NAMED += "training_recipe.json"
 
 
 def write(folder, files):

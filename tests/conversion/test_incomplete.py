@@ -11,6 +11,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    BertModel,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
@@ -123,6 +124,20 @@ def test_a_head_may_only_be_missing_where_a_new_one_is_requested(gpt2, tmp_path)
         tmp_path,
         r"lack transformer\.ln_f\.bias of GPT2ForSequenceClassification",
     )
+
+
+def test_a_sentence_transformers_model_without_the_head_it_names(tiny_bert, tmp_path, caplog):
+    model = BertModel(tiny_bert)
+    model.save_pretrained(tmp_path)
+    configure(tmp_path, architectures=["BertForMaskedLM"])
+    refused(load_checkpoint, tmp_path, r"is incomplete: its weights lack cls\.predictions\.bias")
+    (tmp_path / "modules.json").write_text("[]")
+    found = load_checkpoint(str(tmp_path)).model
+    assert type(found) is BertModel
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert f"note: {tmp_path} has no head of BertForMaskedLM; it is loaded as BertModel" in caplog.text
+    rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.pop("embeddings.LayerNorm.bias"))
+    refused(load_checkpoint, tmp_path, r"is incomplete: its weights lack .*embeddings\.LayerNorm\.bias")
 
 
 def test_a_config_without_a_class(gpt2, tmp_path, caplog):

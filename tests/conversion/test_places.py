@@ -51,3 +51,11 @@ def test_what_the_folder_is(tmp_path, place):
             read(str(tmp_path))
         assert str(caught.value).startswith(f"{tmp_path} ")
         assert message.format(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["too long", "NUL"])
+def test_a_name_that_no_folder_can_have(name):
+    for read in (load_checkpoint, load_activations):
+        with pytest.raises(CheckpointError) as caught:
+            read(name)
+        assert str(caught.value).startswith(f"{name} cannot be loaded: Repo id must")

@@ -118,7 +118,7 @@ def test_what_a_training_leaves_is_left_out(served, tmp_path, converted, hf_orth
     left_out = ["checkpoint-10/", "checkpoint-10/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
     left_out += ["training_args.bin", "trainer_state.json", "manifest.json", ".cache/", ".cache/x", ".hf_ortho-ready/"]
     left_out += [".hf_ortho-ready/config.json", ".hidden", "model.safetensors.incomplete", "onnx/weights.PKL", "onnx/"]
-    left_out += ["activations/step-1.safetensors", "activations/", "notes.txt"]
+    left_out += ["activations/step-1.safetensors", "activations/", "notes.txt", "training_recipe.json"]
     present = files_of(converted) | {"LICENSE": b"kept", "step.py": b"included"}
     for name, body in (present | dict.fromkeys(left_out, b"x")).items():
         if not name.endswith("/"):
@@ -385,6 +385,11 @@ def test_nothing_is_sent_of_what_is_not_whole(served, tmp_path, shards):
     with pytest.raises(CheckpointError, match="is incomplete"):
         push(shards, "me/x")
     assert served.requests == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_folder_that_cannot_be(served, hf_ortho_command, name):
+    assert "is not a folder; give a folder with a model or an adapter" in hf_ortho_command("push", name, "me/x").error
 
 
 def test_errors_of_the_client_are_told(served, converted):

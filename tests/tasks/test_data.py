@@ -13,6 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from hf_ortho.checkpoints.load import Checkpoint
 from hf_ortho.errors import DataError
 from hf_ortho.tasks import data
+from hf_ortho.tasks.images import images
+from hf_ortho.tasks.labels import class_names
 from hf_ortho.tasks.samples import load_splits
 from hf_ortho.training import DataArguments
 
@@ -77,7 +79,7 @@ def test_digits_are_the_scans_of_scikit_learn():
     for name, rows in (("train", ~held_back), ("validation", held_back)):
         assert parts[name].num_rows == rows.sum()
         assert parts[name]["label"][:] == scans.target[rows].tolist()
-        assert data.class_names(parts[name]) == list("0123456789")
+        assert class_names(parts[name]) == list("0123456789")
         found = np.stack([np.asarray(image) for image in parts[name].select(range(50))["image"]])
         assert found.shape == (50, 32, 32)
         # Means of 4 x 4 blocks undo the enlargement but for its smoothing.
@@ -171,7 +173,7 @@ def test_text_column_found(tokenizer, columns, wanted, expected):
 @pytest.mark.parametrize(
     ("columns", "wanted", "message"),
     [
-        ({"title": ["a"], "body": ["b"]}, None, r"no unambiguous text column .*title, body\).*--text_column"),
+        ({"title": ["a"], "body": ["b"]}, None, r"no unambiguous text column .*title, body\).*--text-column"),
         ({"id": [1]}, None, r"no unambiguous text column .*: id\)"),
         ({"text": ["a"], "id": [1]}, "body", "no column 'body'; it has: text, id"),
         ({"text": ["a"], "id": [1]}, "id", "'id'"),
@@ -197,8 +199,8 @@ def image_folder(folder: Path, names=("cat", "bird", "dog"), each=2) -> Path:
 def test_an_image_folder_names_its_classes(tmp_path, processor):
     splits = data.load(str(image_folder(tmp_path / "animals")))
     assert list(splits) == ["train"]
-    samples = data.images(splits["train"], processor)
-    assert data.class_names(samples) == ["bird", "cat", "dog"]
+    samples = images(splits["train"], processor)
+    assert class_names(samples) == ["bird", "cat", "dog"]
     assert [s["labels"] for s in samples] == [0, 0, 1, 1, 2, 2]
     assert samples[2]["pixel_values"].shape == (3, 16, 16)
     assert samples[2]["pixel_values"].dtype == torch.float32
@@ -220,7 +222,7 @@ def test_gray_images_become_rgb(processor):
         {"image": [picture(0, "L")], "label": [0]},
         features=Features({"image": Image(), "label": ClassLabel(names=["only"])}),
     )
-    assert torch.equal(data.images(gray, processor)[0]["pixel_values"], pixels(processor, 0, "L"))
+    assert torch.equal(images(gray, processor)[0]["pixel_values"], pixels(processor, 0, "L"))
 
 
 @pytest.fixture
@@ -238,7 +240,7 @@ def image_parquet(tmp_path):
 
 @pytest.mark.parametrize("column", ["image", "img"])
 def test_images_in_parquet_are_decoded(image_parquet, processor, column):
-    samples = data.images(data.load(image_parquet([1, 0, 1], column=column))["train"], processor)
+    samples = images(data.load(image_parquet([1, 0, 1], column=column))["train"], processor)
     assert [s["labels"] for s in samples] == [1, 0, 1]
     for i in range(3):
         assert torch.equal(samples[i]["pixel_values"], pixels(processor, i))
@@ -246,21 +248,21 @@ def test_images_in_parquet_are_decoded(image_parquet, processor, column):
 
 def test_integer_labels_keep_their_numbers(image_parquet, processor):
     labels = [11, 2, 10, 0, 1, 3, 4, 5, 6, 7, 8, 9]
-    samples = data.images(data.load(image_parquet(labels))["train"], processor)
+    samples = images(data.load(image_parquet(labels))["train"], processor)
     assert [s["labels"] for s in samples] == labels
-    assert len(data.class_names(samples)) == 12
+    assert len(class_names(samples)) == 12
 
 
 def test_text_labels_are_numbered_by_name(image_parquet, processor):
-    samples = data.images(data.load(image_parquet(["dog", "cat", "dog"]))["train"], processor)
+    samples = images(data.load(image_parquet(["dog", "cat", "dog"]))["train"], processor)
     assert [s["labels"] for s in samples] == [1, 0, 1]
-    assert data.class_names(samples) == ["cat", "dog"]
+    assert class_names(samples) == ["cat", "dog"]
 
 
 def test_image_and_label_columns(processor):
     features = Features({"photo": Image(), "kind": ClassLabel(names=["a", "b"]), "size": Value("int64")})
     columns = {"photo": [picture(0)], "kind": [1], "size": [7]}
-    found = data.images(Dataset.from_dict(columns, features=features), processor)[0]
+    found = images(Dataset.from_dict(columns, features=features), processor)[0]
     assert torch.equal(found["pixel_values"], pixels(processor, 0))
     assert found["labels"] == 1
 
@@ -268,16 +270,16 @@ def test_image_and_label_columns(processor):
     two = Features({"left": Image(), "right": Image(), **labels})
     columns = {"left": [picture(0)], "right": [picture(1)], "label": [0], "also": [1]}
     pair = Dataset.from_dict(columns, features=two)
-    with pytest.raises(DataError, match=r"no unambiguous image column .*left, right, label, also\).*--image_column"):
-        data.images(pair, processor)
-    right = data.images(pair, processor, "right", "also")[0]
+    with pytest.raises(DataError, match=r"no unambiguous image column .*left, right, label, also\).*--image-column"):
+        images(pair, processor)
+    right = images(pair, processor, "right", "also")[0]
     assert torch.equal(right["pixel_values"], pixels(processor, 1))
     assert right["labels"] == 1
     with pytest.raises(DataError, match="no column 'middle'; it has: left, right, label, also"):
-        data.images(pair, processor, "middle")
+        images(pair, processor, "middle")
     unlabeled = pair.remove_columns(["label", "also"])
-    with pytest.raises(DataError, match=r"no unambiguous label column .*--label_column"):
-        data.images(unlabeled, processor, "left")
+    with pytest.raises(DataError, match=r"no unambiguous label column .*--label-column"):
+        images(unlabeled, processor, "left")
 
 
 # ---- splits --------------------------------------------------------------------------------------------------------

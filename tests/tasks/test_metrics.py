@@ -8,7 +8,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_ortho.tasks import of
 from hf_ortho.tasks.built_in import digits
-from hf_ortho.tasks.data import images, text_blocks
+from hf_ortho.tasks.data import text_blocks
+from hf_ortho.tasks.images import images
 from hf_ortho.tasks.metrics import perplexity, top_k_accuracy
 from hf_ortho.tasks.metrics.compute import token_losses
 from hf_ortho.training import Perplexity, TopKAccuracy

@@ -7,7 +7,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from transformers import default_data_collator
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_ortho.tasks import data
+from hf_ortho.errors import DataError
+from hf_ortho.tasks.images import images as prepared
 from hf_ortho.training import AugmentationArguments, AugmentedImages, MixingCollator, SoftTargetLoss
 from hf_ortho.training.augment import erase
 
@@ -40,7 +41,7 @@ def images(processor):
     sizes = [(16, 16), (16, 16), (40, 20), (18, 30)] * 3
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
     columns = {"image": [picture(i, *size) for i, size in enumerate(sizes)], "label": [i % 3 for i in range(12)]}
-    return data.images(Dataset.from_dict(columns, features=features), processor)
+    return prepared(Dataset.from_dict(columns, features=features), processor)
 
 
 def augmented(images, processor, seed=0, **options):
@@ -119,7 +120,7 @@ def test_crops_of_processors_that_cut_the_center(images):
 
     processor = ViTImageProcessorPil(size={"height": 8, "width": 10})
     raw = images.with_format(None)
-    samples = augmented(data.images(raw, processor), processor, random_crop=0.3)
+    samples = augmented(prepared(raw, processor), processor, random_crop=0.3)
     assert samples[2]["pixel_values"].shape == (3, 8, 10)
 
 
@@ -160,8 +161,8 @@ def test_a_broken_image_is_named(processor):
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a"])})
     whole = {"image": [{"bytes": png(), "path": None}], "label": [0]}
     both = Dataset.from_dict({k: whole[k] + rows[k] for k in rows}, features=features)
-    samples = AugmentedImages(data.images(both, processor), processor, AugmentationArguments(), 0, "corpus")
-    with pytest.raises(data.DataError, match="corpus contains an image that cannot be decoded"):
+    samples = AugmentedImages(prepared(both, processor), processor, AugmentationArguments(), 0, "corpus")
+    with pytest.raises(DataError, match="corpus: the image in row 2 is not in a known image format"):
         samples[1]
 
 

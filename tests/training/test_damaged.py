@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from hf_ortho.errors import ConfigError
+from hf_ortho.training import ActivationTrainer
 from hf_ortho.training.manifest import damaged_file
 from hf_ortho.training.record import check_resumed
 
@@ -100,14 +102,17 @@ def test_an_adapter_of_another_activation(flags, hf_ortho_command, tmp_path):
 
 def test_another_seed_is_said(stopped, straight, flags, hf_ortho_command, caplog):
     folder = stopped(2)
-    ran = hf_ortho_command(*flags(folder, resume_from_checkpoint="true", seed=1, max_train_samples=None))
+    changed = {"seed": 1, "max_train_samples": None, "learning_rate": 0.02}
+    ran = hf_ortho_command(*flags(folder, resume_from_checkpoint="true", **changed))
     assert ran.code == 0, ran.err
     samples = json.loads((straight / "checkpoint-2" / "training_recipe.json").read_text())["samples"]
     now = json.loads((folder / "checkpoint-4" / "training_recipe.json").read_text())["samples"]
     assert notes(caplog) == [
         "note: checkpoint-2 was saved with max_train_samples 30, now None; seed 42, now 1; "
+        "learning_rate 0.01, now 0.02, which the optimizer does not adopt; "
         f"samples {samples}, now {now}: the result differs from that of a training that was not interrupted"
     ]
+    assert set(torch.load(folder / "checkpoint-4" / "scheduler.pt")["base_lrs"]) == {0.01}
     assert not same_model(folder, straight)
 
 
@@ -134,6 +139,7 @@ def test_what_differs_is_said(straight, caplog, changed, note):
     model = AutoModelForCausalLM.from_pretrained(straight)
     record = json.loads((straight / "checkpoint-2" / "training_recipe.json").read_text())
     assert record["samples"] == 30
+    assert str(straight.parent.parent) not in json.dumps(record)
     check_resumed(straight / "checkpoint-2", model, record | changed, None)
     note = note.replace("MODEL", record["model"]).replace("DATASET", record["dataset"])
     head, tail = (
@@ -204,12 +210,17 @@ def test_a_manifest_of_an_earlier_version_has_sizes_alone(stopped, straight, fla
 
 
 @pytest.mark.parametrize("file", STATES)
-def test_a_truncated_file_of_a_plain_trainer(stopped, flags, hf_ortho_command, file):
+def test_a_truncated_file_of_a_plain_trainer(stopped, straight, flags, hf_ortho_command, file):
     place = stopped(2) / "checkpoint-2"
     (place / "manifest.json").unlink()
     os.truncate(place / file, os.path.getsize(place / file) // 2)
     error = hf_ortho_command(*flags(place.parent, resume_from_checkpoint=place)).error
     assert error == f"resume_from_checkpoint {place}: {file} is damaged, not as it was saved; " + NO_EARLIER
+    if file == "scheduler.pt":
+        model = AutoModelForCausalLM.from_pretrained(straight)
+        arguments = TrainingArguments(place.parent, report_to="none", use_cpu=True)
+        with pytest.raises(ConfigError, match=r"scheduler\.pt is damaged"):
+            ActivationTrainer(model, arguments).train(resume_from_checkpoint=str(place))
     (place / "trainer_state.json").write_text('{"epoch": ')
     assert (
         "trainer_state.json cannot be read"

@@ -375,7 +375,7 @@ def write(file, rows):
     [
         ("parquet", b"PAR1 no parquet at all", "Parquet"),
         ("parquet", [{"body": "two"}], "lacks column text of the files before it"),
-        ("jsonl", b"{no json", "JSON parse error"),
+        ("jsonl", b"{no json", "line 1 is not JSON"),
         ("jsonl", [{"body": "two"}], "lacks column text of the files before it"),
     ],
 )
