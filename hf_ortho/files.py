@@ -30,6 +30,18 @@ def explain(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def read_text(file: str | os.PathLike) -> str:
+    """The text of a file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
+
+
 def json_object(file: str | os.PathLike) -> dict:
     """The object in a JSON file of a checkpoint.
 
@@ -37,8 +49,8 @@ def json_object(file: str | os.PathLike) -> dict:
         CheckpointError: the file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {explain(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")

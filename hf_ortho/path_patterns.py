@@ -1,8 +1,14 @@
-"""Short forms for the module paths of many layers."""
+"""Short forms for the module paths of many layers, and evenly spaced selections."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def thin(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` indices, evenly spaced, including the first and the last."""
+    n = min(count, most)
+    return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
 
 
 def split_shared(paths: Sequence[str]) -> tuple[str, list[str]]:
@@ -27,7 +33,7 @@ def by_kind(paths: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """
     kinds: dict[str, list[str]] = {}
     for path in paths:
-        kinds.setdefault(".".join("*" if part.isdigit() else part for part in path.split(".")), []).append(path)
+        kinds.setdefault(".".join("*" if part.isdecimal() else part for part in path.split(".")), []).append(path)
     by_pattern: dict[str, list[tuple[str, str]]] = {}
     for members in kinds.values():
         pattern, rows = split_shared(members)

@@ -1,4 +1,4 @@
-"""Text helpers: printable text, Markdown tables, JSON values."""
+"""Text helpers: printable text, Markdown, JSON values."""
 
 from __future__ import annotations
 
@@ -17,16 +17,72 @@ def visible(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str) -> str:
+    r"""``text`` with all control characters escaped, line feeds too: names from files cannot pass for lines of ours."""
+    return visible(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known word closest to ``word``; empty if none is close."""
     closest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {closest[0]}?" if closest else ""
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a ``|`` in a cell is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+class Markdown(str):
+    """Text that is already Markdown: ``markdown`` and ``markdown_table`` do not escape it."""
+
+
+# What has a meaning in CommonMark, in GitHub's Markdown or on the Hub
+_SPECIAL = re.compile(
+    r"""[\\`*\[\]<|~$]  # code, emphasis, links, HTML, cells, strikethrough, formulas
+    | (?<![^\W_])_ | _(?![^\W_])  # emphasis; not within a word, as in gelu_new
+    | &(?=\#?\w+;)  # character references
+    | :(?=//|[\w+-]+:) | (?<=\bwww)\.  # addresses, emoji""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_BLOCK = re.compile(r"^( ?(?:\d{1,9}(?=[.)]))?)(?=>|(?:#{1,6}|[-+.)])(?:\s|$)|--)")  # headings, lists, quotes, rules
+
+
+def markdown(value: object) -> Markdown:
+    """The text of ``value`` on one line, escaped so that Markdown shows it literally, unless it is Markdown already."""
+    text = value if isinstance(value, str) else str(value)
+    return text if isinstance(text, Markdown) else Markdown(_BLOCK.sub(r"\1\\", _inline(text), count=1))
+
+
+def code(text: str) -> Markdown:
+    """``text`` as inline code in Markdown, on one line."""
+    line = _one_line(text).strip() or " "
+    if "\\|" in line:  # cannot be escaped in the code of a table cell
+        return markdown(line)
+    ticks = _longer_than_in(line)
+    pad = " " if "`" in (line[0], line[-1]) else ""
+    return Markdown(f"{ticks}{pad}{line}{pad}{ticks}")
+
+
+def code_block(text: str, language: str = "") -> Markdown:
+    """``text`` as a fenced block of code in Markdown."""
+    fence = _longer_than_in(text, 3)
+    return Markdown(f"{fence}{language}\n{visible(text)}\n{fence}")
+
+
+def _inline(text: str) -> str:
+    return text if isinstance(text, Markdown) else _SPECIAL.sub(r"\\\g<0>", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", visible(text))
+
+
+def _longer_than_in(text: str, least: int = 1) -> str:
+    """More backticks than there are in a row in ``text``."""
+    return "`" * max([least, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
+    """A Markdown table. Cells are escaped, unless they are Markdown; a ``|`` always is."""
+    lines = [header, [Markdown("---")] * len(header), *rows]
+    cells = ([re.sub(r"(?<!\\)\|", r"\\|", _inline(cell)) for cell in line] for line in lines)
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in cells))
 
 
 def change(before: float, after: float) -> str:

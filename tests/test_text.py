@@ -3,9 +3,10 @@ import json
 import math
 
 import pytest
+from markdown_it import MarkdownIt
 
 from hf_ortho.cli import console as cli
-from hf_ortho.text import change, interval, json_values, markdown_table, visible
+from hf_ortho.text import change, code, code_block, interval, json_values, markdown, markdown_table, one_line, visible
 
 UNSAFE = {
     "\x1b]0;title\x07": r"\x1b]0;title\x07",
@@ -26,6 +27,10 @@ def test_controls_are_made_visible(text):
 @pytest.mark.parametrize("text", PLAIN)
 def test_other_text_stays(text):
     assert visible(text) == text
+
+
+def test_text_on_one_line():
+    assert one_line("a\nb\tc\x1b[m [x] ✓") == r"a\nb\tc\x1b[m [x] ✓"
 
 
 @pytest.fixture
@@ -72,6 +77,80 @@ def test_every_way_to_the_screen(screen, way):
 
 def test_a_bar_in_a_cell_of_a_table_is_escaped():
     assert markdown_table(["", "a|b"], [["1", "2"]]) == "|  | a\\|b |\n| --- | --- |\n| 1 | 2 |"
+
+
+PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+MARKED = [
+    *(
+        "<b>x</b>",
+        "<!-- x -->",
+        "<http://x>",
+        "[a](http://x)",
+        "![a](x)",
+        "[a]: http://x",
+        "[ ] a",
+        "&lt;b&gt;",
+        "&#60;",
+    ),
+    *(
+        "`a`",
+        "``a",
+        "a`",
+        "```",
+        "``` `` `",
+        "*a* **a**",
+        "_a_ __a__",
+        "~~a~~",
+        "$a$",
+        ":a:",
+        "www.x.org",
+        "http://x.org",
+    ),
+    *("# a", "## a", "#", "- a", "-", "--", "---", "- - -", "* * *", "+ a", "1. a", "12) a", "> a", "=", "| a | b |"),
+    *("\\", "\\\\", "a\\|b", "\\`a\\`", "a\\", "|", "\\|", "`|`", "`\\|`", "<b\\>", "\\<b>", "a  b"),
+]
+
+
+def text_of(document):
+    """The text of a document of one paragraph, and the kinds of its parts."""
+    first, inline, last = PARSER.parse(document)
+    assert (first.type, last.type) == ("paragraph_open", "paragraph_close")
+    return "".join(part.content for part in inline.children), {part.type for part in inline.children}
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_marks_are_shown(text):
+    """Exactly the text, but for spaces; in a table too, where a ``|`` is a mark as well."""
+    expected = " ".join(text.split())
+    found, kinds = text_of(markdown(text))
+    assert (found, kinds - {"text", "text_special"}) == (expected, set())
+    found, kinds = text_of(f"x {code(text)} y")
+    assert found == f"x {expected} y"
+    assert "code_inline" in kinds or "\\|" in text
+    table = PARSER.parse(markdown_table(["h", text], [[text, code(text)], [markdown(text), "z"]]))
+    cells = [token for token in table if token.type == "inline"]
+    contents = ["".join(part.content for part in cell.children) for cell in cells]
+    assert contents == ["h", expected, expected, expected, expected, "z"]
+    assert {part.type for cell in cells for part in cell.children} <= {"text", "text_special", "code_inline"}
+    (block,) = PARSER.parse(code_block(f"{text}\n{text}", "bash"))
+    assert (block.type, block.info, block.content) == ("fence", "bash", f"{text}\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["gelu_new", "1.2e-03", "-2.90..2.96", "a (b): c, d; e'f", "x -> y +1%", "naïve ✓", "a@b"]
+)
+def test_plain_text_is_its_own_markdown(text):
+    assert markdown(text) == text
+    assert code(text) == f"`{text}`"
+
+
+def test_lines_and_controls_in_markdown():
+    assert markdown("a\n\n\tb") == "a b"
+    assert code(" a\n\nb ") == "`a b`"
+    assert markdown("\x1b[31m") == "\\\\x1b\\[31m"
+    assert code("\x1b[31m") == "`\\x1b[31m`"
+    assert markdown(markdown("*")) == "\\*"  # once
+    assert markdown(None) == "None"
 
 
 def test_what_is_not_finite_is_none_in_json():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -65,14 +66,14 @@ def parse(name: str) -> tuple[type[LearnableActivation], int]:
     family, _, degree = str(name).rpartition("_")
     if family not in FAMILIES:
         closest = difflib.get_close_matches(family or str(name), FAMILIES, n=1)
-        meant = f"{closest[0]}_{degree}" if closest and family and degree.isdigit() else "".join(closest)
+        meant = f"{closest[0]}_{degree}" if closest and family and degree.isdecimal() else "".join(closest)
         hint = f"; did you mean {meant}?" if closest else ""
         raise ActivationNameError(
-            f"unknown activation {name!r}: names are FAMILY_DEGREE with FAMILY one of {', '.join(FAMILIES)} and DEGREE "
-            f"from 1 to {MAX_DEGREE}, for example hermite_8{hint}"
+            f"unknown activation {name!r:.80}: names are FAMILY_DEGREE with FAMILY one of {', '.join(FAMILIES)} and "
+            f"DEGREE from 1 to {MAX_DEGREE}, for example hermite_8{hint}"
         )
-    if not degree.isascii() or not degree.isdigit() or not 1 <= int(degree) <= MAX_DEGREE or degree != str(int(degree)):
-        raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")
+    if not re.fullmatch("[1-9][0-9]?", degree) or int(degree) > MAX_DEGREE:
+        raise ActivationNameError(f"degree {degree!r:.80} of {family}: must be an integer from 1 to {MAX_DEGREE}")
     return FAMILIES[family], int(degree)
 
 

@@ -20,11 +20,11 @@ from ..errors import CheckpointError
 from ..files import explain
 from ..path_patterns import split_shared
 from ..plotting import Panel, draw_activations
-from ..plotting.layout import thin
+from ..plotting.layout import MAX_PANELS
 
 COLUMNS = ["*", "activation", "domain", "tail slopes", "E f²", "E f'²", "sup f", "rms f"]
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+HUB_NAME = re.compile(r"\w[\w.-]{,95}(/\w[\w.-]{,95})?")
+REVISION = re.compile(r"\w[\w.-]{,99}(/\w[\w.-]{,99}){,9}")
 JSON_FILES = (CONFIG_NAME, ADAPTER_CONFIG, SAFE_WEIGHTS_INDEX_NAME)  # read by ``load_activations``
 LARGEST_JSON = 10e6  # bytes
 LARGEST = 2e9  # maximum download in bytes
@@ -60,16 +60,13 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
     if public:
         commit = _check_public(name, revision)
         _check_base(name, commit)
-    stored = load_activations(name, revision=commit)
-    paths = list(stored.modules)
-    chosen = {paths[i]: stored.modules[paths[i]] for i in thin(len(paths))}
-    layers, notes = examine(dataclasses.replace(stored, modules=chosen))
-    pattern, rows = split_shared(list(chosen))
-    title = (
-        f"{len(paths)} activations at {pattern}, source {', '.join(sorted({x.source or 'unknown' for x in layers}))}"
-    )
-    if len(chosen) < len(paths):
-        notes = [f"{len(chosen)} of {len(paths)} are shown, evenly spaced", *notes]
+    stored = load_activations(name, revision=commit, most=MAX_PANELS)
+    layers, notes = examine(stored)
+    pattern, rows = split_shared(list(stored.modules))
+    count = len(layers) + stored.left_out
+    title = f"{count} activations at {pattern}, source {', '.join(sorted({x.source or 'unknown' for x in layers}))}"
+    if stored.left_out:
+        notes = [f"{len(layers)} of {count} are shown, evenly spaced", *notes]
     if stored.commit:
         notes = [f"commit {stored.commit}", *notes]
     sources = {layer.source: ACT2FN[layer.source] for layer in layers if layer.source in ACT2FN}
@@ -99,9 +96,9 @@ def _check_base(name: str, revision: str | None) -> None:
 def _check_public(name: str, revision: str, weights: bool = True) -> str | None:
     """Check that a model is on the Hub and small, make room in the cache, and return its commit."""
     if not HUB_NAME.fullmatch(name) or Path(name).exists():
-        raise CheckpointError(f"{name!r} is not a Hub model; give OWNER/NAME, such as openai-community/gpt2")
+        raise CheckpointError(f"{name!r:.200} is not a Hub model; give OWNER/NAME, such as openai-community/gpt2")
     if revision and not REVISION.fullmatch(revision):
-        raise CheckpointError(f"{revision!r} is not a revision; give a branch, tag or commit")
+        raise CheckpointError(f"{revision!r:.200} is not a revision; give a branch, tag or commit")
     try:
         info = model_info(name, revision=revision or None, files_metadata=True)
     except (OSError, ValueError, RuntimeError) as error:

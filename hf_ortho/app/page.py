@@ -12,7 +12,7 @@ from ..activations.base import MAX_DEGREE
 from ..errors import HfOrthoError
 from ..fitting.density import DATA_FREE
 from ..plotting import draw_fit
-from ..text import markdown_table
+from ..text import markdown, markdown_table
 from .checkpoint import COLUMNS, Shapes, shapes
 from .fit import Fit, fit, sources
 
@@ -142,7 +142,7 @@ def _sentence(text: object = "") -> dict:
 
 def _show_fit(fitted: Fit) -> list:
     ends = None if fitted.tails else fitted.domain
-    note = f"\n\n{fitted.report.note}" if fitted.report.note else ""
+    note = f"\n\n{markdown(fitted.report.note)}" if fitted.report.note else ""
     return [
         _sentence(),
         gr.update(visible=True),
@@ -155,14 +155,9 @@ def _show_fit(fitted: Fit) -> list:
 
 
 def _show_shapes(summary: Shapes) -> list:
-    text = "\n\n".join(_literal(line) for line in (summary.title, *summary.notes))
+    text = "\n\n".join(map(markdown, (summary.title, *summary.notes)))
     return [_sentence(), gr.update(visible=True), text, summary.figure, summary.rows, summary.commands]
 
 
 def _no_shapes(text: object = "") -> list:
     return [_sentence(text), gr.update(visible=False), "", None, [], ""]
-
-
-def _literal(text: str) -> str:
-    """Escape ``text`` for Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#&!|" else c for c in text)

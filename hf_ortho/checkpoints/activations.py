@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,14 +17,23 @@ from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE, SHARED
 from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain, json_object
+from ..path_patterns import thin
 from . import weights
-from .adapter import ADAPTER_CONFIG, adapter_config, adapter_tensors, base_revision
+from .adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_config,
+    adapter_keys,
+    base_revision,
+    fixed_tensors,
+)
 from .place import check_place
 from .provenance import Provenance
 from .revision import model_commit
 from .values import check_values
 
 NAMES = frozenset(SHARED).union(*(family.initial_parameters(1, "paper") for family in FAMILIES.values()))
+Places = dict[str, dict[str, tuple[str, str]]]  # (file, name) of tensors, by the path of their module and their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +42,7 @@ class StoredActivations:
 
     Attributes:
         modules: the activations by the path of their tensors, in the order of the layers.
+        left_out: number of further activations, which were not read.
         provenance: the provenance recorded in the config; may be empty.
         commit: the resolved 40-hex commit on the Hub, None for a folder.
     """
@@ -38,12 +50,16 @@ class StoredActivations:
     modules: dict[str, LearnableActivation]
     provenance: Provenance
     commit: str | None
+    left_out: int = 0
 
 
-def load_activations(name: str, *, revision: str | None = None) -> StoredActivations:
+def load_activations(name: str, *, revision: str | None = None, most: int = sys.maxsize) -> StoredActivations:
     """Read the config and the activations' tensors of a folder or a Hub model; no other weights are loaded.
 
     For a peft adapter, only the activations in the adapter are read, not those of its base model.
+
+    Args:
+        most: read at most this number of activations, evenly spaced.
 
     Raises:
         CheckpointError: there is no checkpoint with safetensors weights, it is incomplete, a family is unknown, or a
@@ -58,40 +74,54 @@ def load_activations(name: str, *, revision: str | None = None) -> StoredActivat
         if adapter is None:
             config = json_object(_file(name, CONFIG_NAME, revision, needed=True))
             provenance = Provenance.of(config, name)
-            tensors = stored_tensors(name, revision, [layer.module for layer in provenance.layers])
+            found = stored_places(name, revision, [layer.module for layer in provenance.layers])
+            if found is None:
+                raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+            places = found
         else:
-            config, provenance, tensors = _of_adapter(name, adapter, revision)
+            config, provenance, places = _of_adapter(name, adapter, revision)
+        paths = sorted(places, key=_natural)
+        chosen = [paths[i] for i in thin(len(paths), most)]
+        tensors = _read(name, revision, {path: places[path] for path in chosen})
+        if adapter is not None and "activation" in adapter:
+            for layer in map(provenance.layer, chosen):
+                tensors[layer.module] |= fixed_tensors(layer)
+        everywhere = list(_names(config))
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {explain(error)}") from error
-    if tensors is None:
-        raise CheckpointError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     if not tensors:
         raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
     modules = {}
-    for path in sorted(tensors, key=_natural):
+    at_field: dict[str, list[tuple[str, int]]] = {}
+    for path in chosen:
         shapes = {key: tuple(value.shape) for key, value in tensors[path].items()}
         field = provenance.layer(path).field
-        named = [list(_names(_at(config, field))) if field else [], list(_names(config))]
-        modules[path] = _build(named, shapes, f"{path} of {name}")
+        if field and field not in at_field:
+            at_field[field] = list(_names(_at(config, field)))
+        modules[path] = _build([at_field[field] if field else [], everywhere], shapes, f"{path} of {name}")
         check_values(tensors[path], f"{path} of {name}")
         modules[path].load_state_dict(tensors[path])
-    return StoredActivations(modules, provenance, commit)
+    return StoredActivations(modules, provenance, commit, len(paths) - len(chosen))
 
 
-def _of_adapter(
-    name: str, adapter: dict, revision: str | None
-) -> tuple[dict, Provenance, dict[str, dict[str, Tensor]]]:
-    """The config that names the activations of an adapter, their provenance and their tensors."""
-    tensors = adapter_tensors(name, adapter, revision)
-    tensors = {path: by_key for path, by_key in tensors.items() if all(key in by_key for key in SHARED)}
+def _of_adapter(name: str, adapter: dict, revision: str | None) -> tuple[dict, Provenance, Places]:
+    """The config that names the activations of an adapter, their provenance, and the places of their tensors."""
+    keys = adapter_keys(name, revision)
     base = adapter["base_model_name_or_path"]
     if "activation" in adapter:
         provenance = Provenance.of_adapter(adapter, f"{ADAPTER_CONFIG} of {name}")
-        return {"activation": adapter["activation"]}, provenance, tensors
-    config = json_object(_file(base, CONFIG_NAME, base_revision(adapter), needed=True)) if tensors else {}
-    return config, Provenance.of(config, base), tensors  # an adapter of a converted base model
+        paths = [layer.module for layer in provenance.layers]
+        if missing := next((path for path in paths if path not in keys), None):
+            raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} has no tensors for {missing}")
+        config = {"activation": adapter["activation"]}
+    else:  # an adapter of a converted base model
+        paths = [path for path, by_leaf in keys.items() if all(key in by_leaf for key in SHARED)]
+        config = json_object(_file(base, CONFIG_NAME, base_revision(adapter), needed=True)) if paths else {}
+        provenance = Provenance.of(config, base)
+    places = {path: {leaf: (ADAPTER_WEIGHTS, key) for leaf, key in keys[path].items()} for path in paths}
+    return config, provenance, places
 
 
 def _file(name: str, file: str, revision: str | None, needed: bool = False) -> str:
@@ -99,10 +129,18 @@ def _file(name: str, file: str, revision: str | None, needed: bool = False) -> s
     return str(cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=needed) or "")
 
 
-def stored_tensors(
-    name: str, revision: str | None, expected: Iterable[str] = ()
-) -> dict[str, dict[str, Tensor]] | None:
+def stored_tensors(name: str, revision: str | None) -> dict[str, dict[str, Tensor]] | None:
     """The tensors of each activation, by its path and the tensor's name in it; None without safetensors weights.
+
+    Raises:
+        CheckpointError: a file is damaged, or an activation lacks tensors.
+    """
+    places = stored_places(name, revision)
+    return None if places is None else _read(name, revision, places)
+
+
+def stored_places(name: str, revision: str | None, expected: Iterable[str] = ()) -> Places | None:
+    """The places of the tensors of each activation; None without safetensors weights.
 
     Raises:
         CheckpointError: a file is damaged, or an activation, such as one of ``expected``, lacks tensors.
@@ -113,40 +151,45 @@ def stored_tensors(
         places = weights.weight_map(index)
     else:
         return None
-    leaves = defaultdict(set)
-    for key in places:
-        leaves[_parent(key)].add(key.rpartition(".")[2])
-    series = NAMES.difference(SHARED)
-    paths = {path for path, found in leaves.items() if "tail_slopes" in found or ("domain" in found and found & series)}
+    by_path: Places = defaultdict(dict)
+    for key, file in places.items():
+        path, _, leaf = key.rpartition(".")
+        by_path[path][leaf] = file, key
+    series, ordered = NAMES.difference(SHARED), sorted(by_path)
+    paths = {
+        path
+        for path, found in by_path.items()
+        if "tail_slopes" in found or ("domain" in found and found.keys() & series)
+    }
     for path in expected:
         # Renamed or left out with the module around it, as in the encoder of an encoder-decoder, it is not missing.
-        if any(other.startswith(f"{_parent(path)}.") for other in leaves):
+        parent = path.rpartition(".")[0] + "."
+        first = bisect.bisect_left(ordered, parent)
+        if first < len(ordered) and ordered[first].startswith(parent):
             paths.add(path)
     for path in sorted(paths, key=_natural):
-        if lacking := [key for key in SHARED if key not in leaves[path]]:
-            raise CheckpointError(f"{name} is incomplete: its weights lack {_join(path, lacking[0])}")
+        if lacking := [key for key in SHARED if key not in by_path[path]]:
+            raise CheckpointError(f"{name} is incomplete: its weights lack {f'{path}.{lacking[0]}'.removeprefix('.')}")
+    return {path: by_path[path] for path in paths}
+
+
+def _read(name: str, revision: str | None, places: Places) -> dict[str, dict[str, Tensor]]:
+    """The tensors at ``places``, by path and name. Only the files that hold them are downloaded."""
     keys_by_file = defaultdict(list)
-    for key, file in places.items():
-        if _parent(key) in paths:
+    for by_leaf in places.values():
+        for file, key in by_leaf.values():
             keys_by_file[file].append(key)
-    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for file, keys in keys_by_file.items():
-        for key, value in weights.tensors(_file(name, file, revision, needed=True), keys).items():
-            tensors[_parent(key)][key.rpartition(".")[2]] = value
-    return tensors
-
-
-def _parent(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+    tensors = {
+        file: weights.tensors(_file(name, file, revision, needed=True), keys) for file, keys in keys_by_file.items()
+    }
+    return {
+        path: {leaf: tensors[file][key] for leaf, (file, key) in by_leaf.items()} for path, by_leaf in places.items()
+    }
 
 
 def _natural(path: str) -> list[tuple[bool, int, str]]:
     """A sort key that puts h.2 before h.10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
+    return [(part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 
 def _names(config: Any) -> Iterator[tuple[str, int]]:

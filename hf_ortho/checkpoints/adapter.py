@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, tensor
 from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
@@ -13,7 +15,7 @@ from ..activations.base import SHARED
 from ..errors import CheckpointError
 from ..files import explain, json_object
 from . import weights
-from .provenance import LayerProvenance, Provenance
+from .provenance import LayerProvenance, Provenance, optional_text, unexpected
 from .values import check_values
 
 LABELS = "labels.json"  # the classes of a new head
@@ -41,11 +43,23 @@ def adapter_config(name: str, revision: str | None) -> dict | None:
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise CheckpointError(f"{name} is an adapter that does not name its base model (base_model_name_or_path)")
-    where = f"{ADAPTER_CONFIG} of {name}"
-    Provenance.of_adapter(config, where)
-    if not isinstance(at := config.get("revision"), str | None):
-        raise CheckpointError(f"{where}: revision is {at!r:.80}; expected text")
+    provenance_of(config, f"{ADAPTER_CONFIG} of {name}")
     return config
+
+
+def provenance_of(config: dict, where: str) -> Provenance:
+    """The provenance in an ``adapter_config.json``, after a check of the other values that are read here.
+
+    Raises:
+        CheckpointError: a value has the wrong type; the message names ``where`` and the key.
+    """
+    for key in ("peft_type", "revision", "task_type"):
+        optional_text(config, key, where)
+    classes = {} if config.get("auto_mapping") is None else config["auto_mapping"]
+    if not isinstance(classes, dict):
+        raise unexpected(f"{where}: auto_mapping", classes, "a dictionary")
+    optional_text(classes, "base_model_class", f"{where}: auto_mapping")
+    return Provenance.of_adapter(config, where)
 
 
 def base_revision(config: dict) -> str | None:
@@ -58,12 +72,33 @@ def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:
     file = cached_file(name, LABELS, revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
-    return {int(i): str(label) for i, label in json_object(file).items()}
+    return labels_in(file)
+
+
+def labels_in(file: str | Path) -> dict[int, str]:
+    """The classes in a ``labels.json``, by their index.
+
+    Raises:
+        CheckpointError: the file is something else.
+    """
+    labels = json_object(file)
+    if not labels or not all(re.fullmatch("[0-9]{1,9}", i) and isinstance(name, str) for i, name in labels.items()):
+        raise CheckpointError(f"{file} does not hold the names of classes by their index")
+    return {int(i): name for i, name in labels.items()}
 
 
 def fixed_tensors(layer: LayerProvenance) -> dict[str, Tensor]:
     """Domain and tail slopes of an activation, which an adapter stores in its config."""
     return {"domain": tensor(layer.domain), "tail_slopes": tensor(layer.tail_slopes)}
+
+
+def adapter_keys(name: str, revision: str | None) -> dict[str, dict[str, str]]:
+    """The names of an adapter's tensors, by the path of their module in the base model and their name in it."""
+    keys: dict[str, dict[str, str]] = {}
+    for key in weights.shapes(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision))):
+        path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+        keys.setdefault(path.removesuffix(SUFFIX), {})[leaf] = key
+    return keys
 
 
 def has_safetensors(name: str, revision: str | None) -> bool:
@@ -79,10 +114,9 @@ def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[st
     Raises:
         CheckpointError: the adapter is incomplete, or a value of an activation is not valid.
     """
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, value in weights.tensors(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision))).items():
-        path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-        tensors.setdefault(path.removesuffix(SUFFIX), {})[leaf] = value
+    values = weights.tensors(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision)))
+    keys = adapter_keys(name, revision)
+    tensors = {path: {leaf: values[key] for leaf, key in by_leaf.items()} for path, by_leaf in keys.items()}
     for layer in Provenance.of_adapter(config, f"{ADAPTER_CONFIG} of {name}").layers:
         if layer.module not in tensors:
             raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} has no tensors for {layer.module}")

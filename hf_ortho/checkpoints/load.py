@@ -30,6 +30,7 @@ from .carry import Source, carry
 from .custom_code import load_config
 from .keys import check_keys
 from .model_class import encoder_class, model_class
+from .patterns import check_patterns
 from .place import check_place
 from .processors import IMAGE_FILES, TOKENIZER_FILES, processor_of
 from .revision import model_commit
@@ -168,6 +169,7 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
         loaded = load_checkpoint(base, revision=at, **options)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
+    check_patterns(adapter, [path for path, _ in loaded.model.named_modules()], f"{ADAPTER_CONFIG} of {name}")
     if has_safetensors(name, commit or revision):
         adapter_tensors(name, adapter, commit or revision)  # checks the values, as stored
     with warnings.catch_warnings(record=True) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,8 +58,10 @@ class LayerProvenance:
             CheckpointError: a value has the wrong type; the message names ``where`` and the key.
         """
         if not isinstance(plain, dict):
-            raise _unexpected(where, plain, "a dictionary")
-        values: dict[str, Any] = {key: _text(plain, key, where) for key in ("module", "field", "source", "fitted_to")}
+            raise unexpected(where, plain, "a dictionary")
+        values: dict[str, Any] = {
+            key: optional_text(plain, key, where) for key in ("module", "field", "source", "fitted_to")
+        }
         values |= {key: _number(plain.get(key), where, key) for key in ("sup_error", "rms_error", "mass_outside")}
         if values["module"] is None:
             raise CheckpointError(f"{where}: module is missing; expected the path of an activation")
@@ -67,11 +70,11 @@ class LayerProvenance:
                 _pair(ends, where, "domain", "two finite numbers, or null for no bound")
             )
             if lo > hi:
-                raise _unexpected(f"{where}: domain", ends, "an interval [lo, hi] with lo <= hi")
+                raise unexpected(f"{where}: domain", ends, "an interval [lo, hi] with lo <= hi")
         if (slopes := plain.get("tail_slopes")) is not None:
             values["tail_slopes"] = _pair(slopes, where, "tail_slopes", "two finite numbers")
             if None in slopes:
-                raise _unexpected(f"{where}: tail_slopes", slopes, "two finite numbers")
+                raise unexpected(f"{where}: tail_slopes", slopes, "two finite numbers")
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -129,7 +132,7 @@ class Provenance:
             if layer.domain is None or layer.tail_slopes is None:
                 missing = "domain" if layer.domain is None else "tail_slopes"
                 raise CheckpointError(f"{where}: layers[{i}]: {missing} is missing")
-        base, commit = (_text(config, key, where) for key in ("base_model_name_or_path", "base_commit"))
+        base, commit = (optional_text(config, key, where) for key in ("base_model_name_or_path", "base_commit"))
         return dataclasses.replace(provenance, source_model=base, source_revision=commit)
 
     @classmethod
@@ -178,23 +181,23 @@ class Provenance:
             CheckpointError: a value has the wrong type; the message names ``where`` and the key.
         """
         if not isinstance(plain, dict):
-            raise _unexpected(where, plain, "a dictionary")
+            raise unexpected(where, plain, "a dictionary")
         values: dict[str, Any] = {
-            key: _text(plain, key, where) for key in ("activation", "init", "source_model", "source_revision")
+            key: optional_text(plain, key, where) for key in ("activation", "init", "source_model", "source_revision")
         }
         for key in ("calibrated", "tails"):
             if (value := plain.get(key)) is not None:
                 if not isinstance(value, bool):
-                    raise _unexpected(f"{where}: {key}", value, "true or false")
+                    raise unexpected(f"{where}: {key}", value, "true or false")
                 values[key] = value
         for key in ("source_activations", "versions"):
             value = {} if plain.get(key) is None else plain[key]
             if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-                raise _unexpected(f"{where}: {key}", value, "a dictionary of strings")
+                raise unexpected(f"{where}: {key}", value, "a dictionary of strings")
             values[key] = value
         layers = [] if plain.get("layers") is None else plain["layers"]
         if not isinstance(layers, list):
-            raise _unexpected(f"{where}: layers", layers, "a list")
+            raise unexpected(f"{where}: layers", layers, "a list")
         values["layers"] = tuple(
             LayerProvenance.from_dict(layer, f"{where}: layers[{i}]") for i, layer in enumerate(layers)
         )
@@ -222,7 +225,11 @@ class Provenance:
 
     def layer(self, module: str) -> LayerProvenance:
         """The record of the activation at a path."""
-        return next((layer for layer in self.layers if layer.module == module), LayerProvenance(module))
+        return self._by_module.get(module, LayerProvenance(module))
+
+    @functools.cached_property
+    def _by_module(self) -> dict[str, LayerProvenance]:
+        return {layer.module: layer for layer in reversed(self.layers)}
 
     def pure_domain(self, module: str) -> tuple[float, float] | None:
         """The interval on which an activation without tails was fitted, otherwise None."""
@@ -243,14 +250,16 @@ def families_in(activation: str) -> list[str]:
     return list(dict.fromkeys(activations.parse(name)[0].family for name in names))
 
 
-def _unexpected(where: str, value: Any, expected: str) -> CheckpointError:
+def unexpected(where: str, value: Any, expected: str) -> CheckpointError:
+    """The error for a value at a place."""
     return CheckpointError(f"{where} is {value!r:.80}; expected {expected}")
 
 
-def _text(plain: Mapping[str, Any], key: str, where: str) -> str | None:
+def optional_text(plain: Mapping[str, Any], key: str, where: str) -> str | None:
+    """The text at a key, or None; raises CheckpointError for anything else."""
     value = plain.get(key)
     if value is not None and not isinstance(value, str):
-        raise _unexpected(f"{where}: {key}", value, "text")
+        raise unexpected(f"{where}: {key}", value, "text")
     return value
 
 
@@ -258,11 +267,11 @@ def _number(value: Any, where: str, key: str, expected: str = "a finite number")
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise _unexpected(f"{where}: {key}", value, expected)
+        raise unexpected(f"{where}: {key}", value, expected)
     return value
 
 
 def _pair(values: Any, where: str, key: str, expected: str) -> Sequence[float | None]:
     if not isinstance(values, list | tuple) or len(values) != 2:
-        raise _unexpected(f"{where}: {key}", values, expected)
+        raise unexpected(f"{where}: {key}", values, expected)
     return tuple(_number(value, where, key, expected) for value in values)

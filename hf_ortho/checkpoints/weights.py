@@ -13,6 +13,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import explain, json_object
 
+LONGEST_NAME = 255  # bytes of a file name
+
 
 def shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor by its name. Reads only the header, and checks the size of the file against it.
@@ -44,7 +46,8 @@ def weight_map(index: str | Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} lists no weights: weight_map is {places!r:.80}; expected tensors")
     for name, file in places.items():
-        if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")):
+        valid = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+        if not valid or len(file.encode("utf-8", "replace")) > LONGEST_NAME:
             raise CheckpointError(f"{index}: weight_map puts {name} in {file!r:.80}; expected a .safetensors file name")
     return places
 

@@ -21,7 +21,7 @@ from wrapt import register_post_import_hook
 
 from ..errors import ConfigError
 from ..tasks.arguments import DataArguments
-from ..text import suggestion, visible
+from ..text import one_line, suggestion, visible
 
 if TYPE_CHECKING:
     from ..conversion import ConversionReport
@@ -173,7 +173,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*map(one_line, row))
     show(out)
 
 
@@ -201,7 +201,7 @@ def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
         for text in ("{task.description}", "{task.completed}/{task.total}", "{task.fields[note]}")
     )
     with Progress(first, BarColumn(), count, TimeElapsedColumn(), last, console=console) as bar:
-        yield bar, bar.add_task(visible(title), total=None, note="")
+        yield bar, bar.add_task(one_line(title), total=None, note="")
 
 
 def training_size():

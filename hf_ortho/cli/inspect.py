@@ -6,7 +6,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
-from ..text import json_values
+from ..text import json_values, one_line
 from .console import Parser, console, table
 from .network import check_hub
 
@@ -49,13 +49,13 @@ def run(argv: list[str]) -> None:
     for place, rows in by_kind(list(known)).items():
         sources = ", ".join(sorted({known[path].source or "unknown" for _, path in rows}))
         cells = [[row, *known[path].cells()] for row, path in rows]
-        table(f"{len(rows)} activations at {place}, source {sources}", columns, cells)
+        table(f"{len(rows)} activations at {one_line(place)}, source {one_line(sources)}", columns, cells)
     where = "over the real line" if stored.provenance.has_tails else "on the domain"
     console.print(f"E under N(0, 1); sup {where} and rms under {DATA_FREE}, from the source activation")
     for note in notes:
-        console.print(f"no distance: {note}")
+        console.print(f"no distance: {one_line(note)}")
     for layer in layers:
-        console.print(f"\n{layer.path} {layer.module.name}", style="bold")
+        console.print(f"\n{one_line(layer.path)} {layer.module.name}", style="bold")
         for name, values in layer.vectors().items():
             console.print(_vector(name, values))
 

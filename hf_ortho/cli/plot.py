@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
+from ..text import one_line
 from .console import Parser, add_calibration_flags, add_model_flags, calibration_options, console
 from .network import check_hub, hub_tokenizer
 
@@ -110,8 +111,8 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
 
 def _history(args) -> None:
     from ..checkpoints.activations import load_activations
+    from ..path_patterns import thin
     from ..plotting import Snapshot, animate_history, plot_history
-    from ..plotting.layout import thin
     from ..training.checkpoints import step_of
     from ..training.history import read_step, recorded_steps
 
@@ -167,4 +168,4 @@ def _name_the_rest(all_of: dict[str, dict[str, LearnableActivation]], common: di
         if set(modules) - set(common)
     ]
     if rest:
-        console.print(f"note: not drawn: {'; '.join(rest)}")
+        console.print(f"note: not drawn: {one_line('; '.join(rest))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..text import one_line
 from .console import Parser, console
 from .network import check_hub
 
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> None:
 
     left_out = contents_of(args.folder, args.include).left_out
     if left_out:
-        console.print(f"Left out (--include adds files): {', '.join(left_out)}")
+        console.print(f"Left out (--include adds files): {one_line(', '.join(left_out))}")
     url = push(
         args.folder,
         args.repo_id,

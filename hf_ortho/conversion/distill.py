@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class Distillation:
     error_before: float
     error_after: float
     held_out: bool
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Distillation:
+        """The inverse of ``dataclasses.asdict`` as JSON; an error that is not finite is None there."""
+        before, after = (
+            math.inf if plain[key] is None else float(plain[key]) for key in ("error_before", "error_after")
+        )
+        return cls(int(plain["steps"]), before, after, bool(plain["held_out"]))
 
 
 def check_steps(steps: int, batches: Iterable | None) -> None:

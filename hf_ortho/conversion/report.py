@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,6 +21,7 @@ from ..activations import FitReport, LearnableActivation
 from ..fitting.density import DATA_FREE
 from ..fitting.histogram import Histogram
 from ..path_patterns import by_kind
+from ..text import json_values
 from .distill import Distillation
 
 WIDTH = 100
@@ -123,17 +124,22 @@ class ConversionReport:
         plain["layers"] = [{"module": v.module, "field": v.field} | v.fit.to_dict() for v in self.layers]
         plain["left_alone"] = [list(pair) for pair in self.left_alone]
         plain["distillation"] = self.distillation and dataclasses.asdict(self.distillation)
-        return plain | {"warnings": self.warnings}
+        return json_values(plain | {"warnings": self.warnings})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ConversionReport:
         """The inverse of ``to_dict``, without the modules; ignores other keys."""
-        values = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name != "modules"}
+        values: dict[str, Any] = {key: str(plain[key]) for key in ("activation", "model")}
+        values |= {key: float(plain[key]) for key in ("fit_seconds", "seconds")}
+        for key in ("loss_before", "loss_after", "output_error", "noise_floor"):
+            values[key] = None if plain[key] is None else float(plain[key])
+        values["calibrated"] = bool(plain["calibrated"])
         values["layers"] = [
-            LayerReport(v["module"], v["field"], FitReport.from_dict(v)) for v in cast(list[dict], plain["layers"])
+            LayerReport(str(v["module"]), str(v["field"]), FitReport.from_dict(v)) for v in plain["layers"]
         ]
-        values["left_alone"] = [(field, why) for field, why in plain["left_alone"]]
-        values["distillation"] = plain["distillation"] and Distillation(**plain["distillation"])
+        values["left_alone"] = [(str(field), str(why)) for field, why in plain["left_alone"]]
+        distillation = plain["distillation"]
+        values["distillation"] = None if distillation is None else Distillation.from_dict(distillation)
         return cls(**values)
 
     def to_json(self) -> str:
@@ -159,8 +165,9 @@ class ConversionReport:
         for layer in self.layers:
             fit = layer.fit
             lo, hi = fit.domain
-            outside = fit.mass_outside * fit.rms_error_outside**2
-            if fit.mass_outside > 1e-3 and outside > 0.5 * fit.rms_error**2 and fit.rms_error_outside > 1e-3:
+            relative = fit.rms_error_outside / fit.rms_error if fit.rms_error else math.inf
+            mostly_outside = fit.mass_outside * relative * relative > 0.5
+            if fit.mass_outside > 1e-3 and mostly_outside and fit.rms_error_outside > 1e-3:
                 lines.append(
                     f"{layer.module}: {fit.mass_outside:.2%} of {fit.density} lie outside the domain "
                     f"[{lo:.2f}, {hi:.2f}], with an rms error there of {fit.rms_error_outside:.1e}"
@@ -214,7 +221,8 @@ class ConversionReport:
         """The effect on the outputs of the model, and notes and warnings about the fits."""
         lines = []
         if self.loss_before is not None and self.loss_after is not None:
-            change = math.expm1(self.loss_after - self.loss_before)
+            difference = self.loss_after - self.loss_before
+            change = math.expm1(difference) if difference < 700 else math.inf
             lines.append(
                 f"loss on the labeled calibration data {self.loss_before:.5f} -> {self.loss_after:.5f} "
                 f"(exp(loss) {change:+.4%})"

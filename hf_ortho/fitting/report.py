@@ -125,7 +125,18 @@ class FitReport:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> FitReport:
         """The inverse of ``to_dict``; ignores other keys."""
-        values = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
-        values["domain"] = interval(values["domain"])
-        values["tail_slopes"] = tuple(values["tail_slopes"])
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            value = plain[field.name]
+            if field.name in ("domain", "tail_slopes"):
+                lo, hi = interval(value)
+                values[field.name] = float(lo), float(hi)
+            elif field.name in ("activation", "source", "note"):
+                values[field.name] = str(value)
+            elif value is None:
+                values[field.name] = None if field.name in ("minimum", "maximum") else math.inf
+            else:
+                values[field.name] = float(value)
+        if (values["minimum"] is None) != (values["maximum"] is None):
+            raise ValueError("one of minimum and maximum is missing")
         return cls(**values)

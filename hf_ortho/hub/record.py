@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from ..conversion import ConversionReport
 from ..conversion.report import REPORT_FILE
 from ..errors import CheckpointError
-from ..files import written
+from ..files import json_object, written
 from .results import DataSource, Results
 
 
@@ -43,16 +43,19 @@ class Record:
         if not path.is_file():
             return cls()
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
+            plain = json_object(path)
+            results, commands, data = (plain.get(key, []) for key in ("results", "commands", "data"))
             return cls(
                 ConversionReport.from_dict(plain),
-                [Results.from_dict(entry) for entry in plain.get("results", [])],
-                list(plain.get("commands", [])),
-                [DataSource(**entry) for entry in plain.get("data", [])],
+                [Results.from_dict(entry) for entry in results],
+                [str(command) for command in commands],
+                [DataSource.from_dict(entry) for entry in data],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
-                f"{path} was not written by hf-ortho ({error}); delete it or convert again"
+                f"{path} was not written by hf-ortho ({type(error).__name__}: {error}); delete it or convert again"
             ) from error
 
     def add(

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import EvalResult, get_token
 
 from ..tasks import METRICS, Metric
-from ..text import change, json_values
+from ..text import Markdown, change, code, json_values, markdown
 
 SECRETS = ("--hub-token", "--push-to-hub-token", "--token")
 
@@ -57,18 +57,27 @@ class DataSource:
         samples = len(dataset) if hasattr(dataset, "__len__") else None
         return cls(name if revision else Path(name).name or name, config, split, revision, samples)
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> DataSource:
+        """The inverse of ``dataclasses.asdict``; ignores other keys."""
+        config, split, revision = (
+            None if plain.get(key) is None else str(plain[key]) for key in ("config", "split", "revision")
+        )
+        samples = None if plain.get("samples") is None else int(plain["samples"])
+        return cls(str(plain["name"]), config, split, revision, samples)
+
     @property
     def on_hub(self) -> bool:
         """Whether the name is a Hub dataset id."""
         return self.revision is not None
 
-    def __str__(self) -> str:
-        parts = [f"`{self.name}`"]
-        parts += [f"config `{self.config}`"] if self.config else []
-        parts += [f"split `{self.split}`"] if self.split else []
+    def __str__(self) -> Markdown:
+        parts: list[str] = [code(self.name)]
+        parts += [f"config {code(self.config)}"] if self.config else []
+        parts += [f"split {code(self.split)}"] if self.split else []
         parts += [f"{self.samples} samples"] if self.samples is not None else []
-        parts += [f"commit `{self.revision}`"] if self.revision else []
-        return ", ".join(parts)
+        parts += [f"commit {code(self.revision)}"] if self.revision else []
+        return Markdown(", ".join(parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +112,20 @@ class Results:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Results:
-        """The inverse of ``to_dict``."""
+        """The inverse of ``to_dict``; ignores other keys."""
         values = {
             stage: {metric: None if value is None else float(value) for metric, value in metrics.items()}
             for stage, metrics in plain["values"].items()
         }
+        if not values:
+            raise ValueError("results without values")
         trained = any("fine-tuned" in stage for stage in values)  # for files without the kind
         kind = plain.get("kind", "training" if trained else "conversion")
         if kind not in ("conversion", "training"):
             raise ValueError(f"kind {kind!r}: must be conversion or training")
-        return cls(**{**plain, "values": values, "data": DataSource(**plain["data"]), "kind": kind})
+        seed = None if plain.get("seed") is None else int(plain["seed"])
+        command, hardware, note = (str(plain.get(key, "")) for key in ("command", "hardware", "note"))
+        return cls(values, DataSource.from_dict(plain["data"]), command, hardware, seed, note, kind)
 
     def to_dict(self) -> dict:
         """Plain JSON values. Non-finite numbers become text."""
@@ -150,13 +163,13 @@ class Results:
         return rows
 
     @property
-    def caption(self) -> str:
+    def caption(self) -> Markdown:
         """The data, command and machine in one line."""
         seed = "" if self.seed is None else f", seed {self.seed}"
-        note = f" ({self.note})" if self.note else ""
+        note = f" ({markdown(self.note)})" if self.note else ""
         if not self.hardware:
-            return f"Not run; on {self.data}{note}, by `{self.command}`."
-        return f"On {self.data}{note}; by `{self.command}`{seed}; on {self.hardware}."
+            return Markdown(f"Not run; on {self.data}{note}, by {code(self.command)}.")
+        return Markdown(f"On {self.data}{note}; by {code(self.command)}{seed}; on {markdown(self.hardware)}.")
 
     def evaluations(self, task: str) -> list[EvalResult]:
         """The values of the last stage, as entries of the ``model-index`` of huggingface_hub."""

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import written
-from .layout import BLACK, BLUE, GRAY, SKY, VERMILION
+from .layout import BLACK, BLUE, GRAY, SKY, VERMILION, literal
 
 COLORS = (BLACK, VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", SKY, GRAY)
 SMOOTHING = 0.05  # window of the running mean of differences, as a fraction of the training
@@ -71,7 +71,7 @@ def plot_comparison(
         final.plot([i - 0.25, i + 0.25], [np.mean(list(values.values()))] * 2, lw=2, color=colors.get(name, GRAY))
     final.set_xticks(range(len(finals)), list(finals), rotation=30, ha="right", fontsize=8)
     final.set(title=f"{metric} after training\n(bar: mean; points: seeds)")
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     with written(path) as draft:
         figure.savefig(draft, format="png")
 

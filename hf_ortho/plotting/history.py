@@ -15,7 +15,8 @@ from matplotlib.colors import ListedColormap, Normalize
 
 from ..activations import LearnableActivation
 from ..files import written
-from .layout import BLACK, VERMILION, Grid, interval, mark_domain, thin, values
+from ..path_patterns import thin
+from .layout import BLACK, MAX_PANELS, VERMILION, Grid, interval, mark_domain, values
 
 POINTS = 401
 FRAMES_PER_SECOND = 3
@@ -52,7 +53,7 @@ class _History:
 
     def __init__(self, snapshots: Sequence[Snapshot], title: str):
         paths = list(snapshots[0].modules)
-        chosen = [paths[i] for i in thin(len(paths))]
+        chosen = [paths[i] for i in thin(len(paths), MAX_PANELS)]
         start = snapshots[0].label
         self.grid = Grid(chosen, title, f"change since\n{start}", len(paths))
         by_path = [[snapshot.modules[path] for snapshot in snapshots] for path in chosen]

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..activations import LearnableActivation
 from ..path_patterns import split_shared
+from ..text import visible
 
 FULL_PANELS = 12  # more panels share their axes in a compact grid
 MAX_PANELS = 64  # of more activations, an evenly spaced selection is drawn
@@ -26,9 +27,12 @@ MAX_PANELS = 64  # of more activations, an evenly spaced selection is drawn
 BLACK, SKY, BLUE, VERMILION, GRAY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
 
 
-def thin(count: int, most: int = MAX_PANELS) -> list[int]:
-    """At most ``most`` of ``count`` indices, evenly spaced, including the first and the last."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+LONGEST = 300  # characters of a title
+
+
+def literal(text: str) -> str:
+    """``text`` for matplotlib to draw literally, not as a formula."""
+    return visible(text).replace("$", r"\$")
 
 
 class Grid:
@@ -92,9 +96,9 @@ class Grid:
                 below.set_xlabel("pre-activation", fontsize=8)
                 top.set_ylabel("activation", fontsize=8)
                 if self.lower:
-                    below.set_ylabel(difference, fontsize=8)
+                    below.set_ylabel(literal(difference), fontsize=8)
         if self.compact:
-            below_that = f" (above), {' '.join(difference.split())} (below)" if difference else ""
+            below_that = f" (above), {' '.join(literal(difference).split())} (below)" if difference else ""
             self.figure.supylabel(f"activation{below_that}", fontsize=9)
         for top, text in zip(self.upper, titles, strict=True):
             top.set_title(text, fontsize=7 if self.compact else 8, pad=3)
@@ -106,7 +110,7 @@ class Grid:
 
     def set_heading(self, line: str) -> None:
         """Put ``line`` under the figure's title."""
-        text = "\n".join(filter(None, (self.heading, line)))
+        text = "\n".join(filter(None, (self.heading, literal(line))))
         if self._suptitle is None:
             self._suptitle = self.figure.suptitle(text, fontsize=10)
         self._suptitle.set_text(text)
@@ -130,7 +134,7 @@ class Grid:
         by_label: dict[str, Artist] = {}
         for axes in self.figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                by_label.setdefault(label, handle)
+                by_label.setdefault(literal(_shortened(label)), handle)
         longest = max(map(len, by_label), default=1)
         columns = max(1, min(len(by_label), int(self.size[0] / (0.075 * longest + 0.5))))
         self.figure.legend(
@@ -138,10 +142,14 @@ class Grid:
         )
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
 def _wrapped(text: str, width: int) -> str:
     """``text`` with long paths broken after dots, slashes and underscores, to keep titles from overlapping."""
-    breakable = re.sub(r"(?<=[./_])(?=\S)", "\0 ", text)
-    return textwrap.fill(breakable, width).replace("\0 ", "").replace("\0", "")
+    breakable = re.sub(r"(?<=[./_])(?=\S)", "\0 ", visible(_shortened(text)))
+    return literal(textwrap.fill(breakable, width).replace("\0 ", "").replace("\0", ""))
 
 
 def interval(modules: Sequence[LearnableActivation], lo: float, hi: float) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from ..activations import LearnableActivation
 from ..checkpoints.activations import StoredActivations
 from ..files import written
 from ..fitting.histogram import Histogram
-from .layout import BLACK, BLUE, SKY, VERMILION, Grid, interval, mark_domain, thin, values
+from ..path_patterns import thin
+from .layout import BLACK, BLUE, MAX_PANELS, SKY, VERMILION, Grid, interval, mark_domain, values
 
 POINTS = 801
 STYLES: list[dict[str, Any]] = [
@@ -141,7 +142,7 @@ def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "
         >>> len(figure.axes)  # the shape, and the difference
         2
     """
-    chosen = [panels[i] for i in thin(len(panels))]
+    chosen = [panels[i] for i in thin(len(panels), MAX_PANELS)]
     by_source = any(panel.source is not None for panel in chosen)
     by_other = not by_source and any(panel.other is not None for panel in chosen)
     difference = "difference\nfrom source" if by_source else "difference\nfrom other" if by_other else ""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..activations import LearnableActivation, build
 from ..checkpoints.values import check_values
 from ..errors import CheckpointError
-from ..files import written
+from ..files import explain, written
 
 FOLDER = "activations"
 
@@ -56,8 +56,8 @@ def read_step(file: Path) -> tuple[dict[str, LearnableActivation], dict[str, dic
             return modules, json.loads(metadata["statistics"])
     except CheckpointError:
         raise
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} cannot be read as recorded activations: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read as recorded activations: {explain(error)}") from error
 
 
 def drop_after(run: str | Path, step: int) -> None:

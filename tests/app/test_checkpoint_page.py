@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import hf_ortho.app.checkpoint
 from hf_ortho.app.checkpoint import COLUMNS, shapes
+from hf_ortho.checkpoints import weights
 from hf_ortho.errors import HfOrthoError
 
 
@@ -32,20 +34,21 @@ def test_rows_and_picture(converted_folder):
     assert found.commands.splitlines()[0] == f"hf-ortho inspect {converted_folder} --json"
 
 
-def test_of_many_activations_64_are_shown(converted_folder, monkeypatch):
-    load = hf_ortho.app.checkpoint.load_activations
-
-    def many(name, revision):
-        stored = load(name, revision=revision)
-        module = next(iter(stored.modules.values()))
-        return type(stored)({f"h.{i}.act": module for i in range(100)}, stored.provenance, None)
-
-    monkeypatch.setattr(hf_ortho.app.checkpoint, "load_activations", many)
+def test_of_many_activations_64_are_read_and_shown(converted_folder, tmp_path, monkeypatch):
+    folder, read = tmp_path / "many", []
+    shutil.copytree(converted_folder, folder)
+    tensors = {key: value for key, value in load_file(folder / "model.safetensors").items() if ".0.mlp.act." in key}
+    tensors = {key.replace(".0.", f".{i}."): value.clone() for key, value in tensors.items() for i in range(100)}
+    save_file(tensors, folder / "model.safetensors")
+    real = weights.tensors
+    monkeypatch.setattr(weights, "tensors", lambda file, keys: read.extend(keys) or real(file, keys))
     monkeypatch.setattr(hf_ortho.app.checkpoint, "draw_activations", lambda panels, title: len(panels))
-    found = shapes(str(converted_folder))
+    found = shapes(str(folder))
     assert (len(found.rows), found.figure) == (64, 64)
+    assert found.title.startswith("100 activations at transformer.h.*.mlp.act")
     assert found.notes[0] == "64 of 100 are shown, evenly spaced"
     assert [found.rows[0][0], found.rows[-1][0]] == ["0", "99"]
+    assert len(read) == 64 * 3  # coefficients, domain and tail slopes; the rest is not read
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,9 @@ def test_needs_a_converted_model(gpt2_folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["{folder}", "../{name}", "{name}", "~/{name}", "owner/../{name}", "/etc", "C:\\models"]
+    "name",
+    ["{folder}", "../{name}", "{name}", "~/{name}", "owner/../{name}", "/etc", "C:\\models", "a" * 100_000, "a\0b"],
+    ids=lambda name: name[:20],
 )
 def test_visitors_read_no_folder(converted_folder, monkeypatch, name):
     """The folder ``name`` is there, relative to the working directory too."""
@@ -98,7 +103,7 @@ def test_visitors_read_small_models_at_revisions(converted_folder, monkeypatch):
     monkeypatch.setattr(
         hf_ortho.app.checkpoint,
         "load_activations",
-        lambda name, revision: loaded.append(revision) or load(str(converted_folder)),
+        lambda name, revision, most: loaded.append(revision) or load(str(converted_folder), most=most),
     )
     adapter = None
     monkeypatch.setattr(hf_ortho.app.checkpoint, "HF_HUB_CACHE", str(converted_folder / "none"))

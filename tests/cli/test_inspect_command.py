@@ -1,10 +1,12 @@
 """``hf-ortho inspect``: the numbers it prints, against those of the loaded model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
@@ -135,3 +137,25 @@ def test_without_tails_the_distance_is_taken_on_the_domain(hf_ortho_command, gpt
         assert layer["domain"] == [None, None]
         assert layer["distance"]["sup_error"] == pytest.approx(converted["sup_error"])
     assert "-5.00..4.00" in hf_ortho_command("inspect", tmp_path / "pure").out
+
+
+def test_names_from_files_cannot_pass_for_output(converted, tmp_path, hf_ortho_command):
+    folder = tmp_path / "forged"
+    shutil.copytree(converted("hermite_2"), folder)
+    name = "\x1b]0;x\x07\n[red]forged"
+    tensors = {key.replace(".3.", f".{name}."): value for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["hf_ortho"] = {"source_activations": {"activation_function": f"gelu{name}"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = hf_ortho_command("inspect", folder)
+    assert ran.code == 0
+    assert r"transformer.h.\x1b]0;x\x07\n[red]forged.mlp.act hermite_2" in ran.out
+    assert r"source gelu\x1b]0;x\x07\n[red]forged" in " ".join(ran.out.split())
+    assert "\x1b" not in ran.out
+    assert "\n[red]" not in ran.out
+
+
+@pytest.mark.parametrize("name", ["/no\n\x1b[31msuch/\tfolder", "a" * 5000, "/a\0b"], ids=["controls", "long", "null"])
+def test_a_strange_name_is_refused_in_one_line(hf_ortho_command, name):
+    assert hf_ortho_command("inspect", name).error.isprintable()

@@ -91,6 +91,29 @@ def test_layers_are_in_natural_order(tmp_path, gpt2):
     assert [path.split(".")[2] for path in load_activations(str(tmp_path)).modules] == [str(i) for i in range(11)]
 
 
+def test_any_path_of_a_module(saved):
+    _, folder = saved("hermite_2")
+    configure(folder, hf_ortho={})
+    before = load_file(folder / "model.safetensors")
+    for part in ("²", "9" * 5000, "٣", "", "\x1b[31m", "x." * 3000):
+        save_file(
+            {key.replace(".1.", f".{part}."): value for key, value in before.items()}, folder / "model.safetensors"
+        )
+        paths = list(load_activations(str(folder)).modules)
+        assert sorted(paths) == sorted(f"transformer.h.{i}.mlp.act" for i in (0, part, 2))
+        assert paths.index("transformer.h.0.mlp.act") < paths.index("transformer.h.2.mlp.act")
+
+
+def test_some_of_the_activations(saved, monkeypatch):
+    model, folder = saved("hermite_2")
+    read, real = [], weights.tensors
+    monkeypatch.setattr(weights, "tensors", lambda file, keys: read.extend(keys) or real(file, keys))
+    found = load_activations(str(folder), most=2)
+    assert list(found.modules) == ["transformer.h.0.mlp.act", "transformer.h.2.mlp.act"]
+    assert (found.left_out, len(read)) == (1, 6)
+    assert torch.equal(found.modules["transformer.h.2.mlp.act"].domain, model.transformer.h[2].mlp.act.domain)
+
+
 def test_two_families_with_equal_shapes_are_told_apart_by_their_field(saved):
     _, folder = saved("hermite_4")
     fields = {f"transformer.h.{i}.mlp.act": "other.act" if i == 1 else "activation_function" for i in range(3)}
@@ -182,8 +205,16 @@ def test_a_spoiled_provenance(spoiled, tmp_path, scratch_tensors):
 
 @pytest.mark.parametrize(
     "weight_map",
-    [None, ["a"], {}, {"act.domain": 3}, {"act.domain": "weights.bin"}, {"act.domain": "../x.safetensors"}],
-    ids=str,
+    [
+        None,
+        ["a"],
+        {},
+        {"act.domain": 3},
+        {"act.domain": "weights.bin"},
+        {"act.domain": "../x.safetensors"},
+        {"act.domain": f"{'9' * 300}.safetensors"},
+    ],
+    ids=ascii,
 )
 def test_an_index_of_other_files(tmp_path, weight_map):
     (tmp_path / "config.json").write_text("{}")

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from torch import nn
 
 from hf_ortho import Histogram
@@ -220,3 +222,13 @@ def test_a_failure_leaves_the_old_picture(tmp_path, step, monkeypatch):
     with pytest.raises(OutputError, match=r"shapes.png cannot be written: No space left"):
         plot_activations([Panel("act", step)], path)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_names_are_drawn_as_they_are(figure_of):
+    names = ["$\\frac{$", "$x$\\$1", "h.\x1b[31m.act", "a_{b}^c", "ab." * 20_000]
+    panels = [Panel(name, build("hermite_2"), None, None, build("hermite_4")) for name in names]
+    figure = figure_of(plot_activations, panels, title=names[0], other=names[-1])
+    texts = {text.get_text().replace("\n", "") for text in figure.findobj(Text)}
+    assert {r"\$\frac{\$", r"\$x\$\\$1", r"h.\x1b[31m.act", "a_{b}^c"} <= texts
+    assert not any(is_math_text(text) for text in texts)
+    assert max(map(len, texts)) < 400

@@ -7,12 +7,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, base_revision
-from ...checkpoints.provenance import Provenance
+from ...checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, base_revision, provenance_of
 from ...checkpoints.weights import shapes
 from ...tasks import head_of
+from ...text import Markdown, code
 from .base import Base
-from .parts import CardParts
+from .parts import NOTHING, CardParts
 from .tables import folded, formulas, paths_list, stored_table, weight_of
 
 METHODS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
@@ -20,7 +20,7 @@ METHODS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
 def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
     """The card contents of the adapter with this ``adapter_config.json`` and the weights in ``folder``."""
-    provenance = Provenance.of_adapter(config, str((folder or Path()) / ADAPTER_CONFIG))
+    provenance = provenance_of(config, str((folder or Path()) / ADAPTER_CONFIG))
     activation, kind = provenance.activation, str(config["peft_type"])
     weights = None if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() else folder / ADAPTER_WEIGHTS
     modules: dict[str, int] = defaultdict(int)
@@ -41,16 +41,16 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
         task=head_of(config.get("task_type") or cls).pipeline_tag,
         tags=[*provenance.tags, "peft", "adapter" if activation else kind.lower()],
         activation=activation,
-        formulas=formulas(activation) if activation else "",
+        formulas=formulas(activation or ""),
         tables=tables,
         weight=weight_of(provenance.calibrated) if fitted else "",
         parameters=sum(modules.values()),
         size=weights.stat().st_size if weights else 0,
         targets=_names(config.get("target_modules")),
-        saved=_names(config.get("modules_to_save")) if config.get("modules_to_save") else "",
+        saved=_names(config.get("modules_to_save")) if config.get("modules_to_save") else NOTHING,
         versions={name: config[f"{name}_version"] for name in ("hf_ortho", "peft") if config.get(f"{name}_version")},
     )
 
 
-def _names(names: Any) -> str:
-    return ", ".join(paths_list(sorted(names)) if isinstance(names, list) else [f"`{names}`"])
+def _names(names: Any) -> Markdown:
+    return Markdown(", ".join(paths_list(sorted(map(str, names))) if isinstance(names, list) else [code(str(names))]))

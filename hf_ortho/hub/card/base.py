@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from ...checkpoints.revision import is_commit
+from ...text import Markdown, code, markdown
 
 LICENSE = ("license", "license_name", "license_link", "language")
 TEXTS = (*LICENSE[:3], "library_name", "pipeline_tag")
@@ -66,7 +67,7 @@ class Base:
             found |= {key: texts if isinstance(value, list) else texts[0]} if texts else {}
         return found
 
-    def __str__(self) -> str:
+    def __str__(self) -> Markdown:
         if self.name is None:
-            return "a model built in memory"
-        return f"`{self.name}`" + (f" at commit `{self.revision}`" if self.revision else "")
+            return markdown("a model built in memory")
+        return Markdown(code(self.name) + (f" at commit {code(self.revision)}" if self.revision else ""))

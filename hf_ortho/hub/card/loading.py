@@ -14,6 +14,7 @@ from ...checkpoints.provenance import Provenance
 from ...errors import CheckpointError
 from ...files import json_object
 from ...tasks import head_of
+from ...text import Markdown, code, code_block, markdown
 
 BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the repository's name here -->"
 END = "<!-- end of how to load -->"
@@ -34,9 +35,21 @@ def sentence_model(folder: Path | None) -> str | None:
     return kind if isinstance(kind, str) and kind in SENTENCE_MODELS else "SentenceTransformer"
 
 
-def model_loading(config: dict, place: str, remote_code: bool, sentence: str | None = None) -> str:
+def architecture(config: dict, place: str) -> str | None:
+    """The model class in a ``config.json``.
+
+    Raises:
+        CheckpointError: ``architectures`` is something else than a list of names.
+    """
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"the config of {place}: architectures is {names!r:.80}; expected a list of class names")
+    return names[0] if names else None
+
+
+def model_loading(config: dict, place: str, remote_code: bool, sentence: str | None = None) -> Markdown:
     """Instructions for loading a model with and without hf_ortho; ``sentence``: see ``sentence_model``."""
-    auto = head_of((config.get("architectures") or [""])[0]).auto_class
+    auto = head_of(architecture(config, place) or "").auto_class
     activation = Provenance.of(config, place).activation
     imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
@@ -44,18 +57,21 @@ def model_loading(config: dict, place: str, remote_code: bool, sentence: str | N
         load = f"from sentence_transformers import {sentence}\n\nmodel = {sentence}({json.dumps(place)}"
     own_code = references(config.get("auto_map"))
     load += ", trust_remote_code=True" if own_code else ""
-    parts = [_code(f"{imports}{load})")]
+    parts: list[str] = [code_block(f"{imports}{load})", "python")]
     if remote_code:
-        parts += ["Without hf_ortho, using the code in this repository:", _code(f"{load}, trust_remote_code=True)")]
+        parts += [
+            "Without hf_ortho, using the code in this repository:",
+            code_block(f"{load}, trust_remote_code=True)", "python"),
+        ]
     elif activation:
         parts.append(
-            f"This model requires hf_ortho: without the import, transformers does not know `{activation}` and fails to "
-            "load."
+            f"This model requires hf_ortho: without the import, transformers does not know {code(activation)} and "
+            "fails to load."
         )
     return _marked("\n\n".join(parts))
 
 
-def adapter_loading(config: dict, place: str) -> str:
+def adapter_loading(config: dict, place: str) -> Markdown:
     """Instructions for loading a PEFT adapter; ``config`` is ``adapter_config.json``."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -66,20 +82,21 @@ def adapter_loading(config: dict, place: str) -> str:
     parts = []
     if task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING and not config.get("id2label"):
         auto = f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__}"
-        parts.append(_code(f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"))
+        load = f"{imports}from peft import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)})"
+        parts.append(code_block(load, "python"))
     revision = base_revision(config)
     at = f", revision={json.dumps(revision)}" if revision else ""
     if labels := config.get("id2label"):  # the adapter has a separate head
         at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"
-    recorded = (config.get("auto_mapping") or {}).get("base_model_class")  # by peft, without a task_type
-    cls = head_of(task).auto_class if task else recorded or "AutoModel"
+    recorded = (config.get("auto_mapping") or {}).get("base_model_class") or ""  # by peft, without a task_type
+    cls = head_of(task).auto_class if task else recorded if recorded.isidentifier() else "AutoModel"
     lines = (
         f"{imports}from peft import PeftModel\nfrom transformers import {cls}\n\n"
         f"base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
     )
-    names = f"The classes are {', '.join(labels.values())} (`labels.json`)." if labels else ""
-    return _marked("\n\n".join(part for part in (*parts, _code(lines), names) if part))
+    names = f"The classes are {markdown(', '.join(labels.values()))} (`labels.json`)." if labels else ""
+    return _marked("\n\n".join(part for part in (*parts, code_block(lines, "python"), names) if part))
 
 
 def with_loading(text: str, loading: str) -> str:
@@ -87,9 +104,5 @@ def with_loading(text: str, loading: str) -> str:
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: loading, text, count=1, flags=re.DOTALL)
 
 
-def _code(lines: str) -> str:
-    return f"```python\n{lines}\n```"
-
-
-def _marked(text: str) -> str:
-    return f"{BEGIN}\n\n{text}\n\n{END}"
+def _marked(text: str) -> Markdown:
+    return Markdown(f"{BEGIN}\n\n{text}\n\n{END}")

@@ -9,6 +9,7 @@ from ...checkpoints.provenance import Provenance
 from ...tasks import head_of
 from ..record import Record
 from .base import Base
+from .loading import architecture
 from .parts import CardParts, TrainingDetails
 from .tables import formulas, layer_table, stored_table, weight_of
 
@@ -17,10 +18,10 @@ def model_parts(config: dict[str, Any], place: str, record: Record, training: Tr
     """The card contents of the model with this ``config.json``; ``place`` is used in errors."""
     provenance, report = Provenance.of(config, place), record.report
     activation, init, layers = provenance.activation, provenance.init, provenance.layers
-    name = (config.get("architectures") or ["A model"])[0].removeprefix("FSDP")  # FSDP2 derives a class
+    name = (architecture(config, place) or "A model").removeprefix("FSDP")  # FSDP2 derives a class
     base = Base(provenance.source_model or training.base_model, provenance.source_revision or training.base_revision)
     tuned = training.arguments is not None or any(results.of_training for results in record.results)
-    table = layer_table(report) if report else stored_table(layers) if layers else ""
+    table = layer_table(report) if report else stored_table(layers) if layers else None
     return CardParts(
         kind="scratch" if init else "converted" if activation else "plain",
         name=name,
@@ -32,7 +33,7 @@ def model_parts(config: dict[str, Any], place: str, record: Record, training: Tr
         sources=sorted(set(provenance.source_activations.values())),
         init=init,
         tails=None if init in INITIALIZATIONS or not activation else provenance.has_tails,
-        formulas=formulas(activation) if activation else "",
+        formulas=formulas(activation or ""),
         tables=[table] if table else [],
         weight=weight_of(report.calibrated if report else provenance.calibrated) if layers else "",
         tuned=tuned,

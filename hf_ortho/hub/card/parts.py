@@ -8,8 +8,10 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from ...text import Markdown
 from .base import Base
 
+NOTHING = Markdown()
 HYPERPARAMETERS = (
     "learning_rate",
     "max_steps",
@@ -75,14 +77,14 @@ class CardParts:
         sources: the activations that they replaced.
         init: initialization in a training from scratch: ``paper``, ``unit`` or a name in ``ACT2FN``.
         tails: whether the activations are straight lines outside a domain; None if they have no domain.
-        formulas: formulas of the families, as Markdown.
-        tables: tables of the activations, and of the modules of an adapter, as Markdown.
+        formulas: formulas of the families.
+        tables: tables of the activations, and of the modules of an adapter.
         weight: weight of the errors in the first table; empty if it has no errors.
         tuned: whether the model was trained after the conversion.
         outdated: whether the first table describes the conversion before a training.
         remarks: remarks of the conversion report.
         parameters, size: number of parameters of an adapter, and its size in bytes.
-        targets, saved: the modules that an adapter changes, and the modules saved in full, as Markdown.
+        targets, saved: the modules that an adapter changes, and the modules saved in full.
         versions: package versions recorded in the config.
     """
 
@@ -96,14 +98,14 @@ class CardParts:
     sources: Sequence[str] = ()
     init: str | None = None
     tails: bool | None = None
-    formulas: str = ""
-    tables: Sequence[str] = ()
+    formulas: Markdown = NOTHING
+    tables: Sequence[Markdown] = ()
     weight: str = ""
     tuned: bool = False
     outdated: bool = False
     remarks: Sequence[str] = ()
     parameters: int = 0
     size: int = 0
-    targets: str = ""
-    saved: str = ""
+    targets: Markdown = NOTHING
+    saved: Markdown = NOTHING
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)

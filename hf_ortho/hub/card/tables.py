@@ -10,7 +10,7 @@ from ...checkpoints.provenance import LayerProvenance, families_in
 from ...conversion import ConversionReport
 from ...fitting.density import DATA_FREE
 from ...path_patterns import by_kind
-from ...text import markdown_table
+from ...text import Markdown, code, markdown_table
 
 HEADER = [
     "activation",
@@ -27,12 +27,12 @@ HEADER = [
 VISIBLE = 16  # rows
 
 
-def layer_table(report: ConversionReport) -> str:
+def layer_table(report: ConversionReport) -> Markdown:
     """Table of the fits of a conversion."""
     return folded(HEADER, _grouped([(layer.module, layer.cells()) for layer in report.layers]), "activations")
 
 
-def stored_table(layers: Sequence[LayerProvenance]) -> str:
+def stored_table(layers: Sequence[LayerProvenance]) -> Markdown:
     """Table of the fits recorded in ``config.hf_ortho``, for a folder without ``conversion.json``."""
     rows = []
     for layer in layers:
@@ -44,9 +44,9 @@ def stored_table(layers: Sequence[LayerProvenance]) -> str:
     return folded(["activation", "source", "domain", "sup f", "rms f", "outside"], _grouped(rows), "activations")
 
 
-def formulas(activation: str) -> str:
+def formulas(activation: str) -> Markdown:
     """The formula of each family in a string such as ``hermite_8, hermite_9``, as indented code."""
-    return "\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation))
+    return Markdown("\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation)))
 
 
 def weight_of(calibrated: bool | None) -> str:
@@ -54,17 +54,17 @@ def weight_of(calibrated: bool | None) -> str:
     return "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
 
 
-def paths_list(paths: Sequence[str]) -> list[str]:
+def paths_list(paths: Sequence[str]) -> list[Markdown]:
     """Paths as Markdown, with paths that differ only in numbers merged: ``h.*.act`` (12)."""
     return [_place(pattern, [path for _, path in members]) for pattern, members in by_kind(paths).items()]
 
 
-def folded(header: list[str], rows: list[list[str]], subject: str) -> str:
+def folded(header: list[str], rows: list[list[str]], subject: str) -> Markdown:
     """A Markdown table. A long table is folded: only the first and last rows are shown until it is opened."""
     if len(rows) <= VISIBLE:
         return markdown_table(header, rows)
     # GitHub and the Hub render Markdown inside HTML only after an empty line.
-    return (
+    return Markdown(
         f"{markdown_table(header, [rows[0], rows[-1]])}\n\n<details>\n<summary>All {len(rows)} rows of the {subject} "
         f"(the first and last are shown above)</summary>\n\n{markdown_table(header, rows)}\n\n</details>"
     )
@@ -79,9 +79,9 @@ def _grouped(rows: list[tuple[str, list[str]]]) -> list[list[str]]:
         if all(cells[path] == cells[paths[0]] for path in paths):
             grouped.append([_place(pattern, paths), *cells[paths[0]]])
         else:
-            grouped += [[f"`{path}`", *cells[path]] for path in paths]
+            grouped += [[code(path), *cells[path]] for path in paths]
     return grouped
 
 
-def _place(pattern: str, paths: list[str]) -> str:
-    return f"`{paths[0]}`" if len(paths) == 1 else f"`{pattern}` ({len(paths)})"
+def _place(pattern: str, paths: list[str]) -> Markdown:
+    return code(paths[0]) if len(paths) == 1 else Markdown(f"{code(pattern)} ({len(paths)})")

@@ -9,13 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment
 
-from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS
+from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS, labels_in
 from ...conversion import ConversionReport
 from ...errors import CheckpointError
-from ...files import json_object, written
+from ...files import json_object, read_text, written
 from ...tasks import METRICS
-from ...text import markdown_table
+from ...text import Markdown, code, code_block, markdown, markdown_table
 from ..record import Record
 from ..results import DataSource, Results, hardware
 from .adapter import adapter_parts
@@ -24,13 +25,17 @@ from .loading import BEGIN, SENTENCE_MODELS, adapter_loading, model_loading, sen
 from .model import model_parts
 from .parts import CardParts, TrainingDetails
 
-TEMPLATE = Path(__file__).with_name("template.md")
 PICTURE = "activations.png"
 PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
 # Markers of an unedited card written by Trainer or peft.
 TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
 BLANK = "[More Information Needed]"
 NO_TRAINING = TrainingDetails()
+
+# Values come from the files of others: what is not Markdown is escaped.
+ENVIRONMENT = Environment(finalize=markdown)
+ENVIRONMENT.filters |= {"code": code, "code_block": code_block}
+TEMPLATE = ENVIRONMENT.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
 
 
 def write_card(
@@ -106,14 +111,14 @@ def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
         True
     """
     path, config = folder / "README.md", _config(folder)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = read_text(path) if path.is_file() else ""
     if not text or _is_form(text):
         return card_text(config, Record.load(folder), repo_id, folder, remote_code=remote_code)
     if BEGIN not in text:
         return text
     old, new = folder.absolute().name, repo_id.rpartition("/")[2]
-    for line in ("\n# {}\n", "\nmodel-index:\n- name: {}\n"):
-        text = text.replace(line.format(old), line.format(new), 1)
+    text = text.replace(f"\n# {markdown(old)}\n", f"\n# {markdown(new)}\n", 1)
+    text = text.replace(f"\nmodel-index:\n- name: {old}\n", f"\nmodel-index:\n- name: {new}\n", 1)
     return with_loading(text, _loading(config, repo_id, remote_code, folder))
 
 
@@ -127,7 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     names = [name for name in (ADAPTER_CONFIG, LABELS, "config.json") if (folder / name).is_file()]
     configs = {name: json_object(folder / name) for name in names}
     if ADAPTER_CONFIG in configs:
-        return configs[ADAPTER_CONFIG] | ({"id2label": configs[LABELS]} if LABELS in configs else {})
+        return configs[ADAPTER_CONFIG] | {"id2label": labels_in(folder / LABELS) if LABELS in configs else None}
     if "config.json" in configs:
         return configs["config.json"]
     raise CheckpointError(
@@ -201,9 +206,10 @@ def card_text(
     if base.on_hub:
         fields |= {"base_model": base.name, "base_model_relation": "adapter" if adapter else "finetune"}
     fields |= {key: value for key, value in metadata.items() if key != "tags"}
-    card = ModelCard.from_template(
-        ModelCardData(**fields),  # its fields, such as license, are also available in the template
-        template_path=str(TEMPLATE),
+    head = ModelCardData(**fields)
+    text = TEMPLATE.render(
+        head.to_dict(),  # its fields, such as license, are also available in the template
+        card_data=Markdown(head.to_yaml()),
         title=title,
         parts=parts,
         loading=_loading(config, place, remote_code, folder),
@@ -217,7 +223,7 @@ def card_text(
         machine=machine,
         versions={package: version(package) for package in PACKAGES} if machine else parts.versions,
     )
-    return _tidy(str(card))
+    return _tidy(str(ModelCard(text)))
 
 
 def _tidy(text: str) -> str:
