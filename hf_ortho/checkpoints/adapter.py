@@ -18,6 +18,7 @@ from . import weights
 from .provenance import LayerProvenance, Provenance, optional_text, unexpected
 from .values import check_values
 
+PEFT_TYPE = "HF_ORTHO"
 LABELS = "labels.json"  # the classes of a new head
 ATTRIBUTE = "hf_ortho_act"  # attribute of an OrthoLayer with the activations by adapter name
 PREFIX, SUFFIX = "base_model.model.", f".{ATTRIBUTE}"  # around a module's path in the names of its tensors

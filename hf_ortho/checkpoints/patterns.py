@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import CheckpointError
+from .adapter import PEFT_TYPE
 
 SECONDS = 10.0
 PLAIN = re.compile(r"[\w.^$\\\[\]-]*")  # without repetitions and alternatives: matched in linear time
@@ -60,6 +61,8 @@ def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(template, expression) pairs; the template is empty for an expression that must match a whole path."""
     for key, value in config.items():
         if isinstance(value, str):
+            if key == "target_modules" and config.get("peft_type") == PEFT_TYPE and config.get("layers") is not None:
+                continue  # such an adapter is matched by its layers
             if key in FULL:
                 yield "", value
             elif key == "layers_pattern":

@@ -242,8 +242,9 @@ class ConversionReport:
             lines += [f"warning: {line}" for line in self.warnings[:3]]
             if more := self.warnings[3:]:
                 lines.append(f"warning: and {len(more)} more layers")
-        widest = max(self.layers, key=lambda layer: layer.fit.mass_outside)
-        if self.calibrated and widest.fit.mass_outside > MOST_OUTSIDE and widest.fit.rms_error > 1e-6:
+        wide = [layer for layer in self.layers if layer.fit.mass_outside > MOST_OUTSIDE and layer.fit.rms_error > 1e-6]
+        if self.calibrated and wide:
+            widest = max(wide, key=lambda layer: layer.fit.mass_outside)
             lines.append(
                 f"warning: {widest.fit.mass_outside:.0%} of {widest.fit.density} of {widest.module} lie outside the "
                 "fitted domain: the calibration data may be unlike what the model sees in use, such as random tokens"

@@ -8,23 +8,22 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .. import activations
+from ..checkpoints.adapter import PEFT_TYPE
 from ..checkpoints.provenance import Provenance
 from ..conversion import ConversionReport
 from ..errors import AdapterError, FitError
 from ..fitting.options import FitOptions
 
-NAME = "HF_ORTHO"
-
 
 def _peft_type() -> PeftType:
     """The member ``HF_ORTHO`` of ``PeftType``, added if missing: peft accepts only methods in this enum."""
-    if NAME not in PeftType.__members__:
-        member = str.__new__(PeftType, NAME)
-        member._name_ = member._value_ = NAME
-        type.__setattr__(PeftType, NAME, member)
-        PeftType._member_names_.append(NAME)
-        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
-    return PeftType(NAME)
+    if PEFT_TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, PEFT_TYPE)
+        member._name_ = member._value_ = PEFT_TYPE
+        type.__setattr__(PeftType, PEFT_TYPE, member)
+        PeftType._member_names_.append(PEFT_TYPE)
+        PeftType._member_map_[PEFT_TYPE] = PeftType._value2member_map_[PEFT_TYPE] = member
+    return PeftType(PEFT_TYPE)
 
 
 HF_ORTHO = _peft_type()

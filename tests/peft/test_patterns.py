@@ -32,7 +32,7 @@ def test_an_endless_match_is_refused(field, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"^the adapter: matching its regular expressions, such as '\(transf.* s;"
     ):
-        patterns.check_patterns({field: ENDLESS_FIELDS[field]}, PATHS, "the adapter")
+        patterns.check_patterns({field: ENDLESS_FIELDS[field], "layers": []}, PATHS, "the adapter")
 
 
 @pytest.mark.slow
