@@ -14,7 +14,7 @@ demo: $(VENV)/.core
 test: install
 	$(MAKE) --jobs=2 lint pytest
 
-# Also what starts processes, compiles C++, or opens a browser.
+# Also what starts processes, compiles, exports, or opens a browser.
 test-all: install
 	$(MAKE) --jobs=2 lint pytest-all
 

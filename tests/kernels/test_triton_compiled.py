@@ -82,6 +82,7 @@ def resources(binary, tmp_path):
     return registers, stack + local
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TRITON_TYPES, ids=str)
 @pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
 @pytest.mark.parametrize("name", USUAL)
