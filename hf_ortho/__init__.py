@@ -1,8 +1,8 @@
 """Learnable activations for transformers.
 
 Importing this package registers the names in ``ACT2FN`` and the adapter in peft, or does so once these libraries are
-imported. Likewise, ``Trainer`` of transformers does not decay activations, and liger-kernel does not bypass them (see
-``training.patches``). Everything else is imported lazily.
+imported. Likewise, ``Trainer`` of transformers does not decay activations, Accelerate says if another optimizer does,
+and liger-kernel does not bypass them (see ``training.patches``). Everything else is imported lazily.
 """
 
 import importlib
@@ -27,6 +27,10 @@ def _patch_trainer(trainer) -> None:
     importlib.import_module(".training.patches", __name__).exempt_from_weight_decay(trainer)
 
 
+def _patch_accelerator(accelerator) -> None:
+    importlib.import_module(".training.patches", __name__).report_weight_decay(accelerator)
+
+
 def _patch_liger(liger) -> None:
     importlib.import_module(".training.patches", __name__).keep_from_liger(liger)
 
@@ -34,4 +38,5 @@ def _patch_liger(liger) -> None:
 register_post_import_hook(_register_names, "transformers.activations")
 register_post_import_hook(_register_adapter, "peft")
 register_post_import_hook(_patch_trainer, "transformers.trainer")
+register_post_import_hook(_patch_accelerator, "accelerate.accelerator")
 register_post_import_hook(_patch_liger, "liger_kernel.transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -14,12 +15,14 @@ from typing import Any
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import CONFIG_NAME
 from yaml import YAMLError
 
+from ..checkpoints.adapter import ADAPTER_CONFIG
 from ..checkpoints.carry import CARD
 from ..conversion.report import REPORT_FILE
 from ..errors import ConfigError
-from ..files import explain
+from ..files import explain, written
 from .card.base import Base
 from .card.loading import BEGIN
 
@@ -51,6 +54,16 @@ def without_paths(files: Mapping[str, bytes], base_model: str | None = None) -> 
     if CARD in files:
         done[CARD] = _card(files[CARD].decode(), paths.replaced, base_model).encode()
     return done
+
+
+def remove_paths(folder: str | os.PathLike) -> None:
+    """Apply ``without_paths`` to the card and the configs in a folder, before another library uploads it."""
+    files = {name: Path(folder, name) for name in (CARD, REPORT_FILE, CONFIG_NAME, ADAPTER_CONFIG)}
+    texts = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    for name, text in without_paths(texts).items():
+        if text != texts[name]:
+            with written(files[name]) as draft:
+                draft.write_bytes(text)
 
 
 def check_base(name: str | None) -> None:

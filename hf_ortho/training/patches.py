@@ -1,6 +1,7 @@
 """Changes to the training code of other libraries, which do not know learnable activations.
 
-Importing ``hf_ortho`` applies each of them once the library in question is imported.
+Importing ``hf_ortho`` applies each of them once the library in question is imported. This may be in the middle of
+importing transformers, which ``..activations`` needs, so that is imported later.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import logging
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
-from ..activations import LearnableActivation
 from ..errors import ConfigError
 
 logger = logging.getLogger("hf_ortho")
@@ -36,6 +37,29 @@ def exempt_from_weight_decay(trainer: Any) -> None:
     trainer.Trainer.get_decay_parameter_names = get_decay_parameter_names
 
 
+def report_weight_decay(accelerator: Any) -> None:
+    """Let ``prepare`` of the module ``accelerate.accelerator`` say once if an optimizer decays learnable activations.
+
+    It sees the optimizers of a training loop of one's own, and those that are passed to a Trainer.
+    """
+    original = accelerator.Accelerator.prepare
+
+    @functools.wraps(original)
+    def prepare(self, *args, **kwargs):
+        models = (model for model in (*self._models, *args) if isinstance(model, nn.Module))
+        learned = {id(p) for model in models for m in _activations(model).values() for p in m.parameters()}
+        for optimizer in args:
+            for group in optimizer.param_groups if learned and isinstance(optimizer, Optimizer) else ():
+                if group.get("weight_decay") and any(id(p) in learned and p.requires_grad for p in group["params"]):
+                    _say_once(
+                        f"note: the optimizer decays learnable activations (weight_decay {group['weight_decay']:g}), "
+                        "which pulls them toward 0; give it the groups of hf_ortho.param_groups(model, ...)"
+                    )
+        return original(self, *args, **kwargs)
+
+    accelerator.Accelerator.prepare = prepare
+
+
 def keep_from_liger(liger: Any) -> None:
     """Let the module ``liger_kernel.transformers`` not bypass learnable activations (``use_liger_kernel``).
 
@@ -45,7 +69,7 @@ def keep_from_liger(liger: Any) -> None:
 
     @functools.wraps(original)
     def apply(model: nn.Module, **options: Any) -> None:
-        names = [name for name, module in model.named_modules() if isinstance(module, LearnableActivation)]
+        names = list(_activations(model))
         before = _owners(model, names)
         if names:
             options |= dict.fromkeys(LIGER_ACTIVATIONS, False)
@@ -61,6 +85,17 @@ def keep_from_liger(liger: Any) -> None:
             )
 
     liger._apply_liger_kernel_to_instance = apply
+
+
+def _activations(model: nn.Module) -> dict[str, nn.Module]:
+    from ..activations import LearnableActivation
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LearnableActivation)}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _owners(model: nn.Module, names: list[str]) -> dict[str, tuple]:

@@ -41,6 +41,7 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
     """
 
     average: ExponentialMovingAverage | None = None
+    _pushing = False
 
     def __init__(
         self,
@@ -124,6 +125,18 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
             from .trainer_card import write_trainer_card  # imports all of hf_ortho.hub
 
             write_trainer_card(self, *args, **kwargs)
+            if self._pushing:
+                from ..hub.local_paths import remove_paths
+
+                remove_paths(str(self.args.output_dir))
+
+    def push_to_hub(self, *args, **kwargs):
+        """Push as ``Trainer``; ``output_dir``, its card and its config then hold no local paths, as after a push."""
+        self._pushing = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._pushing = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

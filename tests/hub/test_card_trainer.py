@@ -1,5 +1,7 @@
 """The card that ``ActivationTrainer`` writes, where ``Trainer`` would write its own."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -49,6 +51,18 @@ def test_push_to_hub_writes_the_card(trainer, tmp_path, monkeypatch):
     assert "On `my words`, 4 samples" in card.text
     (evaluation,) = card.data.eval_results
     assert evaluation.metric_value == pytest.approx(logged, abs=1e-5)
+
+
+def test_what_push_to_hub_uploads_has_no_local_paths(trainer, tmp_path, monkeypatch):
+    trainer.model.config.hf_ortho["source_model"] = str(tmp_path / "gpt2")
+    trainer.model.name_or_path = str(tmp_path / "gpt2-hermite")
+    trainer.hub_model_id = trainer.args.hub_model_id = "me/tuned"
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: None)
+    trainer.push_to_hub()
+    texts = {name: (tmp_path / "out" / name).read_text() for name in ("README.md", "config.json")}
+    assert not any(str(tmp_path) in text for text in texts.values())
+    assert json.loads(texts["config.json"])["hf_ortho"]["source_model"] == "gpt2"
+    assert trainer.model.config.hf_ortho["source_model"] == str(tmp_path / "gpt2")
 
 
 def test_without_evaluation_nothing_is_claimed(trainer, tmp_path):

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 import transformers.integrations.liger
+from accelerate import Accelerator
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_ortho
 from hf_ortho.errors import ConfigError
-from hf_ortho.training import ActivationTrainer, activation_parameters
+from hf_ortho.training import ActivationTrainer, activation_parameters, patches
 
 # As liger-kernel: options that the model type lacks are left out, and the MLP gets a method of another class.
 LIGER = """
@@ -108,6 +109,20 @@ def test_a_subclass_that_groups_the_parameters_of_a_loss_module_decays_no_activa
 
 
 # ---- liger-kernel --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("decay", "groups", "notes"), [(0.1, False, 1), (0.0, False, 0), (0.1, True, 0)], ids=["all", "none", "groups"]
+)
+def test_accelerate_says_once_that_an_optimizer_decays_activations(converted, caplog, decay, groups, notes):
+    patches._say_once.cache_clear()
+    params = hf_ortho.param_groups(converted, lr=1e-3, weight_decay=decay) if groups else converted.parameters()
+    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=decay)
+    accelerator = Accelerator(cpu=True)
+    with caplog.at_level(logging.WARNING, "hf_ortho"):
+        for _ in range(2):
+            accelerator.prepare(converted, optimizer)
+    assert sum("decays learnable activations (weight_decay 0.1)" in line for line in caplog.messages) == notes
 
 
 @pytest.mark.parametrize("cls", [Trainer, ActivationTrainer])
