@@ -1,5 +1,6 @@
 """Commands on damaged files: success or an HfOrthoError in one line, and nothing else. The damage is seeded."""
 
+import json
 import random
 import shutil
 import signal
@@ -11,10 +12,11 @@ from mutations import damage
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_ortho
+from hf_ortho.checkpoints import limits
 from hf_ortho.checkpoints.activations import load_activations
 from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.conversion.summary import examine
-from hf_ortho.errors import HfOrthoError
+from hf_ortho.errors import CheckpointError, HfOrthoError
 from hf_ortho.hub import DataSource, Results, card_of, write_card
 from hf_ortho.hub.contents import contents_of
 
@@ -106,3 +108,25 @@ def test_damage_is_refused_in_one_line(folders, tmp_path, limited, kind):
         for command in COMMANDS.values() if name != "conversion.json" else [COMMANDS["card"]]:
             found[outcome(command, folder)] += 1
     assert min(found.values()) > SEEDS // 5  # the damage matters, and does not hide everything
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "change"),
+    [
+        ("model", "config.json", {"n_layer": 10**9}),
+        ("model", "config.json", {"vocab_size": 10**9}),
+        ("lora", "adapter_config.json", {"r": 10**9, "rank_pattern": {}}),
+        ("lora", "adapter_config.json", {"rank_pattern": {"h.0.attn.c_attn": 10**9}}),
+    ],
+    ids=["layers", "tokens", "rank", "pattern"],
+)
+def test_a_config_for_a_giant_is_refused_before_it_is_built(
+    folders, tmp_path, limited, monkeypatch, kind, file, change
+):
+    monkeypatch.setattr(limits, "MORE_TENSORS", 100)  # to save time
+    folder = tmp_path / kind
+    shutil.copytree(folders / kind, folder)
+    plain = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(plain | change))
+    with pytest.raises(CheckpointError, match=r"config.* of .* describes far more parameters than its weights have"):
+        load_checkpoint(str(folder))

@@ -29,6 +29,7 @@ from .adapter import (
 from .carry import Source, carry
 from .custom_code import load_config
 from .keys import check_keys
+from .limits import limited, model_shapes
 from .model_class import encoder_class, model_class
 from .patterns import check_patterns
 from .place import check_place
@@ -105,7 +106,8 @@ def load_checkpoint(
         _check_activations(name, stored or {})  # as stored: transformers converts any dtype to that of the model
         options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **overrides}
         options |= {"revision": at, "dtype": dtype, "output_loading_info": True}
-        model, info = _from_pretrained(cls, name, options)
+        with limited(model_shapes(name, at), f"the config of {name}"):
+            model, info = _from_pretrained(cls, name, options)
         if encoder := encoder_class(name, at, model, info):
             model, info = _from_pretrained(encoder, name, options)
         check_keys(name, model, info, new_head=new_head)
@@ -170,9 +172,11 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     except CheckpointError as error:
         raise CheckpointError(f"{name} is an adapter; its base model {error}") from error
     check_patterns(adapter, [path for path, _ in loaded.model.named_modules()], f"{ADAPTER_CONFIG} of {name}")
+    stored = None
     if has_safetensors(name, commit or revision):
-        adapter_tensors(name, adapter, commit or revision)  # checks the values, as stored
-    with warnings.catch_warnings(record=True) as caught:
+        tensors = adapter_tensors(name, adapter, commit or revision)  # checks the values, as stored
+        stored = [tuple(value.shape) for by_key in tensors.values() for value in by_key.values()]
+    with warnings.catch_warnings(record=True) as caught, limited(stored, f"{ADAPTER_CONFIG} of {name}"):
         warnings.simplefilter("always")
         wrapped = PeftModel.from_pretrained(loaded.model, name, revision=commit or revision)
         if not hasattr(wrapped.base_model, "merge_and_unload"):
