@@ -1,8 +1,16 @@
 """The errors that user input can cause. Each is also a standard exception, such as ``ValueError`` or ``OSError``."""
 
+from .text import one_line
+
 
 class HfOrthoError(Exception):
-    """Base class; the command line prints its message as one line and exits with code 2."""
+    """Base class; the command line prints its message and exits with code 2.
+
+    The message is one line, whatever the names in it.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ActivationNameError(HfOrthoError, ValueError):

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import ConfigError, HfOrthoError
-from ..text import one_line, suggestion
+from ..text import suggestion
 
 COMMANDS = {
     "demo": "run the full workflow on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
@@ -85,7 +85,7 @@ def _report(message: str, error: Exception | None = None) -> None:
         details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
     if os.environ.get("RANK", "0") == "0" and not (file and LAUNCHED in os.environ):
-        print(f"hf-ortho: {one_line(message)}", file=sys.stderr)
+        print(f"hf-ortho: {message}", file=sys.stderr)
 
 
 def _interrupt(signum, frame):

@@ -113,7 +113,7 @@ def finetune(
     try:
         trainer.train(resume_from_checkpoint=resume)
     except DataError as error:  # includes a traceback if raised in a dataloader worker
-        raise DataError(str(error).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
+        raise DataError(str(error.args[0]).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
     except (RuntimeError, ValueError) as error:
         if resume is None or not re.search("size mismatch|parameter group", str(error)):
             raise
