@@ -107,7 +107,7 @@ class Source:
                     straight = abs(float(self.value(np.array([middle]))[0]) - slope * middle - intercept) < 1e-6
                     inside, outside = (middle, outside) if straight else (inside, middle)
                 end = float(np.round(inside, 6))
-            slopes.append(slope)
+            slopes.append(slope + 0.0)  # not -0.0
             intercepts.append(intercept)
             reach.append(end)
         return tuple(slopes), tuple(intercepts), tuple(reach)
