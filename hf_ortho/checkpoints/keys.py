@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, ne
             f"{name} does not fit its config: {key} has the shape {list(stored)}, not {list(expected)}{more}"
         )
     unexpected = sorted(info["unexpected_keys"])
-    if activations := [key for key in unexpected if _of_activation(key, unexpected, model)]:
+    if activations := _of_activations(unexpected, model):
         raise CheckpointError(
             f"{name} does not fit its config, which does not name the activations of {some(activations)}"
         )
@@ -58,10 +59,16 @@ def some(keys: Iterable[str], most: int = 3) -> str:
     return ", ".join(first) + (f" and {len(rest)} more tensors" if rest else "")
 
 
-def _of_activation(key: str, unexpected: list[str], model: PreTrainedModel) -> bool:
-    """Whether a tensor that the model does not have belongs to a learnable activation."""
-    path, _, leaf = key.rpartition(".")
-    if isinstance(dict(model.named_modules()).get(path), LearnableActivation):
-        return True
-    beside = {other.rpartition(".")[2] for other in unexpected if other.rpartition(".")[0] == path} & NAMES
-    return leaf in NAMES and bool(len(beside) > 1 or beside & {"tail_slopes", "coefficients"})
+def _of_activations(unexpected: list[str], model: PreTrainedModel) -> list[str]:
+    """Those of the tensors that ``model`` does not have which belong to learnable activations."""
+    known = {path for path, module in model.named_modules() if isinstance(module, LearnableActivation)}
+    leaves = defaultdict(set)
+    for key in unexpected:
+        leaves[key.rpartition(".")[0]].add(key.rpartition(".")[2])
+    found = {path: names & NAMES for path, names in leaves.items()}
+    paths = {path for path, names in found.items() if len(names) > 1 or names & {"tail_slopes", "coefficients"}}
+    return [
+        key
+        for key in unexpected
+        if (path := key.rpartition(".")[0]) in known or (path in paths and key.rpartition(".")[2] in NAMES)
+    ]
