@@ -29,7 +29,8 @@ OURS = ("conversion.json", "activations.png", f"{GENERATED}.py")
 MAIN = "model.safetensors model-*-of-*.safetensors model.safetensors.index.json"
 # The weights in other files and formats, which the new weights do not match.
 STALE = "*model*.safetensors* pytorch_model* model*.bin model*.pt consolidated* *.pth *.ckpt* tf_model* *.h5 "
-STALE += "flax_model* *.msgpack rust_model* *.gguf *.ggml *.onnx* openvino_* *.tflite *.mlmodel *.mlpackage"
+STALE += "flax_model* *.msgpack rust_model* *.gguf *.ggml *.onnx* openvino_* *.tflite *.mlmodel *.mlpackage "
+STALE += "weights*.safetensors *.npz"
 TRAINING = "optimizer* scheduler* scaler* rng_state* random_states* training_args.bin trainer_state.json "
 TRAINING += f"events.out.tfevents* *.distcp {TRAINING_MANIFEST} {TRAINING_RECIPE}"
 SKIPPED = "checkpoint-* checkpoints* last-checkpoint global_step* runs wandb mlruns __pycache__"
@@ -67,6 +68,10 @@ def _skipped(name: str) -> bool:
     return name.startswith(".") or matches(name, SKIPPED)
 
 
+def _of_training(name: str) -> bool:
+    return matches(name, TRAINING) and not name.endswith(".py")
+
+
 def _pick(sizes: Mapping[str, int], modules: set[str]) -> list[str]:
     """The paths to copy. A folder that contains weights, but is not a module, is another model or another format."""
     totals: dict[str, int] = defaultdict(int)
@@ -79,7 +84,7 @@ def _pick(sizes: Mapping[str, int], modules: set[str]) -> list[str]:
 
     def wanted(path: str) -> bool:
         top, _, name = path.split("/")[0], *path.rpartition("/")[1:]
-        if any(map(_skipped, path.split("/")[:-1])) or is_private(path) or matches(name, TRAINING):
+        if any(map(_skipped, path.split("/")[:-1])) or is_private(path) or _of_training(name):
             return False
         if module_of(path, modules):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,8 +37,12 @@ def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, ne
         return not key.endswith(COUNTER) and (not new_head or key.startswith(base))
 
     cls = type(model).__name__
-    if missing := sorted(filter(needed, info["missing_keys"])):
-        raise CheckpointError(f"{name} is incomplete: its weights lack {some(missing)} of {cls}")
+    missing = sorted(key for key in info["missing_keys"] if needed(key) and not _is_computed(key, model))
+    optional = [key for key in missing if _is_optional(key, model)]
+    if lacking := [key for key in missing if key not in optional]:
+        raise CheckpointError(f"{name} is incomplete: its weights lack {some(lacking)} of {cls}")
+    if optional:
+        logger.warning(f"note: the weights of {name} lack {some(optional)}, which start at random")
     if mismatched := sorted(entry for entry in info["mismatched_keys"] if needed(entry[0])):
         key, stored, expected = mismatched[0]
         more = f" ({len(mismatched) - 1} more)" if mismatched[1:] else ""
@@ -51,6 +56,17 @@ def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, ne
         )
     if unexpected:
         logger.warning(f"note: {cls} does not use {some(unexpected)} of {name}")
+
+
+def _is_computed(key: str, model: PreTrainedModel) -> bool:
+    """Whether a parameter is a table of sines, which transformers computes, as in Pegasus."""
+    return "Sinusoidal" in type(model.get_submodule(key.rpartition(".")[0])).__name__
+
+
+def _is_optional(key: str, model: PreTrainedModel) -> bool:
+    """Whether many checkpoints lack a parameter: the mask of SpecAugment, or the pooler of a headless encoder."""
+    without_head = model.base_model is model or model.config.is_encoder_decoder
+    return key.endswith("masked_spec_embed") or (without_head and bool(re.search(r"(^|\.)pooler\.", key)))
 
 
 def some(keys: Iterable[str], most: int = 3) -> str:

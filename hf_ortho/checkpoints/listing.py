@@ -83,7 +83,7 @@ def list_files(folder: Path, skipped: Callable[[str], bool]) -> Listing:
 def is_private(path: str) -> bool:
     """Whether a path looks like it holds a secret, such as ``.env``, ``token``, ``id_rsa`` or ``secrets.json``."""
     parts = PurePosixPath(path).parts
-    return any(part.startswith(".") for part in parts) or matches(parts[-1].lower(), PRIVATE)
+    return any(part.startswith(".") or (matches(part.lower(), PRIVATE) and not part.endswith(".py")) for part in parts)
 
 
 def matches(name: str, patterns: str) -> bool:

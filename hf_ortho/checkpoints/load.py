@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -106,10 +108,10 @@ def load_checkpoint(
         _check_activations(name, stored or {})  # as stored: transformers converts any dtype to that of the model
         options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **overrides}
         options |= {"revision": at, "dtype": dtype, "output_loading_info": True}
-        with limited(model_shapes(name, at), f"the config of {name}"):
+        with limited(model_shapes(name, at), f"the config of {name}"), _same_numbers(not new_head):
             model, info = _from_pretrained(cls, name, options)
-        if encoder := encoder_class(name, at, model, info):
-            model, info = _from_pretrained(encoder, name, options)
+            if encoder := encoder_class(name, at, model, info):
+                model, info = _from_pretrained(encoder, name, options)
         check_keys(name, model, info, new_head=new_head)
         if stored is None:
             logger.warning(f"note: the weights of {name} are pickled; only tensors are read, and no code in them runs")
@@ -125,6 +127,15 @@ def load_checkpoint(
     if not type(model).is_remote_code():
         vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
     return Checkpoint(model, tokenizer, images, commit, source=Source(name, commit))
+
+
+@contextlib.contextmanager
+def _same_numbers(seeded: bool) -> Iterator[None]:
+    """With ``seeded``, whatever is initialized at random, such as a missing pooler, is the same each time."""
+    with torch.random.fork_rng(devices=[], enabled=seeded):
+        if seeded:
+            torch.manual_seed(0)
+        yield
 
 
 def _from_pretrained(cls: Any, name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -31,7 +31,10 @@ NEEDED += "modules.json router_config.json sentence_*_config.json config_sentenc
 LEGAL = "LICENSE LICENSE.* LICENSE-* LICENCE LICENCE.* NOTICE NOTICE.* COPYING COPYING.* USE_POLICY.*"
 OF_MODULES = "*.json *.safetensors *.txt *.model"
 PICTURES = "*.png *.jpg *.jpeg *.gif *.svg *.webp"
-SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]*?\ssrc\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
+SHOWN = re.compile(  # repetitions are bounded: the card may be of a stranger
+    r"""!\[[^\]\n]{0,300}\]\(\s{0,9}<?([^)\s>]+)|<img[^<>]{0,300}?\ssrc\s{0,9}=\s{0,9}["']?([^"'\s>]+)""",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)

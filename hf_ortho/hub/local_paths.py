@@ -99,15 +99,21 @@ class _Paths:
         return text
 
     def _text(self, text: str, key: str, beside: Mapping[str, Any]) -> str:
-        if text in self.replaced:
+        path = bool(re.search(r"[/\\]", text))
+        if text in self.replaced and (path or key in BASES or key.endswith(("name", "path", "file"))):
             return self.replaced[text]
         if key in ("command", "commands"):
             return shortened(text)
         if key in BASES:
             return self.base_model or public_name(text, beside.get(BASES[key]))
-        if key.endswith(("model", "name", "path", "file", "dir")) and PATH.match(text):
+        named = key.endswith(("model", "name", "path", "file", "dir"))
+        if PATH.match(text) and (named or (len(Path(text).parts) > 2 and _is_here(text))):
             return public_name(text)
         return text
+
+
+def _is_here(path: str) -> bool:
+    return os.path.exists(path) or path.startswith((os.path.expanduser("~") + os.sep, "~"))
 
 
 def public_name(name: str, revision: Any = None) -> str:
@@ -156,6 +162,8 @@ def _last_part(path: str) -> str:
 
 
 def _card(text: str, replaced: Mapping[str, str], base_model: str | None) -> str:
+    if named := re.search(r"^base_model: *((?:~|\.\.)?/\S+)$", text, re.MULTILINE):  # in a card of another library
+        replaced = {named[1]: public_name(named[1]), **replaced}
     for paths, around in (
         ([old for old in replaced if re.search(r"[/\\]", old)], (r"(?<![\w/.~-])", r"(?![\w-])")),
         ([old for old in replaced if not re.search(r"[/\\]", old)], ("(?<=[`\"'])", "(?=[`\"'])")),  # may be any word

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..checkpoints.adapter import LABELS
 from ..checkpoints.carry import CARD
 from ..checkpoints.custom_code import GENERATED, references
 from ..checkpoints.listing import matches, module_folders, module_of
@@ -29,15 +30,14 @@ from ..errors import ConfigError, HubError
 from ..files import explain
 from ..folders import base_of
 from .card import card_of
-from .contents import ADAPTER_CONFIG, Contents, contents_of
+from .contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Contents, contents_of
 from .local_paths import check_base, public_name, without_paths
 from .remote_code import REMOTE_CODE, add_remote_code
 
 logger = logging.get_logger("hf_ortho")
 
 WEIGHTS = "model*.safetensors*"
-WITH_PATHS = "config.json adapter_config.json generation_config.json conversion.json tokenizer_config.json "
-WITH_PATHS += "preprocessor_config.json processor_config.json video_preprocessor_config.json"
+WITH_PATHS = "*config.json conversion.json"  # in any folder
 AGAIN = "nothing was committed; run the same command again to resume the upload"
 
 
@@ -145,7 +145,9 @@ def _additions(
     folder: Path, contents: Contents, written: Mapping[str, bytes], base_model: str | None
 ) -> list[CommitOperationAdd]:
     """The files of the folder, replaced or extended by the files in ``written``, without local paths."""
-    texts = {path: (folder / path).read_bytes() for path in contents.files if matches(path, WITH_PATHS)} | dict(written)
+    texts = {
+        path: (folder / path).read_bytes() for path in contents.files if matches(path.rpartition("/")[2], WITH_PATHS)
+    } | dict(written)
     public = without_paths(texts, base_model)
     changed = {path: body for path, body in public.items() if path in written or body != texts[path]}
     files: dict[str, bytes | Path] = {path: folder / path for path in contents.files} | changed
@@ -159,7 +161,8 @@ def _additions(
             f"note: the model needs {', '.join(missing)} to load, and code is only pushed with --include '*.py', or "
             "with --remote-code if hf_ortho generated it"
         )
-    lost = [path for path in contents.left_out if module_of(path, module_folders(folder))]
+    modules = module_folders(folder)
+    lost = [path for path in contents.left_out if module_of(path, modules)]
     if lost := [path for path in lost if path.endswith((".bin", ".pt", "/", ")"))]:  # weights, folders and links
         logger.warning(f"note: sentence-transformers needs what is left out of its modules: {', '.join(lost)}")
     return [CommitOperationAdd(path, source) for path, source in sorted(files.items())]
@@ -178,12 +181,13 @@ def _modules_of_code(files: Mapping[str, bytes]) -> set[str]:
 
 
 def _stale(info: ModelInfo, added: set[str]) -> list[str]:
-    """When pushing a model: the weights and remote code of an earlier push that are no longer part of it."""
+    """When pushing a model: the weights, adapter and remote code of an earlier push that are no longer part of it."""
     if not any(fnmatch.fnmatch(path, WEIGHTS) for path in added):
         return []
     present = {file.rfilename for file in info.siblings or []} - added
     weights = {path for path in present if "/" not in path and fnmatch.fnmatch(path, WEIGHTS)}
-    return sorted(weights | ({REMOTE_CODE} & present))
+    adapter = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS} & present if ADAPTER_CONFIG not in added else set()
+    return sorted(weights | adapter | ({REMOTE_CODE} & present))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def text_column(dataset: Dataset, column: str | None, name: str) -> str:
         return isinstance(feature, Value) and "string" in feature.dtype
 
     column = _column(dataset, column, ("text",), is_text, "text", name)
-    if not is_text(dataset.features[column]):
+    if not is_text(dataset.features[column]) and (len(dataset) or dataset.features[column] != Value("null")):
         found = next(((i, v) for i, v in enumerate(dataset[column], 1) if not isinstance(v, str | None)), None)
         where = f": row {found[0]} is {shortened(found[1])}" if found else ""
         if dataset.features[column] == Value("null"):

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from ..errors import DataError
 from ..files import explain
-from .shards import COMPRESSIBLE, builder_of, files_of, load_files
+from .shards import COMPRESSIBLE, builder_of, files_of, load_files, split_of
 
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -30,14 +30,16 @@ def why_unreadable(name: str, error: Exception) -> str:
         files = files_of(name)
     except DataError:
         return explain(error)
-    columns: set[str] = set()
+    columns: dict[str, set[str]] = {}
     for file in files:
         place = "" if file == name else f"{file}: "
         try:
             for row in load_files({"train": [file]}, streaming=True)["train"]:
-                columns = columns or set(row)
-                if missing := columns - set(row):
+                before = columns.setdefault(split_of(file, name), set(row))
+                if missing := before - set(row):
                     return f"{place}has {', '.join(row)} but lacks column {', '.join(missing)} of the files before it"
+                if further := set(row) - before:
+                    return f"{place}has column {', '.join(further)}, which the files before it lack"
         except Exception as file_error:
             return place + (_fault(file) or explain(file_error))
     return explain(error) if columns else "it has no rows"
@@ -53,7 +55,7 @@ def check_header(file: str) -> None:
             header = next(csv.reader(text, delimiter=builder[1].get("sep", ",")), [])
     except (OSError, EOFError, csv.Error, lzma.LZMAError):  # loading reports the reason
         return
-    name, times = Counter(header).most_common(1)[0] if header else ("", 1)
+    name, times = next(iter(Counter(filter(str.strip, header)).most_common(1)), ("", 1))  # unnamed ones get names
     if times > 1:
         raise DataError(f"{file} has {times} columns named {name!r}; rename all but one")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from ..checkpoints.load import Checkpoint
     from .arguments import DataArguments
+
+logger = logging.getLogger("hf_ortho")
 
 
 class ImageClassification(Classification):
@@ -42,7 +45,13 @@ class ImageClassification(Classification):
 
         if not (arguments.label_column or has_labels(rows)):
             return image_batches(checkpoint, rows, arguments, name, samples)
-        prepared = self.prepare(checkpoint, rows, arguments, name)
+        try:
+            prepared = self.prepare(checkpoint, rows, arguments, name)
+        except DataError as error:
+            if arguments.label_column:
+                raise
+            logger.warning(f"note: calibrating without labels: {error}")
+            return image_batches(checkpoint, rows, arguments, name, samples)
         inputs = batches(prepared, samples * 8, size=8)
         if class_names(prepared) != classes_of(checkpoint.model):
             inputs = [{"pixel_values": batch["pixel_values"]} for batch in inputs]

@@ -35,9 +35,11 @@ def with_classes(dataset: Dataset, column: str, known: list[str], name: str, *, 
         names = known if count == len(known) else [str(i) for i in range(count)]
     else:
         names = sorted(set(map(str, labels)))
-        labels = [names.index(str(label)) for label in labels]
+        places = {name: i for i, name in enumerate(names)}
+        labels = [places[str(label)] for label in labels]
     if set(names) <= set(known):
-        labels, names = [known.index(names[label]) for label in labels], known
+        places = {name: i for i, name in enumerate(known)}
+        labels, names = [places[names[label]] for label in labels], known
     return dataset.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=names))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from pathlib import Path
 
 import datasets
@@ -10,16 +10,12 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from ..errors import DataError
 from .faults import check_header, why_unreadable
-from .shards import IMAGES, builder_of, files_of, load_files
+from .shards import IMAGES, builder_of, files_of, load_files, split_of
+
+logger = logging.getLogger("hf_ortho")
 
 # Written by save_to_disk, for a DatasetDict and for a Dataset.
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
-# The words that datasets looks for, too.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 
 def load_local(name: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
@@ -42,22 +38,16 @@ def load_local(name: str, streaming: bool = False) -> DatasetDict | IterableData
             check_header(file)
         by_split: dict[str, list[str]] = {}
         for file in files:
-            by_split.setdefault(split_of(file, name) if path.is_dir() else "train", []).append(file)
-        splits = load_files(by_split, streaming)
-        return splits if streaming else _checked(splits)
+            by_split.setdefault(split_of(file, name), []).append(file)
+        if len(by_split) > 1:
+            counts = ", ".join(f"{len(part)} for {split}" for split, part in by_split.items())
+            logger.warning(f"note: the {len(files)} files of {name} are used by their names: {counts}")
+        splits = {split: load_files({split: part}, streaming)[split] for split, part in by_split.items()}
+        return IterableDatasetDict(splits) if streaming else _checked(DatasetDict(splits))
     except DataError:
         raise
     except Exception as error:  # datasets raises many types, such as pyarrow's
         raise DataError(f"dataset {name!r} cannot be read: {why_unreadable(name, error)}") from error
-
-
-def split_of(file: str, folder: str) -> str:
-    """The split that a folder or the name of a file below ``folder`` tells as a word, by default ``train``."""
-    for part in Path(file).relative_to(folder).parts:
-        for word in re.split(r"[-._ 0-9]+", part.lower()):
-            if split := next((split for split, words in SPLITS.items() if word in words), ""):
-                return split
-    return "train"
 
 
 def _saved(name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:

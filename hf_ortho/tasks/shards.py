@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,12 @@ BUILDERS: dict[str, tuple[str, dict]] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 COMPRESSIBLE = ("text", "json", "csv")
+# The words that datasets looks for, too.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 KNOWN = f"one of {', '.join(BUILDERS)} (text, JSON and CSV also followed by {', '.join(COMPRESSIONS)})"
 
 
@@ -41,6 +48,21 @@ def builder_of(file: str | os.PathLike) -> tuple[str, dict] | None:
         inner = BUILDERS.get(path.with_suffix("").suffix)
         return inner if inner and inner[0] in COMPRESSIBLE else None
     return BUILDERS.get(path.suffix, IMAGES if path.suffix in ImageFolder.EXTENSIONS else None)
+
+
+def split_of(file: str, name: str) -> str:
+    """The split that the folders or the name of a file below the folder ``name`` tell as a word, by default ``train``.
+
+    A text file is a document: its name must be nothing but the word and numbers, ``test.txt``, not ``test plan.txt``.
+    """
+    if not os.path.isdir(name):
+        return "train"
+    *folders, last = (part.lower() for part in Path(file).relative_to(name).parts)
+    words = [re.split(r"[-._ 0-9]+", part) for part in (*folders, last)]
+    if builder_of(file) == TEXT and len({*re.split(r"[-_ 0-9]+", last.partition(".")[0])} - {"", "of"}) > 1:
+        words = words[:-1]
+    found = (split for part in words for word in part for split, known in SPLITS.items() if word in known)
+    return next(found, "train")
 
 
 def is_local(name: str) -> bool:

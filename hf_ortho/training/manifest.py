@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def damaged_file(checkpoint: Path) -> str:
 
 def _is_damaged(file: Path, digest: str) -> bool:
     if digest:
-        return checksum(file) != digest
+        return checksum(Path(os.path.realpath(file))) != digest  # a link, as in the cache of the Hub
     try:
         if file.suffix in TORCH_FILES:
             with zipfile.ZipFile(file) as archive:

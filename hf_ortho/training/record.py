@@ -61,7 +61,17 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
 def _digest(train: Dataset) -> str:
     """SHA-256 of the first, the middle and the last sample."""
     rows = train.with_format("arrow")[sorted({0, len(train) // 2, len(train) - 1})]
-    return hashlib.sha256(repr(rows.to_pylist()).encode()).hexdigest()
+    return hashlib.sha256(repr(_without_folders(rows.to_pylist())).encode()).hexdigest()
+
+
+def _without_folders(value: Any) -> Any:
+    """The value with the names of files in place of their paths, which another machine may not have."""
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, dict):
+        path = {"path": Path(value["path"]).name} if isinstance(value.get("path"), str) else {}
+        return {key: _without_folders(item) for key, item in (value | path).items()}
+    return value
 
 
 def _canonical(name: str) -> str:

@@ -15,6 +15,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
 )
 
 import hf_ortho
@@ -92,6 +94,24 @@ def test_tied_weights_and_old_buffers_are_not_needed(gpt2, tmp_path):
     rewrite(tmp_path / "model.safetensors", as_in_old_versions)
     found = load_checkpoint(str(tmp_path)).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+def test_what_many_checkpoints_lack(tiny_bert, tmp_path, caplog):
+    """Sines are computed, and a pooler starts from the same random numbers each time."""
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    pegasus = PegasusForConditionalGeneration(
+        PegasusConfig(vocab_size=16, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
+    )
+    for name, model in {"pegasus": pegasus, "bert": BertModel(tiny_bert)}.items():
+        model.save_pretrained(tmp_path / name)
+        weights = tmp_path / name / "model.safetensors"
+        rewrite(weights, lambda t: [t.pop(key) for key in list(t) if "embed_positions" in key or "pooler" in key])
+    found = load_checkpoint(str(tmp_path / "pegasus")).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in pegasus.state_dict().items())
+    assert not caplog.messages
+    first, second = (load_checkpoint(str(tmp_path / "bert")).model.pooler.dense.weight for _ in range(2))
+    assert torch.equal(first, second)
+    assert caplog.messages[0].endswith("bert lack pooler.dense.bias, pooler.dense.weight, which start at random")
 
 
 def test_weights_of_other_heads_are_named(tiny_bert, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Local paths in what is pushed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,25 @@ def test_another_base_has_no_commit_of_the_first():
     config = {"base_model_name_or_path": "/home/me/gpt2", "base_commit": "0" * 40, "revision": "v1", "r": 8}
     done = without_paths({"adapter_config.json": json.dumps(config).encode()}, "me/gpt2")["adapter_config.json"]
     assert json.loads(done) == {"base_model_name_or_path": "me/gpt2", "base_commit": None, "revision": None, "r": 8}
+
+
+def test_only_names_and_paths_are_replaced():
+    """A source folder may be named as its model type, and modules have configs of their own."""
+    config = {"model_type": "gpt2", "hf_ortho": {"source_model": "gpt2"}, "vision_tower": str(Path(__file__).parent)}
+    module = {"_name_or_path": "/home/me/x", "content": "/", "chat_template": "{{ a / b }}"}
+    files = {"config.json": config, "0_Transformer/config.json": module}
+    done = without_paths({name: json.dumps(plain).encode() for name, plain in files.items()}, "openai-community/gpt2")
+    assert json.loads(done["config.json"]) == {
+        "model_type": "gpt2",
+        "hf_ortho": {"source_model": "openai-community/gpt2"},
+        "vision_tower": "hub",
+    }
+    assert json.loads(done["0_Transformer/config.json"]) == module | {"_name_or_path": "x"}
+
+
+def test_the_base_in_a_card_of_others():
+    text = "---\nbase_model: /home/me/gpt2\n---\nFine-tuned from /home/me/gpt2.\n"
+    assert without_paths({"README.md": text.encode()})["README.md"].decode() == text.replace("/home/me/gpt2", "gpt2")
 
 
 def test_the_card():

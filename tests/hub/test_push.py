@@ -174,6 +174,13 @@ def test_weights_of_an_earlier_push_go(served, converted, shards):
     assert set(served.get("models", "me/x").files("main")) == MODEL
 
 
+def test_an_adapter_of_an_earlier_push_goes(served, converted, adapter):
+    """It would be applied to the model as well."""
+    push(adapter[0], "me/x")
+    push(converted, "me/x")
+    assert set(served.get("models", "me/x").files("main")) == MODEL
+
+
 def test_lost_connections_and_busy_servers_are_retried(served, converted):
     served.faults = {"preupload": [503, 429], "batch": [500], "put": ["cut", 502], "verify": ["cut"]}
     push(converted, "me/x")

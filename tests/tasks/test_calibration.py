@@ -13,6 +13,7 @@ from PIL import Image
 from hf_ortho.checkpoints.load import Checkpoint
 from hf_ortho.errors import ConfigError, DataError
 from hf_ortho.tasks import data
+from hf_ortho.tasks.image_classification import IMAGE_CLASSIFICATION
 from hf_ortho.training import DataArguments, ModelArguments
 from hf_ortho.training.calibration import calibration_batches
 
@@ -228,6 +229,16 @@ def test_images_without_classes(make_convnext, flat, head):
     for i, image in enumerate(batches[0]["pixel_values"], 1):
         gray = np.rint(8191 * i / 65535 * 255) / 255
         assert image.mean((1, 2)).numpy() == pytest.approx((gray - mean) / std, abs=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [[0, 1], [1]]], ids=["none", "several"])
+def test_images_with_labels_that_are_none(make_convnext, labels, caplog):
+    model, processor = make_convnext()
+    checkpoint = Checkpoint(model, None, processor, None)
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 2, "label": labels})
+    batches = IMAGE_CLASSIFICATION.calibration(checkpoint, rows, DataArguments(), "pictures", 1)
+    assert [sorted(batch) for batch in batches] == [["pixel_values"]]
+    assert caplog.messages[0].startswith("note: calibrating without labels: pictures: column 'label' contains")
 
 
 def test_training_needs_classes(make_convnext, flat):

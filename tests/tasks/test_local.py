@@ -102,6 +102,28 @@ def test_the_files_of_a_folder_are_split_by_their_names(tmp_path):
     assert splits == {"train": ["more", "train-0", "train-1", "zipped"], "validation": ["valid"], "test": ["test/0"]}
 
 
+def test_documents_with_words_of_splits_in_their_names_are_training_data(tmp_path, caplog):
+    for name in ("dev notes.txt", "test plan.txt", "a.txt", "test-0.txt", "val/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = {split: sorted(rows["text"]) for split, rows in data.load(str(tmp_path)).items()}
+    assert found == {
+        "train": ["a.txt", "dev notes.txt", "test plan.txt"],
+        "test": ["test-0.txt"],
+        "validation": ["val/b.txt"],
+    }
+    assert caplog.messages == [
+        f"note: the 5 files of {tmp_path} are used by their names: 3 for train, 1 for test, 1 for validation"
+    ]
+
+
+def test_splits_may_have_other_columns(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label,,,\nhello,1,,,\n")
+    (tmp_path / "test.csv").write_text("text\nworld\n")
+    assert texts(tmp_path) == ["hello"]
+    assert texts(tmp_path, "test") == ["world"]
+
+
 def test_a_byte_order_mark_and_carriage_returns_are_no_text(tmp_path):
     for suffix, content in CONTENT.items():
         path = tmp_path / f"data{suffix}"

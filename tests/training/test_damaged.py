@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_ortho.errors import ConfigError
 from hf_ortho.training import ActivationTrainer
-from hf_ortho.training.manifest import damaged_file
-from hf_ortho.training.record import check_resumed
+from hf_ortho.training.manifest import damaged_file, is_whole
+from hf_ortho.training.record import _digest, check_resumed
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,22 @@ def test_the_last_checkpoint_that_is_not_damaged_is_resumed(stopped, straight, f
         ]
         assert same_model(folder, straight)
         assert damaged_file(folder / "checkpoint-4") == ""
+
+
+def test_a_checkpoint_of_links_is_not_damaged(straight, tmp_path):
+    """As ``snapshot_download`` makes it in the cache of the Hub."""
+    for file in (straight / "checkpoint-2").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    assert is_whole(tmp_path)
+    assert damaged_file(tmp_path) == ""
+
+
+def test_image_files_are_the_same_samples_in_another_folder(tmp_path):
+    def rows(folder, name):
+        images = [{"bytes": None, "path": str(tmp_path / folder / name)}]
+        return Dataset.from_dict({"image": images}, features=Features(image=Image()))
+
+    assert _digest(rows("a", "1.png")) == _digest(rows("b", "1.png")) != _digest(rows("a", "2.png"))
 
 
 @pytest.mark.parametrize("resume", ["true", "auto", "path"])
