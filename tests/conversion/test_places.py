@@ -7,6 +7,7 @@ import pytest
 from hf_ortho.checkpoints.activations import load_activations
 from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.errors import CheckpointError
+from hf_ortho.text import one_line
 
 
 def fill(folder, **files):
@@ -58,4 +59,4 @@ def test_a_name_that_no_folder_can_have(name):
     for read in (load_checkpoint, load_activations):
         with pytest.raises(CheckpointError) as caught:
             read(name)
-        assert str(caught.value).startswith(f"{name} cannot be loaded: Repo id must")
+        assert str(caught.value).startswith(f"{one_line(name)} cannot be loaded: Repo id must")
