@@ -30,6 +30,7 @@ from .adapter import (
 from .place import check_place
 from .provenance import Provenance
 from .revision import model_commit
+from .stored import weight_files
 from .values import check_values
 
 NAMES = frozenset(SHARED).union(*(family.initial_parameters(1, "paper") for family in FAMILIES.values()))
@@ -72,7 +73,7 @@ def load_activations(name: str, *, revision: str | None = None, most: int = sys.
         commit = model_commit(name, revision) if adapter is None else model_commit(name, revision, ADAPTER_CONFIG)
         revision = commit or revision
         if adapter is None:
-            config = json_object(_file(name, CONFIG_NAME, revision, needed=True))
+            config = json_object(str(cached_file(name, CONFIG_NAME, revision=revision)))
             provenance = Provenance.of(config, name)
             found = stored_places(name, revision, [layer.module for layer in provenance.layers])
             if found is None:
@@ -118,15 +119,10 @@ def _of_adapter(name: str, adapter: dict, revision: str | None) -> tuple[dict, P
         config = {"activation": adapter["activation"]}
     else:  # an adapter of a converted base model
         paths = [path for path, by_leaf in keys.items() if all(key in by_leaf for key in SHARED)]
-        config = json_object(_file(base, CONFIG_NAME, base_revision(adapter), needed=True)) if paths else {}
+        config = json_object(str(cached_file(base, CONFIG_NAME, revision=base_revision(adapter)))) if paths else {}
         provenance = Provenance.of(config, base)
     places = {path: {leaf: (ADAPTER_WEIGHTS, key) for leaf, key in keys[path].items()} for path in paths}
     return config, provenance, places
-
-
-def _file(name: str, file: str, revision: str | None, needed: bool = False) -> str:
-    """The local path of a file of a model; empty if it is missing and not needed."""
-    return str(cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=needed) or "")
 
 
 def stored_tensors(name: str, revision: str | None) -> dict[str, dict[str, Tensor]] | None:
@@ -145,11 +141,8 @@ def stored_places(name: str, revision: str | None, expected: Iterable[str] = ())
     Raises:
         CheckpointError: a file is damaged, or an activation, such as one of ``expected``, lacks tensors.
     """
-    if single := _file(name, SAFE_WEIGHTS_NAME, revision):  # transformers prefers it as well
-        places = dict.fromkeys(weights.shapes(single), SAFE_WEIGHTS_NAME)
-    elif index := _file(name, SAFE_WEIGHTS_INDEX_NAME, revision):
-        places = weights.weight_map(index)
-    else:
+    places = weight_files(name, revision)
+    if places is None:
         return None
     by_path: Places = defaultdict(dict)
     for key, file in places.items():
@@ -180,7 +173,8 @@ def _read(name: str, revision: str | None, places: Places) -> dict[str, dict[str
         for file, key in by_leaf.values():
             keys_by_file[file].append(key)
     tensors = {
-        file: weights.tensors(_file(name, file, revision, needed=True), keys) for file, keys in keys_by_file.items()
+        file: weights.tensors(str(cached_file(name, file, revision=revision)), keys)
+        for file, keys in keys_by_file.items()
     }
     return {
         path: {leaf: tensors[file][key] for leaf, (file, key) in by_leaf.items()} for path, by_leaf in places.items()

@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..files import explain, json_object
 from . import weights
 from .provenance import LayerProvenance, Provenance, optional_text, unexpected
+from .stored import stored_file
 from .values import check_values
 
 PEFT_TYPE = "HF_ORTHO"
@@ -70,7 +71,7 @@ def base_revision(config: dict) -> str | None:
 
 def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:
     """The classes of an adapter with a new head, otherwise None."""
-    file = cached_file(name, LABELS, revision=revision, _raise_exceptions_for_missing_entries=False)
+    file = stored_file(name, LABELS, revision)
     if file is None:
         return None
     return labels_in(file)
@@ -104,7 +105,7 @@ def adapter_keys(name: str, revision: str | None) -> dict[str, dict[str, str]]:
 
 def has_safetensors(name: str, revision: str | None) -> bool:
     """Whether the weights of an adapter are stored as safetensors, not only pickled."""
-    return bool(cached_file(name, ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False))
+    return bool(stored_file(name, ADAPTER_WEIGHTS, revision))
 
 
 def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[str, dict[str, Tensor]]:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import cached_file
 
 from ..errors import CheckpointError
 from . import weights
+from .stored import weight_files
 
 # How much a model may exceed its stored weights: tied, quantized or new parameters, and those registered twice.
 TENSORS, MORE_TENSORS = 10, 10_000
@@ -19,19 +20,12 @@ ELEMENTS, MORE_ELEMENTS = 32, 10**8
 
 def model_shapes(name: str, revision: str | None) -> list[tuple[int, ...]] | None:
     """The shapes of the stored tensors of a model; None without safetensors weights."""
-    if _file(name, revision, SAFE_WEIGHTS_NAME):
-        files = {SAFE_WEIGHTS_NAME}
-    elif index := _file(name, revision, SAFE_WEIGHTS_INDEX_NAME):
-        files = set(weights.weight_map(index).values())
-    else:
+    if (places := weight_files(name, revision)) is None:
         return None
+    files = set(places.values())
     return [
         shape for file in files for shape in weights.shapes(str(cached_file(name, file, revision=revision))).values()
     ]
-
-
-def _file(name: str, revision: str | None, file: str) -> str | None:
-    return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from ..errors import CheckpointError
 from .custom_code import custom_class, references, refusal
+from .listing import MODULES
+from .stored import stored_file
 
 logger = logging.get_logger("hf_ortho")
 
@@ -23,9 +25,7 @@ def model_class(
     Raises:
         CheckpointError: there is no such class, or it is defined by code, which may not run.
     """
-    named = config.architectures or []
-    if not isinstance(named, list) or not all(isinstance(entry, str) for entry in named):
-        raise CheckpointError(f"the config of {name}: architectures is {named!r:.80}; expected the name of a class")
+    named = class_names(config.architectures, name)
     custom = references(getattr(config, "auto_map", None))
     if named:
         own = getattr(transformers, named[0], None)
@@ -52,6 +52,18 @@ def model_class(
     return cls
 
 
+def class_names(architectures: Any, name: str) -> list[str]:
+    """The model classes under ``architectures`` in the config of the model ``name``.
+
+    Raises:
+        CheckpointError: it is something else than a list of names.
+    """
+    names = architectures or []
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+        raise CheckpointError(f"the config of {name}: architectures is {names!r:.80}; expected a list of class names")
+    return names
+
+
 def encoder_class(name: str, revision: str | None, model: PreTrainedModel, info: Mapping[str, Any]) -> Any | None:
     """The class of a sentence-transformers model without the head of ``model``; None for any other.
 
@@ -60,7 +72,7 @@ def encoder_class(name: str, revision: str | None, model: PreTrainedModel, info:
     base, missing = f"{model.base_model_prefix}.", info["missing_keys"]
     if not missing or model.base_model is model or any(key.startswith(base) for key in missing):
         return None
-    if not cached_file(name, "modules.json", revision=revision, _raise_exceptions_for_missing_entries=False):
+    if not stored_file(name, MODULES, revision):
         return None
     cls = _class_of(model.config, ["AutoModel"])
     if cls is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import CheckpointError
+from ..files import json_object
 from .adapter import ADAPTER_CONFIG
 
 READABLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -67,7 +67,6 @@ def _foreign(files: set[str]) -> str:
 def _is_model(config: Path) -> bool:
     """Whether a config is one of transformers, not of a pooling module or a diffusers model."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return "model_type" in json_object(config)
+    except CheckpointError:
         return False
-    return isinstance(content, dict) and "model_type" in content

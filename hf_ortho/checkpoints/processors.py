@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..errors import CheckpointError
 from ..files import explain, json_object
 from .custom_code import refused
+from .stored import stored_file
 
 logger = logging.get_logger("hf_ortho")
 
@@ -34,8 +35,7 @@ def processor_of(
     Raises:
         CheckpointError: the processor needs a missing package, or is defined by code, which may not run.
     """
-    lenient = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    present = [file for file in files if cached_file(name, file, **lenient)]
+    present = {file: path for file in files if (path := stored_file(name, file, revision))}
     if not present:
         return None
     what = "the tokenizer" if auto is AutoTokenizer else "the image processor"
@@ -47,7 +47,7 @@ def processor_of(
         refused(error, name, revision, (*present, CONFIG_NAME), auto.__name__, what)
         if auto is AutoTokenizer:
             raise
-        config = json_object(str(cached_file(name, present[0], **lenient)))
+        config = json_object(next(iter(present.values())))
         if "image_processor_type" in config:  # otherwise of another kind, such as an audio feature extractor
             logger.warning(f"note: {name} is loaded without its image processor: {explain(error)}")
         return None

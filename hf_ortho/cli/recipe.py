@@ -80,9 +80,8 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     if values["report_to"] is None:
         values["report_to"] = "none"
     metric = METRICS.get(str(values["metric_for_best_model"]).removeprefix("eval_"))
-    if (
-        metric is not None and values["greater_is_better"] is None
-    ):  # Trainer takes all but the loss as greater is better
+    # Trainer takes all but the loss as greater is better.
+    if metric is not None and values["greater_is_better"] is None:
         values["greater_is_better"] = metric.greater_is_better
     try:
         recipe = kind(*p.parse_dict(values))

@@ -182,10 +182,4 @@ def _check_adapter(folder: Path) -> None:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name a peft_type")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(f"{folder} is incomplete: it has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
-    adapter_tensors(str(folder), config, None)  # checks the values of activations
-    names = shapes(folder / ADAPTER_WEIGHTS)
-    for layer in Provenance.of_adapter(config, str(folder / ADAPTER_CONFIG)).layers:
-        if not any(f".{layer.module}." in name for name in names):
-            raise CheckpointError(
-                f"{folder} is incomplete: {ADAPTER_WEIGHTS} lacks {layer.module}, which {ADAPTER_CONFIG} lists"
-            )
+    adapter_tensors(str(folder), config, None)  # checks that all are there, and the values of activations

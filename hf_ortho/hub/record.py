@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import cached_file
-
+from ..checkpoints.stored import stored_file
 from ..conversion import ConversionReport
 from ..conversion.report import REPORT_FILE
 from ..errors import CheckpointError
@@ -82,7 +81,7 @@ class Record:
 def carry_over(place: str, revision: str | None, folder: Path) -> None:
     """Copy ``conversion.json``, if any, from the model (a folder or Hub model) that a training started from."""
     try:
-        record = cached_file(place, REPORT_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        record = stored_file(place, REPORT_FILE, revision)
     except OSError:  # no network and not cached
         return
     if record is not None:

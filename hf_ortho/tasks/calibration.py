@@ -9,7 +9,7 @@ from ..conversion.calibrate import mean_loss
 from ..errors import CalibrationError, DataError
 from .arguments import DataArguments
 from .data import NO_TOKENIZER, check_block_size, context_length, first_chunks
-from .images import images
+from .images import image_processor, images
 from .samples import batches
 
 CANNOT = (
@@ -47,9 +47,7 @@ def image_batches(
     checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
 ) -> list[dict]:
     """``samples`` batches of 8 images without labels."""
-    if checkpoint.image_processor is None:
-        raise DataError(f"{checkpoint.model.name_or_path} has no image processor, so images cannot be read for it")
-    prepared = images(rows, checkpoint.image_processor, arguments.image_column, name=name, labeled=False)
+    prepared = images(rows, image_processor(checkpoint), arguments.image_column, name=name, labeled=False)
     return batches(prepared, samples * 8, size=8)
 
 

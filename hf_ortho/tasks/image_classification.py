@@ -21,13 +21,11 @@ logger = logging.getLogger("hf_ortho")
 
 class ImageClassification(Classification):
     def prepare(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
-        from .images import images
+        from .images import image_processor, images
 
-        if checkpoint.image_processor is None:
-            raise DataError(f"{checkpoint.model.name_or_path} has no image processor, so images cannot be read for it")
         columns = (arguments.image_column, arguments.label_column)
         known, numbered = classes_of(checkpoint.model), not arguments.streaming
-        return images(rows, checkpoint.image_processor, *columns, name, known, numbered=numbered)
+        return images(rows, image_processor(checkpoint), *columns, name, known, numbered=numbered)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         from .metrics.compute import accuracy

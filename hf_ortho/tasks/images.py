@@ -18,7 +18,20 @@ from .labels import with_classes
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+    from ..checkpoints.load import Checkpoint
+
 ROW = "_row"  # column of row numbers, for messages
+
+
+def image_processor(checkpoint: Checkpoint) -> Any:
+    """The image processor of a checkpoint.
+
+    Raises:
+        DataError: it has none.
+    """
+    if checkpoint.image_processor is None:
+        raise DataError(f"{checkpoint.model.name_or_path} has no image processor, so images cannot be read for it")
+    return checkpoint.image_processor
 
 
 def images(

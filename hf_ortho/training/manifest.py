@@ -62,10 +62,7 @@ def _is_damaged(file: Path, digest: str) -> bool:
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Write a manifest with the sizes in bytes and the SHA-256 of all files of a checkpoint, once they are on the disk.
-
-    The checksums take one to two seconds per GiB.
-    """
+    """Write a manifest with the sizes in bytes and the SHA-256 of all files of a checkpoint once they are on disk."""
     saved: dict[str, Any] = {}
     for name, size in sizes_of(checkpoint).items():
         flush(checkpoint / name)

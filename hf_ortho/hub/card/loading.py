@@ -10,6 +10,7 @@ from pathlib import Path
 from ...checkpoints.adapter import base_revision
 from ...checkpoints.custom_code import references
 from ...checkpoints.listing import MODULES
+from ...checkpoints.model_class import class_names
 from ...checkpoints.provenance import Provenance
 from ...errors import CheckpointError
 from ...files import json_object
@@ -36,15 +37,8 @@ def sentence_model(folder: Path | None) -> str | None:
 
 
 def architecture(config: dict, place: str) -> str | None:
-    """The model class in a ``config.json``.
-
-    Raises:
-        CheckpointError: ``architectures`` is something else than a list of names.
-    """
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"the config of {place}: architectures is {names!r:.80}; expected a list of class names")
-    return names[0] if names else None
+    """The model class in a ``config.json``; raises as ``class_names``."""
+    return next(iter(class_names(config.get("architectures"), place)), None)
 
 
 def model_loading(config: dict, place: str, remote_code: bool, sentence: str | None = None) -> Markdown:
