@@ -85,9 +85,15 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Mark
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in cells))
 
 
+def number(value: float, spec: str) -> str:
+    """``value`` formatted by ``spec``, without a sign if it is rounded to 0."""
+    text = format(value, spec)
+    return text if re.search("[1-9]|inf|nan", text.partition("e")[0]) else text.lstrip("+-")
+
+
 def change(before: float, after: float) -> str:
     """``after`` relative to ``before`` in percent, such as ``+1.250%``; ``-`` if ``before`` is 0 or not finite."""
-    return f"{(after / before - 1):+.3%}" if before and math.isfinite(before) else "-"
+    return number(after / before - 1, "+.3%") if before and math.isfinite(before) else "-"
 
 
 def json_values(value: Any, not_finite: Callable[[float], Any] = lambda _: None) -> Any:

@@ -6,7 +6,18 @@ import pytest
 from markdown_it import MarkdownIt
 
 from hf_ortho.cli import console as cli
-from hf_ortho.text import change, code, code_block, interval, json_values, markdown, markdown_table, one_line, visible
+from hf_ortho.text import (
+    change,
+    code,
+    code_block,
+    interval,
+    json_values,
+    markdown,
+    markdown_table,
+    number,
+    one_line,
+    visible,
+)
 
 UNSAFE = {
     "\x1b]0;title\x07": r"\x1b]0;title\x07",
@@ -168,3 +179,20 @@ def test_what_is_not_finite_is_none_in_json():
 )
 def test_a_change_in_percent(before, after, text):
     assert change(before, after) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (-4e-6, "+.3%", "0.000%"),
+        (6e-6, "+.3%", "+0.001%"),
+        (-0.0, ".2f", "0.00"),
+        (-0.004, ".2f", "0.00"),
+        (-0.006, ".2f", "-0.01"),
+        (-0.0, "+.1e", "0.0e+00"),
+        (-2e-300, "+.1e", "-2.0e-300"),
+        (-math.inf, "+.1e", "-inf"),
+    ],
+)
+def test_what_is_rounded_to_0_has_no_sign(value, spec, text):
+    assert number(value, spec) == text

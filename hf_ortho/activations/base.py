@@ -73,6 +73,7 @@ class LearnableActivation(nn.Module):
     family: ClassVar[str]
     equation: ClassVar[str]  # S(x) = ..., as shown in model cards
     default_degree: ClassVar[int]
+    default_derivative_weight: ClassVar[float] = 0.03  # lambda of a fit
     cpu_series: ClassVar[Callable[..., cpu.Series] | None] = None  # CPU kernel: makes a Series
     compiled: ClassVar[type | None] = None  # explicit gradients for torch.compile, see dispatch._Compiled
     triton: ClassVar[str | None] = None  # CUDA kernel: module:NAME of DeviceFunctions, imported lazily
@@ -166,7 +167,7 @@ class LearnableActivation(nn.Module):
         *,
         histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
-        derivative_weight: float = 0.0,
+        derivative_weight: float | None = None,
         tails: bool = True,
         name: str | None = None,
     ) -> FitReport:
@@ -175,15 +176,15 @@ class LearnableActivation(nn.Module):
             min  sum_i w_i [ (f - g)^2 + derivative_weight * (f' - g')^2 ](x_i)
 
         The nodes x_i are the data and points on the real line. The weights on the line, found by Lawson's iteration,
-        make the largest error s anywhere small too: relative to the mean squared error over the data, s^2 has weight
-        0.2, and less from s = 0.02 on.
+        make the largest error s anywhere small too: relative to the weighted mean squared error over the data, s^2 has
+        weight 0.005, or 0.0002 if the data have Fisher weights.
 
         Args:
             fn: a name in ``ACT2FN``, an element-wise torch callable, or a module.
-            histogram: ``conversion.Histogram`` of pre-activations for the weights. Without it, the weight is the
-                density of N(-0.5, 1.5^2).
+            histogram: ``conversion.Histogram`` of pre-activations for the weights: the importance of each bin, or its
+                count. Without a histogram, the weight is the density of N(-0.5, 1.5^2).
             domain: the interval [lo, hi]; None to search for it.
-            derivative_weight: lambda >= 0.
+            derivative_weight: lambda >= 0; by default 0.03, or 0 for the piecewise-linear families.
             tails: False for the pure series on the whole real line. It is fitted on ``domain``, by default the range
                 of the data. All data must lie in it; outside, the series is wrong.
             name: the name of ``fn`` in the report.
@@ -197,7 +198,8 @@ class LearnableActivation(nn.Module):
             >>> report.sup_error < 0.01
             True
         """
-        options = FitOptions(derivative_weight, domain, tails)
+        weight = self.default_derivative_weight if derivative_weight is None else derivative_weight
+        options = FitOptions(weight, domain, tails)
         source = Source.of(fn, name)
         density = DATA_FREE if histogram is None else histogram
         nodes = density.nodes(source)

@@ -185,11 +185,15 @@ def show(table: Table) -> None:
     PlainConsole(width=max(console.width, needed)).print(table)
 
 
-def show_report(report: ConversionReport) -> None:
-    """Print the tables and the summary of a conversion."""
-    for part in report.tables():
+def show_report(report: ConversionReport, *, verbose: bool = False) -> None:
+    """Print the comparison with the source model, the tables and the summary of a conversion."""
+    from ..conversion.report_text import fidelity_lines, headline, summary, tables
+
+    for line in [*headline(report), *fidelity_lines(report)]:
+        console.print(line)
+    for part in tables(report, verbose):
         show(part)
-    for line in report.summary():
+    for line in summary(report, verbose):
         console.print(line)
 
 

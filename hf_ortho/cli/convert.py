@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
+from ..fitting.options import WEIGHTS
 from ..folders import OutputFolder
 from .console import DTYPES, Parser, add_calibration_flags, add_model_flags, calibration_options, console, show_report
 from .network import check_hub, hub_tokenizer
@@ -21,8 +22,21 @@ def parser() -> Parser:
     p.add_argument("-o", "--output", required=True, help="Output folder.")
     p.add_argument("--family", default="hermite", help=f"Activation family: {', '.join(FAMILIES)}.")
     p.add_argument("--degree", help="Degree: 1 to 32, or auto. Default: the default of the family.")
-    p.add_argument("--tolerance", type=float, default=1e-3, help="Maximum rms error per layer for --degree auto.")
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="For --degree auto: the largest KL divergence from the source model per prediction, as predicted by the "
+        "Fisher weights; without them, the largest rms error of a layer.",
+    )
     add_calibration_flags(p, "File, folder or dataset to calibrate with. Default: none.")
+    p.add_argument(
+        "--weights",
+        default="fisher",
+        choices=WEIGHTS,
+        help="Weight each pre-activation in the calibration data by its effect on the predictions (fisher), or equally "
+        "(density).",
+    )
     p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
     add_model_flags(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
@@ -32,7 +46,9 @@ def parser() -> Parser:
         help="Config field to convert (repeatable). Default: every field that drives an activation.",
     )
     p.add_argument(
-        "--derivative-weight", type=float, default=0.0, help="Weight of the derivative error in the least-squares fit."
+        "--derivative-weight",
+        type=float,
+        help="Weight of the derivative error in the least-squares fit. Default: 0.03; 0 for piecewise-linear families.",
     )
     p.add_argument(
         "--no-tails",
@@ -44,6 +60,9 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--distill", type=int, default=0, metavar="N", help="Number of distillation steps (activation parameters only)."
+    )
+    p.add_argument(
+        "--verbose", action="store_true", help="Print all layers instead of the five with the largest errors."
     )
     p.add_argument("--overwrite", action="store_true", help="Replace earlier output of hf_ortho in the output folder.")
     return p
@@ -88,18 +107,19 @@ def run(argv: list[str]) -> None:
         degree=args.degree,
         tolerance=args.tolerance,
         calibration=calibration,
+        weights=args.weights,
         fields=args.field,
         derivative_weight=args.derivative_weight,
         domain=args.domain,
         tails=not args.no_tails,
         distill=args.distill,
     )
-    show_report(report)
+    show_report(report, verbose=args.verbose)
     command = command_line("convert", argv)
     results = []
-    if source is not None and report.loss_before is not None and report.loss_after is not None:
-        values = {"source": {"loss": report.loss_before}, "converted": {"loss": report.loss_after}}
-        note = "the labeled part of the calibration data"
+    if source is not None and (fidelity := report.fidelity) and None not in (fidelity.loss_before, fidelity.loss_after):
+        values = {"source": {"loss": fidelity.loss_before}, "converted": {"loss": fidelity.loss_after}}
+        note = "the held-out part of the calibration data" if fidelity.held_out else "the calibration data"
         results = [Results(values, source, command, hardware(), note=note)]
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)

@@ -147,6 +147,6 @@ def generate(model, tokenizer, seed: int, prompt: str = "The statement ") -> str
 
 def draw(checkpoint, report: ConversionReport, dataset: Dataset, task: DemoTask, path: Path, source: str) -> None:
     names = [layer.module for layer in report.layers]
-    histograms, _ = collect(checkpoint.model, names, calibration(task, dataset))
+    histograms = collect(checkpoint.model, names, calibration(task, dataset), weights="density")
     panels = [Panel(n, checkpoint.model.get_submodule(n), ACT2FN[source], histograms[n]) for n in names]
     plot_activations(panels, path, f"{type(checkpoint.model).__name__}: {source} and learned {report.activation}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import ConfigError
 from ..tasks import TASKS
 from ..tasks.arguments import DataArguments
-from ..text import change
+from ..text import change, number
 from .console import DTYPES, Parser, add_column_flags, add_model_flags, columns, console, table
 from .network import check_hub, hub_tokenizer
 
@@ -73,7 +73,7 @@ def run(argv: list[str]) -> None:
     if data_used != other_data_used:
         console.print(f"note: the samples of the two models differ ({data_used}; {other_data_used})")
     rows = [
-        [key, f"{value:.5f}", f"{second[key]:.5f}", f"{value - second[key]:+.5f}", change(second[key], value)]
+        [key, f"{value:.5f}", f"{second[key]:.5f}", number(value - second[key], "+.5f"), change(second[key], value)]
         for key, value in first.items()
         if key in second
     ]

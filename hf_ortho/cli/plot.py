@@ -106,7 +106,7 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
         raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
     batches, _ = calibration_batches(checkpoint, args.calibration_data, **calibration_options(args))
     stored = StoredActivations(modules, Provenance.of(checkpoint.model.config), checkpoint.commit)
-    return stored, collect(checkpoint.model, modules, batches)[0]
+    return stored, collect(checkpoint.model, modules, batches, weights="density")
 
 
 def _history(args) -> None:

@@ -1,258 +1,225 @@
-"""Run a model over calibration batches: histograms of pre-activations, mean loss, sample outputs."""
+"""Run a model over calibration batches: histograms of pre-activations, weighted by their effect on the predictions."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
-import itertools
-import sys
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import find_labels
 
 from ..checkpoints.verify import evaluating
 from ..errors import CalibrationError
 from ..files import explain
 from ..fitting.histogram import Histogram
-from ..processes import collective_device, several_processes, sum_over_processes
+from ..fitting.options import WEIGHTS
+from ..processes import any_process, collective_device, several_processes, sum_over_processes
+from .fisher import direction, inputs_only, predictions_and_norm, recomputing, watched
+from .inputs import Prediction, check_batches, has_gradients, predict, run, unmasked
 from .sites import Site
+
+EVERY, MOST = 4, 4  # one of EVERY batches is held out, MOST in all
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Results of the source model on the calibration batches, for comparison with the converted model.
+    """The calibration data of a conversion.
 
     Attributes:
-        batches: the calibration batches, or None.
-        histograms: the pre-activations of each module that was used, by path.
-        loss: the mean loss, None without labels.
-        first: the first batch; empty in a process without batches.
-        reference: the output on the first samples in float32.
-        noise_floor: relative error of the same output in the model's dtype; None for float32, or a quantized model.
+        histograms: the pre-activations of each module that was used, by path; empty without data.
+        weights: ``fisher``, ``density``, or None without data.
+        batches: batches for comparing the converted model with its source, by name.
+        held_out: whether no histogram contains these batches.
+        note: why the weights are not those that were asked for; may be empty.
     """
 
-    batches: Iterable | None = None
     histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
-    loss: float | None = None
-    first: tuple = ()
-    reference: Tensor | None = None
-    noise_floor: float | None = None
+    weights: str | None = None
+    batches: dict[str, Any] = dataclasses.field(default_factory=dict)
+    held_out: bool = False
+    note: str = ""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, sites: Iterable[Site], batches: Iterable | None) -> Calibration:
-        """Run ``model`` over ``batches``; raises as ``collect``."""
+    def of(cls, model: PreTrainedModel, sites: Iterable[Site], batches: Iterable | None, weights: str) -> Calibration:
+        """Run ``model`` over ``batches``, except for the second of every four, which is held out; raises as
+        ``collect``. Tied modules have one histogram of the inputs of all of them."""
         if batches is None:
             return cls()
-        rest = iter(batches)
-        first = tuple(itertools.islice(rest, 1))
-        histograms, loss = collect_sites(model, sites, itertools.chain(first, rest))
-        reference, noise_floor = _reference(model, first[0]) if first else (None, None)
-        return cls(batches, histograms, loss, first, reference, noise_floor)
+        check_batches(batches)
+        held_out: dict[str, Any] = {}
+        first: dict[str, Any] = {}
 
-    def output_error(self, model: PreTrainedModel) -> float | None:
-        """Relative error of the output of ``model`` on the first samples."""
-        if self.reference is None:
-            return None
-        with torch.no_grad():
-            return _relative(main_output(model, self.first[0], sample=True), self.reference)
+        def fitted() -> Iterator[tuple[str, Any]]:
+            for i, (where, batch) in enumerate(_named(batches)):
+                if is_held_out(i):
+                    held_out[where] = batch
+                    first.clear()
+                else:
+                    if not i:
+                        first[where] = batch
+                    yield where, batch
 
-    def loss_of(self, model: PreTrainedModel) -> float | None:
-        """The mean loss of ``model``; None without labels, or if the batches can be read only once."""
-        if self.batches is None or self.loss is None or not readable_again(self.batches):
-            return None
-        return mean_loss(model, (batch for batch in self.batches if has_labels(model, batch)))
-
-
-def _reference(model: PreTrainedModel, batch) -> tuple[Tensor, float | None]:
-    """The output of the source model in float32. For a lower precision, also the model's error relative to it."""
-    with torch.no_grad():
-        output = main_output(model, batch, sample=True)
-    if torch.finfo(model.dtype).bits >= 32 or getattr(model, "hf_quantizer", None) is not None:
-        return output, None
-    try:
-        with torch.no_grad():
-            exact = main_output(copy.deepcopy(model).float(), batch, sample=True)
-    except torch.OutOfMemoryError:
-        return output, None
-    return exact, _relative(output, exact)
+        sites = list(sites)
+        histograms, note = _collect(model, [p for site in sites for p in site.modules], fitted(), weights)
+        tied = {path: source for site in sites for path, source in site.tied}
+        for path, source in tied.items():
+            if path in histograms:
+                histograms.setdefault(source, Histogram()).add(histograms[path])
+        histograms |= {path: histograms[source] for path, source in tied.items() if source in histograms}
+        alone = any_process(torch.tensor(not held_out, device=collective_device(torch.device("cpu"))))
+        used = "density" if note else weights
+        if used == "fisher" and (missing := sum(h.importance is None for h in histograms.values())):
+            note = f"{missing} activations have density weights, since their gradients are zero or not finite"
+        return cls(histograms, used, held_out or first, not alone, note)
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float | None:
-    """|actual - expected| / |expected|, in the Euclidean norm over all elements; None if not finite."""
-    error, norm = (t.cpu().double() for t in (actual - expected, expected))  # some devices have no float64
-    ratio = torch.linalg.vector_norm(error) / torch.linalg.vector_norm(norm)
-    return float(ratio) if torch.isfinite(ratio) else None
+def is_held_out(i: int) -> bool:
+    """Whether the batch of index ``i`` is held out of the fits."""
+    return i % EVERY == 1 and i < EVERY * MOST
 
 
+@torch.inference_mode(False)
 def collect(
-    model: PreTrainedModel, modules: Iterable[str], batches: Iterable
-) -> tuple[dict[str, Histogram], float | None]:
-    """Run ``model`` over ``batches``. Returns histograms of the inputs of ``modules`` by path (without modules that had
-    no input), and the mean loss, None without labels.
+    model: PreTrainedModel, modules: Iterable[str], batches: Iterable, *, weights: str = "fisher"
+) -> dict[str, Histogram]:
+    """Run ``model`` over ``batches``, and return the histograms of the inputs of ``modules``, by path, without modules
+    that had no input.
 
     Under ``torch.distributed`` each process passes its own batches and gets the sums over all processes.
+
+    Args:
+        weights: ``"fisher"`` to give each bin an importance, the sum over its inputs of the second derivative of the
+            divergence of the model's predictions by an error of the activation there; ``"density"`` for only counts. If
+            the model has no backward pass, its histograms have only counts.
 
     Raises:
         CalibrationError: there are no batches, the model rejects a batch, or pre-activations are not finite.
 
     Example:
         >>> from hf_ortho.conversion import collect
-        >>> histograms, loss = collect(model, ["transformer.h.0.mlp.act"], [{"input_ids": torch.arange(8)[None]}])
-        >>> int(histograms["transformer.h.0.mlp.act"].counts.sum()) == 8 * 4 * 16, loss
-        (True, None)
-    """
-    histograms = {name: Histogram() for name in modules}
-    mask: Tensor | None = None
-
-    def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal mask
-        mask = None if model.config.is_encoder_decoder else kwargs.get("attention_mask")
-
-    handles = [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
-    for name, histogram in histograms.items():
-
-        def observe(module: nn.Module, args: tuple, histogram: Histogram = histogram) -> None:
-            histogram.update(_unmasked(args[0], mask))
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(observe))
-    try:
-        loss = mean_loss(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, histogram in histograms.items():
-        if several_processes():
-            histogram.reduce(collective_device(model.device))
-        histogram.check(name)
-    return {name: histogram for name, histogram in histograms.items() if histogram.counts.any()}, loss
-
-
-def collect_sites(
-    model: PreTrainedModel, sites: Iterable[Site], batches: Iterable
-) -> tuple[dict[str, Histogram], float | None]:
-    """``collect`` for the modules of ``sites``; tied modules have one histogram of the inputs of all of them."""
-    tied = {path: source for site in sites for path, source in site.tied}
-    histograms, loss = collect(model, [path for site in sites for path in site.modules], batches)
-    for path, source in tied.items():
-        if path in histograms:
-            histograms.setdefault(source, Histogram()).add(histograms[path])
-    return histograms | {path: histograms[source] for path, source in tied.items() if source in histograms}, loss
-
-
-def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x``, (batch, length, ...), where a (batch, length) mask is not 0; all of ``x`` if the shapes do not match."""
-    return x[mask.bool()] if mask is not None and mask.ndim == 2 and x.shape[:2] == mask.shape else x
-
-
-def has_labels(model: PreTrainedModel, batch) -> bool:
-    """Whether ``model`` returns a loss for ``batch``."""
-    return isinstance(batch, Mapping) and any(key in batch for key in find_labels(type(model)))
-
-
-def readable_again(batches: Iterable) -> bool:
-    """Whether ``batches`` can be iterated more than once, like a list and unlike a generator."""
-    return iter(batches) is not batches
-
-
-def check_batches(batches: Iterable) -> None:
-    """Raise CalibrationError unless ``batches`` is an iterable of batches."""
-    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"calibration is {type(batches).__name__}: pass an iterable of model inputs, for example a list of "
-            "{'input_ids': tensor} mappings or a DataLoader"
-        )
-
-
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, batches: Iterable) -> float | None:
-    """Mean loss over ``batches`` in evaluation mode, weighted by the number of labels; None without labels.
-
-    Modes and config of the model do not change.
+        >>> histograms = collect(model, ["transformer.h.0.mlp.act"], [{"input_ids": torch.arange(8)[None]}])
+        >>> int(histograms["transformer.h.0.mlp.act"].counts.sum()) == 8 * 4 * 16
+        True
     """
     check_batches(batches)
-    total = weight = 0.0
-    count = 0
+    return _collect(model, modules, _named(batches), weights)[0]
+
+
+def _named(batches: Iterable) -> Iterator[tuple[str, Any]]:
+    """What errors call each batch, and the batch."""
+    return ((f"calibration batch {i}", batch) for i, batch in enumerate(batches, 1))
+
+
+def _collect(
+    model: PreTrainedModel, paths: Iterable[str], batches: Iterable[tuple[str, Any]], weights: str
+) -> tuple[dict[str, Histogram], str]:
+    """``collect``; also the reason for missing Fisher weights, or an empty string."""
+    check_weights(weights)
+    histograms = {path: Histogram() for path in paths}
+    sums = _Run(model, histograms)
+    if weights == "fisher" and not has_gradients(model):
+        sums.failure = f"no Fisher weights, since {type(model).__name__} was loaded under torch.inference_mode"
     with evaluating(model):
-        for count, batch in enumerate(batches, 1):
-            loss, labels = _loss(model, batch, f"calibration batch {count}")
-            if labels:
-                total, weight = total + loss * labels, weight + labels
-    sums = torch.tensor([total, weight, count], dtype=torch.float64, device=collective_device(torch.device("cpu")))
-    total, weight, count = sum_over_processes(sums).tolist()
+        for where, batch in batches:
+            sums.add(batch, where, fisher=weights == "fisher")
+    device = collective_device(torch.device("cpu"))
+    count, predictions, norm = sum_over_processes(
+        torch.tensor([sums.batches, sums.predictions, sums.norm], dtype=torch.float64, device=device)
+    ).tolist()
     if not count:
         raise CalibrationError("calibration is empty: pass at least one batch of model inputs")
-    return total / weight if weight else None
+    failed, real = any_process(torch.tensor([bool(sums.failure), sums.real], device=device)).tolist()
+    total = norm if real else predictions
+    for path, histogram in histograms.items():
+        if several_processes():
+            histogram.reduce(collective_device(model.device))
+        histogram.check(path)
+        histogram.scale(0.0 if failed or not total else 1 / total)
+    note = sums.failure or "no Fisher weights, since the backward pass fails in another process" if failed else ""
+    return {path: histogram for path, histogram in histograms.items() if histogram.counts.any()}, note
 
 
-def main_output(model: PreTrainedModel, batch, *, sample: bool) -> Tensor:
-    """The logits, or the first floating output, in float32; with ``sample``, of 4 samples and their last 64 tokens."""
-    inputs = _inputs(batch, "a calibration batch", model)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs = {k: v for k, v in inputs.items() if k not in find_labels(type(model))}
-        inputs["logits_to_keep"] = 64 if sample else 0
-    tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
-    if sample and all(v.ndim and len(v) == len(tensors[0]) for v in tensors):
-        inputs = {k: v[:4] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    with evaluating(model):
-        outputs = _forward(model, inputs, "a calibration batch")
-    values = [outputs.get("logits"), *outputs.values()] if isinstance(outputs, Mapping) else list(outputs)
-    output = next(v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim)
-    return _unmasked(output, None if model.config.is_encoder_decoder else inputs.get("attention_mask"))
+def check_weights(weights: str) -> None:
+    """Raise CalibrationError unless ``weights`` is one of ``WEIGHTS``."""
+    if weights not in WEIGHTS:
+        raise CalibrationError(f"weights {weights!r}: must be {' or '.join(map(repr, WEIGHTS))}")
 
 
-def _loss(model: PreTrainedModel, batch, where: str) -> tuple[float, int]:
-    """The loss of one batch and its number of labels, 0 without a loss."""
-    accepted = inspect.signature(model.forward).parameters
-    inputs = _inputs(batch, where, model)
-    labeled = has_labels(model, batch)
-    if not labeled and "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = 1  # the logits of a language model dwarf its activations
-    loss = getattr(_forward(model, inputs, where), "loss", None)
-    if loss is None or not labeled:
-        return 0.0, 0
-    labels = inputs.get("labels")
-    if labels is None:
-        return float(loss), len(next(v for v in inputs.values() if isinstance(v, Tensor)))
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # each token is predicted from the previous ones, so the first one does not count
-    return float(loss), int((labels != -100).sum())
+class _Run:
+    """Sums over the batches of one process."""
 
+    def __init__(self, model: PreTrainedModel, histograms: dict[str, Histogram]):
+        self.model, self.histograms = model, histograms
+        self.batches = self.predictions = 0
+        self.norm = 0.0
+        self.real = False
+        self.failure = ""
+        self.generator: torch.Generator | None = None
 
-def _forward(model: PreTrainedModel, inputs: dict, where: str):
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    try:
-        with _uncompiled():
-            return model(**inputs)
-    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
-        raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {explain(error)}") from error
+    def add(self, batch, where: str, *, fisher: bool) -> None:
+        """One forward pass, and with ``fisher`` one backward pass; only a forward pass from the first failure on."""
+        self.batches += 1
+        if fisher and not self.failure:
+            try:
+                self._take(*self._pass(batch, where, fisher=True))
+            except (RuntimeError, CalibrationError) as error:
+                name = type(self.model).__name__
+                self.failure = f"no Fisher weights, since the backward pass of {name} fails: {explain(error)}"
+            else:
+                return
+        self._take(*self._pass(batch, where, fisher=False))
 
+    def _take(self, seen: dict[str, Histogram], prediction: Prediction | None) -> None:
+        for path, histogram in seen.items():
+            self.histograms[path].add(histogram)
+        if prediction is not None:
+            predictions, norm = predictions_and_norm(prediction)
+            self.real = self.real or prediction.kind == "real"
+            self.predictions += predictions
+            self.norm += norm
 
-def _uncompiled():
-    """Compiled code may ignore new hooks."""
-    compiling = "torch._dynamo" in sys.modules  # otherwise nothing is compiled, and this would import it
-    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
+    def _pass(self, batch, where: str, *, fisher: bool) -> tuple[dict[str, Histogram], Prediction | None]:
+        """The histograms of one batch, and with ``fisher`` the prediction."""
+        mask: Tensor | None = None
+        counting = True
 
+        def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal mask
+            mask = None if self.model.config.is_encoder_decoder else kwargs.get("attention_mask")
 
-def _inputs(batch, where: str, model: PreTrainedModel) -> dict:
-    if isinstance(batch, Tensor):
-        batch = {model.main_input_name: batch}
-    if not isinstance(batch, Mapping) or not batch:
-        raise CalibrationError(
-            f"{where} is {type(batch).__name__}: pass a mapping of model inputs or a tensor of {model.main_input_name}"
-        )
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            raise CalibrationError(f"{where}: {key} contains NaN or infinity")
+        def count(module: nn.Module, args: tuple, histogram: Histogram) -> None:
+            if counting:  # not in a backward pass that computes the activations again
+                histogram.update(unmasked(args[0], mask))
 
-    def place(value):
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        def weigh(x: Tensor, gradient: Tensor, histogram: Histogram) -> None:
+            histogram.weigh(unmasked(x, mask), unmasked(gradient, mask))
 
-    return {key: place(value) for key, value in batch.items()}
+        seen = {path: Histogram() for path in self.histograms}
+        modules = [(self.model.get_submodule(path), histogram) for path, histogram in seen.items()]
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.register_forward_pre_hook(note_mask, with_kwargs=True).remove)
+            for module, histogram in modules:
+                hook = functools.partial(count, histogram=histogram)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            if not fisher:
+                stack.enter_context(torch.no_grad())
+                run(self.model, batch, where)
+                return seen, None
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(inputs_only(self.model))
+            stack.enter_context(recomputing(self.model))
+            stack.enter_context(
+                watched((module, functools.partial(weigh, histogram=histogram)) for module, histogram in modules)
+            )
+            prediction = predict(self.model, batch, where)
+            counting = False
+            if self.generator is None:
+                rank = torch.distributed.get_rank() if several_processes() else 0
+                self.generator = torch.Generator(prediction.output.device).manual_seed(rank)
+            u = direction(prediction, self.generator)
+            prediction.output.backward(u.to(prediction.output.dtype))
+        return seen, prediction

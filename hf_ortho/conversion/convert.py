@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable
 
@@ -15,14 +16,18 @@ from .. import activations
 from ..checkpoints.provenance import LayerProvenance, Provenance
 from ..errors import FitError, SiteError
 from ..fitting.options import FitOptions
-from .calibrate import Calibration, check_batches
+from .calibrate import Calibration, check_weights, is_held_out
 from .distill import check_steps
 from .distill import distill as distill_activations
-from .fit_sites import Fitted, fit_site, fit_smallest
+from .fidelity import Fidelity, measure
+from .fit_sites import Fitted, fit_sites, fit_smallest
+from .inputs import check_batches
 from .replace import replace_modules
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites
 from .states import plain_model
+
+ROUNDING = 1e-10  # differences of divergences below it are noise in float32
 
 
 @torch.inference_mode(False)  # inference tensors could not be trained
@@ -33,8 +38,9 @@ def convert(
     degree: int | str | None = None,
     tolerance: float = 1e-3,
     calibration: Iterable | None = None,
+    weights: str = "fisher",
     fields: list[str] | None = None,
-    derivative_weight: float = 0.0,
+    derivative_weight: float | None = None,
     domain: tuple[float, float] | None = None,
     tails: bool = True,
     distill: int = 0,
@@ -50,15 +56,21 @@ def convert(
             ``torch.compile``, but not offloaded, sharded, or with peft adapters attached.
         activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``; or a family,
             with ``degree`` or its default degree.
-        degree: 1 to 32, or ``"auto"``: for each config field, the smallest degree with a root mean square error of at
-            most ``tolerance`` in every layer, over the layer's pre-activations.
-        tolerance: the largest root mean square error with ``degree="auto"``.
-        calibration: batches of model inputs (mappings, or tensors of the main input). Each layer's fit is weighted by
-            the histogram of its pre-activations on them, except positions hidden by an ``attention_mask``. Without
-            calibration, the weight is the density of N(-0.5, 1.5^2). Batches with ``labels`` also give the loss before
-            and, if the iterable can be read twice, after the conversion. Batches without ``labels`` are cheaper, since
-            no logits are needed. Under ``torch.distributed`` each process passes its own batches, and all processes
-            get the same activations, fitted to all batches.
+        degree: 1 to 32, or ``"auto"``: the smallest degree with an error of at most ``tolerance``.
+        tolerance: for ``degree="auto"``. With Fisher weights: the largest divergence of the model, as predicted by the
+            weights and the errors of all layers (see ``ConversionReport.fidelity`` for the measured one): the KL
+            divergence per prediction in nats, or for a model without classes the relative squared error of its output.
+            Otherwise: the largest root mean square error of any layer over its pre-activations.
+        calibration: batches of model inputs (mappings, or tensors of the main input), for fits that are accurate where
+            the model needs it. The second of every four batches, up to four in all, is held out of the fits: on these,
+            the converted model is compared with its source, and if a conversion without data is closer to it, that one
+            is kept. A single batch serves both. Positions hidden by an ``attention_mask`` do not count. ``labels`` are
+            optional. Under ``torch.distributed`` each process passes its own batches, and all processes get the same
+            activations, fitted to all batches. Without calibration, the fits are weighted by the density of
+            N(-0.5, 1.5^2).
+        weights: what the calibration data determine. ``"fisher"``: each pre-activation is weighted by how much an error
+            there changes the predictions of the model (one forward and one backward pass; the diagonal of the Fisher
+            information). ``"density"``: each counts the same (one forward pass).
         fields: the config fields to convert, for example ``["text_config.hidden_act"]``; all by default.
         derivative_weight: lambda of the Sobolev least squares, see ``LearnableActivation.fit``.
         domain: one interval [lo, hi] for all layers; by default, each layer searches for its own.
@@ -92,36 +104,38 @@ def convert(
     if calibration is not None:
         check_batches(calibration)
     check_steps(distill, calibration)
+    check_weights(weights)
     model = plain_model(model)
     sites, left_alone = find_sites(model, fields)
     Provenance.of(model.config)  # raises on an invalid entry before any work is done
-    source = Calibration.of(model, sites, calibration)
+    source = Calibration.of(model, sites, calibration, weights)
     fitting = time.perf_counter()
-    fitted: Fitted = {}
-    names: dict[str, str] = {}
-    for site in sites:
-        if degree == "auto":
-            n, fits = fit_smallest(model, site, family, source.histograms, options, tolerance)
-        else:
-            fits = fit_site(model, site, family, n, source.histograms, options)
-        names[site.field] = f"{family.family}_{n}"
-        fitted |= fits
+    if degree == "auto":
+        degrees, fitted = fit_smallest(model, sites, family, source.histograms, options, tolerance)
+    else:
+        degrees = {site.field: n for site in sites}
+        fitted = fit_sites(model, sites, family, degrees, source.histograms, options)
+    without_data = fit_sites(model, sites, family, degrees, {}, options) if calibration is not None and tails else {}
     report = ConversionReport.of(
         model,
         fitted,
         source.histograms,
         time.perf_counter() - fitting,
         left_alone=left_alone,
-        loss_before=source.loss,
-        noise_floor=source.noise_floor,
+        weights=source.weights,
+        notes=[source.note] if source.note else [],
     )
+    names = {field: f"{family.family}_{n}" for field, n in degrees.items()}
+    sources = {path: module for path, (_, module, _) in report.modules.items()}
+    replaced = False  # by the fit without data
     restore = replace_modules(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
     try:
         if distill and calibration is not None:
-            replaced = {path: module for path, (_, module, _) in report.modules.items()}
-            report.distillation = distill_activations(model, replaced, calibration, distill)
+            seen = (batch for i, batch in enumerate(calibration) if not is_held_out(i))
+            report.distillation = distill_activations(model, sources, seen, distill)
             report.layers = _measured_again(report, tails)
-        report.output_error, report.loss_after = source.output_error(model), source.loss_of(model)
+        if calibration is not None:
+            report.fidelity, replaced = _closer(model, report, source, without_data)
     except BaseException:
         restore()
         raise
@@ -131,12 +145,36 @@ def convert(
         report.activation,
         driving_values(sites),
         [LayerProvenance.of_fit(layer.module, layer.field, layer.fit) for layer in report.layers],
-        calibrated=report.calibrated,
+        calibrated=report.weights is not None and not replaced,
         tails=tails,
     )
     model.config.hf_ortho = provenance.to_dict()
     model.add_model_tags(provenance.tags)  # for model.push_to_hub
     return report
+
+
+def _closer(
+    model: PreTrainedModel, report: ConversionReport, source: Calibration, without_data: Fitted
+) -> tuple[Fidelity, bool]:
+    """The fidelity of ``model``, and whether it got the parameters of ``without_data``, since these bring it closer to
+    its source."""
+    sources = {path: module for path, (_, module, _) in report.modules.items()}
+    others = [{path: module for path, (module, _) in without_data.items()}] if without_data else []
+    found, *rest = measure(model, sources, source.batches, others, held_out=source.held_out)
+    with_data = math.inf if found.divergence is None else found.divergence
+    free = rest[0].divergence if rest else None
+    if free is None or with_data <= free + ROUNDING:
+        return found, False
+    for path, (module, _, _) in report.modules.items():
+        module.load_state_dict(without_data[path][0].state_dict())
+    report.layers, report.distillation = _measured_again(report, tails=True), None
+    report.notes = [note for note in report.notes if note == source.note]
+    report.notes += dict.fromkeys(layer.fit.note for _, layer in without_data.values() if layer.fit.note)
+    report.notes.append(
+        "a fit without the calibration data is closer to the source model, and is used: divergence "
+        f"{free:.1e} instead of {with_data:.1e}"
+    )
+    return measure(model, sources, source.batches, held_out=source.held_out)[0], True
 
 
 def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:

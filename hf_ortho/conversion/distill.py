@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
+from ..checkpoints.verify import evaluating
 from ..errors import CalibrationError
 from ..fitting.density import DATA_FREE
 from ..processes import mean_over_processes, min_over_processes
-from .calibrate import evaluating, main_output, readable_again
+from .inputs import predict, readable_again
+from .replace import swapped
 
 RATE = 0.02  # learning rate, in units of the root mean square error of the fit
 
@@ -76,9 +78,9 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
     before = {id(module): {k: v.clone() for k, v in module.state_dict().items()} for module in learned}
 
     def error(batch) -> Tensor:
-        with torch.no_grad(), _swapped(model, sources):
-            target = main_output(model, batch, sample=False)
-        return torch.sum((main_output(model, batch, sample=False) - target) ** 2) / torch.sum(target**2)
+        with torch.no_grad(), swapped(model, sources):
+            target = predict(model, batch).rows().float()
+        return torch.sum((predict(model, batch).rows().float() - target) ** 2) / torch.sum(target**2)
 
     with evaluating(model), _only(model, learned) as parameters:
         with torch.no_grad():
@@ -105,18 +107,6 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
         for module in learned:
             module.load_state_dict(before[id(module)])
     return Distillation(steps, error_before, min(error_before, error_after), several)
-
-
-@contextlib.contextmanager
-def _swapped(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Iterator[None]:
-    present = {path: model.get_submodule(path) for path in modules}
-    for path, module in modules.items():
-        model.set_submodule(path, module)
-    try:
-        yield
-    finally:
-        for path, module in present.items():
-            model.set_submodule(path, module)
 
 
 @contextlib.contextmanager

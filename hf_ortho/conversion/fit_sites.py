@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed
@@ -20,53 +21,103 @@ from .sites import Site
 Fitted = dict[str, tuple[LearnableActivation, LayerReport]]
 
 
-def fit_site(
+def fit_sites(
     model: PreTrainedModel,
-    site: Site,
+    sites: Iterable[Site],
     family: type[LearnableActivation],
-    degree: int,
-    histograms: dict[str, Histogram],
+    degrees: Mapping[str, int],
+    histograms: Mapping[str, Histogram],
     options: FitOptions,
 ) -> Fitted:
-    """One module and its report for each path of ``site``.
+    """One module and its report for each path of ``sites``, in the degree of the field.
 
     Raises:
         FitError: an activation of the model cannot be fitted.
     """
-    fits = _fits(model, site.modules, site, family, degree, histograms, options)
-    return {layer.module: (module, layer) for module, layer in fits}
+    fits: Fitted = {}
+    for site in sites:
+        fits |= {
+            layer.module: (module, layer)
+            for module, layer in _fits(model, site.modules, site, family, degrees[site.field], histograms, options)
+        }
+    return fits
 
 
 def fit_smallest(
     model: PreTrainedModel,
-    site: Site,
+    sites: list[Site],
     family: type[LearnableActivation],
-    histograms: dict[str, Histogram],
+    histograms: Mapping[str, Histogram],
     options: FitOptions,
     tolerance: float,
-) -> tuple[int, Fitted]:
-    """The smallest degree at which every module of ``site`` reaches ``tolerance``, and its fits.
+) -> tuple[dict[str, int], Fitted]:
+    """The smallest degrees, by field, that reach ``tolerance``, and their fits.
+
+    With Fisher weights, the sum of the divergences of all layers must reach it: the degree of the field with the
+    largest sum is raised until it does. Otherwise, each layer's root mean square error must.
 
     Raises:
         FitError: no degree reaches it, or an activation of the model cannot be fitted.
     """
-    worst, least = "", float("inf")
-    for degree in range(1, MAX_DEGREE + 1):
-        fitted: Fitted = {}
-        # Try the module that missed the tolerance at the previous degree first: it will most likely miss it again.
-        for module, layer in _fits(
-            model, sorted(site.modules, key=lambda p: p != worst), site, family, degree, histograms, options
-        ):
-            if not layer.fit.rms_error <= tolerance:
-                worst, least = layer.module, min(least, layer.fit.rms_error)
-                break
-            fitted[layer.module] = module, layer
-        else:
-            return degree, {path: fitted[path] for path in site.modules}
-    raise FitError(
-        f"tolerance {tolerance:g}: {family.family} up to degree {MAX_DEGREE} has a root mean square error of at least "
-        f"{least:.1e} against {site.source} at {worst}; raise the tolerance or choose another family"
-    )
+    fields = {site.field: _Smallest(model, site, family, histograms, options, tolerance) for site in sites}
+    while (total := sum(field.divergence for field in fields.values())) > tolerance:
+        rising = [field for field in fields.values() if field.degree < MAX_DEGREE]
+        if not rising:
+            raise FitError(
+                f"tolerance {tolerance:g}: {family.family} of degree {MAX_DEGREE} in {', '.join(fields)} has a "
+                f"divergence of {total:.1e}; raise the tolerance or choose another family"
+            )
+        max(rising, key=lambda field: field.divergence).search()
+    fits: Fitted = {}
+    for field in fields.values():
+        fits |= field.fits
+    return {name: field.degree for name, field in fields.items()}, fits
+
+
+class _Smallest:
+    """The smallest degree of one field at which it reaches the tolerance alone."""
+
+    def __init__(self, model, site: Site, family, histograms, options, tolerance: float):
+        self.site, self.tolerance, self.family = site, tolerance, family
+        self.arguments = model, family, histograms, options
+        self.degree, self.divergence = 0, math.inf
+        self.fits: Fitted = {}
+        self.worst, self.least = "", math.inf
+        self.search()
+
+    def search(self) -> None:
+        """Go on to the next degree that reaches the tolerance."""
+        for degree in range(self.degree + 1, MAX_DEGREE + 1):
+            if self._reaches(degree):
+                self.degree = degree
+                return
+        raise FitError(
+            f"tolerance {self.tolerance:g}: {self.family.family} up to degree {MAX_DEGREE} has an error of at least "
+            f"{self.least:.1e} against {self.site.source}, most of it at {self.worst}; raise the tolerance or choose "
+            "another family"
+        )
+
+    def _reaches(self, degree: int) -> bool:
+        model, family, histograms, options = self.arguments
+        # The module with the largest error at the previous degree comes first: it will most likely miss again.
+        paths = sorted(self.site.modules, key=lambda path: path != self.worst)
+        fits: Fitted = {}
+        total, most = 0.0, -math.inf
+        counted: set[int] = set()  # tied modules share a histogram
+        for module, layer in _fits(model, paths, self.site, family, degree, histograms, options):
+            fits[layer.module] = module, layer
+            divergence, rms = layer.fit.divergence, layer.fit.rms_error
+            error = rms if divergence is None else divergence
+            if error > most:
+                self.worst, most = layer.module, error
+            if id(histograms.get(layer.module)) not in counted:
+                total += divergence or 0.0
+                counted.add(id(histograms.get(layer.module)))
+            if not (rms if divergence is None else total) <= self.tolerance:
+                self.least = min(self.least, rms if divergence is None else total)
+                return False
+        self.fits, self.divergence = {path: fits[path] for path in self.site.modules}, total
+        return True
 
 
 def _fits(
@@ -75,7 +126,7 @@ def _fits(
     site: Site,
     family: type[LearnableActivation],
     degree: int,
-    histograms: dict[str, Histogram],
+    histograms: Mapping[str, Histogram],
     options: FitOptions,
 ) -> Iterator[tuple[LearnableActivation, LayerReport]]:
     """Fit the modules of ``site`` at ``paths`` one after the other; equal fits are computed once."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -68,3 +69,16 @@ def _tie(model: PreTrainedModel, modules: dict[str, nn.Module], ties: dict[str, 
             path, _, name = key.rpartition(".")
             setattr(modules[path], name, model.get_parameter(source))
             model.all_tied_weights_keys[key] = source
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put ``modules`` into the model, by path, and put the present ones back afterwards."""
+    present = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in present.items():
+            model.set_submodule(path, module)

@@ -61,7 +61,7 @@ class Target:
 
     @property
     def derivative_weight(self) -> float:
-        return self.options.derivative_weight
+        return self.options.derivative_weight or 0.0
 
     @property
     def domain(self) -> tuple[float, float] | None:
@@ -132,7 +132,7 @@ class Balanced:
 
     Attributes:
         score: ``Nodes.score``.
-        mean_square: mean squared error over the data.
+        mean_square: weighted mean squared error over the data.
         solution: the result of ``solve``.
         target: the target with the weights of the best round.
         after: the target with the weights for one more round.
@@ -154,14 +154,14 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
     # The square of the largest error is a sum of squares with the right weights: s^2 = max_u sum_i u_i error_i^2 over
     # all weights u of sum 1, attained by weights located where |error| is largest. Each round solves the least squares
     # problem for the current weights and then multiplies the weights on the line by |error|. They pile up at the peaks,
-    # the next solution lowers these, and at a fixed point all peaks are equally high. Each round also updates the sum
-    # of the weights, the price of s^2. Scores do not decrease steadily, so the best round is returned.
+    # the next solution lowers these, and at a fixed point all peaks are equally high. Scores do not decrease steadily,
+    # so the best round is returned.
     best, solution = None, None
     for _ in range(rounds):
         solution, error = solve(target, solution)
         score = target.nodes.score(error)
         if best is None or clearly_less(score, best[0]):
-            best = score, target.nodes.mean(error**2), solution, target
+            best = score, target.nodes.mean_square(error), solution, target
         if np.abs(error).max() < NEGLIGIBLE:
             break
         target = target.at(target.nodes.reweighted(error))

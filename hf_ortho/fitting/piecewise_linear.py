@@ -9,6 +9,7 @@ import numpy as np
 from .least_squares import Target, clearly_less, variable_projection
 from .nodes import Nodes
 
+WIDEST = 0.1  # half the width of the widest interval that a node stands for
 INACTIVE = 1.0  # how far below the maximum an unused line starts; close enough for training to activate it
 
 
@@ -24,15 +25,15 @@ def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[
         if not len(_excess(_bends(knots, values, source.slopes), n)):
             return knots, values
     if start is not None and len(start) > 1:
-        knots, values, _ = _refine(target, start)
+        knots, values, _ = _refine(target, start, legs=1)  # the next round goes on
         if not len(_excess(_bends(knots, values, source.slopes), n)):
             return knots, values
-    # The error has many local minima in the knots, so the start matters. For the best interpolant, each interval
-    # between knots has the same error, and the density of knots is |g''|^(2/5) times a power of the weight. Three
-    # powers are tried, with 2n knots. If there are more than n kinks of one sign, the flattest are dropped and the
-    # remaining knots refined, until both signs have at most n.
+    # The error has local minima in the knots, so the start matters. For the best interpolant, each interval between
+    # knots has the same error, and the density of knots is |g''|^(2/5) times a power of the weight. Two powers are
+    # tried, with 2n knots. If there are more than n kinks of one sign, the flattest are dropped and the remaining knots
+    # refined, until both signs have at most n.
     best, best_cost = None, math.inf
-    for power in (0.0, 0.1, 0.2):
+    for power in (0.0, 0.2):
         density, x = _knot_density(target, power)
         cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         if cumulative[-1] == 0.0:  # a line
@@ -64,12 +65,29 @@ def _knot_density(target: Target, power: float) -> tuple[np.ndarray, np.ndarray]
     return w**power * np.abs(np.gradient(target.source.derivative(x), x)) ** 0.4, x
 
 
-def _hats(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """Column j: the piecewise-linear function that is 1 at knot j and 0 at the others, constant outside."""
-    return np.stack([np.interp(x, knots, row) for row in np.eye(len(knots))], 1)
+def _half_widths(nodes: Nodes) -> np.ndarray:
+    """Half the distance of each node to the nearest one, within the data and within the line."""
+    half = np.empty_like(nodes.x)
+    for group in (nodes.data, ~nodes.data):
+        gaps = np.diff(np.concatenate([[-math.inf], nodes.x[group], [math.inf]]))
+        half[group] = np.minimum(gaps[:-1], gaps[1:]) / 2
+    return np.clip(half, 1e-6, WIDEST)
 
 
-def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _steps(x: np.ndarray, half: np.ndarray, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Averages over x +- half of the ramps max(x - t, 0), of the steps x > t, and of the steps that rise from 0 to 1
+    between a knot and the next, with a first column of ones and a last one of zeros."""
+    away = x[:, None] - knots
+    half = half[:, None]
+    share = (np.clip(away / half, -1.0, 1.0) + 1) / 2
+    ramps = half * share**2 + np.maximum(away - half, 0.0)
+    rises = np.ones((len(x), len(knots) + 1))
+    rises[:, 1:-1] = (ramps[:, :-1] - ramps[:, 1:]) / np.diff(knots)
+    rises[:, -1] = 0.0
+    return ramps, share, rises
+
+
+def _refine(target: Target, knots: np.ndarray, legs: int = 4) -> tuple[np.ndarray, np.ndarray, float]:
     """Move the knots (parametrized by the first one and the logarithms of the gaps); values by least squares.
 
     The end knots lie on the source's asymptotes, so both tails are exact.
@@ -78,36 +96,32 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     # variable projection: moving a knot t_j at fixed values shifts the two lines through it, which changes f by
     # -slope * hat_j on either side. The Jacobian is that column minus its part in the space of the hats (Q Q^T,
     # Kaufman). The logarithms of the gaps keep the knots in order without constraints; the chain rule from them to the
-    # knots is a lower triangle of ones times the gaps. f' jumps at a knot, so the Jacobian rows of f' stay 0: a
-    # derivative weight affects only the values.
+    # knots is a lower triangle of ones times the gaps. The Jacobian of f' leaves out the jump at the knot itself, which
+    # is too narrow for a linear model. Each node stands for the interval around it, so f is averaged over that: at the
+    # nodes alone the error would have a kink wherever a knot meets a node, and the search would stop at one of these.
     source, (x, w) = target.source, (target.nodes.x, target.nodes.w)
     (s_lo, s_hi), (i_lo, i_hi) = source.slopes, source.intercepts
-    root = np.sqrt(w)
+    root, half = np.sqrt(w), _half_widths(target.nodes)
 
     def unpack(theta):
         return theta[0] + np.concatenate([[0.0], np.cumsum(np.exp(theta[1:]))])
 
     def solve(t):
-        hats = _hats(x, t)
+        ramps, beyond, rises = _steps(x, half, t)
+        hats = rises[:, :-1] - rises[:, 1:]
         ends = np.zeros(len(t))
         ends[0], ends[-1] = s_lo * t[0] + i_lo, s_hi * t[-1] + i_hi
         # Solve for deviations from g at the knots, with a small ridge: a hat may cover no data at all.
         prior = source.value(t)
         prior[[0, -1]] = ends[[0, -1]]
-        fixed = hats @ prior + s_lo * np.minimum(x - t[0], 0) + s_hi * np.maximum(x - t[-1], 0)
+        fixed = hats @ prior + s_lo * (x - t[0] - ramps[:, 0]) + s_hi * ramps[:, -1]
         free = hats[:, 1:-1]
         m = free.shape[1]
         blocks, right = [free * root[:, None]], [(target.g - fixed) * root]
-        slope_hats = None
         if target.derivative_weight:
-            cell = np.clip(np.searchsorted(t, x) - 1, 0, len(t) - 2)
-            inside = (x > t[0]) & (x < t[-1])
-            slope_hats = np.zeros_like(hats)
-            gaps = np.diff(t)
-            rows = np.arange(len(x))
-            slope_hats[rows, cell] = np.where(inside, -1 / gaps[cell], 0.0)
-            slope_hats[rows, cell + 1] = np.where(inside, 1 / gaps[cell], 0.0)
-            outer = np.where(x <= t[0], s_lo, np.where(x >= t[-1], s_hi, 0.0))
+            slopes = np.pad((beyond[:, :-1] - beyond[:, 1:]) / np.diff(t), ((0, 0), (1, 1)))
+            slope_hats = slopes[:, :-1] - slopes[:, 1:]
+            outer = s_lo * (1 - beyond[:, 0]) + s_hi * beyond[:, -1]
             scale = root * math.sqrt(target.derivative_weight)
             blocks.append(slope_hats[:, 1:-1] * scale[:, None])
             right.append((target.dg - outer - slope_hats @ prior) * scale)
@@ -118,19 +132,23 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         deviation = np.linalg.solve(r, q.T @ b) if m else np.zeros(0)
         values = prior.copy()
         values[1:-1] += deviation
-        return values, a @ deviation - b, hats, q
+        return values, a @ deviation - b, (beyond, rises), q
 
     def problem(theta):
         t = unpack(theta)
-        values, residual, hats, q = solve(t)
+        values, residual, (beyond, rises), q = solve(t)
         slopes = np.concatenate([[s_lo], np.diff(values) / np.diff(t), [s_hi]])
-        here = slopes[np.searchsorted(t, x)]
         # d/dt_j of the interpolant at fixed values is -slope * hat_j. The end values move along the asymptotes.
-        moves = -here[:, None] * hats
-        moves[:, 0] += s_lo * hats[:, 0]
-        moves[:, -1] += s_hi * hats[:, -1]
+        rising, falling = rises[:, :-1] - beyond, beyond - rises[:, 1:]
+        moves = -slopes[:-1] * rising - slopes[1:] * falling
+        moves[:, 0] += s_lo * (rising + falling)[:, 0]
+        moves[:, -1] += s_hi * (rising + falling)[:, -1]
         columns = np.zeros((len(residual), len(t)))
         columns[: len(x)] = moves * root[:, None]
+        if target.derivative_weight:
+            turns = np.zeros((len(x), len(t) + 1))
+            turns[:, 1:-1] = (beyond[:, :-1] - beyond[:, 1:]) * slopes[1:-1] / np.diff(t)
+            columns[len(x) : 2 * len(x)] = np.diff(turns) * root[:, None] * math.sqrt(target.derivative_weight)
         columns -= q @ (q.T @ columns)
         chain = np.tril(np.ones((len(t), len(t))))
         chain[:, 1:] *= np.exp(theta[1:])
@@ -145,7 +163,7 @@ def _refine(target: Target, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     # Knots that are too close would fit the gaps between the nodes.
     least = math.log(0.1 * gaps.min())
     bounds = ([-30.0] + [least] * len(gaps), [30.0] + [math.log(30.0)] * len(gaps))
-    t = unpack(variable_projection(problem, [start], bounds, legs=4 if len(gaps) < 32 else 1))
+    t = unpack(variable_projection(problem, [start], bounds, legs=legs if len(gaps) < 32 else 1))
     values, residual, *_ = solve(t)
     return t, values, float(residual @ residual)
 

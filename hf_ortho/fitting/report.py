@@ -39,6 +39,8 @@ class FitReport:
         domain, tail_slopes: the interval [lo, hi] and the slopes outside, as stored in the module.
         sup_error, sup_derivative_error: max |f - g| and max |f' - g'| (away from kinks) on the real line.
         rms_error, rms_derivative_error: root mean squares over the data, or under ``DATA_FREE`` without data.
+        divergence: expected effect of this layer's error on the output of the model, in units of
+            ``conversion.Fidelity.divergence``; None without Fisher weights.
         mass_outside: share of the data outside [lo, hi].
         rms_error_outside: root mean square of f - g over that share.
         minimum, maximum: exact extremes of the data, or None.
@@ -63,6 +65,7 @@ class FitReport:
     minimum: float | None
     maximum: float | None
     note: str = ""
+    divergence: float | None = None
 
     @classmethod
     def measure(cls, module: FittedActivation, target: Target, note: str = "") -> FitReport:
@@ -111,6 +114,7 @@ class FitReport:
             nodes.minimum,
             nodes.maximum,
             "; ".join(notes),
+            nodes.divergence(en),
         )
 
     @property
@@ -127,14 +131,14 @@ class FitReport:
         """The inverse of ``to_dict``; ignores other keys."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            value = plain[field.name]
+            value: Any = plain.get(field.name) if field.name == "divergence" else plain[field.name]
             if field.name in ("domain", "tail_slopes"):
                 lo, hi = interval(value)
                 values[field.name] = float(lo), float(hi)
             elif field.name in ("activation", "source", "note"):
                 values[field.name] = str(value)
             elif value is None:
-                values[field.name] = None if field.name in ("minimum", "maximum") else math.inf
+                values[field.name] = None if field.name in ("minimum", "maximum", "divergence") else math.inf
             else:
                 values[field.name] = float(value)
         if (values["minimum"] is None) != (values["maximum"] is None):

@@ -75,8 +75,8 @@ class OrthoConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and save, for example a new head."}
     )
-    derivative_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the derivative in the fits, at least 0."}
+    derivative_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the derivative in the fits, at least 0; by default of the family."}
     )
     domain: tuple[float, float] | None = field(
         default=None,

@@ -25,7 +25,7 @@ from ..checkpoints.adapter import fixed_tensors
 from ..checkpoints.provenance import LayerProvenance, Provenance
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
 from ..conversion.convert import driving_values
-from ..conversion.fit_sites import Fitted, device_of, fit_site
+from ..conversion.fit_sites import device_of, fit_sites
 from ..conversion.sites import set_field
 from ..errors import AdapterError, SiteError
 from .config import OrthoConfig
@@ -187,10 +187,11 @@ def _fit(
     if next(family(degree).parameters()).is_meta:
         raise AdapterError("low_cpu_mem_usage works only for a saved adapter: fitting a new one needs real parameters")
     start = time.perf_counter()
-    fitted: Fitted = {}
-    for site in sites:
-        fitted |= fit_site(model, site, family, degree, histograms, config.options)
-    config.report = ConversionReport.of(model, fitted, histograms, time.perf_counter() - start)
+    fitted = fit_sites(model, sites, family, {site.field: degree for site in sites}, histograms, config.options)
+    weights = None
+    if histograms:
+        weights = "fisher" if any(h.importance is not None for h in histograms.values()) else "density"
+    config.report = ConversionReport.of(model, fitted, histograms, time.perf_counter() - start, weights=weights)
     config.layers = [
         LayerProvenance.of_fit(layer.module, layer.field, layer.fit, tail_slopes=True).to_dict()
         for layer in config.report.layers
@@ -234,10 +235,12 @@ def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> di
     return modules
 
 
+@torch.inference_mode(False)  # inference tensors could not be trained
 def calibrate(
     model: PeftModel | PreTrainedModel, batches: Iterable, adapter_name: str | None = None
 ) -> ConversionReport:
-    """Refit an adapter, each activation weighted by the pre-activations of its layer over ``batches``.
+    """Refit an adapter, each activation weighted by the pre-activations of its layer over ``batches`` and by their
+    effect on the predictions.
 
     Overwrites the parameters of the adapter: call it before training.
 
@@ -257,8 +260,8 @@ def calibrate(
     Example:
         >>> import peft
         >>> adapted = peft.get_peft_model(model, hf_ortho.peft.OrthoConfig(activation="hermite_4"))
-        >>> hf_ortho.peft.calibrate(adapted, [{"input_ids": torch.arange(32)[None]}]).calibrated
-        True
+        >>> hf_ortho.peft.calibrate(adapted, [{"input_ids": torch.arange(32)[None]}]).weights
+        'fisher'
     """
     configs = getattr(model, "peft_config", {})
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -277,7 +280,7 @@ def calibrate(
         raise AdapterError(f"{problem}; it has: {known}; add one with get_peft_model(model, OrthoConfig())")
     with unwrapped(base):
         sites = targeted_sites(base, config)
-        histograms, _ = collect(base, [path for site in sites for path in site.modules], batches)
+        histograms = collect(base, [path for site in sites for path in site.modules], batches)
         fitted = _fit(base, sites, config, histograms)
     report = cast(ConversionReport, config.report)
     for path, new in fitted.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from datasets import Dataset
 
 from ..checkpoints.load import Checkpoint
-from ..conversion.calibrate import mean_loss
+from ..checkpoints.verify import evaluating
+from ..conversion.inputs import predict
 from ..errors import CalibrationError, DataError
 from .arguments import DataArguments
 from .data import NO_TOKENIZER, check_block_size, context_length, first_chunks
@@ -35,7 +37,8 @@ def unlabeled(checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, n
     takes = f"{type(model).__name__} takes {' and '.join(modalities)} inputs"
     try:
         inputs = make(checkpoint, rows, arguments, name, samples)
-        mean_loss(model, inputs[:1])  # some models need all of them, others do not
+        with evaluating(model), torch.no_grad():
+            predict(model, inputs[0])  # some models need all of them, others do not
     except DataError as error:
         raise DataError(f"{error} ({takes})") from error
     except CalibrationError as error:

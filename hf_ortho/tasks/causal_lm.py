@@ -50,14 +50,12 @@ class CausalLM(Task):
     def calibration(
         self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
     ) -> list[dict]:
-        """Blocks. A quarter has labels and is cut into pieces: logits of long blocks exceed the model in memory."""
+        """Blocks of tokens."""
         from .data import first_blocks, tokens_per_sample
 
         size = tokens_per_sample(checkpoint, arguments)
         blocks = first_blocks(rows, checkpoint.tokenizer, size, samples, arguments.text_column, name)
-        labeled = max(1, len(blocks) // 4)
-        pieces = [{"input_ids": piece, "labels": piece} for block in blocks[:labeled] for piece in block.split(256, 1)]
-        return pieces + [{"input_ids": block} for block in blocks[labeled:]]
+        return [{"input_ids": block} for block in blocks]
 
 
 CAUSAL_LM = CausalLM(

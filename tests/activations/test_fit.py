@@ -44,9 +44,9 @@ def errors(module, fn, x):
 
 
 BOUNDS = [
-    ("hermite_8", 4e-3),
-    ("hermite_12", 6e-4),
-    ("hermite_16", 1e-4),
+    ("hermite_8", 4.5e-3),
+    ("hermite_12", 8e-4),
+    ("hermite_16", 1.3e-4),
     ("fourier_6", 1e-4),
     ("tropical_rational_6", 8e-3),
     ("tropical_rational_12", 2.2e-3),
@@ -77,15 +77,47 @@ def test_gelu_stays_close_everywhere_when_calibrated(name, bound, data):
     histogram = Histogram()
     histogram.update(torch.cat([x, far * torch.randn(20, generator=generator)]))
     module, report = fitted(name, histogram=histogram)
-    slack = 1.25 if name == "tropical_rational_6" else 1.1  # knots find local optima
+    # The largest error has little weight, and narrow data leave the rest of the line to it: a factor of 2 there.
+    slack = 2.2 if data == "narrow" else 1.25
     assert report.sup_error <= slack * bound
     assert errors(module, F.gelu, line())[0].max() <= slack * bound
-    # and the data are followed better than without knowing them, or nearly as well: fourier_6 comes as close as 4e-6,
-    # where the local optimum of the frequencies that a search finds counts for more than the data
+    # and the data are followed better than without knowing them, or nearly as well: frequencies and knots find local
+    # optima
     free = fitted(name)[0]
     with torch.no_grad():
         rms = [(m(x.double()) - F.gelu(x.double())).square().mean().sqrt() for m in (module, free)]
-    assert rms[0] <= 1.6 * rms[1]
+    assert rms[0] <= 1.15 * rms[1]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("tropical")])
+@pytest.mark.parametrize("fn", ["gelu", "silu"])
+@pytest.mark.parametrize("freedom", [2, 4])
+def test_heavy_tails_do_not_spoil_a_fit(family, fn, freedom):
+    x = np.random.default_rng(freedom).standard_t(freedom, 50_000)
+    histogram = Histogram()
+    histogram.update(torch.from_numpy(np.append(x.clip(-40, 40), [-40.0, 40.0])))
+    module, report = fitted(family, fn, histogram=histogram)
+    assert (report.minimum, report.maximum) == (-40.0, 40.0)
+    assert report.sup_error <= 3 * fitted(family, fn)[1].sup_error
+    assert errors(module, ACT2FN[fn], line(-50.0, 50.0))[0].max() <= 1.01 * report.sup_error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("center", [-2.0, 0.0, 2.0])
+def test_an_importance_that_is_narrow_leaves_the_rest_of_the_line_close(family, center):
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    histogram = Histogram()
+    histogram.update(x)
+    histogram.weigh(x, torch.exp(-4 * (x - center) ** 2))
+    module, report = fitted(family, histogram=histogram)
+    free, plain = fitted(family)
+    near = torch.linspace(center - 0.5, center + 0.5, 101, dtype=torch.float64)
+    with torch.no_grad():
+        ours, theirs = ((m(near) - F.gelu(near)).square().mean() for m in (module, free))
+    assert ours < max(theirs, 1e-11)  # about what float32 parameters leave
+    # By optimality guard s^2 <= guard s0^2 + m0, for the guard 2e-4 and the weighted mean square m0 <= s0^2 of the fit
+    # without data; in practice far less is given away.
+    assert report.sup_error <= 15 * plain.sup_error
 
 
 def test_a_low_degree_serves_the_data():
@@ -255,12 +287,10 @@ def test_the_data_free_weight_is_the_one_that_its_name_and_the_docs_say():
 
 
 def objective(module, fn):
-    """The mean of (f - g)^2 under N(-0.5, 1.5^2) + 0.01 s^2 + 0.19 e^2 log(1 + (s/e)^2), e = 0.02, s the maximum."""
-    x = line(MEAN - 6 * SIGMA, MEAN + 6 * SIGMA, 8001)
-    with torch.no_grad():
-        square = (module(x) - fn(x)).numpy() ** 2
-    mean = norm.pdf(x.numpy(), MEAN, SIGMA) @ square * float(x[1] - x[0])
-    return mean + 0.01 * square.max() + 0.19 * 0.02**2 * math.log1p(square.max() / 0.02**2)
+    """The mean of e^2 + 0.03 e'^2 under N(-0.5, 1.5^2) + 0.005 max e^2, for the error e = f - g."""
+    e, de = errors(module, fn, x := line(MEAN - 6 * SIGMA, MEAN + 6 * SIGMA, 8001))
+    mean = norm.pdf(x.numpy(), MEAN, SIGMA) @ (e**2 + 0.03 * de**2) * float(x[1] - x[0])
+    return mean + 0.005 * (e**2).max()
 
 
 @pytest.mark.parametrize("fn", [F.gelu, F.silu, torch.tanh], ids=["gelu", "silu", "tanh"])

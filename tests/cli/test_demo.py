@@ -104,8 +104,9 @@ def test_the_card_of_the_demo(vision_demo):
     assert "](activations.png)" in card
     assert "image-classification" in card
     assert "convnext.encoder.stages.2.layers.1.act" in card
-    row = next(line for line in card.splitlines() if line.startswith("| loss"))
+    row = next(line for line in card.splitlines() if line.startswith("| loss") and "->" not in line)
     assert row.split(" | ")[-1].rstrip(" |") == ran.figures["loss"][1]
+    assert "| same most likely class |" in card
 
 
 def test_the_figures_are_those_of_the_saved_model(vision_demo):

@@ -94,7 +94,7 @@ def test_a_model_against_itself(evaluate, gpt2_folder, text_file):
     ran = evaluate(gpt2_folder, "--against", gpt2_folder, "--dataset", text_file)
     for cells in (ran.figures["loss"], ran.figures["perplexity"]):
         assert cells[0] == cells[1]
-        assert cells[2:] == ["+0.00000", "+0.000%"]
+        assert cells[2:] == ["0.00000", "0.000%"]
 
 
 def test_two_models_that_read_the_data_differently(evaluate, gpt2_folder, make_gpt2, save_parts, text_file, tmp_path):
@@ -247,5 +247,5 @@ def test_a_picture_that_cannot_be_decoded(evaluate, convnext_folder, tmp_path):
 def test_long_names_of_models_leave_the_figures_whole(evaluate, gpt2_folder, text_file):
     longer = "/.".join([str(gpt2_folder), *[""] * 30])
     ran = evaluate(longer, "--against", f"{longer}/.", "--dataset", text_file)
-    assert ran.figures["loss"][2:] == ["+0.00000", "+0.000%"]
+    assert ran.figures["loss"][2:] == ["0.00000", "0.000%"]
     assert "…" not in ran.out

@@ -1,5 +1,6 @@
 """``convert``: what the converted model computes, saves and reports, and what a failure leaves behind."""
 
+import dataclasses
 import json
 import math
 
@@ -24,6 +25,7 @@ from transformers import (
 
 import hf_ortho
 from hf_ortho.activations import FAMILIES, LearnableActivation
+from hf_ortho.conversion.fidelity import measure
 from hf_ortho.errors import ActivationNameError, CalibrationError, FitError, HfOrthoError
 
 SOURCES = {"gpt2": lambda x: F.gelu(x, approximate="tanh"), "convnext": F.gelu}
@@ -255,8 +257,8 @@ def test_losses_are_the_models_own(case):
     report = hf_ortho.convert(model, "tropical_3", calibration=[batch])
     with torch.no_grad():
         after = model(**batch).loss.item()
-    assert report.loss_before == pytest.approx(before, rel=1e-6)
-    assert report.loss_after == pytest.approx(after, rel=1e-6)
+    assert report.fidelity.loss_before == pytest.approx(before, rel=1e-6)
+    assert report.fidelity.loss_after == pytest.approx(after, rel=1e-6)
     assert after != before
 
 
@@ -265,7 +267,8 @@ def test_loss_over_unequal_batches_is_the_mean_over_samples(convnext, pixels):
     with torch.no_grad():
         expected = F.cross_entropy(model(pixels).logits, labels).item()
     halves = [{"pixel_values": pixels[part], "labels": labels[part]} for part in (slice(5), slice(5, 6))]
-    assert hf_ortho.convert(model, "hermite_8", calibration=halves).loss_before == pytest.approx(expected, rel=1e-6)
+    (found,) = measure(model, {}, dict(enumerate(halves)), held_out=False)
+    assert found.loss_before == pytest.approx(expected, rel=1e-6)
 
 
 def test_labels_of_minus_100_do_not_count(ids):
@@ -279,39 +282,51 @@ def test_labels_of_minus_100_do_not_count(ids):
     with torch.no_grad():
         logits = torch.cat([model(b["input_ids"]).logits for b in batches]).flatten(0, 1)
     expected = F.cross_entropy(logits, torch.cat([b["labels"] for b in batches]).flatten()).item()
-    assert hf_ortho.convert(model, "hermite_8", calibration=batches).loss_before == pytest.approx(expected, rel=1e-6)
+    (found,) = measure(model, {}, dict(enumerate(batches)), held_out=False)
+    assert found.loss_before == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_generator_is_read_once(gpt2, ids):
     batch = {"input_ids": ids, "labels": ids}
     report = hf_ortho.convert(gpt2(), "hermite_4", calibration=(b for b in [batch]))
     again = hf_ortho.convert(gpt2(), "hermite_4", calibration=[batch])
-    assert report.loss_after is None
-    assert report.loss_before == again.loss_before
+    assert report.fidelity == again.fidelity
+    assert report.fidelity.loss_after is not None
     assert [layer.fit for layer in report.layers] == [layer.fit for layer in again.layers]
-    assert again.loss_after is not None
 
 
-def test_only_some_batches_carry_labels(gpt2, ids):
-    model = gpt2()
+def test_only_some_batches_carry_labels(convnext, pixels):
+    model, labels = convnext(scale=40), torch.arange(2)
     with torch.no_grad():
-        before = model(ids[:1], labels=ids[:1]).loss.item()
-    report = hf_ortho.convert(model, "tropical_3", calibration=[{"input_ids": ids[:1], "labels": ids[:1]}, ids[1:]])
+        expected = model(pixels[:2], labels=labels).loss.item()
+    batches = {"labeled": {"pixel_values": pixels[:2], "labels": labels}, "others": pixels[2:]}
+    (found,) = measure(model, {}, batches, held_out=False)
+    assert (found.loss_before, found.predictions) == (pytest.approx(expected), 6)
+
+
+def test_the_labels_of_a_language_model_are_its_inputs(gpt2, ids):
+    model, mask = gpt2(scale=OUTLIERS), torch.ones_like(ids)
+    mask[1:, 20:] = 0
     with torch.no_grad():
-        after = model(ids[:1], labels=ids[:1]).loss.item()
-    assert (report.loss_before, report.loss_after) == (pytest.approx(before), pytest.approx(after))
+        logits = model(ids, attention_mask=mask).logits[:, :-1]
+    expected = F.cross_entropy(logits[mask[:, 1:] == 1], ids[:, 1:][mask[:, 1:] == 1]).item()
+    report = hf_ortho.convert(model, "hermite_4", calibration=[{"input_ids": ids, "attention_mask": mask}])
+    assert report.fidelity.loss_before == pytest.approx(expected, rel=1e-6)
+    assert report.fidelity.perplexity
 
 
-def test_losses_without_labels(gpt2, ids):
-    report = hf_ortho.convert(gpt2(), "hermite_4", calibration=[ids])
-    assert (report.calibrated, report.loss_before, report.loss_after) == (True, None, None)
+def test_losses_without_labels(convnext, pixels):
+    report = hf_ortho.convert(convnext(), "hermite_4", calibration=[pixels])
+    found = report.fidelity
+    assert (report.weights, found.loss_before, found.loss_after, found.perplexity) == ("fisher", None, None, False)
+    assert found.kl is not None
 
 
 def test_a_loss_without_labels_of_that_name(ids):
     model = BertForQuestionAnswering(BertConfig(**BERT)).eval()
     batch = {"input_ids": ids, "start_positions": torch.tensor([1] * 4), "end_positions": torch.tensor([2] * 4)}
     report = hf_ortho.convert(model, "hermite_4", calibration=[batch])
-    assert report.calibrated
+    assert report.weights == "fisher"
     assert report.layers[0].fit.minimum is not None
 
 
@@ -321,19 +336,20 @@ def test_report_as_data_and_text(case, calibrated):
     report = hf_ortho.convert(model, "tropical_12", calibration=[batch] if calibrated else None)
     data = json.loads(json.dumps(report.to_dict(), allow_nan=True))
     assert data["activation"] == report.activation
-    assert (data["calibrated"], data["loss_before"]) == (calibrated, report.loss_before)
+    assert data["weights"] == ("fisher" if calibrated else None)
+    assert data["fidelity"] == (dataclasses.asdict(report.fidelity) if calibrated else None)
     assert [v["module"] for v in data["layers"]] == list(activations_of(model))
     assert [v["sup_error"] for v in data["layers"]] == [layer.fit.sup_error for layer in report.layers]
     lines = str(report).splitlines()
     assert report.activation in lines[0]
     places = {"gpt2": "transformer.h.*.mlp.act", "convnext": "convnext.encoder.stages.*.layers.0.act"}
-    assert places[name] in lines[0]
+    assert any(line.endswith(places[name]) for line in lines)
     for index, layer in enumerate(report.layers):
         (row,) = [line for line in lines if line.split()[:1] == [str(index) if calibrated else "0..1"]]
         assert f"{layer.fit.sup_error:.1e}" in row
         assert f"{layer.fit.rms_error:.1e}" in row
-    assert "2 activations converted" in str(report)
-    assert ("no calibration data" in " ".join(str(report).split())) == (not calibrated)
+    assert lines[0].startswith("2 activations of ")
+    assert ("not calibrated: for fits" in " ".join(str(report).split())) == (not calibrated)
     assert all(note in " ".join(str(report).split()) for note in report.notes)
     assert max(map(len, lines)) <= 100
 

@@ -3,12 +3,18 @@
 import copy
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 import hf_ortho
+from hf_ortho.conversion import ConversionReport
+from hf_ortho.conversion.fidelity import Fidelity
+from hf_ortho.conversion.report_text import cells, remarks, summary, tables
 from hf_ortho.path_patterns import by_kind, split_shared
+from hf_ortho.text import number
 
 
 @pytest.fixture
@@ -59,25 +65,110 @@ def test_bad_tails_warn(gpt2, ids):
 )
 def test_unlike_calibration_data_warn_once(report, mass, rms, warns):
     changed = with_fit(report, mass_outside=mass, rms_error=rms, rms_error_outside=0.0)
-    lines = [line for line in changed.summary() if "unlike what the model sees" in line]
+    lines = [line for line in summary(changed) if "unlike what the model sees" in line]
     assert len(lines) == warns
     if warns:
         assert lines[0].startswith("warning: 45% of the pre-activations of transformer.h.0.mlp.act lie outside")
-        assert lines[0] in changed.remarks()
+        assert lines[0] in remarks(changed)
         assert changed.warnings == []
 
 
 def test_without_data_it_says_how_to_calibrate_and_shows_equal_rows_once(gpt2, report):
     plain = hf_ortho.convert(gpt2(n_layer=4), "hermite_8")
-    (line,) = [line for line in plain.summary() if line.startswith("not calibrated")]
+    (line,) = [line for line in summary(plain) if line.startswith("not calibrated")]
     assert "calibration=[inputs, ...]" in line
     assert "--calibration-data" in line
-    (table,) = plain.tables()
+    (table,) = tables(plain)
     assert table.row_count == 1
     rows = [row.split() for row in str(plain).splitlines() if "layers)" in row]
-    assert rows == [["0..3", "(4", "layers)", *plain.layers[0].cells()[1:2], *plain.layers[0].cells()[3:]]]
-    assert not any("not calibrated" in line for line in report.summary())
-    assert report.tables()[0].row_count == 2
+    assert rows == [["0..3", "(4", "layers)", *cells(plain.layers[0])]]
+    assert not any("not calibrated" in line for line in summary(report))
+    assert tables(report)[0].row_count == 2
+
+
+def rows_of(text):
+    """The first cells of the rows of layers."""
+    return [line.split()[0] for line in text.splitlines() if re.fullmatch(r"\s*\d+ .*\.\..*", line)]
+
+
+def test_the_comparison_comes_first(report, ids):
+    head, text = str(report).split("Compared", 1)
+    assert head.startswith("2 activations of GPT2LMHeadModel converted to hermite_8 in ")
+    assert " ".join(head.split()).endswith("calibrated, Fisher weights)")
+    second, *lines = f"Compared{text}".splitlines()
+    assert second == "Compared with the source model on 128 predictions (the only calibration batch):"
+    shown = dict(line.strip().split("  ", 1) for line in lines[: lines.index("")])
+    f = report.fidelity
+    assert {name: value.strip() for name, value in shown.items()} == {
+        "KL(source || converted)": f"{f.kl:.1e} nats per prediction",
+        "perplexity": f"{math.exp(f.loss_before):.5g} -> {math.exp(f.loss_after):.5g} "
+        f"({number(math.exp(f.loss_after - f.loss_before) - 1, '+.3%')})",
+        "same most likely class": f"{f.top1:.2%}",
+        "relative error of the output": f"{f.output_error:.1e}",
+        "relative error of the gradient": f"{f.gradient_error:.1e} (1 - cosine: {1 - f.gradient_cosine:.1e})",
+    }
+
+
+def test_other_comparisons(report):
+    changed = copy.copy(report)
+    changed.fidelity = Fidelity(3000, True, None, None, 0.012, 1.5, 1.5 - 1e-9, rounding=1e-6)
+    text = str(changed)
+    assert "on 3,000 predictions (held-out calibration data):" in text
+    assert "1.50000 -> 1.50000 (-1.0e-09)" in text
+    assert re.search(r"from rounding alone +error of the output 1\.0e-03\n", text)
+    assert "error^2: squared relative error of the output, expected from the errors of this layer alone" in " ".join(
+        text.split()
+    )
+    assert "KL" not in text
+    assert "gradient" not in text
+    changed.fidelity = dataclasses.replace(changed.fidelity, kl=2e-5, top1=0.987, loss_before=None)
+    assert re.search(r"from rounding alone +KL 1\.0e-06\n", str(changed))
+    assert "98.70%" in str(changed)
+    assert "1.50000" not in str(changed)
+
+
+def test_without_data_there_is_no_comparison(gpt2):
+    plain = hf_ortho.convert(gpt2(), "hermite_8")
+    assert (plain.fidelity, plain.weights) == (None, None)
+    assert str(plain).splitlines()[0].endswith("not calibrated)")
+    assert "Compared" not in str(plain)
+    assert "KL" not in str(plain)
+
+
+@pytest.mark.parametrize("weights", ["fisher", "density"])
+def test_the_five_layers_with_the_largest_errors(gpt2, ids, weights):
+    report = hf_ortho.convert(gpt2(n_layer=7, scale=20), "tropical_2", calibration=[ids], weights=weights)
+    errors = [getattr(v.fit, {"fisher": "divergence", "density": "rms_error"}[weights]) for v in report.layers]
+    worst = sorted(range(7), key=lambda i: -errors[i])[:5]
+    assert rows_of(str(report)) == [str(i) for i in worst]
+    text = " ".join(str(report).split())
+    assert "at transformer.h.*.mlp.act: the 5 largest errors of 7 (--verbose for all)" in text
+    assert rows_of(report.text(verbose=True)) == [str(i) for i in range(7)]
+    assert "largest errors of" not in report.text(verbose=True)
+    five = hf_ortho.convert(gpt2(n_layer=5, scale=20), "tropical_2", calibration=[ids], weights=weights)
+    assert rows_of(str(five)) == [str(i) for i in range(5)]
+    for shown in (str(report), report.text(verbose=True)):
+        assert ("expected from the errors of this layer alone" in " ".join(shown.split())) == (weights == "fisher")
+        assert "f, f': errors of the activation and its derivative" in " ".join(shown.split())
+        assert "rms and outside are weighted by the data" in " ".join(shown.split())
+        assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_zero_has_no_sign(report):
+    changed = with_fit(report, domain=(-0.001, 0.001), tail_slopes=(-1e-9, -0.0), minimum=-0.01, maximum=-0.02)
+    changed.fidelity = dataclasses.replace(report.fidelity, loss_after=report.fidelity.loss_before - 1e-9)
+    assert "0.00..0.00" in str(changed)
+    assert "(0.000%)" in str(changed)
+    assert not re.search(r"[-+]0(\.0*)?(?![.\d])", str(changed))
+
+
+def test_any_text_fits_100_columns(report):
+    changed = copy.copy(report)
+    changed.model = "/tmp/" + "a/long/path " * 20
+    changed.notes = ["a note " * 30]
+    changed.left_alone = [("field", "why " * 40)]
+    changed = with_fit(changed, mass_outside=0.5, rms_error_outside=0.5, rms_error=0.4)
+    assert max(map(len, str(changed).splitlines())) <= 100
 
 
 def test_json(report, tmp_path):
@@ -85,8 +176,9 @@ def test_json(report, tmp_path):
     assert data == report.to_dict()
     assert data["layers"][1]["module"] == "transformer.h.1.mlp.act"
     assert data["layers"][1]["domain"] == list(report.layers[1].fit.domain)
-    assert (data["output_error"], data["noise_floor"]) == (report.output_error, None)
-    assert data["loss_after"] == pytest.approx(data["loss_before"], rel=1e-3)
+    assert data["layers"][1]["divergence"] == report.layers[1].fit.divergence > 0
+    assert data["fidelity"] == dataclasses.asdict(report.fidelity)
+    assert ConversionReport.from_dict(data | {"more": 1}) == dataclasses.replace(report, modules={})
     report.save(tmp_path)
     assert json.loads((tmp_path / "conversion.json").read_text()) == data
 

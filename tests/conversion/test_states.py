@@ -197,9 +197,9 @@ def test_what_the_conversion_does_not_touch_may_differ_from_the_config(model, ch
     report = hf_ortho.convert(
         model, "hermite_8", calibration=batches if labeled else [{"input_ids": batches[0]["input_ids"]}]
     )
-    assert report.calibrated
-    assert report.output_error < 0.02
-    assert (report.noise_floor is None) == (change is not nn.Module.half)
+    assert report.weights == "fisher"
+    assert report.fidelity.output_error < 0.02
+    assert (report.fidelity.rounding is None) == (change not in (nn.Module.half, quantized))
     assert model.training is training
     state = model.state_dict()
     assert {key for key in state if ".act." in key} == state.keys() - others.keys()
@@ -227,7 +227,7 @@ def test_a_compiled_model_computes_with_its_new_activations(make_gpt2, wrapped, 
         run = model
     before = run(**inputs).logits
     report = hf_ortho.convert(run, "tropical_1", calibration=[inputs])  # a fit that is far off
-    assert report.calibrated  # its hooks saw the inputs, although the code was compiled without them
+    assert report.weights == "fisher"  # its hooks saw the inputs, although the code was compiled without them
     expected = model.forward(**inputs).logits
     assert not torch.allclose(expected, before, atol=1e-3)
     torch.testing.assert_close(run(**inputs).logits, expected, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,10 @@
 """The model card as huggingface_hub and a markdown reader see it."""
 
+import copy
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ def tables(text):
     """Every markdown table as a list of rows of cells, the separator row left out but checked."""
     found = []
     for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
-        header, separator, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines())
+        lines = (re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines())
+        header, separator, *rows = ([cell.strip().replace(r"\|", "|") for cell in line] for line in lines)
         assert set(separator) == {"---"}
         assert {len(row) for row in (separator, *rows)} == {len(header)}
         assert rows
@@ -74,7 +77,7 @@ def test_converted_language_model(card, make_gpt2, ids, family, calibrated):
     assert "gelu_new" in found.text
     assert 'AutoModelForCausalLM.from_pretrained("me/small-hermite")' in found.text
     assert found.text.strip().startswith("# small-hermite")
-    (table,) = tables(found.text)
+    table, *quality = tables(found.text)
     # Without data both layers have the same fit, and one row.
     places = [f"`{layer.module}`" for layer in report.layers] if calibrated else ["`transformer.h.*.mlp.act` (2)"]
     assert [row[0] for row in table[1:]] == places
@@ -85,12 +88,40 @@ def test_converted_language_model(card, make_gpt2, ids, family, calibrated):
         assert cells["rms f"] == f"{layer.fit.rms_error:.1e}"
         assert cells["sup f'"] == f"{layer.fit.sup_derivative_error:.1e}"
         assert cells["outside"] == f"{layer.fit.mass_outside:.2%}"
-        assert (cells["pre-activations seen"] == "-") == (not calibrated)
-    assert ("weighted by the calibration data" in found.text) == calibrated
+        assert (cells["seen"] == "-") == (not calibrated)
+        assert cells.get("KL") == (f"{layer.fit.divergence:.1e}" if calibrated else None)
+    for legend in ("weighted by the calibration data", "KL: expected", "seen: range"):
+        assert (legend in found.text) == calibrated
     assert all(note in found.text for note in report.notes)
-    assert "Not evaluated" in section(found.text, "Quality")
+    assert ("Not evaluated" in section(found.text, "Quality")) == (not calibrated)
+    assert len(quality) == calibrated
     assert "## Training" not in found.text
     assert "![" not in found.text
+
+
+@pytest.mark.parametrize(("batches", "data"), [(1, "the only calibration batch"), (2, "held-out calibration data")])
+def test_the_quality_begins_with_the_fidelity(card, make_gpt2, ids, batches, data):
+    """The numbers are those of the two models, on the batch that the report names."""
+    model, _ = make_gpt2()
+    source = copy.deepcopy(model).eval()
+    calibration = [ids.roll(i, 1) for i in range(batches)]
+    report = hf_ortho.convert(model, "hermite_3", calibration=calibration)
+    quality = section(card(model, report=report).text, "Quality")
+    sentence = f"The converted model, compared with its source model on 64 predictions ({data}):"  # 2 x 32 tokens
+    assert quality.strip().startswith(sentence)
+    (table,) = tables(quality)
+    assert table[0] == ["measure", "value"]
+    found = dict(table[1:])
+    with torch.no_grad():
+        before, after = (m.eval()(calibration[-1], labels=calibration[-1]) for m in (source, model))
+    p, q = (output.logits.double().log_softmax(-1) for output in (before, after))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert float(found["KL(source || converted)"].split()[0]) == pytest.approx(expected, rel=0.06)  # two digits
+    assert f"{before.loss.exp():.5g} -> {after.loss.exp():.5g} (" in found["perplexity"]
+    agree = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert found["same most likely class"] == f"{agree:.2%}"
+    error = (after.logits - before.logits).double().norm() / before.logits.double().norm()
+    assert float(found["relative error of the output"]) == pytest.approx(error.item(), rel=0.06)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["conversion.json", "config alone"])
@@ -325,10 +356,11 @@ def test_many_layers_are_folded(card, make_gpt2):
     assert folded.endswith("|\n\n")
 
 
-def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, folder, tmp_path):
+def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, ids, folder, tmp_path):
     model, _ = make_gpt2()
     first = Results(VALUES, TEXT, "hf-ortho convert x", "here")
-    card(model, report=hf_ortho.convert(model, "hermite_3"), results=[first], command="hf-ortho convert x")
+    report = hf_ortho.convert(model, "hermite_3", calibration=[ids])
+    card(model, report=report, results=[first], command="hf-ortho convert x")
     tuned = tmp_path / "tuned"
     model.save_pretrained(tuned)
     carry_over(str(folder), None, tuned)
@@ -344,7 +376,9 @@ def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, folder, tmp_path):
             training=TrainingDetails(arguments, {"train": "all"}),
         )
     text = (tuned / "README.md").read_text()
-    shown = tables(section(text, "Quality"))
+    fidelity, *shown = tables(section(text, "Quality"))
+    assert "The converted model before the fine-tuning, compared with its source model on 64 predictions" in text
+    assert [row[0] for row in fidelity[:2]] == ["measure", "KL(source || converted)"]
     assert [table[0][1:3] for table in shown] == [["source", "converted"], ["converted", "fine-tuned"]]
     assert "then fine-tuned" in text
     assert "hf-ortho convert x\nhf-ortho finetune y\n" in section(text, "How it was made")
@@ -357,7 +391,6 @@ def test_a_fine_tuned_model_shows_all_stages(card, make_gpt2, folder, tmp_path):
 def test_the_record_keeps_that_a_figure_is_of_a_training(make_gpt2, tmp_path):
     model, _ = make_gpt2()
     report = hf_ortho.convert(model, "hermite_3")
-    assert report.remarks() == report.summary()[2:]  # after the times and how to calibrate
     values = {"before": {"loss": 5.0}, "now": {"loss": 4.0}}
     for kind in ("conversion", "training"):
         Record(report, [Results(values, TEXT, "c", "h", kind=kind)]).save(tmp_path)
@@ -374,6 +407,34 @@ def test_the_record_keeps_that_a_figure_is_of_a_training(make_gpt2, tmp_path):
     file.write_text(json.dumps(plain))
     with pytest.raises(CheckpointError, match=r"conversion\.json .*kind 'holiday'"):
         Record.load(tmp_path)
+
+
+@pytest.mark.parametrize(("calibrated", "weights"), [(True, "density"), (False, None)])
+def test_a_record_of_version_0_1(make_gpt2, tmp_path, calibrated, weights):
+    """``version_0.1.json`` was written by hf_ortho 0.1: without weights, notes and fidelity."""
+    model, _ = make_gpt2()
+    hf_ortho.convert(model, "tropical_3")
+    model.save_pretrained(tmp_path)
+    plain = json.loads(Path(__file__).with_name("records").joinpath("version_0.1.json").read_text())
+    file = tmp_path / "conversion.json"
+    file.write_text(json.dumps(plain | {"calibrated": calibrated}))
+    record = Record.load(tmp_path)
+    report = record.report
+    assert (report.weights, report.fidelity, report.distillation) == (weights, None, None)
+    assert report.notes == [plain["layers"][0]["note"]]  # of both layers
+    assert [layer.fit.rms_error for layer in report.layers] == [layer["rms_error"] for layer in plain["layers"]]
+    assert {layer.fit.divergence for layer in report.layers} == {None}
+    assert ("not calibrated" in str(report)) == (not calibrated)
+    text = card_of(tmp_path, repo_id="me/small", remote_code=False)
+    fits, losses = tables(text)
+    assert fits[0][3:6] == ["domain", "sup f", "rms f"]
+    assert fits[1][3:6] == ["-9.50..1.62", "8.7e-02", "3.1e-03"]
+    assert losses[1][:3] == ["loss", "5.53256", "5.53269"]
+    assert ("weighted by the calibration data" in text) == calibrated
+    assert report.notes[0] in text.replace("\\", "")
+    record.save(tmp_path)
+    assert json.loads(file.read_text())["weights"] == weights
+    assert Record.load(tmp_path) == record
 
 
 @pytest.mark.parametrize(
@@ -399,6 +460,21 @@ def test_the_picture_is_shown_if_it_is_there(card, make_gpt2, folder):
     folder.mkdir()
     (folder / "activations.png").write_bytes(b"png")
     assert "](activations.png)" in card(model, report=hf_ortho.convert(model, "hermite_3")).text
+
+
+def test_a_model_without_classes(card, ids):
+    """Its outputs are compared by their norm, and the errors of its layers add to the square of that."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=257, **sizes))
+    report = hf_ortho.convert(model, "hermite_2", calibration=[ids, ids.flip(0)])
+    text = card(model, report=report).text
+    fits, quality = tables(text)
+    assert fits[0][3:5] == ["error^2", "domain"]
+    assert [row[3] for row in fits[1:]] == [f"{layer.fit.divergence:.1e}" for layer in report.layers]
+    assert "error^2: squared relative error of the output, expected from the errors of this layer alone; sup:" in text
+    assert [row[0] for row in quality] == ["measure", "relative error of the output", "relative error of the gradient"]
+    assert quality[1][1] == f"{report.fidelity.output_error:.1e}"
+    assert "compared with its source model on 64 predictions (held-out calibration data):" in text
 
 
 def test_other_heads_keep_their_class(card):

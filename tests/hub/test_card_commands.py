@@ -38,13 +38,19 @@ def test_the_figures_of_the_conversion_survive_the_training(folders, text_file):
     first, second = ((folder / "README.md").read_text() for folder in folders)
     record = json.loads((folders[1] / "conversion.json").read_text())
     (before,) = losses(first)
-    assert before == pytest.approx((record["loss_before"], record["loss_after"]), abs=1e-5)
+    fidelity = record["fidelity"]
+    assert before == pytest.approx((fidelity["loss_before"], fidelity["loss_after"]), abs=1e-5)
+    rows = [f"| KL(source \\|\\| converted) | {fidelity['kl']:.1e} nats per prediction |", "| perplexity |"]
+    for text, when in ((first, ""), (second, " before the fine-tuning")):
+        predictions = f"{fidelity['predictions']:,} predictions (held-out calibration data)"
+        assert f"The converted model{when}, compared with its source model on {predictions}:" in text
+        assert all(text.index("## Quality") < text.index(row) < text.index("| loss |") for row in rows)
     assert losses(second)[0] == before
     stages = [list(results["values"]) for results in record["results"]]
     assert stages == [["source", "converted"], ["converted", "fine-tuned"]]
     assert ModelCard(second).data.eval_results[0].metric_value == losses(second)[1][1]
     assert "held out from training" in second
-    assert "the labeled part of the calibration data" in second
+    assert "the held-out part of the calibration data" in second
     made = second.split("```bash\n")[1].split("```")[0].splitlines()
     assert [line.split()[:2] for line in made] == [["hf-ortho", "convert"], ["hf-ortho", "finetune"]]
     assert "--degree 3" in made[0]

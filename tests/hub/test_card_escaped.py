@@ -77,7 +77,7 @@ def words(text):
 def converted(tmp_path_factory, make_gpt2):
     folder = tmp_path_factory.mktemp("escaped")
     model, _ = make_gpt2(n_layer=1)
-    report = hf_ortho.convert(model, "hermite_3")
+    report = hf_ortho.convert(model, "hermite_3", calibration=[torch.arange(32)[None]])
     model.save_pretrained(folder)
     values = {"source": {"loss": 5.0}, "converted": {"loss": 5.1}}
     data = DataSource("words.txt", "config", "train", None, 7)
@@ -114,6 +114,7 @@ def put(evil):
     def record(plain):
         plain["commands"] = [evil, f"{evil}\n```\n<b>"]
         plain["left_alone"] = [[evil, evil]]
+        plain["notes"] = [evil]
         plain["layers"] = [plain["layers"][0] | {"module": evil, "source": evil, "note": evil}]
         data = {"name": evil, "config": evil, "split": evil, "revision": None, "samples": 3}
         plain["data"] = [data]
@@ -181,7 +182,15 @@ def test_the_title_and_the_training_are_text(converted, tmp_path):
         "layers 0 domain",
         "layers 0 tail_slopes",
         "layers 0 minimum",
-        "loss_before",
+        "layers 0 divergence",
+        "weights",
+        "notes",
+        "fidelity",
+        "fidelity predictions",
+        "fidelity kl",
+        "fidelity loss_before",
+        "fidelity gradient_cosine",
+        "fidelity rounding",
         "left_alone",
         "distillation",
         "results",
@@ -202,10 +211,9 @@ def test_the_title_and_the_training_are_text(converted, tmp_path):
 def test_a_record_of_other_types_is_refused_or_shown(converted, tmp_path, path):
     *parents, key = (int(part) if part.isdecimal() else part for part in path.split())
     errors = []
-    for value in (None, 5, 1e300, math.inf, "x", "", [], {}, [[1, {}]], 10**400):
+    for value in (None, 5, -5, 1e300, math.inf, "x", "", [], {}, [[1, {}]], 10**400):
 
         def change(plain, value=value):
-            plain |= {"loss_after": 5.0}
             for parent in parents:
                 plain = plain[parent]
             plain[key] = value
@@ -248,8 +256,19 @@ def test_architectures_of_other_types(converted, tmp_path, names):
 def test_infinite_results_of_a_distillation_survive(converted, tmp_path):
     report = Record.load(spoiled(converted, tmp_path)).report
     report.distillation = Distillation(0, math.inf, math.inf, True)
-    report.loss_before, report.loss_after = 1.0, 2000.0
     Record(report).save(tmp_path)
-    again = Record.load(tmp_path).report
-    assert again.distillation == report.distillation
-    assert any("exp(loss) +inf%" in line for line in again.remarks())
+    assert Record.load(tmp_path).report.distillation == report.distillation
+    assert "0 steps of distillation: squared error of the output inf -> inf" in card_of(
+        tmp_path, repo_id="me/x", remote_code=False
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 2000.0), (2000.0, 1.0), (-650.0, 650.0)])
+def test_a_perplexity_too_large_for_a_float_is_shown_as_a_loss(converted, tmp_path, before, after):
+    def change(plain):
+        plain["fidelity"] |= {"loss_before": before, "loss_after": after}
+
+    spoiled(converted, tmp_path, None, change)
+    card = card_of(tmp_path, repo_id="me/x", remote_code=False)
+    assert f"| loss | {before:.5f} -> {after:.5f} ({after - before:+.1e}) |" in card
+    assert "| perplexity |" not in card

@@ -363,6 +363,52 @@ def test_calibration_fits_to_the_data_as_a_conversion_does(gpt2_folder, ids, log
     assert model.merge_and_unload().config.hf_ortho == two.config.hf_ortho
 
 
+def fisher(model, path, ids, draws):
+    """The squared derivatives of log p(y | x) by the outputs of an activation, summed over the outputs and averaged
+    over the predictions and over draws of y from p: the importance of all inputs of the activation together."""
+    outputs = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, y: outputs.append(y))
+    scores = model(ids).logits.log_softmax(-1).flatten(0, 1)
+    handle.remove()
+    drawn = torch.multinomial(scores.exp(), draws, True, generator=torch.Generator().manual_seed(3))
+    total = 0.0
+    for y in drawn.T:
+        (gradient,) = torch.autograd.grad(scores.gather(1, y[:, None]).sum(), outputs[0], retain_graph=True)
+        total += gradient.double().square().sum().item()
+    return total / draws / len(scores)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["PeftModel", "add_adapter"])
+def test_calibration_weights_by_the_effect_on_the_predictions(wrapped, base, gpt2_folder, ids):
+    """As the library does for a conversion, and nothing but the activations of the adapter changes."""
+    model = get_peft_model(base, OrthoConfig(activation="hermite_3")) if wrapped else base
+    if not wrapped:
+        base.add_adapter(OrthoConfig(activation="hermite_3"))
+    model(ids, labels=ids).loss.backward()
+    odd = next(p for p in model.parameters() if not p.requires_grad)
+    odd.requires_grad_(True)  # as a trained bias beside the adapter
+    odd.grad = torch.ones_like(odd)
+    before = {k: (p, p.requires_grad, p.grad, p.detach().clone()) for k, p in model.named_parameters()}
+    gradients = {k: g.clone() for k, (_, _, g, _) in before.items() if g is not None}
+    assert {".act." in k for k in gradients} == {True, False}
+    batches = [ids.roll(i, 1) for i in range(8)]
+    with torch.inference_mode():
+        report = calibrate(model, [batch.clone() for batch in batches])
+    assert report.weights == "fisher"
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    for key, (parameter, flag, gradient, value) in before.items():
+        assert after[key] is parameter
+        assert (parameter.requires_grad, parameter.grad is gradient) == (flag, True)
+        assert gradient is None or torch.equal(gradient, gradients[key])
+        assert torch.equal(parameter, value) == (".act." not in key)
+    source = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    for path in PATHS:
+        found = report.modules[path][2].importance.sum()
+        # One draw per prediction in the calibration: 256 predictions, whose sums of squares vary by about their size.
+        assert found == pytest.approx(np.mean([fisher(source, path, b, 50) for b in batches]), rel=0.25)
+
+
 def test_calibration_needs_an_adapter_and_batches(base, logits):
     with pytest.raises(AdapterError, match="GPT2LMHeadModel has no active OrthoConfig adapter; it has: none"):
         calibrate(base, [torch.arange(4)[None]])

@@ -87,9 +87,9 @@ def test_a_text_shorter_than_a_block_is_one_block(make_gpt2, tokenizer, tmp_path
     with caplog.at_level(logging.WARNING, "hf_ortho"):
         (batch,) = calibrate(checkpoint, tmp_path / "short.txt")
     assert batch["input_ids"].tolist() == [[*tokenizer("x" * 19)["input_ids"], tokenizer.eos_token_id]]
-    assert batch["labels"] is batch["input_ids"]
+    assert list(batch) == ["input_ids"]  # the labels of a causal language model are its inputs
     assert caplog.messages == [f"note: {tmp_path / 'short.txt'} has 20 tokens, which are one block shorter than 32"]
-    loss = checkpoint.model(**batch).loss
+    loss = checkpoint.model(**batch, labels=batch["input_ids"]).loss
     assert loss.item() == pytest.approx(np.log(257), abs=0.5)  # of random weights
 
 

@@ -59,7 +59,7 @@ def test_activations(train, gpt2_folder, ids, family):
     result, folder = train(gpt2_folder, train="activations", activation=f"{family}_3", calibration_samples=2)
     assert not (folder / "config.json").exists()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(gpt2_folder)
-    assert result.conversion.calibrated
+    assert result.conversion.weights == "fisher"
     assert result.trainable == sum(p.numel() for p in result.checkpoint.model.parameters() if p.requires_grad)
     base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
     before = logits(base, ids)

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 
 from ...fitting.density import gaussian_moments
-from ...fitting.least_squares import Target, balance, first_of_least
+from ...fitting.least_squares import Target, balance
 from ...fitting.piecewise_linear import fit_knots, interpolate, lines_through
 from ..base import LearnableActivation
 from . import compiled
@@ -77,6 +77,7 @@ class Tropical(LearnableActivation):
     family = "tropical"
     equation = "S(x) = (sqrt(2)/n) max_{k=0..n} (k x + a_k)"
     default_degree = 6
+    default_derivative_weight = 0.0  # steps cannot follow a slope: it only moves the knots
     cpu_series = TropicalSeries
     compiled = compiled.Tropical
     triton = "hf_ortho.activations.tropical.triton:TROPICAL"
@@ -148,6 +149,7 @@ class TropicalRational(LearnableActivation):
     family = "tropical_rational"
     equation = "S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k)"
     default_degree = 6
+    default_derivative_weight = 0.0  # steps cannot follow a slope: it only moves the knots
     cpu_series = TropicalRationalSeries
     compiled = compiled.TropicalRational
     triton = "hf_ortho.activations.tropical.triton:RATIONAL"
@@ -191,9 +193,7 @@ class TropicalRational(LearnableActivation):
 
         The tails are exact lines, so ``domain`` stays infinite unless one is requested.
         """
-        first = balance(self._solve, target, rounds=ROUNDS)
-        again = balance(self._solve, first.after, rounds=ROUNDS)  # new knots: the best ones for other weights are far
-        knots, values = first_of_least((first, again), lambda balanced: balanced.score).solution
+        knots, values = balance(self._solve, target, rounds=ROUNDS).solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
         return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, ""
 

@@ -13,7 +13,7 @@ from ...tasks import head_of
 from ...text import Markdown, code
 from .base import Base
 from .parts import NOTHING, CardParts
-from .tables import folded, formulas, paths_list, stored_table, weight_of
+from .tables import folded, formulas, legend, paths_list, stored_table
 
 METHODS = {"LORA": "LoRA", "LN_TUNING": "LN-tuning"}
 
@@ -43,7 +43,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
         activation=activation,
         formulas=formulas(activation or ""),
         tables=tables,
-        weight=weight_of(provenance.calibrated) if fitted else "",
+        legend=legend(provenance.calibrated) if fitted else "",
         parameters=sum(modules.values()),
         size=weights.stat().st_size if weights else 0,
         targets=_names(config.get("target_modules")),

@@ -6,12 +6,13 @@ from typing import Any
 
 from ...activations.base import INITIALIZATIONS
 from ...checkpoints.provenance import Provenance
+from ...conversion.report_text import fidelity_data, fidelity_rows, remarks
 from ...tasks import head_of
 from ..record import Record
 from .base import Base
 from .loading import architecture
 from .parts import CardParts, TrainingDetails
-from .tables import formulas, layer_table, stored_table, weight_of
+from .tables import formulas, layer_table, legend, stored_table
 
 
 def model_parts(config: dict[str, Any], place: str, record: Record, training: TrainingDetails) -> CardParts:
@@ -35,9 +36,11 @@ def model_parts(config: dict[str, Any], place: str, record: Record, training: Tr
         tails=None if init in INITIALIZATIONS or not activation else provenance.has_tails,
         formulas=formulas(activation or ""),
         tables=[table] if table else [],
-        weight=weight_of(report.calibrated if report else provenance.calibrated) if layers else "",
+        legend=legend(report.weights is not None if report else provenance.calibrated, report) if layers else "",
         tuned=tuned,
+        fidelity=fidelity_rows(report) if report else (),
+        compared_on=fidelity_data(report) if report else "",
         outdated=tuned and report is not None,
-        remarks=report.remarks() if report else (),
+        remarks=remarks(report) if report else (),
         versions=provenance.versions,
     )

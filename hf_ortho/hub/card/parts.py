@@ -79,9 +79,11 @@ class CardParts:
         tails: whether the activations are straight lines outside a domain; None if they have no domain.
         formulas: formulas of the families.
         tables: tables of the activations, and of the modules of an adapter.
-        weight: weight of the errors in the first table; empty if it has no errors.
+        legend: what the columns of the first table are; empty if it has no errors.
         tuned: whether the model was trained after the conversion.
         outdated: whether the first table describes the conversion before a training.
+        fidelity: comparison of the converted model with its source, as names and values.
+        compared_on: what it is measured on.
         remarks: remarks of the conversion report.
         parameters, size: number of parameters of an adapter, and its size in bytes.
         targets, saved: the modules that an adapter changes, and the modules saved in full.
@@ -100,9 +102,11 @@ class CardParts:
     tails: bool | None = None
     formulas: Markdown = NOTHING
     tables: Sequence[Markdown] = ()
-    weight: str = ""
+    legend: str = ""
     tuned: bool = False
     outdated: bool = False
+    fidelity: Sequence[tuple[str, str]] = ()
+    compared_on: str = ""
     remarks: Sequence[str] = ()
     parameters: int = 0
     size: int = 0

@@ -8,35 +8,32 @@ from collections.abc import Sequence
 from ...activations import FAMILIES
 from ...checkpoints.provenance import LayerProvenance, families_in
 from ...conversion import ConversionReport
+from ...conversion.report_text import COLUMNS, cells, divergence_legend, divergence_name
 from ...fitting.density import DATA_FREE
 from ...path_patterns import by_kind
-from ...text import Markdown, code, markdown_table
+from ...text import Markdown, code, markdown_table, number
 
-HEADER = [
-    "activation",
-    "source",
-    "domain",
-    "tail slopes",
-    "sup f",
-    "rms f",
-    "sup f'",
-    "rms f'",
-    "outside",
-    "pre-activations seen",
-]
 VISIBLE = 16  # rows
 
 
 def layer_table(report: ConversionReport) -> Markdown:
     """Table of the fits of a conversion."""
-    return folded(HEADER, _grouped([(layer.module, layer.cells()) for layer in report.layers]), "activations")
+    fisher = bool(divergence_legend(report))
+    rows = []
+    for layer in report.layers:
+        fit = layer.fit
+        effect = [f"{fit.divergence:.1e}" if fit.divergence is not None else ""] if fisher else []
+        slopes = ", ".join(number(slope, ".3g") for slope in fit.tail_slopes)
+        rows.append((layer.module, [fit.source, slopes, *effect, *cells(layer)]))
+    header = ["activation", "source", "tail slopes", *([divergence_name(report)] if fisher else []), *COLUMNS]
+    return folded(header, _grouped(rows), "activations")
 
 
 def stored_table(layers: Sequence[LayerProvenance]) -> Markdown:
     """Table of the fits recorded in ``config.hf_ortho``, for a folder without ``conversion.json``."""
     rows = []
     for layer in layers:
-        domain = "..".join(f"{end:.2f}" if math.isfinite(end) else "" for end in layer.domain or ())
+        domain = "..".join(number(end, ".2f") if math.isfinite(end) else "" for end in layer.domain or ())
         errors = ["" if error is None else f"{error:.1e}" for error in (layer.sup_error, layer.rms_error)]
         source = layer.source or layer.fitted_to or ""  # an adapter records only the fitted function
         outside = "" if layer.mass_outside is None else f"{layer.mass_outside:.2%}"
@@ -49,9 +46,16 @@ def formulas(activation: str) -> Markdown:
     return Markdown("\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation)))
 
 
-def weight_of(calibrated: bool | None) -> str:
-    """The weight of the errors of a fit."""
-    return "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
+def legend(calibrated: bool | None, report: ConversionReport | None = None) -> str:
+    """What the columns of a table of fits are."""
+    weight = "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
+    columns = [
+        divergence_legend(report) if report else "",
+        "sup: largest error on the real line",
+        f"rms and outside (share of values beyond the domain): weighted by {weight}",
+        "seen: range of the pre-activations" if report and calibrated else "",
+    ]
+    return "; ".join(filter(None, columns))
 
 
 def paths_list(paths: Sequence[str]) -> list[Markdown]:

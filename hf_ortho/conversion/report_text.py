@@ -1,0 +1,214 @@
+"""The report of a conversion, as text: how closely the model follows its source, the worst layers, and remarks."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..fitting.density import DATA_FREE
+from ..path_patterns import by_kind
+from ..text import number
+
+if TYPE_CHECKING:
+    from .report import ConversionReport, LayerReport
+
+WIDTH = 100
+WORST = 5  # rows of a folded table
+MOST_OUTSIDE = 0.3  # share of the pre-activations outside the fitted domain
+NOT_CALIBRATED = (
+    "not calibrated: for fits to the inputs of each layer, pass calibration=[inputs, ...] to hf_ortho.convert, or "
+    "--calibration-data to hf-ortho convert"
+)
+COLUMNS = ("domain", "sup f", "rms f", "sup f'", "rms f'", "outside", "seen")
+WEIGHTS = {"fisher": "calibrated, Fisher weights", "density": "calibrated, density weights"}
+
+
+def cells(layer: LayerReport) -> list[str]:
+    """The cells of ``COLUMNS`` for one layer."""
+    fit = layer.fit
+    errors = (fit.sup_error, fit.rms_error, fit.sup_derivative_error, fit.rms_derivative_error)
+    return [
+        "..".join(number(end, ".2f") for end in fit.domain),
+        *(f"{error:.1e}" for error in errors),
+        f"{fit.mass_outside:.2%}",
+        "-"
+        if fit.minimum is None or fit.maximum is None
+        else f"{number(fit.minimum, '.1f')}..{number(fit.maximum, '.1f')}",
+    ]
+
+
+def divergence_name(report: ConversionReport) -> str:
+    """The name of ``Fidelity.divergence``; without a fidelity, it may be of either kind."""
+    if report.fidelity is None:
+        return "divergence"
+    return "KL" if report.fidelity.kl is not None else "error^2"
+
+
+def divergence_legend(report: ConversionReport) -> str:
+    """What the divergence of a layer is; empty without Fisher weights."""
+    if all(layer.fit.divergence is None for layer in report.layers):
+        return ""
+    name = divergence_name(report)
+    what = "squared relative error of the output, " if name == "error^2" else ""
+    return f"{name}: {what}expected from the errors of this layer alone"
+
+
+def report_text(report: ConversionReport, verbose: bool = False) -> str:
+    """See ``ConversionReport.text``."""
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, markup=False, emoji=False)
+    for table in tables(report, verbose):
+        console.print(table)
+    shown = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
+    lines = [*headline(report), *fidelity_lines(report), "", *shown, *summary(report, verbose)]
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines
+    )
+
+
+def headline(report: ConversionReport) -> list[str]:
+    """What was converted, and how long it took."""
+    how = WEIGHTS.get(report.weights or "", "not calibrated")
+    seconds = f"{report.seconds:.1f} s (fits: {report.fit_seconds:.1f} s; {how})"
+    return [f"{len(report.layers)} activations of {report.model} converted to {report.activation} in {seconds}"]
+
+
+def fidelity_rows(report: ConversionReport) -> list[tuple[str, str]]:
+    """The comparison with the source model, as names and values."""
+    f = report.fidelity
+    if f is None:
+        return []
+    rows = []
+    if f.kl is not None:
+        rows.append(("KL(source || converted)", f"{f.kl:.1e} nats per prediction"))
+    if f.loss_before is not None and f.loss_after is not None:
+        change = f.loss_after - f.loss_before
+        if f.perplexity and max(abs(v) for v in (f.loss_before, f.loss_after, change)) < 700:  # exp() is finite
+            before, after, relative = math.exp(f.loss_before), math.exp(f.loss_after), math.expm1(change)
+            rows.append(("perplexity", f"{before:.5g} -> {after:.5g} ({number(relative, '+.3%')})"))
+        else:
+            rows.append(("loss", f"{f.loss_before:.5f} -> {f.loss_after:.5f} ({number(change, '+.1e')})"))
+    if f.top1 is not None:
+        rows.append(("same most likely class", f"{f.top1:.2%}"))
+    if f.output_error is not None:
+        rows.append(("relative error of the output", f"{f.output_error:.1e}"))
+    if f.gradient_error is not None and f.gradient_cosine is not None:
+        angle = 1 - min(f.gradient_cosine, 1.0)  # a larger cosine is rounding
+        rows.append(("relative error of the gradient", f"{f.gradient_error:.1e} (1 - cosine: {angle:.1e})"))
+    if f.rounding is not None:
+        value = f.rounding if f.kl is not None else math.sqrt(f.rounding)
+        rows.append(("from rounding alone", f"{'KL' if f.kl is not None else 'error of the output'} {value:.1e}"))
+    return rows
+
+
+def fidelity_data(report: ConversionReport) -> str:
+    """What ``fidelity_rows`` is measured on; empty if nothing was."""
+    f = report.fidelity
+    if f is None:
+        return ""
+    data = "held-out calibration data" if f.held_out else "the only calibration batch"
+    return f"{f.predictions:,} prediction{'s' if f.predictions != 1 else ''} ({data})"
+
+
+def fidelity_lines(report: ConversionReport) -> list[str]:
+    """``fidelity_rows`` with a heading, as lines."""
+    rows = fidelity_rows(report)
+    if not rows:
+        return []
+    width = max(len(name) for name, _ in rows)
+    heading = f"Compared with the source model on {fidelity_data(report)}:"
+    return [heading, *(f"  {name.ljust(width)}  {value}" for name, value in rows)]
+
+
+def tables(report: ConversionReport, verbose: bool = False) -> list[Table]:
+    """One table per group of paths that differ only in numbers; one row per activation, or one if all are equal."""
+    layers = {layer.module: layer for layer in report.layers}
+    return [_table(report, place, rows, layers, verbose) for place, rows in by_kind(list(layers)).items()]
+
+
+def _table(
+    report: ConversionReport,
+    place: str,
+    rows: Sequence[tuple[str, str]],
+    layers: dict[str, LayerReport],
+    verbose: bool,
+) -> Table:
+    fits = [layers[path].fit for _, path in rows]
+    names = ", ".join(dict.fromkeys(fit.activation for fit in fits))
+    sources = ", ".join(dict.fromkeys(fit.source for fit in fits))
+    slopes = "; ".join(dict.fromkeys(", ".join(number(s, ".3g") for s in fit.tail_slopes) for fit in fits))
+    title = f"{names} for {sources} (tail slopes {slopes}) at {place}"
+    fisher = any(fit.divergence is not None for fit in fits)
+    shown = {row: [*([] if not fisher else [_effect(layers[path])]), *cells(layers[path])] for row, path in rows}
+    first = rows[0][0]
+    if len(rows) > 1 and all(shown[row] == shown[first] for row, _ in rows):
+        shown = {f"{first}..{rows[-1][0]} ({len(rows)} layers)": shown[first]}
+    elif not verbose and len(rows) > WORST:
+        title += f": the {WORST} largest errors of {len(rows)} (--verbose for all)"
+        worst = sorted(rows, key=lambda row: -error_of(layers[row[1]]))[:WORST]
+        shown = {row: shown[row] for row, _ in worst}
+    title = textwrap.fill(title, WIDTH)
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+        min_width=max(map(len, title.splitlines())),
+    )
+    table.add_column("*", overflow="fold")
+    for column in ([divergence_name(report)] if fisher else []) + list(COLUMNS):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, values in shown.items():
+        table.add_row(row, *values)
+    return table
+
+
+def error_of(layer: LayerReport) -> float:
+    """What layers are sorted by: their part of the divergence, or the root mean square error."""
+    return layer.fit.rms_error if layer.fit.divergence is None else layer.fit.divergence
+
+
+def _effect(layer: LayerReport) -> str:
+    return "-" if layer.fit.divergence is None else f"{layer.fit.divergence:.1e}"
+
+
+def summary(report: ConversionReport, verbose: bool = False) -> list[str]:
+    """The lines below the tables."""
+    weight = f"{DATA_FREE}" if report.weights is None else "the data"
+    legend = [effect] if (effect := divergence_legend(report)) else []
+    legend += ["f, f': errors of the activation and its derivative, the largest (sup) and root mean square (rms)"]
+    legend += [f"outside: beyond the domain, where f is straight; rms and outside are weighted by {weight}"]
+    return ["; ".join(legend), *([NOT_CALIBRATED] if report.weights is None else []), *remarks(report)]
+
+
+def remarks(report: ConversionReport) -> list[str]:
+    """The distillation, what was left alone, notes, and warnings about the fits."""
+    lines = []
+    if (d := report.distillation) is not None:
+        gain = f"({number(d.error_after / d.error_before - 1, '+.0%')})" if d.error_before else "(nothing to gain)"
+        lines.append(
+            f"{d.steps} steps of distillation: squared error of the output {d.error_before:.2e} -> "
+            f"{d.error_after:.2e} {gain} on {'a held-out' if d.held_out else 'the only'} batch"
+        )
+    lines += [f"left alone: {field}: {why}" for field, why in report.left_alone]
+    lines += [f"note: {note}" for note in report.notes]
+    if warnings := report.warnings:
+        lines += [f"warning: {line}" for line in warnings[:3]]
+        if more := warnings[3:]:
+            lines.append(f"warning: and {len(more)} more layers")
+    wide = [layer for layer in report.layers if layer.fit.mass_outside > MOST_OUTSIDE and layer.fit.rms_error > 1e-6]
+    if report.weights is not None and wide:
+        widest = max(wide, key=lambda layer: layer.fit.mass_outside)
+        lines.append(
+            f"warning: {widest.fit.mass_outside:.0%} of {widest.fit.density} of {widest.module} lie outside the "
+            "fitted domain: the calibration data may be unlike what the model sees in use, such as random tokens"
+        )
+    return lines
