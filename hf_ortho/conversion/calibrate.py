@@ -217,9 +217,8 @@ class _Run:
             )
             prediction = predict(self.model, batch, where)
             counting = False
-            if self.generator is None:
-                rank = torch.distributed.get_rank() if several_processes() else 0
-                self.generator = torch.Generator(prediction.output.device).manual_seed(rank)
+            if self.generator is None:  # the same in all processes: with equal batches they get what one process gets
+                self.generator = torch.Generator(prediction.output.device).manual_seed(0)
             u = direction(prediction, self.generator)
             prediction.output.backward(u.to(prediction.output.dtype))
         return seen, prediction
