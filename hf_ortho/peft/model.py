@@ -237,7 +237,7 @@ def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> di
 
 @torch.inference_mode(False)  # inference tensors could not be trained
 def calibrate(
-    model: PeftModel | PreTrainedModel, batches: Iterable, adapter_name: str | None = None
+    model: PeftModel | PreTrainedModel, batches: Iterable, adapter_name: str | None = None, *, weights: str = "fisher"
 ) -> ConversionReport:
     """Refit an adapter, each activation weighted by the pre-activations of its layer over ``batches`` and by their
     effect on the predictions.
@@ -248,6 +248,7 @@ def calibrate(
         model: a model with an ``OrthoConfig`` adapter, from ``get_peft_model`` or ``model.add_adapter``.
         batches: model inputs, as for ``hf_ortho.convert``.
         adapter_name: the adapter; the active one by default.
+        weights: ``"fisher"`` or ``"density"``, as for ``hf_ortho.convert``.
 
     Returns:
         The report of the fits.
@@ -280,7 +281,7 @@ def calibrate(
         raise AdapterError(f"{problem}; it has: {known}; add one with get_peft_model(model, OrthoConfig())")
     with unwrapped(base):
         sites = targeted_sites(base, config)
-        histograms = collect(base, [path for site in sites for path in site.modules], batches)
+        histograms = collect(base, [path for site in sites for path in site.modules], batches, weights=weights)
         fitted = _fit(base, sites, config, histograms)
     report = cast(ConversionReport, config.report)
     for path, new in fitted.items():
