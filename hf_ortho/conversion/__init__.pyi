@@ -4,6 +4,7 @@ from .convert import convert as convert
 from .convert import revert as revert
 from .export import expand as expand
 from .export import polynomials as polynomials
+from .fidelity import Fidelity as Fidelity
 from .report import ConversionReport as ConversionReport
 from .report import LayerReport as LayerReport
 from .sites import Site as Site
