@@ -569,11 +569,11 @@ def test_the_report_and_its_picture_stand_beside_the_weights(hf_ortho_command, g
 @pytest.fixture(scope="module")
 def deep_folder(tmp_path_factory, make_gpt2, save_parts):
     """A GPT-2 of seven layers, with weights so large that a fit of low degree changes the predictions."""
-    return save_parts(tmp_path_factory.mktemp("deep"), *make_gpt2(n_layer=7, initializer_range=0.2))
+    return save_parts(tmp_path_factory.mktemp("deep"), *make_gpt2(n_layer=6, initializer_range=0.2))
 
 
 def test_the_fidelity_comes_first_then_the_worst_layers(hf_ortho_command, deep_folder, text_file, tmp_path):
-    flags = ["--degree", 3, "--block-size", 32, "--calibration-samples", 16, "--calibration-data", text_file]
+    flags = ["--degree", 3, "--block-size", 32, "--calibration-samples", 4, "--calibration-data", text_file]
     printed = {}
     for name, more in (("five", []), ("all", ["--verbose"])):
         ran = hf_ortho_command("convert", deep_folder, "-o", tmp_path / name, *flags, *more)
@@ -586,13 +586,13 @@ def test_the_fidelity_comes_first_then_the_worst_layers(hf_ortho_command, deep_f
         heading = (
             f"Compared with the source model on {fidelity['predictions']:,} predictions (held-out calibration data):"
         )
-        assert text.index("7 activations of") < text.index(heading) < text.index("hermite_3 for gelu_new")
+        assert text.index("6 activations of") < text.index(heading) < text.index("hermite_3 for gelu_new")
         assert re.search(rf"{re.escape(heading)}\n +KL\(source \|\| converted\) +{fidelity['kl']:.1e} nats", text)
     rows = {name: [int(n) for n in re.findall(r"^ (\d) +\d", text, re.MULTILINE)] for name, text in printed.items()}
     effects = [layer["divergence"] for layer in report["layers"]]
-    assert rows["all"] == list(range(7))
-    assert rows["five"] == sorted(range(7), key=lambda i: -effects[i])[:5]
-    assert ": the 5 largest errors of 7 (--verbose for all)" in re.sub(r"\s+", " ", printed["five"])
+    assert rows["all"] == list(range(6))
+    assert rows["five"] == sorted(range(6), key=lambda i: -effects[i])[:5]
+    assert ": the 5 largest errors of 6 (--verbose for all)" in re.sub(r"\s+", " ", printed["five"])
     assert "--verbose" not in printed["all"]
     loss = [fidelity["loss_before"], fidelity["loss_after"]]
     assert written_losses(tmp_path / "five") == pytest.approx(loss, abs=6e-6)  # five digits
@@ -617,21 +617,6 @@ def test_density_weights_are_those_of_the_library(convert, deep_folder, text_fil
         expected[weights] = model.state_dict()[key]
     torch.testing.assert_close(found, expected["density"], rtol=1e-4, atol=1e-6)
     assert (found - expected["fisher"]).abs().max() > 1e-3
-
-
-def test_the_smallest_degree_below_a_predicted_divergence(hf_ortho_command, deep_folder, text_file, tmp_path):
-    flags = ["--block-size", 32, "--calibration-samples", 8, "--calibration-data", text_file]
-    total = {}
-    for degree, more in (("auto", ["--tolerance", 1e-3]), ("lower", [])):
-        if degree == "lower":
-            more = ["--degree", int(total["auto"][0].rpartition("_")[2]) - 1]
-        else:
-            more = ["--degree", "auto", *more]
-        ran = hf_ortho_command("convert", deep_folder, "-o", tmp_path / degree, *flags, *more)
-        assert ran.code == 0, ran.err
-        report = json.loads((tmp_path / degree / "conversion.json").read_text())
-        total[degree] = report["activation"], sum(layer["divergence"] for layer in report["layers"])
-    assert total["auto"][1] <= 1e-3 < total["lower"][1]
 
 
 def test_auto_tails_and_distillation(hf_ortho_command, gpt2_folder, text_file, tmp_path):
