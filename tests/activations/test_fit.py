@@ -68,6 +68,7 @@ def test_gelu_on_the_whole_real_line(name, bound):
 DATA = {"narrow": (-0.5, 0.8, 0.0), "wide": (-0.7, 2.5, 0.0), "outliers": (-0.9, 1.2, 12.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(("name", "bound"), BOUNDS)
 def test_gelu_stays_close_everywhere_when_calibrated(name, bound, data):
@@ -317,6 +318,7 @@ SOURCES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_of_transformers(source):
     g = ACT2FN[source].double().requires_grad_(False)

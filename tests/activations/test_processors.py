@@ -43,6 +43,7 @@ def test_other_vector_units(here, tmp_path):
         assert_same(dict(found), here)
 
 
+@pytest.mark.slow
 def test_noise_in_the_source(here, monkeypatch):
     generator = np.random.default_rng(1)
     for method in ("value", "derivative"):

@@ -52,6 +52,7 @@ def test_harmonic_frequencies_are_whole_and_fixed():
     assert module.coefficients.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", compiled())
 def test_compiled(name, monkeypatch):
     """Traced whole, for any size; what becomes of the graph is torch's own affair."""

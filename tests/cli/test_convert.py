@@ -572,6 +572,7 @@ def deep_folder(tmp_path_factory, make_gpt2, save_parts):
     return save_parts(tmp_path_factory.mktemp("deep"), *make_gpt2(n_layer=6, initializer_range=0.2))
 
 
+@pytest.mark.slow
 def test_the_fidelity_comes_first_then_the_worst_layers(hf_ortho_command, deep_folder, text_file, tmp_path):
     flags = ["--degree", 3, "--block-size", 32, "--calibration-samples", 4, "--calibration-data", text_file]
     printed = {}
@@ -598,6 +599,7 @@ def test_the_fidelity_comes_first_then_the_worst_layers(hf_ortho_command, deep_f
     assert written_losses(tmp_path / "five") == pytest.approx(loss, abs=6e-6)  # five digits
 
 
+@pytest.mark.slow
 def test_density_weights_are_those_of_the_library(convert, deep_folder, text_file, output):
     """All pre-activations count the same: other parameters than with the default, and no divergence of a layer."""
     flags = ["--degree", 3, "--block-size", 16, "--calibration-samples", 1, "--calibration-data", text_file]

@@ -11,6 +11,7 @@ import hf_ortho
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of the sizes and token ids of tiny configs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "sites"),
     [

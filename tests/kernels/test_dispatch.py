@@ -179,7 +179,8 @@ def test_a_tensor_that_is_not_strided_is_refused_as_ever(module):
         module(torch.eye(3, dtype=torch.float64).to_sparse())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", [*(f"{family}_3" for family in FAMILIES), "hermite_9"])
 def test_compiled_with_any_size(name, backend, x, randomized):
     """Inductor compiles C++."""

@@ -68,6 +68,7 @@ def test_clipping(train, make_gpt2):
     assert any(".act." in name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own imports
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
 def test_compiled(train):
