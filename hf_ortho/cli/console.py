@@ -193,7 +193,7 @@ def show_report(report: ConversionReport, *, verbose: bool = False) -> None:
         console.print(line)
     for part in tables(report, verbose):
         show(part)
-    for line in summary(report, verbose):
+    for line in summary(report):
         console.print(line)
 
 

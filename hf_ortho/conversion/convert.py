@@ -135,7 +135,7 @@ def convert(
             report.distillation = distill_activations(model, sources, seen, distill)
             report.layers = _measured_again(report, tails)
         if calibration is not None:
-            report.fidelity, replaced = _closer(model, report, source, without_data)
+            report.fidelity, replaced = _closer(model, report, sources, source, without_data)
     except BaseException:
         restore()
         raise
@@ -154,13 +154,16 @@ def convert(
 
 
 def _closer(
-    model: PreTrainedModel, report: ConversionReport, source: Calibration, without_data: Fitted
+    model: PreTrainedModel,
+    report: ConversionReport,
+    sources: dict[str, nn.Module],
+    calibration: Calibration,
+    without_data: Fitted,
 ) -> tuple[Fidelity, bool]:
     """The fidelity of ``model``, and whether it got the parameters of ``without_data``, since these bring it closer to
     its source."""
-    sources = {path: module for path, (_, module, _) in report.modules.items()}
     others = [{path: module for path, (module, _) in without_data.items()}] if without_data else []
-    found, *rest = measure(model, sources, source.batches, others, held_out=source.held_out)
+    found, *rest = measure(model, sources, calibration.batches, others, held_out=calibration.held_out)
     with_data = math.inf if found.divergence is None else found.divergence
     free = rest[0].divergence if rest else None
     if free is None or with_data <= free + ROUNDING:
@@ -168,13 +171,13 @@ def _closer(
     for path, (module, _, _) in report.modules.items():
         module.load_state_dict(without_data[path][0].state_dict())
     report.layers, report.distillation = _measured_again(report, tails=True), None
-    report.notes = [note for note in report.notes if note == source.note]
+    report.notes = [note for note in report.notes if note == calibration.note]
     report.notes += dict.fromkeys(layer.fit.note for _, layer in without_data.values() if layer.fit.note)
     report.notes.append(
         "a fit without the calibration data is closer to the source model, and is used: divergence "
         f"{free:.1e} instead of {with_data:.1e}"
     )
-    return measure(model, sources, source.batches, held_out=source.held_out)[0], True
+    return measure(model, sources, calibration.batches, held_out=calibration.held_out)[0], True
 
 
 def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:

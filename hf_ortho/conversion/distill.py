@@ -18,6 +18,7 @@ from ..checkpoints.verify import evaluating
 from ..errors import CalibrationError
 from ..fitting.density import DATA_FREE
 from ..processes import mean_over_processes, min_over_processes
+from .fisher import inputs_only
 from .inputs import predict, readable_again
 from .replace import swapped
 
@@ -112,16 +113,11 @@ def distill(model: PreTrainedModel, sources: dict[str, nn.Module], batches: Iter
 @contextlib.contextmanager
 def _only(model: PreTrainedModel, modules: list) -> Iterator[list[nn.Parameter]]:
     """The ``_distilled`` parameters of ``modules``; only they require gradients inside the block."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    chosen = [p for module in modules for p in _distilled(module).values()]
-    for p in chosen:
-        p.requires_grad_()
-    try:
+    with inputs_only(model):
+        chosen = [p for module in modules for p in _distilled(module).values()]
+        for p in chosen:
+            p.requires_grad_()
         yield chosen
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 def _distilled(module: LearnableActivation) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.verify import evaluating
 from ..errors import CalibrationError
 from ..processes import collective_device, sum_over_processes
-from .fisher import direction, recomputing
+from .fisher import direction, inputs_only, recomputing
 from .inputs import CAUSAL_LMS, Prediction, has_gradients, predict
 from .replace import swapped
 
@@ -194,9 +194,7 @@ def _gradient_error(model: PreTrainedModel, sources: Modules, batch) -> tuple[fl
     sums = torch.zeros(4, dtype=torch.float64)
     if batch is not None and has_gradients(model):
         batch = _shortened(model, batch)
-        with contextlib.suppress(
-            RuntimeError, CalibrationError
-        ):  # for example, quantized weights without a backward pass
+        with contextlib.suppress(RuntimeError, CalibrationError):  # quantized weights may have no backward pass
             with swapped(model, sources):
                 before, u = _gradients(model, batch, sources, None)
             after, _ = _gradients(model, batch, sources, u)
@@ -232,29 +230,22 @@ def _gradients(
     found: dict[str, tuple[Tensor, float]] = {}
     replaced = tuple(f"{path}." for path in sources)
     parameters = {k: p for k, p in model.named_parameters() if p.is_floating_point() and not k.startswith(replaced)}
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles: list[Any] = []
-    try:
-        for p, _, _ in flags:
-            p.requires_grad_(False)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inputs_only(model))
         for key, p in parameters.items():
+            stack.callback(setattr, p, "grad", p.grad)
             p.grad = None
-            p.requires_grad_(True)
-            handles.append(p.register_post_accumulate_grad_hook(_keep(found, key)))
-        with torch.enable_grad(), recomputing(model):
-            prediction = predict(model, batch, loss=True)
-            if prediction.loss is not None:
-                prediction.loss.backward()
-            else:
-                if u is None:
-                    u = direction(prediction, torch.Generator(prediction.output.device).manual_seed(0))
-                prediction.output.backward(u.to(prediction.output.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, flag, grad in flags:
-            p.requires_grad_(flag)
-            p.grad = grad
+            p.requires_grad_()
+            stack.callback(p.register_post_accumulate_grad_hook(_keep(found, key)).remove)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(recomputing(model))
+        prediction = predict(model, batch, loss=True)
+        if prediction.loss is not None:
+            prediction.loss.backward()
+        else:
+            if u is None:
+                u = direction(prediction, torch.Generator(prediction.output.device).manual_seed(0))
+            prediction.output.backward(u.to(prediction.output.dtype))
     return found, u
 
 

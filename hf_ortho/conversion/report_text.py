@@ -67,7 +67,7 @@ def report_text(report: ConversionReport, verbose: bool = False) -> str:
     for table in tables(report, verbose):
         console.print(table)
     shown = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
-    lines = [*headline(report), *fidelity_lines(report), "", *shown, *summary(report, verbose)]
+    lines = [*headline(report), *fidelity_lines(report), "", *shown, *summary(report)]
     return "\n".join(
         textwrap.fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines
     )
@@ -180,7 +180,7 @@ def _effect(layer: LayerReport) -> str:
     return "-" if layer.fit.divergence is None else f"{layer.fit.divergence:.1e}"
 
 
-def summary(report: ConversionReport, verbose: bool = False) -> list[str]:
+def summary(report: ConversionReport) -> list[str]:
     """The lines below the tables."""
     weight = f"{DATA_FREE}" if report.weights is None else "the data"
     legend = [effect] if (effect := divergence_legend(report)) else []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from no_backward import NoBackward
 from torch import nn
 from torch.func import jacrev, vmap
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2ForSequenceClassification
@@ -322,16 +323,6 @@ def test_bfloat16_gives_nearly_the_same_importance(gpt2, ids):
 class Detached(nn.Module):
     def forward(self, x):
         return x.detach()
-
-
-class NoBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError("this kernel has no backward pass")
 
 
 class Kernel(nn.Module):

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import hf_ortho
 sys.path.insert(0, sys.argv[1])
 from conftest import build_gpt2
+from no_backward import NoBackward
 
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
@@ -51,15 +52,6 @@ for case in ("both", "second"):
     found[f"{case}.importance"] = torch.from_numpy(histogram.importance)
     found[f"{case}.extremes"] = torch.tensor([histogram.minimum, histogram.maximum])
 save_file(found, f"{sys.argv[2]}/{rank}.histogram.safetensors")
-
-class NoBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError("no kernel")
 
 model = build_gpt2(scale=20)
 if rank:
@@ -132,7 +124,7 @@ def test_all_processes_use_densities_if_one_has_no_backward_pass(ranks):
     reports = ranks["reports"]
     assert [report["weights"] for report in reports] == ["density", "density"]
     assert "since the backward pass fails in another process" in reports[0]["notes"][0]
-    assert "GPT2LMHeadModel fails: no kernel" in reports[1]["notes"][0]
+    assert "GPT2LMHeadModel fails: this kernel has no backward pass" in reports[1]["notes"][0]
     first, second = (report["layers"] for report in reports)
     assert first == second
     assert {layer["divergence"] for layer in first} == {None}
