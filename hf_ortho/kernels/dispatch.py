@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
@@ -10,10 +9,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.utils import logging
 
 from . import cpu, formula
 from .family import Family
+from .sums import split, totals
 
 logger = logging.get_logger("hf_ortho")
 
@@ -45,8 +46,10 @@ def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *
     """
     tensors = (x, domain, tail_slopes, *parameters)
     if torch.compiler.is_compiling():
-        explicit = _compiles(family) and not tail_slopes.requires_grad
-        return _Compiled.apply(family, *tensors) if explicit else family.formula(*tensors)
+        if not _compiles(family) or tail_slopes.requires_grad:
+            return family.formula(*tensors)
+        plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)  # Dynamo of torch 2.8 knows no frozenset
+        return _Compiled.apply(family, plain and _has_triton(family, x), *tensors)
     backend = None if _transformed(tensors) else _backend(family, x)
     if backend is None:
         return family.formula(*tensors)
@@ -72,70 +75,99 @@ def _transformed(tensors) -> bool:
 
 
 def _backend(family: Family, x: Tensor) -> ModuleType | None:
-    if family.triton and x.is_cuda and x.dtype != torch.float64 and _triton_works(x.device):
+    if _has_triton(family, x):
         from . import triton
 
         return triton
     return cpu if family.cpu_series else None
 
 
-@functools.cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether Triton is installed and works: it needs a compiler on the host and a recent GPU."""
+def _has_triton(family: Family, x: Tensor) -> bool:
+    return bool(family.triton) and x.is_cuda and x.dtype != torch.float64 and _triton_works(x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is installed and works: it needs a compiler on the host, and a GPU that has the dtype."""
+    if (device, dtype) not in _working:
+        try:
+            _working[device, dtype] = _probe(device, dtype)
+        except torch.cuda.OutOfMemoryError:
+            return False  # for this call, or for what is being compiled
+    return _working[device, dtype]
+
+
+_working: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def _probe(device: torch.device, dtype: torch.dtype) -> bool:
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     try:
         from . import triton
 
-        triton.probe(device)
+        with _disable_current_modes():  # of a compiler
+            triton.probe(device, dtype)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # of Triton, of the C compiler, of the driver
-        logger.warning_once(f"Triton does not work on {device}, falling back to slower kernels: {error}")
+        logger.warning_once(f"Triton does not work for {dtype} on {device}, falling back to slower kernels: {error}")
         return False
     return True
 
 
 def _compiles(family: Family) -> bool:
-    transformed = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+    # Before torch 2.13, Dynamo replaces a call of torch.compiler.is_exporting() by True.
+    transformed = torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
     return family.compiled is not None and not transformed
 
 
 class _Compiled(torch.autograd.Function):
     """Like ``Recomputed``, saves x and recomputes the rest, in operations that the compiler can fuse.
 
-    Automatic differentiation would turn a maximum or a sum of cosines into several passes over memory.
+    Automatic differentiation would turn a maximum or a sum of cosines into several passes over memory. With
+    ``triton``, the backward pass is one operator, the Triton kernel. Otherwise,
     ``family.compiled.gradients(x, g, *parameters)`` returns g S'(x) and, for each parameter, the sum of g
     dS/dparameter. ``family.compiled.value`` is optional, for families whose ``series`` is not the fastest form. All
     tensors and results have one dtype.
     """
 
     @staticmethod
-    def forward(ctx, family, x, domain, tail_slopes, *parameters):
-        ctx.family = family
+    def forward(ctx, family, triton, x, domain, tail_slopes, *parameters):
+        ctx.family, ctx.triton = family, triton
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
         dtype = family.compute_dtype(x)
         series = getattr(family.compiled, "value", family.series)
-        return formula.value(series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters))).to(x.dtype)
+        y = formula.value(series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters)))
+        # Dynamo of torch 2.11 loses the gradients if the last operation returns its input.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
         family = ctx.family
+        _, _, needs_x, needs_domain, _, *needs_parameters = ctx.needs_input_grad
+        if ctx.triton:
+            x, domain, tail_slopes, *parameters = ctx.saved_tensors
+            needs = needs_x, any(needs_parameters), needs_domain
+            operator = torch.ops.hf_ortho.activation_backward
+            found = operator(g, x, parameters, domain, tail_slopes, family.triton, *needs)
+            gx, at_parameters, at_domain = split(found[0], found[1], parameters, domain, needs)
+            return None, None, gx, at_domain, None, *(at_parameters or (None for _ in parameters))
         dtype = family.compute_dtype(g)
         x, domain, tail_slopes, *parameters = (t.to(dtype) for t in ctx.saved_tensors)
         upstream = g.to(dtype)
         gx, *gradients = family.compiled.gradients(torch.clamp(x, domain[0], domain[1]), upstream, *parameters)
         gx = formula.splice(x, gx, domain, tail_slopes, upstream)
         at_domain = None
-        if ctx.needs_input_grad[2]:
-            outside = torch.stack(
-                [torch.where(x < domain[0], upstream, 0).sum(), torch.where(x > domain[1], upstream, 0).sum()]
-            )
+        if needs_domain:
+            outside = totals([torch.where(x < domain[0], upstream, 0), torch.where(x > domain[1], upstream, 0)])
             # S' and the tail's slope nearly cancel; MPS has no float64
             wide = torch.float32 if x.device.type == "mps" else torch.float64
             ends, *exact = (t.to(wide) for t in (domain, *parameters))
             rise = family.series_derivative(ends, *exact) - tail_slopes
             at_domain = torch.where(domain.isfinite(), outside * rise, 0)
         results: list[Tensor | None] = [gx, at_domain, None, *gradients]
-        return None, *(v if v is None else v.to(t.dtype) for v, t in zip(results, ctx.saved_tensors, strict=True))
+        return None, None, *(v if v is None else v.to(t.dtype) for v, t in zip(results, ctx.saved_tensors, strict=True))
 
 
 class Recomputed(torch.autograd.Function):

@@ -36,18 +36,40 @@ def evaluate_with_exact_fma(*args, **options):
         InterpreterBuilder.create_fma = original
 
 
+def evaluate_compiled(family, x, g, parameters, domain, tail_slopes):
+    """``evaluate``, compiled with the operator for the backward pass; and how often its kernel was launched."""
+    from hf_ortho.activations import FAMILIES
+    from hf_ortho.kernels import dispatch
+    from hf_ortho.kernels import triton as kernels
+
+    class Counted:
+        launches = 0
+
+        def __getitem__(self, grid, kernel=kernels.backward_kernel):
+            self.launches += 1
+            return kernel[grid]
+
+    kernels.backward_kernel = counted = Counted()
+    dispatch._has_triton = lambda family, x: True
+    leaves = {"x": x} | {f"parameters.{i}": v for i, v in enumerate(parameters)} | {"domain": domain}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    compiled = torch.compile(dispatch.activation, backend="aot_eager", fullgraph=True)
+    y = compiled(FAMILIES[family], x, domain, tail_slopes, *parameters)
+    y.backward(g)
+    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}, counted.launches
+
+
 def check_registration(family, x, parameters, domain, tail_slopes, gradients):
-    """torch's own checks of the operators: schema, fake tensors, AOT dispatch.
+    """torch's own checks of the operator: schema, fake tensors, AOT dispatch.
 
     ``gradients``: triples of whether x, the parameters and the domain need theirs.
     """
     from hf_ortho.activations import FAMILIES
     from hf_ortho.kernels import triton as kernels
 
-    tensors = x, parameters, domain, tail_slopes, FAMILIES[family].triton
-    found = [torch.library.opcheck(kernels.activation, tensors)]
-    for needs in gradients:
-        found.append(torch.library.opcheck(kernels.activation_backward, (torch.ones_like(x), *tensors, *needs)))
+    tensors = torch.ones_like(x), x, parameters, domain, tail_slopes, FAMILIES[family].triton
+    found = [torch.library.opcheck(kernels.activation_backward, (*tensors, *needs)) for needs in gradients]
     return [result for results in found for result in results.values()]
 
 

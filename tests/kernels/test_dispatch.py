@@ -200,6 +200,7 @@ def test_compiled_with_any_size(name, backend, x, randomized):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @with_compiled
 def test_the_compiler_sees_explicit_gradients(module, x):
     torch._dynamo.reset()
@@ -215,12 +216,13 @@ def test_compiled_gradients_in_float64(module, x):
     data = x.requires_grad_(), *module._tensors()
     module.domain.requires_grad_()
     wanted = [t for t in data if t.requires_grad]
-    ours = torch.autograd.grad(dispatch._Compiled.apply(type(module), *data).sin().sum(), wanted)
+    ours = torch.autograd.grad(dispatch._Compiled.apply(type(module), False, *data).sin().sum(), wanted)
     theirs = torch.autograd.grad(type(module).formula(*data).sin().sum(), wanted)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_compiled_functorch(module, x):
     torch._dynamo.reset()
     compiled_slope = torch.compile(lambda t: vmap(grad(module))(t), backend="eager", fullgraph=True)
@@ -239,6 +241,7 @@ def test_cosine_and_sine_in_turns(reach):
     torch.testing.assert_close(sine.double(), angle.sin(), rtol=0, atol=allowed)
 
 
+@pytest.mark.slow
 def test_slopes_of_the_tails_can_be_learned_too(module, x):
     torch._dynamo.reset()
     results = []
@@ -250,6 +253,7 @@ def test_slopes_of_the_tails_can_be_learned_too(module, x):
         torch.testing.assert_close(found, results[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["hermite_3", "tropical_9"], indirect=True)
 @pytest.mark.parametrize("missing", ["cpu_series", "compiled", "triton"])
 def test_without_one_of_its_kernels_a_family_is_not_wrong(module, missing, x):
@@ -267,7 +271,7 @@ def test_without_one_of_its_kernels_a_family_is_not_wrong(module, missing, x):
 
 def test_the_backend_is_the_fastest_that_a_family_has(monkeypatch):
     triton = pytest.importorskip("hf_ortho.kernels.triton", exc_type=ImportError)
-    monkeypatch.setattr(dispatch, "_triton_works", lambda device: True)
+    monkeypatch.setattr(dispatch, "_triton_works", lambda device, dtype: True)
     without = (), ("cpu_series",), ("triton",), ("cpu_series", "triton")
     cases = {
         ("cuda", torch.bfloat16): (triton, triton, cpu, None),
@@ -279,3 +283,24 @@ def test_the_backend_is_the_fastest_that_a_family_has(monkeypatch):
         for missing, backend in zip(without, expected, strict=True):
             variant = type("Variant", (FAMILIES["hermite"],), dict.fromkeys(missing))
             assert dispatch._backend(variant, x) is backend, (device, dtype, missing)
+
+
+def test_triton_is_probed_once_and_again_after_a_lack_of_memory(monkeypatch, caplog):
+    triton = pytest.importorskip("hf_ortho.kernels.triton", exc_type=ImportError)
+    outcomes = [torch.cuda.OutOfMemoryError(), None, RuntimeError("no C compiler")]
+    probed = []
+
+    def probe(device, dtype):
+        probed.append(dtype)
+        if outcome := outcomes[len(probed) - 1]:
+            raise outcome
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(dispatch, "_working", {})
+    monkeypatch.setattr(triton, "probe", probe)
+    monkeypatch.setattr(dispatch.logger, "propagate", True)
+    device = torch.device("cuda", 0)
+    assert [dispatch._triton_works(device, torch.float32) for _ in range(3)] == [False, True, True]
+    assert [dispatch._triton_works(device, torch.bfloat16) for _ in range(3)] == [False] * 3
+    assert probed == [torch.float32, torch.float32, torch.bfloat16]
+    assert [record.message.count("bfloat16 on cuda:0") for record in caplog.records] == [1]

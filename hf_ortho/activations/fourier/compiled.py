@@ -9,6 +9,8 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
+from ...kernels.sums import totals
+
 
 class Fourier:
     """S(x) = a_0 + sum_k A_k cos(w_k x - p_k), A_k = a_k/k!."""
@@ -24,17 +26,14 @@ class Fourier:
     def gradients(x: Tensor, g: Tensor, offset: Tensor, coefficients: Tensor, frequencies: Tensor, phases: Tensor):
         moment = g * x
         slope = torch.zeros_like(x)
-        of_cosine, of_sine, of_moment, amplitudes = [], [], [], []
+        terms, amplitudes = [g], []
         for k, (a, w, p) in enumerate(zip(coefficients, frequencies, phases, strict=True), 1):
             cosine, sine = cosine_and_sine(x, w, p)
             amplitudes.append(a / math.factorial(k))
             slope = slope - amplitudes[-1] * w * sine
-            of_cosine.append((g * cosine).sum() / math.factorial(k))
-            of_sine.append((g * sine).sum())
-            of_moment.append((moment * sine).sum())
-        amplitude = torch.stack(amplitudes)
-        at_frequencies, at_phases = -amplitude * torch.stack(of_moment), amplitude * torch.stack(of_sine)
-        return g * slope, g.sum().reshape(1), torch.stack(of_cosine), at_frequencies, at_phases
+            terms += [g * cosine / math.factorial(k), moment * sine, g * sine]
+        sums, amplitude = totals(terms), torch.stack(amplitudes)
+        return g * slope, sums[:1], sums[1::3], -amplitude * sums[2::3], amplitude * sums[3::3]
 
 
 def in_square(fn, degree: int) -> list[float]:

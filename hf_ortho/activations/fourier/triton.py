@@ -16,8 +16,6 @@ from .compiled import in_square
 
 INVERSE_PI = tl.constexpr(float(np.float32(1 / math.pi)))
 INVERSE_PI_REST = tl.constexpr(1 / math.pi - float(np.float32(1 / math.pi)))
-INVERSE_TWO_PI = tl.constexpr(1 / (2 * math.pi))
-MINUS_TWO_PI = tl.constexpr(-2 * math.pi)
 # For |t| < 2^22, the float32 sum t + ROUND is an integer, and its lowest bit is the parity.
 ROUND = tl.constexpr(1.5 * 2**23)
 LARGEST_ANGLE = tl.constexpr(2.0**22)
@@ -94,7 +92,8 @@ def cosine_and_sine(x, high, low, phase):
 
 
 # ---- Fourier in half precision -----------------------------------------------------------------------------------
-# The GPU's fast cosine has an error below 2^-20 on [-pi, pi] (PTX ISA, cos.approx), far below the output's rounding.
+# The GPU's fast cosine has an error below 2^-20 on [-pi, pi] (PTX ISA, cos.approx). Beyond, the error grows with the
+# rounding of the angle in float32, 2^-23 of it: below the rounding of the output up to angles of some thousand.
 
 INTERPRETED = tl.constexpr(not isinstance(half_turns, triton.JITFunction))
 
@@ -112,8 +111,6 @@ def half_fourier_scalars(p, DEGREE: tl.constexpr):
 @triton.jit
 def approximate_cosine_and_sine(x, frequency, phase):
     angle = x * frequency - phase
-    turns = (angle * INVERSE_TWO_PI + ROUND) - ROUND
-    angle += turns * MINUS_TWO_PI
     if INTERPRETED:  # without a device library
         c, s = tl.cos(angle), tl.sin(angle)
     else:
@@ -165,15 +162,16 @@ def gradient_of(x, g, scalars, DEGREE: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def scales_of(scalars, DEGREE: tl.constexpr, HALF: tl.constexpr):
+def finish_of(totals, scalars, DEGREE: tl.constexpr, HALF: tl.constexpr):
     amplitudes = ()
     frequencies = ()
     phases = ()
     for k in tl.static_range(DEGREE):
-        amplitudes = amplitudes + (inverse_factorial(k + 1),)
-        frequencies = frequencies + (-scalars[first_of(k, HALF)],)
-        phases = phases + (scalars[first_of(k, HALF)],)
-    return (1.0,) + amplitudes + frequencies + phases
+        amplitude = scalars[first_of(k, HALF)]
+        amplitudes = amplitudes + (totals[1 + k] * inverse_factorial(k + 1),)
+        frequencies = frequencies + (-amplitude * totals[1 + DEGREE + k],)
+        phases = phases + (amplitude * totals[1 + 2 * DEGREE + k],)
+    return (totals[0],) + amplitudes + frequencies + phases
 
 
 @triton.jit
@@ -187,8 +185,8 @@ def fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def fourier_scales(scalars, DEGREE: tl.constexpr):
-    return scales_of(scalars, DEGREE, False)
+def fourier_finish(totals, scalars, DEGREE: tl.constexpr):
+    return finish_of(totals, scalars, DEGREE, False)
 
 
 @triton.jit
@@ -202,13 +200,13 @@ def half_fourier_gradient(x, g, scalars, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def half_fourier_scales(scalars, DEGREE: tl.constexpr):
-    return scales_of(scalars, DEGREE, True)
+def half_fourier_finish(totals, scalars, DEGREE: tl.constexpr):
+    return finish_of(totals, scalars, DEGREE, True)
 
 
 HALF_PRECISION = DeviceFunctions(
-    half_fourier_scalars, half_fourier_value, half_fourier_gradient, half_fourier_scales, beyond_degree=0
+    half_fourier_scalars, half_fourier_value, half_fourier_gradient, half_fourier_finish, beyond_degree=0
 )
 KERNELS = DeviceFunctions(
-    fourier_scalars, fourier_value, fourier_gradient, fourier_scales, beyond_degree=0, half_precision=HALF_PRECISION
+    fourier_scalars, fourier_value, fourier_gradient, fourier_finish, beyond_degree=0, half_precision=HALF_PRECISION
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.sums import totals
 from .cpu import HORNER_MAX_DEGREE, MONOMIALS
 
 
@@ -18,10 +19,10 @@ class Hermite:
         table = torch.tensor(MONOMIALS[degree], dtype=x.dtype, device=x.device) if horner else None
         c = coefficients if table is None else (table * coefficients).sum(1)  # not a matmul, which autocast rounds
         gx, before, now = torch.zeros_like(g), torch.zeros_like(g), g
-        sums = [g.sum()]
+        terms = [g]
         for k in range(degree):
             gx = gx + c[k + 1] * (k + 1 if horner else 1) * now
             before, now = now, now * x if horner else (x * now - before) / (k + 1)
-            sums.append(now.sum())
-        gradient = torch.stack(sums)
+            terms.append(now)
+        gradient = totals(terms)
         return gx, gradient if table is None else (table.T * gradient).sum(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.sums import totals
 from .cpu import line_scale
 
 
@@ -43,4 +44,4 @@ def _winner(x: Tensor, slopes, intercepts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_line(index: Tensor, values: Tensor, lines: int) -> Tensor:
-    return torch.stack([torch.where(index == k, values, 0.0).sum() for k in range(lines)])
+    return totals([torch.where(index == k, values, 0.0) for k in range(lines)])

@@ -11,7 +11,7 @@ later one is the first to attain the maximum. The gradient of line k is the diff
 import triton
 import triton.language as tl
 
-from ...kernels.triton_common import ALL_NAN, DeviceFunctions, constexpr_function, load_scalars, ones
+from ...kernels.triton_common import ALL_NAN, DeviceFunctions, constexpr_function, load_scalars, unchanged
 from . import cpu
 
 line_scale = constexpr_function(cpu.line_scale)
@@ -71,11 +71,11 @@ def tropical_gradient(x, g, scalars, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def tropical_scales(scalars, DEGREE: tl.constexpr):
-    scales = ()
-    for _ in tl.static_range(DEGREE + 1):
-        scales = scales + (line_scale(DEGREE),)
-    return scales
+def tropical_finish(totals, scalars, DEGREE: tl.constexpr):
+    gradients = ()
+    for k in tl.static_range(DEGREE + 1):
+        gradients = gradients + (totals[k] * line_scale(DEGREE),)
+    return gradients
 
 
 # ---- Tropical rational -------------------------------------------------------------------------------------------
@@ -103,16 +103,7 @@ def tropical_rational_gradient(x, g, s, DEGREE: tl.constexpr):
     return up - down, up_slopes + up_intercepts + down_slopes + down_intercepts
 
 
-@triton.jit
-def tropical_rational_scales(s, DEGREE: tl.constexpr):
-    return ones(s, 4 * DEGREE + 4)
-
-
-TROPICAL = DeviceFunctions(tropical_scalars, tropical_value, tropical_gradient, tropical_scales, cumulative=True)
+TROPICAL = DeviceFunctions(tropical_scalars, tropical_value, tropical_gradient, tropical_finish, cumulative=True)
 RATIONAL = DeviceFunctions(
-    tropical_rational_scalars,
-    tropical_rational_value,
-    tropical_rational_gradient,
-    tropical_rational_scales,
-    cumulative=True,
+    tropical_rational_scalars, tropical_rational_value, tropical_rational_gradient, unchanged, cumulative=True
 )
