@@ -4,6 +4,8 @@ from .results import BenchResults as BenchResults
 from .results import Figure as Figure
 from .results import NotRun as NotRun
 from .run import SECTIONS as SECTIONS
+from .run import Section as Section
+from .run import within as within
 from .settings import FULL as FULL
 from .settings import QUICK as QUICK
 from .settings import Settings as Settings

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping
 
 import psutil
@@ -13,7 +15,7 @@ from ..activations import FAMILIES
 from ..activations.base import MAX_DEGREE
 from ..files import explain
 from ..profiling.memory import measure_each, peak_bytes, saved_bytes
-from ..profiling.timing import Call, interleave
+from ..profiling.timing import Call, computing, host, interleave
 from .competitors import REFERENCE, compiled, fixed, learnable, third_party
 from .floors import FLOORS, Floor
 from .results import BenchResults, NotRun
@@ -21,28 +23,49 @@ from .settings import Settings
 from .targets import floor_of
 
 Modules = Mapping[str, nn.Module]
+Makers = Mapping[str, Callable[[], nn.Module]]
 HERMITE_DEGREES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, MAX_DEGREE)
 DEGREES = (3, 8, MAX_DEGREE)
 ROOM = 128  # assumed bytes per element until measured at a smaller size
+UNCACHED = 4  # the inputs take this many times the L2 cache
+
+
+def l2_bytes() -> int:
+    """Size of the L2 cache of the current GPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
 class Load:
-    """An input x ~ N(0, 1) and a random upstream gradient, with the calls to measure on them."""
+    """An input x ~ N(0, 1) and a random upstream gradient, with the calls to measure on them.
 
-    def __init__(self, shape: tuple[int, ...], settings: Settings):
+    Args:
+        sets: number of copies of both, which the calls take in turn.
+    """
+
+    def __init__(self, shape: tuple[int, ...], settings: Settings, sets: int = 1):
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         self.x, self.gradient = (
             torch.randn(shape, generator=generator, device=settings.device, dtype=settings.dtype) for _ in range(2)
         )
         self.leaf = self.x.detach().requires_grad_()
+        copies = [(self.leaf.detach().clone().requires_grad_(), self.gradient.clone()) for _ in range(sets - 1)]
+        self.turns = itertools.cycle([(self.leaf, self.gradient), *copies])
+
+    @classmethod
+    def uncached(cls, shape: tuple[int, ...], settings: Settings) -> Load:
+        """On CUDA with enough copies that no call finds its input in the L2 cache of the GPU."""
+        size = math.prod(shape) * settings.dtype.itemsize
+        return cls(shape, settings, math.ceil(UNCACHED * l2_bytes() / size) if settings.device == "cuda" else 1)
 
     def forward(self, module: nn.Module) -> Tensor:
+        x, _ = next(self.turns)
         with torch.no_grad():
-            return module(self.x)
+            return module(x)
 
     def forward_backward(self, module: nn.Module) -> None:
-        inputs = [self.leaf, *(p for p in module.parameters() if p.requires_grad)]
-        torch.autograd.grad(module(self.leaf), inputs, self.gradient, allow_unused=True)
+        x, gradient = next(self.turns)
+        inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+        torch.autograd.grad(module(x), inputs, gradient, allow_unused=True)
 
     def forwards(self, modules: Modules) -> dict[str, Call]:
         return {name: functools.partial(self.forward, module) for name, module in modules.items()}
@@ -58,9 +81,16 @@ class Load:
 def _add_times(
     results: BenchResults, case: str, modules: Modules, load: Load, settings: Settings, sample: float = 0.0
 ) -> None:
+    if settings.device == "cuda":
+        sample = settings.sample  # no call is long for a GPU
     for measure, calls in (("forward", load.forwards(modules)), ("forward + backward", load.steps(modules))):
         times = interleave(
-            calls, rounds=settings.rounds, seconds=settings.seconds, sample=sample, device=settings.device
+            calls,
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            sample=sample,
+            device=settings.device,
+            clock=computing,
         )
         results.add_times(case, measure, times)
 
@@ -76,43 +106,39 @@ def _add_peak(results: BenchResults, case: str, modules: Modules, load: Load, de
     results.add_memory(case, "peak", {name: peak / load.x.numel() for name, peak in peaks.items()})
 
 
-def _make(makers: Mapping[str, Callable[[], nn.Module]], settings: Settings) -> dict[str, nn.Module]:
-    return {name: make().to(settings.device) for name, make in makers.items()}
-
-
-def _add_guarded(
-    results: BenchResults,
-    case: str,
-    modules: dict[str, nn.Module],
-    name: str,
-    make: Callable[[], nn.Module],
-    load: Load,
-) -> None:
-    """Add a competitor that may fail, in a compiler or another library. On failure, record the reason."""
-    try:
-        module = make().to(load.x.device)
-        load.forward(module)
-        load.forward_backward(module)
-        load.saved(module)
-    except ModuleNotFoundError as error:
-        results.not_run.append(NotRun(case, name, f"{error.name} is not installed"))
-    except Exception as error:  # any failure: continue with the rest
-        results.not_run.append(NotRun(case, name, explain(error)))
-    else:
-        modules[name] = module
+def _ready(
+    results: BenchResults, case: str, makers: Makers, load: Load, *, optional: bool = False
+) -> dict[str, nn.Module]:
+    """The competitors that run on ``load``. The others are recorded, as failures unless they are optional."""
+    modules: dict[str, nn.Module] = {}
+    for name, make in makers.items():
+        try:
+            module = make().to(load.x.device)
+            load.forward(module)
+            load.forward_backward(module)
+            load.saved(module)
+        except Exception as error:  # any failure, in a compiler or another library: continue with the rest
+            if name.startswith(REFERENCE):
+                raise  # nothing to compare with
+            reason = explain(error)
+            if isinstance(error, ModuleNotFoundError):
+                reason = f"{error.name} is not installed"
+            results.not_run.append(NotRun(case, name, reason, failed=not optional))
+        else:
+            modules[name] = module
+    return modules
 
 
 def _large(results: BenchResults, settings: Settings, case: str, shape: tuple[int, ...]) -> None:
-    load = Load(shape, settings)
-    modules = _make(fixed() | learnable(settings.device), settings)
+    load = Load.uncached(shape, settings)
+    modules = _ready(results, case, fixed() | learnable(), load)
     if settings.device == "cpu":
         modules |= {floor_of(row): Floor(*operations) for row, operations in FLOORS.items()}
-    torch.compiler.reset()  # all activations share one forward, with a limited number of variants
-    for name, make in compiled().items():
-        if settings.compiled:
-            _add_guarded(results, case, modules, name, make, load)
-        else:
-            results.not_run.append(NotRun(case, name, "skipped by --quick"))
+    if settings.compiled:
+        torch.compiler.reset()  # all activations share one forward, with a limited number of variants
+        modules |= _ready(results, case, compiled(), load)
+    else:
+        results.not_run += [NotRun(case, name, "skipped by --quick") for name in compiled()]
     _add_times(results, case, modules, load, settings)
     _add_saved(results, case, modules, load)
     _add_peak(results, case, modules, load, settings.device)
@@ -130,11 +156,11 @@ def image(results: BenchResults, settings: Settings) -> None:
 
 def libraries(results: BenchResults, settings: Settings) -> None:
     """Other installed libraries, next to their counterparts in this package."""
-    load = Load(settings.libraries, settings)
+    load = Load.uncached(settings.libraries, settings)
     counterparts = ("hermite_3", "fourier_6", "tropical_6", "tropical_rational_6")
-    modules = _make({REFERENCE: fixed()[REFERENCE]} | {name: learnable()[name] for name in counterparts}, settings)
-    for name, make in third_party(settings.device).items():
-        _add_guarded(results, "libraries", modules, name, make, load)
+    makers = {REFERENCE: fixed()[REFERENCE]} | {name: learnable()[name] for name in counterparts}
+    modules = _ready(results, "libraries", makers, load)
+    modules |= _ready(results, "libraries", third_party(settings.device), load, optional=True)
     _add_times(results, "libraries", modules, load, settings)
     _add_saved(results, "libraries", modules, load)
     _add_peak(results, "libraries", modules, load, settings.device)
@@ -148,8 +174,8 @@ def elements(results: BenchResults, settings: Settings) -> None:
         if n * room > _free_memory(settings.device):
             results.not_run.append(NotRun("elements", f"hermite_8 {n}", "too little free memory"))
             continue
-        load = Load((n,), settings)
-        modules = {f"{name} {n}": module for name, module in _make(makers, settings).items()}
+        load = Load.uncached((n,), settings)
+        modules = _ready(results, "elements", {f"{name} {n}": make for name, make in makers.items()}, load)
         _add_times(results, "elements", modules, load, settings, settings.sample)
         _add_saved(results, "elements", modules, load)
         peaks = measure_each(peak_bytes, load.steps(modules), settings.device)
@@ -157,7 +183,10 @@ def elements(results: BenchResults, settings: Settings) -> None:
 
 
 def _free_memory(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if device != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def degree(results: BenchResults, settings: Settings) -> None:
@@ -166,17 +195,18 @@ def degree(results: BenchResults, settings: Settings) -> None:
     for family, cls in FAMILIES.items():
         degrees = HERMITE_DEGREES if family == "hermite" else DEGREES
         makers |= {f"{family}_{n}": functools.partial(cls, n, init="unit") for n in degrees}
-    load = Load((settings.degree_elements,), settings)
-    modules = _make(makers, settings)
+    load = Load.uncached((settings.degree_elements,), settings)
+    modules = _ready(results, "degree", makers, load)
     _add_times(results, "degree", modules, load, settings, settings.sample)
     _add_saved(results, "degree", modules, load)
 
 
 def decode(results: BenchResults, settings: Settings) -> None:
-    """One token, without gradients: the overhead of calling the module."""
+    """One token, without and with gradients: the overhead of calling the module."""
     load = Load(settings.decode, settings)
-    makers = fixed() | learnable(settings.device)
-    modules = _make({name: make for name, make in makers.items() if name not in ("copy", "torch.cos")}, settings)
-    calls, sample = load.forwards(modules), 10 * settings.sample
-    times = interleave(calls, rounds=settings.rounds, sample=sample, device=settings.device)
-    results.add_times("decode", "call", times)
+    makers = {name: make for name, make in (fixed() | learnable()).items() if name not in ("copy", "torch.cos")}
+    modules = _ready(results, "decode", makers, load)
+    sample = 10 * settings.sample
+    for measure, calls in (("call", load.forwards(modules)), ("call + backward", load.steps(modules))):
+        times = interleave(calls, rounds=settings.rounds, sample=sample, device=settings.device, clock=host)
+        results.add_times("decode", measure, times)

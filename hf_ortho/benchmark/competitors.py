@@ -57,13 +57,6 @@ def _compiled(name: str) -> nn.Module:
     return module
 
 
-def _harmonic() -> nn.Module:
-    """Fixed frequencies 1 to 6, as in every initialization."""
-    module = _from_scratch("fourier_6")
-    module.get_parameter("frequencies").requires_grad_(False)
-    return module
-
-
 def _torchortho(name: str) -> nn.Module:
     import torchortho
 
@@ -92,13 +85,13 @@ def fixed() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-def learnable(device: str = "cpu") -> dict[str, Callable[[], nn.Module]]:
+def learnable() -> dict[str, Callable[[], nn.Module]]:
     """Every family at its default degree, and the other activations with targets."""
     names = ["hermite_3", *(f"{family}_{cls.default_degree}" for family, cls in FAMILIES.items())]
     makers: dict[str, Callable[[], nn.Module]] = {name: functools.partial(_from_scratch, name) for name in names}
     for name in ("hermite_3", "hermite_8", "fourier_6"):
         makers[f"{name} with tails"] = functools.partial(_with_tails, name)
-    return makers if device == "cpu" else makers | {"fourier_6 harmonic": _harmonic}
+    return makers
 
 
 def compiled() -> dict[str, Callable[[], nn.Module]]:

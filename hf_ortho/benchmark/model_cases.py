@@ -41,11 +41,22 @@ def _move(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
     return model
 
 
-def _gpt2(settings: Settings) -> PreTrainedModel:
+def mixed_precision(settings: Settings) -> torch.autocast:
+    """Autocast to ``settings.dtype``, unless it is float32."""
+    return torch.autocast(settings.device, settings.dtype, enabled=settings.dtype != torch.float32)
+
+
+def new_gpt2(settings: Settings) -> PreTrainedModel:
     """A GPT-2 without dropout, whose masks add time and memory to all variants."""
     torch.manual_seed(settings.seed)
     others = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**(settings.gpt2 | others)))
+
+
+def gpt2_batch(settings: Settings) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(settings.gpt2["vocab_size"], settings.gpt2_batch, generator=generator).to(settings.device)
+    return {"input_ids": ids, "labels": ids}
 
 
 def _train_step(
@@ -53,31 +64,33 @@ def _train_step(
 ) -> None:
     """Forward and backward pass. Gradients are freed after each step. The optimizer, equal for all, is omitted."""
     for model in models.values():
-        _move(model, settings).train()
+        torch.nn.Module.to(model, settings.device).train()
+
+    def loss(model: PreTrainedModel) -> torch.Tensor:
+        with mixed_precision(settings):
+            return model(**batch).loss
 
     def step(model: PreTrainedModel) -> None:
-        model(**batch).loss.backward()
+        loss(model).backward()
         model.zero_grad(set_to_none=True)
 
     calls = {name: functools.partial(step, model) for name, model in models.items()}
     times = interleave(calls, rounds=settings.rounds, device=settings.device)
     results.add_times(case, "step", times)
-    forwards = {name: lambda model=model: model(**batch).loss for name, model in models.items()}
+    forwards = {name: functools.partial(loss, model) for name, model in models.items()}
     results.add_memory(case, "kept", measure_each(kept_bytes, forwards, settings.device))
     results.add_memory(case, "peak", measure_each(peak_bytes, calls, settings.device))
 
 
 def gpt2(results: BenchResults, settings: Settings) -> None:
-    generator = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(settings.gpt2["vocab_size"], settings.gpt2_batch, generator=generator).to(settings.device)
-    original = _gpt2(settings)
+    original = new_gpt2(settings)
     models = {
         "gelu_new": original,
         "hermite_3": _converted(original, "hermite_3"),
         "hermite_8": _converted(original, "hermite_8"),
         "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
     }
-    _train_step(results, settings, "gpt2", models, {"input_ids": ids, "labels": ids})
+    _train_step(results, settings, "gpt2", models, gpt2_batch(settings))
 
 
 def convnext(results: BenchResults, settings: Settings) -> None:
@@ -86,7 +99,7 @@ def convnext(results: BenchResults, settings: Settings) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.convnext_batch, 3, settings.convnext["image_size"], settings.convnext["image_size"])
     batch = {
-        "pixel_values": torch.randn(size, generator=generator).to(settings.device, settings.dtype),
+        "pixel_values": torch.randn(size, generator=generator).to(settings.device),
         "labels": torch.randint(10, size[:1], generator=generator).to(settings.device),
     }
     models = {
@@ -99,7 +112,7 @@ def convnext(results: BenchResults, settings: Settings) -> None:
 
 def generation(results: BenchResults, settings: Settings) -> None:
     """Greedy generation of one sequence with a key-value cache."""
-    original = _gpt2(settings)
+    original = new_gpt2(settings)
     models = {"gelu_new": original, "hermite_8": _converted(original, "hermite_8")}
     generator = torch.Generator().manual_seed(settings.seed)
     prompt = torch.randint(settings.gpt2["vocab_size"], (1, PROMPT), generator=generator).to(settings.device)

@@ -20,7 +20,16 @@ from .results import BenchResults, Figure
 from .settings import Settings
 from .targets import SpeedTarget
 
-COLORS = {"forward": BLUE, "forward + backward": SKY, "call": BLUE, "step": BLUE, "peak": VERMILION, "generate": SKY}
+COLORS = {
+    "forward": BLUE,
+    "forward + backward": SKY,
+    "call": BLUE,
+    "call + backward": SKY,
+    "step": BLUE,
+    "peak": VERMILION,
+    "generate": SKY,
+}
+MODELS = ("gpt2", "gpt2_eager", "gpt2_compiled", "convnext", "generation")
 MARKERS = "osD^v<>"
 
 Limits = Mapping[tuple[str, str, str], float]
@@ -37,16 +46,19 @@ def plot_results(results: BenchResults, settings: Settings, targets: Sequence[Sp
     axes = canvas.subplot_mosaic(
         [["sequence", "image"], ["sequence", "image"], ["elements", "decode"], ["degree", "models"]]
     )
-    limits = {(t.case, t.row, t.measure): t.limit for t in targets if t.device == settings.device}
+    limits = {(t.case, t.row, t.measure): t.limit for t in targets if t.device == settings.device and not t.over}
     for case in ("sequence", "image"):
         _bars(axes[case], results, limits, (case,), ("forward", "forward + backward"))
         axes[case].set_title(f"{getattr(settings, case)}, time over that of {REFERENCE}")
-    _bars(axes["decode"], results, limits, ("decode",), ("call",))
+    _bars(axes["decode"], results, limits, ("decode",), ("call", "call + backward"))
     axes["decode"].set_title(f"one call on {settings.decode}, time over that of {REFERENCE}")
-    _bars(axes["models"], results, limits, ("gpt2", "convnext", "generation"), ("step", "generate", "peak"))
+    _bars(axes["models"], results, limits, MODELS, ("step", "generate", "peak"))
     axes["models"].set_title("training steps and generation, over the original model")
     _elements(axes["elements"], results)
     _degrees(axes["degree"], results)
+    for case, panel in axes.items():
+        if not any(map(results.of, MODELS if case == "models" else (case,))):
+            panel.set_visible(False)
     where = f"{settings.device}, {settings.to_dict()['dtype']}"
     canvas.suptitle(f"Learnable activations on {where}; whiskers: interquartile range")
     with written(path) as draft:
@@ -104,8 +116,8 @@ def _elements(axes: Axes, results: BenchResults) -> None:
     """Plot nanoseconds per element over the number of elements."""
     rows = results.of("elements")
     for name, color in ((REFERENCE, BLACK), ("hermite_8", VERMILION)):
-        sizes = [int(row.split()[1]) for row in rows if row.split()[0] == name]
         for measure, style in (("forward", "-"), ("forward + backward", "--")):
+            sizes = [int(row.split()[1]) for row in rows if row.split()[0] == name and measure in rows[row]]
             times = [rows[f"{name} {n}"][measure].value / n * 1e9 for n in sizes]
             axes.plot(sizes, times, style, marker="o", ms=3, color=color, label=f"{name}, {measure}")
     axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ns per element", title="time per element")
@@ -117,7 +129,7 @@ def _degrees(axes: Axes, results: BenchResults) -> None:
     """Plot the ratio of forward and backward over the degree, one curve per family."""
     curves: dict[str, list[tuple[int, Figure]]] = {}
     for row, measures in results.of("degree").items():
-        if row != REFERENCE:
+        if row != REFERENCE and "forward + backward" in measures:
             cls, degree = parse(row)
             curves.setdefault(cls.family, []).append((degree, measures["forward + backward"]))
     for (family, points), marker in zip(curves.items(), MARKERS, strict=False):

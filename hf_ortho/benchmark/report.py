@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 from .results import BenchResults, Figure
+from .run import Section
 from .settings import Settings
 from .targets import Outcome
 
 PER_ELEMENT = ("sequence", "image", "libraries", "elements", "degree")  # standalone activations: memory per element
+MOVED = {"forward": 2, "forward + backward": 5}  # tensors read and written
 MEMORY = ("saved", "kept", "peak")
 TITLES = {
     "sequence": "activations on {sequence}",
@@ -16,8 +19,10 @@ TITLES = {
     "libraries": "other libraries, on {libraries}",
     "elements": "over the number of elements",
     "degree": "over the degree, {degree_elements} elements",
-    "decode": "one call on {decode}, without gradient",
+    "decode": "host time of one call on {decode}, without and with gradient",
     "gpt2": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, no optimizer",
+    "gpt2_eager": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, with AdamW",
+    "gpt2_compiled": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}) with compiled blocks, no dropout, with AdamW",
     "convnext": "training step of ConvNeXt ({convnext}, {convnext_batch} images), no optimizer",
     "generation": "GPT-2, {tokens} tokens, greedy, with cache",
 }
@@ -27,16 +32,26 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def explanation(settings: Settings) -> str:
     """Explain the measurements and the columns."""
-    clock, memory = "CPU time, one thread", "the process's resident set"
+    clock, memory, cache = "CPU time, one thread", "the process's resident set", ""
     if settings.device == "cuda":
-        clock, memory = "CUDA events", "torch's CUDA allocator"
+        clock, memory = "time on the GPU without launches (models: wall time)", "torch's CUDA allocator"
+        cache = "Activations take turns over inputs that exceed the L2 cache 4 times. Training is in mixed precision.\n"
     return (
         f"{settings.device}, {settings.to_dict()['dtype']}, x ~ N(0, 1), seed {settings.seed}, {clock}, up to "
-        f"{settings.rounds} interleaved rounds.\n"
+        f"{settings.rounds} interleaved rounds.\n{cache}"
         "A ratio is to the first row in the same round: median over the rounds ± half the interquartile range.\n"
         "saved: tensors saved for backward, over the size of x; kept: memory held between forward and backward;\n"
         f"peak: maximum during forward and backward. kept and peak exclude inputs and weights, in {memory}."
     )
+
+
+def plan(sections: Mapping[str, Section], left_out: Iterable[str], budget: float) -> list[str]:
+    """The sections with their expected durations, and those that the budget has no time for."""
+    total = sum(section.seconds for section in sections.values())
+    named = ", ".join(f"{name} {section.seconds:.0f} s" for name, section in sections.items())
+    lines = [f"Sections: {named or 'none'}; about {total:.0f} s in all"]
+    names = ", ".join(left_out)
+    return [*lines, f"Left out to stay within {budget:g} s: {names}"] if names else lines
 
 
 def case_table(results: BenchResults, case: str, settings: Settings) -> Table:
@@ -53,50 +68,64 @@ def case_table(results: BenchResults, case: str, settings: Settings) -> Table:
 def _unit(case: str, measure: str) -> str:
     if measure in MEMORY:
         return "B/elem" if case in PER_ELEMENT else "MB"
-    return "us" if measure == "call" else "ms"
+    if measure == "speed":
+        return "ktokens/s"
+    return "us" if measure.startswith("call") else "ms"
 
 
 def _cells(case: str, figure: Figure | None) -> tuple[str, str]:
     if figure is None:
         return "-", "-"
-    unit = {"us": 1e6, "ms": 1e3, "MB": 1e-6, "B/elem": 1.0}[_unit(case, figure.measure)]
+    units = {"us": 1e6, "ms": 1e3, "MB": 1e-6, "B/elem": 1.0, "ktokens/s": 1e-3}
+    value = figure.value * units[_unit(case, figure.measure)]
     spread = "" if figure.spread is None else f" ± {figure.spread / 2:.2f}"
-    return f"{figure.ratio:.2f}{spread}", f"{figure.value * unit:.4g}"
+    return f"{figure.ratio:.2f}{spread}", f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
 
 
-def bandwidth(results: BenchResults, case: str, settings: Settings) -> float:
-    """Bandwidth of the copy, read and written, in bytes per second."""
-    figure = results.find(case, "copy", "forward")
-    assert figure is not None
-    elements = 1
-    for size in getattr(settings, case):
-        elements *= size
-    return 2 * elements * settings.dtype.itemsize / figure.value
+def has_bandwidth(results: BenchResults, case: str) -> bool:
+    return all(results.find(case, "copy", measure) for measure in MOVED)
+
+
+def bandwidth_table(results: BenchResults, case: str, settings: Settings) -> Table:
+    """The bandwidth of each row: the bytes that any activation must move over its time, and the share of the copy's.
+
+    Forward reads x and writes y; with backward, x and the gradient are read and a gradient is written too.
+    """
+    size = math.prod(getattr(settings, case)) * settings.dtype.itemsize
+    copy = results.of(case)["copy"]
+    rows = []
+    for name, figures in results.of(case).items():
+        cells = []
+        for measure, tensors in MOVED.items():
+            seconds = figures[measure].value
+            cells += [f"{tensors * size / seconds / 1e9:.4g}", f"{copy[measure].value / seconds:.0%}"]
+        rows.append([name, *cells])
+    columns = ["", *(cell for measure in MOVED for cell in (f"{measure}, GB/s", "of copy"))]
+    return f"bandwidth on {getattr(settings, case)}, read and written", columns, rows
 
 
 def not_run(results: BenchResults, case: str) -> list[str]:
-    """One line per reason for the competitors that were not run."""
-    reasons: dict[str, list[str]] = {}
+    """One line per reason for the competitors that failed or were not run."""
+    reasons: dict[tuple[str, bool], list[str]] = {}
     for entry in results.not_run:
         if entry.case == case:
-            reasons.setdefault(entry.reason, []).append(entry.row)
-    return [f"{', '.join(rows)}: {reason}, not run" for reason, rows in reasons.items()]
+            reasons.setdefault((entry.reason, entry.failed), []).append(entry.row or case)
+    return [
+        f"{', '.join(rows)}: {'failed: ' if failed else ''}{reason}{'' if failed else ', not run'}"
+        for (reason, failed), rows in reasons.items()
+    ]
 
 
 def targets_table(outcomes: Iterable[Outcome]) -> Table:
-    """All targets of the device, with the measured ratios."""
+    """The targets, with the measured ratios."""
     rows = []
     for outcome in outcomes:
-        target, figure = outcome.target, outcome.figure
-        measured = "-" if figure is None else f"{figure.ratio:.2f}"
-        name = f"{target.case}: {target.row}, {target.measure}"
-        rows.append([name, f"<= {target.limit:g}", measured, outcome.verdict])
+        measured = "-" if outcome.figure is None else f"{outcome.figure.ratio:.2f}"
+        rows.append([str(outcome.target), f"<= {outcome.target.limit:.3g}", measured, outcome.verdict])
     return "targets, as ratios", ["", "target", "measured", ""], rows
 
 
 def sentence(outcome: Outcome) -> str:
     """A target and its measured ratio, in one line."""
-    target, figure = outcome.target, outcome.figure
-    measured = "nothing" if figure is None else f"{figure.ratio:.2f}"
-    what = f"{target.case}: {target.row}, {target.measure}"
-    return f"{what}: target {target.limit:g}, measured {measured}, {outcome.verdict}"
+    measured = "nothing" if outcome.figure is None else f"{outcome.figure.ratio:.2f}"
+    return f"{outcome.target}: target {outcome.target.limit:.3g}, measured {measured}, {outcome.verdict}"

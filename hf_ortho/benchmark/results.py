@@ -17,12 +17,12 @@ class Figure:
     Attributes:
         case: the benchmark, such as ``sequence`` or ``gpt2``.
         row: the competitor.
-        measure: a time (``forward``, ``forward + backward``, ``call``, ``step`` or ``generate``) or memory (``saved``
-            for backward, ``kept`` between forward and backward, or ``peak``).
-        value: median seconds, or bytes (for standalone activations, bytes per element).
+        measure: a time (``forward``, ``forward + backward``, ``call``, ``call + backward``, ``step`` or ``generate``),
+            a ``speed``, or memory (``saved`` for backward, ``kept`` between forward and backward, or ``peak``).
+        value: median seconds, tokens per second, or bytes (for standalone activations, bytes per element).
         ratio: ratio to the first row of the case. For ``saved`` of standalone activations: ratio to the bytes of the
             input.
-        spread: interquartile range of the ratio over the rounds; None for memory.
+        spread: interquartile range of the ratio over the rounds; None for memory and speed.
     """
 
     case: str
@@ -35,16 +35,22 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class NotRun:
-    """A competitor that was not run in a case, and the reason."""
+    """A competitor that was not run in a case, and the reason.
+
+    Attributes:
+        row: the competitor; empty for the whole case.
+        failed: whether it raised an error; otherwise it was left out.
+    """
 
     case: str
     row: str
     reason: str
+    failed: bool = False
 
 
 @dataclasses.dataclass
 class BenchResults:
-    """All figures, in the order of measurement.
+    """All figures, in the order of measurement, and the seconds that each case took.
 
     Example:
         >>> results = hf_ortho.benchmark.BenchResults()
@@ -55,6 +61,7 @@ class BenchResults:
 
     figures: list[Figure] = dataclasses.field(default_factory=list)
     not_run: list[NotRun] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def find(self, case: str, row: str, measure: str) -> Figure | None:
         return next((f for f in self.figures if (f.case, f.row, f.measure) == (case, row, measure)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ class Settings:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        dtype: data type of inputs and model weights.
+        dtype: data type of the inputs of activations and of the weights that generate; training in less than float32
+            is mixed precision.
         rounds: number of rounds; each competitor runs once per round.
         seconds: a competitor that has taken this long stops after 5 rounds.
         sample: short calls are repeated until one measurement takes this many seconds.
@@ -26,6 +28,7 @@ class Settings:
         gpt2, gpt2_batch: options of ``GPT2Config``, and (sequences, tokens).
         convnext, convnext_batch: options of ``ConvNextConfig``, and the number of images.
         tokens: number of tokens to generate after a prompt of 16.
+        deadline: ``time.monotonic()`` after which no further model is started.
 
     Example:
         >>> hf_ortho.benchmark.FULL.on("cuda").to_dict()["dtype"]
@@ -54,21 +57,31 @@ class Settings:
     )
     convnext_batch: int = 8
     tokens: int = 64
+    deadline: float = math.inf
 
     def on(self, device: str) -> Settings:
-        """These settings on ``device``. CUDA uses bfloat16, and up to more elements than a 32-bit index can address."""
+        """These settings on ``device``. CUDA uses bfloat16, and for ``FULL`` the sizes of ``LARGE``."""
         if device == "cpu":
             return self
-        large = (10**9, 2**31 + 8) if self.elements[-1] == 10**8 else ()
-        return dataclasses.replace(
-            self, device=device, dtype=torch.bfloat16, elements=self.elements + large, degree_elements=10**7
-        )
+        return dataclasses.replace(self, device=device, dtype=torch.bfloat16, **(LARGE if self == FULL else {}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return dataclasses.asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        """The settings as plain JSON values, without the deadline."""
+        values = dataclasses.asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        del values["deadline"]
+        return values
 
 
+# For a GPU: tensors larger than its caches, up to more elements than a 32-bit index can address; GPT-2 (124M, with a
+# vocabulary padded to a multiple of 128) and ConvNeXt-T.
+LARGE: dict[str, Any] = {
+    "elements": (10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 2**31 + 16),
+    "degree_elements": 2**26,
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50304},
+    "gpt2_batch": (16, 1024),
+    "convnext": {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3], "image_size": 224},
+    "convnext_batch": 128,
+}
 FULL = Settings()
 QUICK = Settings(
     rounds=3,

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmark import TOLERANCE
 from ..errors import ConfigError
-from ..files import check_file, written
+from ..files import check_file, explain, written
 from .console import Parser, console, table
 from .env import environment, show_environment
 
 if TYPE_CHECKING:
-    from ..benchmark import BenchResults, Settings
+    from ..benchmark import BenchResults, Section, Settings
 
 
 def parser() -> Parser:
@@ -28,7 +30,27 @@ def parser() -> Parser:
     p.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="cpu (one thread, float32) or cuda (bfloat16)."
     )
-    p.add_argument("--json", metavar="FILE", help="Write all results, the settings and the environment to a JSON file.")
+    p.add_argument(
+        "--sections",
+        nargs="+",
+        metavar="NAME",
+        help="Sections to run. On both devices: sequence, decode, elements, image, degree, generation, convnext, "
+        "libraries; on cpu also gpt2; on cuda also gpt2_eager, gpt2_compiled. Default: all.",
+    )
+    p.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="Leave out the least important sections if they are expected to take longer together.",
+    )
+    p.add_argument(
+        "-o",
+        "--output",
+        "--json",
+        dest="json",
+        metavar="FILE",
+        help="Write all results, the settings, the command and the environment to a JSON file, after each section.",
+    )
     p.add_argument("--plot", metavar="FILE.png", help="Plot the ratios, and the curves over elements and degree.")
     p.add_argument(
         "--check",
@@ -45,46 +67,81 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.check and args.quick:
         raise ConfigError("--check cannot be combined with --quick: the targets are for the full sizes")
+    if args.budget is not None and args.quick:
+        raise ConfigError("--budget cannot be combined with --quick: the durations are for the full sizes")
+    if args.budget is not None and not args.budget > 0:
+        raise ConfigError(f"--budget {args.budget:g}: must be a positive number of seconds")
     if args.plot and Path(args.plot).suffix != ".png":
         raise ConfigError(f"--plot {args.plot}: must end in .png")
     if args.json and args.plot and Path(args.json).absolute() == Path(args.plot).absolute():
-        raise ConfigError(f"--json and --plot {args.plot}: use two different files")
-    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        raise ConfigError(f"--output and --plot {args.plot}: use two different files")
+    for flag, path in (("--output", args.json), ("--plot", args.plot)):
         if path:
             check_file(path, flag)
 
     import torch
 
-    from ..benchmark import FULL, QUICK, TARGETS, check, plot_results, report
+    from ..benchmark import FULL, QUICK, TARGETS, check, plot_results, report, within
 
+    selected = select(args.device, args.sections)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
-    settings = (QUICK if args.quick else FULL).on(args.device)
-    start = time.perf_counter()
+    start, budget = time.monotonic(), args.budget or math.inf
+    settings = dataclasses.replace((QUICK if args.quick else FULL).on(args.device), deadline=start + budget)
+    sections = within(selected, budget)
     with one_thread(args.device):
         machine = environment()
+        command = shlex.join(["hf-ortho", "bench", *argv])
+        header = {"command": command, "environment": machine, "settings": settings.to_dict()}
         show_environment(machine)
         console.print(report.explanation(settings))
-        results = measure(settings)
+        if not args.quick:
+            for line in report.plan(sections, [name for name in selected if name not in sections], budget):
+                console.print(line)
+
+        def save(results: BenchResults) -> None:
+            if args.json:
+                with written(args.json) as draft:
+                    draft.write_text(json.dumps(header | dataclasses.asdict(results), indent=1, allow_nan=False) + "\n")
+
+        results = measure(sections, settings, save)
     if args.json:
-        content = {"environment": machine, "settings": settings.to_dict(), **dataclasses.asdict(results)}
-        with written(args.json) as draft:
-            draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        save(results)
         console.print(f"Wrote {args.json}")
     if args.plot:
         plot_results(results, settings, [] if args.quick else TARGETS, args.plot)
         console.print(f"Wrote {args.plot}")
-    outcomes = [] if args.quick else check(results, args.device)
+    outcomes = [] if args.quick else check(results, args.device, [t for t in TARGETS if t.case in selected])
     if outcomes:
         table(*report.targets_table(outcomes))
-    console.print(f"Done in {time.perf_counter() - start:.0f} s")
+    console.print(f"Done in {time.monotonic() - start:.0f} s")
+    failed = [entry for entry in results.not_run if entry.failed]
+    for entry in failed:
+        console.print(f"failed: {entry.case}{', ' if entry.row else ''}{entry.row}: {entry.reason}")
     if not args.check:
-        return 0
+        return 1 if failed else 0
     missed = [outcome for outcome in outcomes if outcome.fails]
     for outcome in missed:
         console.print(f"missed: {report.sentence(outcome)}")
     console.print(f"{len(missed)} of {len(outcomes)} targets are missed by more than {TOLERANCE:.0%} or not run")
-    return 1 if missed else 0
+    return 1 if missed or failed else 0
+
+
+def select(device: str, names: list[str] | None) -> Mapping[str, Section]:
+    """The named sections of ``device``, the most important first, or all of them.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    from ..benchmark import SECTIONS
+
+    sections = SECTIONS[device]
+    if names is None:
+        return sections
+    unknown = next((name for name in names if name not in sections), None)
+    if unknown is not None:
+        raise ConfigError(f"--sections {unknown}: unknown; the sections on {device} are {', '.join(sections)}")
+    return {name: section for name, section in sections.items() if name in names}
 
 
 @contextlib.contextmanager
@@ -101,17 +158,29 @@ def one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(settings: Settings) -> BenchResults:
-    """Run all cases, and print each result when it is done."""
-    from ..benchmark import SECTIONS, BenchResults, report
+def measure(sections: Mapping[str, Section], settings: Settings, save: Callable[[BenchResults], None]) -> BenchResults:
+    """Run the sections, also after one that fails. Print and save the results of each when it is done."""
+    from ..benchmark import BenchResults, NotRun, report
 
     results = BenchResults()
-    for case, section in SECTIONS.items():
-        with console.status(f"Measuring {case}"):
-            section(results, settings)
-        table(*report.case_table(results, case, settings))
+    for case, section in sections.items():
+        start = time.monotonic()
+        if start > settings.deadline:
+            results.not_run.append(NotRun(case, "", "left out to stay within the budget"))
+        else:
+            try:
+                with console.status(f"Measuring {case}"):
+                    section.run(results, settings)
+            except Exception as error:  # any failure, of a driver or a compiler: continue with the rest
+                results.not_run.append(NotRun(case, "", explain(error), failed=True))
+            results.seconds[case] = time.monotonic() - start
+        if results.of(case):
+            table(*report.case_table(results, case, settings))
         for line in report.not_run(results, case):
             console.print(line)
-        if results.find(case, "copy", "forward"):
-            console.print(f"copy: {report.bandwidth(results, case, settings) / 1e9:.3g} GB/s, read and written")
+        if report.has_bandwidth(results, case):
+            table(*report.bandwidth_table(results, case, settings))
+        if case in results.seconds:
+            console.print(f"{case} took {results.seconds[case]:.0f} s")
+        save(results)
     return results

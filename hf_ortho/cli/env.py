@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "driver": _driver() if cuda else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -56,6 +59,18 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver, which torch does not report."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def _version(package: str) -> str | None:
@@ -73,6 +88,7 @@ def show_environment(found: dict[str, Any]) -> None:
         "torch threads": str(found["threads"]),
         "RAM": f"{found['ram_gib']} GiB",
         "GPU": ", ".join(found["gpus"]) or "none",
+        "driver": found["driver"] or ("unknown" if found["gpus"] else "none"),
         "CUDA": found["cuda"] or "not in this torch",
         "platform": found["platform"],
         "Python": found["python"],

@@ -154,6 +154,8 @@ def _wrapped(text: str, width: int) -> str:
 
 def interval(modules: Sequence[LearnableActivation], lo: float, hi: float) -> tuple[float, float]:
     """[lo, hi], widened to include every finite end of a domain with a margin."""
+    for module in modules:
+        module.check_present()
     ends = [end for module in modules for end in module.domain.tolist() if math.isfinite(end)]
     margin = 0.08 * (max([hi, *ends]) - min([lo, *ends]))
     return min([lo, *(end - margin for end in ends)]), max([hi, *(end + margin for end in ends)])

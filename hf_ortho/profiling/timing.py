@@ -11,9 +11,13 @@ import numpy as np
 import torch
 
 LEAST_ROUNDS = 5
-QUEUE_CYCLES = 20_000_000  # about 10 ms
+MOST_QUEUED = 40  # calls; CUDA queues about 1000 launches, and a backward pass can take 20
+CYCLES_PER_SECOND = 2e9  # of a GPU; at a lower clock rate it sleeps longer
+LEAST_SLEEP = 0.5e-3
+ATTEMPTS = 3
 
 Call = Callable[[], object]
+Clock = Callable[[Call, int, str], float]  # (call, repeats, device) to seconds per call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +43,61 @@ class Times:
         return float(high - low)
 
 
-def measure(call: Call, repeats: int, device: str) -> float:
-    """Mean seconds of one call over ``repeats`` calls: CPU time of the process, or CUDA events."""
-    if device == "cuda":
+def elapsed(call: Call, repeats: int, device: str) -> float:
+    """Mean seconds of one call: CPU time of the process; on CUDA wall time, until the GPU has finished."""
+    if device != "cuda":
+        begin = time.process_time()
+        _repeat(call, repeats)
+        return (time.process_time() - begin) / repeats
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    _repeat(call, repeats)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / repeats
+
+
+def host(call: Call, repeats: int, device: str) -> float:
+    """Mean seconds until a call returns: CPU time of the process; on CUDA wall time, without waiting for the GPU."""
+    if device != "cuda":
+        return elapsed(call, repeats, device)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    _repeat(call, repeats)
+    seconds = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return seconds / repeats
+
+
+def computing(call: Call, repeats: int, device: str) -> float:
+    """Mean seconds of computation of one call: CPU time of the process; on CUDA without the launches.
+
+    On CUDA the calls are first run without a clock, which gives the host time of their launches. The GPU then sleeps
+    for longer than that, while the same calls are queued behind it, between two events. If the sleep ended before all
+    were queued, the calls are measured again, fewer of them behind a longer sleep. A call that waits for the GPU can
+    never be queued: its last measurement includes its launches.
+    """
+    if device != "cuda":
+        return elapsed(call, repeats, device)
+    repeats, seconds = min(repeats, MOST_QUEUED), math.nan
+    for attempt in range(ATTEMPTS):
+        launches = host(call, repeats, device) * repeats
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(QUEUE_CYCLES)  # the calls are queued in the meantime, so their launches are not timed
+        torch.cuda._sleep(int(CYCLES_PER_SECOND * (1.5 * launches + LEAST_SLEEP) * 2**attempt))
         start.record()
-        for _ in range(repeats):
-            call()
+        _repeat(call, repeats)
         end.record()
+        queued = not start.query()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    begin = time.process_time()
+        seconds = start.elapsed_time(end) / 1e3 / repeats
+        if queued:
+            break
+        repeats = max(1, repeats // 2)
+    return seconds
+
+
+def _repeat(call: Call, repeats: int) -> None:
     for _ in range(repeats):
         call()
-    return (time.process_time() - begin) / repeats
 
 
 def interleave(
@@ -63,7 +107,7 @@ def interleave(
     seconds: float = math.inf,
     sample: float = 0.0,
     device: str = "cpu",
-    clock: Callable[[Call, int, str], float] = measure,
+    clock: Clock = elapsed,
 ) -> dict[str, Times]:
     """Run all competitors once per round, in rotating and alternating order; the first is the reference.
 
@@ -72,7 +116,7 @@ def interleave(
         seconds: a competitor drops out after 5 rounds once it has taken this long; the reference stays.
         sample: one measurement repeats the call to take about this many seconds, after a warm-up call; 0 to measure
             single calls without warm-up.
-        clock: measures the seconds of one call.
+        clock: ``elapsed``, ``host`` or ``computing``.
     """
     names = list(calls)
     repeats: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 import types
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_ortho.activations import build
-from hf_ortho.benchmark import QUICK, BenchResults
-from hf_ortho.benchmark.activation_cases import Load, elements, libraries
+from hf_ortho.benchmark import FULL, QUICK, BenchResults, NotRun, activation_cases
+from hf_ortho.benchmark.activation_cases import Load, decode, elements, libraries
 from hf_ortho.benchmark.competitors import Copy, compiled, fixed, learnable, third_party
 
 X = torch.linspace(-6, 6, 241)
@@ -42,14 +43,6 @@ def test_tails_follow_gelu_and_pure_series_do_not_end(degree):
         assert (tailed(X) - F.gelu(X)).abs().max() < 0.09
     pure = learnable()[f"hermite_{degree}"]()
     assert pure.domain.tolist() == [-float("inf"), float("inf")]
-
-
-def test_harmonic_frequencies_are_whole_and_fixed():
-    module = learnable("cuda")["fourier_6 harmonic"]()
-    assert "fourier_6 harmonic" not in learnable("cpu")
-    assert module.frequencies.tolist() == [1, 2, 3, 4, 5, 6]
-    assert not module.frequencies.requires_grad
-    assert module.coefficients.requires_grad
 
 
 @pytest.mark.slow
@@ -128,3 +121,51 @@ def test_load_is_the_same_every_time():
     assert torch.equal(one.x, other.x)
     assert not torch.equal(one.x, one.gradient)
     assert one.x.std().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("shape", [(10,), (1000, 1000), (40_000_000,)])
+def test_inputs_exceed_the_cache_of_a_gpu(monkeypatch, shape):
+    monkeypatch.setattr("hf_ortho.benchmark.activation_cases.l2_bytes", lambda: 50 * 10**3)
+    monkeypatch.setattr(Load, "__init__", lambda self, shape, settings, sets=1: setattr(self, "sets", sets))
+    size = 2 * math.prod(shape)  # bfloat16
+    sets = Load.uncached(shape, FULL.on("cuda")).sets
+    assert sets * size >= 4 * 50 * 10**3
+    assert (sets - 1) * size < 4 * 50 * 10**3
+    assert Load.uncached(shape, FULL).sets == 1
+
+
+def test_calls_take_turns_over_equal_inputs():
+    class Seen(nn.Module):
+        def forward(self, x):
+            seen.append((x.data_ptr(), x.sum().item()))
+            return 2 * x
+
+    seen: list = []
+    load = Load((100,), QUICK, sets=3)
+    (forward,), (step,) = load.forwards({"a": Seen()}).values(), load.steps({"a": Seen()}).values()
+    for call in (forward, step, forward, step, forward, step):
+        call()
+    assert len({pointer for pointer, _ in seen}) == 3
+    assert [pointer for pointer, _ in seen[:3]] == [pointer for pointer, _ in seen[3:]]
+    assert {total for _, total in seen} == {load.x.sum().item()}
+    assert load.leaf.grad is None
+
+
+def test_one_that_fails_does_not_end_the_others(monkeypatch):
+    def fail():
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(activation_cases, "learnable", lambda: {"broken": fail} | learnable())
+    results = BenchResults()
+    decode(results, QUICK)
+    assert results.not_run == [NotRun("decode", "broken", "out of registers", failed=True)]
+    assert set(results.of("decode")) == {"F.gelu", "gelu_new", "silu", *learnable()}
+
+
+def test_without_the_reference_nothing_is_measured(monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(activation_cases, "fixed", lambda: {"F.gelu": fail})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decode(BenchResults(), QUICK)

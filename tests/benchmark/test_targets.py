@@ -81,11 +81,22 @@ def test_what_was_not_run_fails():
     assert (found.fails, found.verdict, found.figure) == (True, "not run", None)
 
 
+def test_a_target_over_another_row():
+    """5 ms over the 4 ms of the copy, whatever the ratio to the first row."""
+    target = dataclasses.replace(TARGET, over="copy", limit=1.0)
+    ours, copy = (Figure("sequence", row, "forward", t, 9.0) for row, t in (("hermite_3", 5e-3), ("copy", 4e-3)))
+    (found,) = check(BenchResults([ours, copy]), "cpu", [target])
+    assert (found.figure.ratio, found.verdict) == (1.25, "missed by 25%")
+    (found,) = check(BenchResults([ours]), "cpu", [target])
+    assert found.verdict == "not run"
+    assert str(target) == "sequence: hermite_3, forward, over copy"
+
+
 def test_only_the_targets_of_the_device_count():
     both = [TARGET, dataclasses.replace(TARGET, device="cuda")]
     assert [o.target for o in check(BenchResults(), "cuda", both)] == [both[1]]
 
 
 def test_no_target_is_given_twice():
-    keys = [(t.device, t.case, t.row, t.measure) for t in TARGETS]
+    keys = [(t.device, t.case, t.row, t.measure, t.over) for t in TARGETS]
     assert len(keys) == len(set(keys))

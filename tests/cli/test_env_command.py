@@ -3,11 +3,13 @@
 import json
 import os
 import platform
+import subprocess
 
 import torch
 import transformers
 
 import hf_ortho
+from hf_ortho.cli import env
 
 
 def test_json(hf_ortho_command):
@@ -33,6 +35,23 @@ def test_table(hf_ortho_command, monkeypatch):
     found = json.loads(hf_ortho_command("env", "--json").out)
     assert found["cpu"] in ran.out
     assert f"{found['ram_gib']} GiB" in ran.out
+
+
+def test_driver(monkeypatch):
+    def run(command, **options):
+        assert command[0] == "nvidia-smi"
+        if failure:
+            raise failure
+        return subprocess.CompletedProcess(command, 0, "580.82.07\n580.82.07\n", "")
+
+    failure = None
+    monkeypatch.setattr(env.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(env.subprocess, "run", run)
+    assert env._driver() == "580.82.07"
+    failure = subprocess.CalledProcessError(9, "nvidia-smi")
+    assert env._driver() is None
+    monkeypatch.setattr(env.shutil, "which", lambda name: None)
+    assert env._driver() is None
 
 
 def test_refuses(hf_ortho_command):
