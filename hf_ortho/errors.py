@@ -57,5 +57,9 @@ class HubError(HfOrthoError, OSError):
     """A model cannot be pushed to the Hub; nothing was committed there."""
 
 
+class ProcessError(HfOrthoError, RuntimeError):
+    """Values are spread over the processes of ``torch.distributed``, or some of these do not take part."""
+
+
 class NonFiniteError(HfOrthoError, ArithmeticError):
     """The loss or a parameter became infinite or NaN during training; no such value was saved."""

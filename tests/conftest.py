@@ -28,6 +28,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "COLUMNS": "80",
     "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",  # otherwise DeepSpeed prints what it finds
 }
 
 

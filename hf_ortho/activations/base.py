@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization
 from transformers.utils import logging
 
-from ..errors import ActivationNameError, FitError
+from ..errors import ActivationNameError, FitError, ProcessError
 from ..fitting.density import DATA_FREE, Density, gaussian_moments
 from ..fitting.least_squares import Target
 from ..fitting.nodes import Nodes
@@ -24,6 +24,7 @@ from ..fitting.options import FitOptions
 from ..fitting.report import FitReport
 from ..fitting.source import Source
 from ..kernels import cpu, dispatch, formula
+from ..partitioned import gathered, is_partitioned
 from .registry import MAX_DEGREE
 
 logger = logging.get_logger("hf_ortho")
@@ -152,10 +153,30 @@ class LearnableActivation(nn.Module):
         stored: dict = {**self._parameters, **self._buffers}  # nn.Module's attribute lookup takes a microsecond each
         return [stored[name] if name in stored else getattr(self, name) for name in self._names]
 
+    @torch.no_grad()
+    def whole(self) -> LearnableActivation:
+        """A copy on the CPU, with all values also if the parameters are sharded over processes (FSDP2, tensor
+        parallelism, DeepSpeed ZeRO-3). Then all processes must call it."""
+        copied = type(self)(self.degree, init=self.init)
+        with gathered(self._tensors()):
+            for name, value in zip(self._names, self._tensors(), strict=True):
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                getattr(copied, name).data = value.to("cpu", torch.promote_types(value.dtype, torch.float32), copy=True)
+        return copied.train(self.training)
+
+    def check_present(self) -> None:
+        """Raise ProcessError if this process holds only a part of the parameters."""
+        if any(map(is_partitioned, self._tensors())):
+            raise ProcessError(
+                f"{self.name}: DeepSpeed ZeRO-3 spreads its parameters over the processes; use a copy from whole(), "
+                "called in all of them"
+            )
+
     def gain(self, sigma: float = 1.0) -> tuple[float, float]:
         """(E[f(x)^2], E[f'(x)^2]) for x ~ N(0, sigma^2), by float64 quadrature (arXiv 2502.01247, section 3)."""
         if not sigma > 0:
             raise FitError(f"sigma {sigma!r}: must be a positive standard deviation")
+        self.check_present()
 
         value, slope = (functools.partial(self.evaluate, fn) for fn in (self.forward, self.derivative))
         with torch.no_grad():
@@ -198,6 +219,7 @@ class LearnableActivation(nn.Module):
             >>> report.sup_error < 0.01
             True
         """
+        self.check_present()
         weight = self.default_derivative_weight if derivative_weight is None else derivative_weight
         options = FitOptions(weight, domain, tails)
         source = Source.of(fn, name)
@@ -240,6 +262,7 @@ class LearnableActivation(nn.Module):
         Raises:
             FitError: ``fn`` is unknown, or has no straight asymptotes.
         """
+        self.check_present()
         source = Source.of(fn, name)
         nodes = (DATA_FREE if histogram is None else histogram).nodes(source, domain)
         return FitReport.measure(self, Target.of(source, nodes, FitOptions(domain=domain)))
@@ -281,7 +304,7 @@ class LearnableActivation(nn.Module):
         return torch.promote_types(x.dtype, torch.float32)
 
     def extra_repr(self) -> str:
-        if self.domain.is_meta:
+        if self.domain.is_meta or is_partitioned(self.domain):
             return f"degree={self.degree}"
         lo, hi = self.domain.tolist()
         s_lo, s_hi = self.tail_slopes.tolist()

@@ -111,6 +111,7 @@ class PolynomialActivation(LearnableActivation):
             PolynomialError: the interval is not finite (a module without tails needs ``domain``), it extends beyond
                 the module's domain, where the activation is a straight line, or a coefficient is not finite.
         """
+        self.check_present()
         module_domain = self.domain.tolist()
         lo, hi = map(float, module_domain if domain is None else domain)
         if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):

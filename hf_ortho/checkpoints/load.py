@@ -149,7 +149,8 @@ def _from_pretrained(cls: Any, name: str, options: dict[str, Any]) -> tuple[PreT
 
 def _activations_of(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
     """The tensors of each learnable activation, by its path."""
-    return {path: m.state_dict() for path, m in model.named_modules() if isinstance(m, LearnableActivation)}
+    modules = ((path, m) for path, m in model.named_modules() if isinstance(m, LearnableActivation))
+    return {path: m.whole().state_dict() for path, m in modules}
 
 
 def _check_activations(name: str, activations: Mapping[str, Mapping[str, Tensor]]) -> None:

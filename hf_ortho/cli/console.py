@@ -211,11 +211,13 @@ def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
 def training_size():
     """A Trainer callback that prints the number of training samples and their tokens."""
     from transformers import TrainerCallback
+    from transformers.trainer_utils import has_length
 
     class Size(TrainerCallback):
         def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
             samples: Any = getattr(train_dataloader, "dataset", None)
-            if state.is_world_process_zero and hasattr(samples, "__len__"):  # a stream has no length
+            finite = has_length(samples)  # a stream is not
+            if state.is_world_process_zero and finite:
                 tokens = samples[0].get("input_ids")
                 what = "samples" if tokens is None else f"blocks of {len(tokens)} tokens"
                 console.print(f"Training on {len(samples)} {what} for {state.max_steps} steps")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from ..activations import FAMILIES, named
 from ..errors import ConfigError
 from ..fitting.options import WEIGHTS
 from ..folders import OutputFolder
 from .console import DTYPES, Parser, add_calibration_flags, add_model_flags, calibration_options, console, show_report
+from .device import add_device_flag, chosen_device
 from .network import check_hub, hub_tokenizer
 
 
@@ -40,6 +42,7 @@ def parser() -> Parser:
     p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
     add_model_flags(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
+    add_device_flag(p, "Device for the calibration, the distillation and the comparison with the source model")
     p.add_argument(
         "--field",
         action="append",
@@ -85,6 +88,9 @@ def run(argv: list[str]) -> None:
     )
     check_hub([(args.model, args.revision), hub_tokenizer(args.tokenizer)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree)
+    device = chosen_device(args.device)
+
+    import torch
 
     from ..checkpoints.load import load_checkpoint, save_checkpoint
     from ..checkpoints.verify import check_weights, example_inputs, fingerprint, outputs, verify_reload
@@ -99,28 +105,35 @@ def run(argv: list[str]) -> None:
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
     check_weights(checkpoint.model, args.model)
     calibration, source = None, None
-    if args.calibration_data:
-        calibration, source = calibration_batches(checkpoint, args.calibration_data, **options)
-    report = convert(
-        checkpoint.model,
-        args.family,
-        degree=args.degree,
-        tolerance=args.tolerance,
-        calibration=calibration,
-        weights=args.weights,
-        fields=args.field,
-        derivative_weight=args.derivative_weight,
-        domain=args.domain,
-        tails=not args.no_tails,
-        distill=args.distill,
-    )
+    try:
+        moved: Any = checkpoint.model
+        moved.to(device)
+        if args.calibration_data:
+            calibration, source = calibration_batches(checkpoint, args.calibration_data, **options)
+        report = convert(
+            checkpoint.model,
+            args.family,
+            degree=args.degree,
+            tolerance=args.tolerance,
+            calibration=calibration,
+            weights=args.weights,
+            fields=args.field,
+            derivative_weight=args.derivative_weight,
+            domain=args.domain,
+            tails=not args.no_tails,
+            distill=args.distill,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"--device {device}: {args.model} does not fit in its memory; use --device cpu") from error
+    for module in (checkpoint.model, *(original for _, original, _ in report.modules.values())):
+        module.cpu()  # as the reloaded model, so that their outputs can be equal
     show_report(report, verbose=args.verbose)
     command = command_line("convert", argv)
     results = []
     if source is not None and (fidelity := report.fidelity) and None not in (fidelity.loss_before, fidelity.loss_after):
         values = {"source": {"loss": fidelity.loss_before}, "converted": {"loss": fidelity.loss_after}}
         note = "the held-out part of the calibration data" if fidelity.held_out else "the calibration data"
-        results = [Results(values, source, command, hardware(), note=note)]
+        results = [Results(values, source, command, hardware(device.type != "cpu"), note=note)]
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
     with output.writing() as draft:

@@ -91,7 +91,7 @@ def _processes(name: str, file: Path, requested: str | None) -> int:
     import torch
     import yaml
     from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.utils import DistributedType, is_deepspeed_available
+    from accelerate.utils import DistributedType
 
     if not file.is_file():
         raise ConfigError(f"accelerate_config {name!r}: must be one of {_choices()}")
@@ -110,8 +110,10 @@ def _processes(name: str, file: Path, requested: str | None) -> int:
         raise ConfigError(
             f"accelerate_config {name} requires GPUs, but this machine has none; multi_gpu also runs on the CPU"
         )
-    if kind == DistributedType.DEEPSPEED and not is_deepspeed_available():
-        raise ConfigError(f"accelerate_config {name} requires DeepSpeed: pip install deepspeed")
+    if kind == DistributedType.DEEPSPEED:
+        from ..training.distributed import check_deepspeed
+
+        check_deepspeed()
     if not devices:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     configured = 0 if name in NAMES[1:] else config.num_processes

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -17,6 +18,8 @@ from ..training.arguments import Recipe
 from .console import Parser, dashed
 from .launch import add_arguments
 from .network import check_hub, hub_tokenizer
+
+logger = logging.getLogger("hf_ortho")
 
 R = TypeVar("R", bound=Recipe)
 LAUNCH = ("accelerate_config", "num_processes")
@@ -60,6 +63,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
 
     import torch
     from transformers import TrainingArguments, get_scheduler
+    from transformers.utils import is_torch_tf32_available
 
     groups = get_type_hints(kind, localns={"TrainingArguments": TrainingArguments})
     p = _parser(groups, command, description)
@@ -79,6 +83,11 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
         raise ConfigError("output_dir is missing; give --output_dir, or output_dir in the config")
     if values["report_to"] is None:
         values["report_to"] = "none"
+    if values["tf32"] and not is_torch_tf32_available():  # otherwise TrainingArguments refuses it
+        logger.warning("note: tf32: no GPU here supports it (Ampere and newer do), so float32 stays float32")
+        values["tf32"] = None
+    if not values["dataloader_num_workers"]:  # a flag may turn off the workers of a recipe, but not what needs them
+        values["dataloader_prefetch_factor"], values["dataloader_persistent_workers"] = None, False
     metric = METRICS.get(str(values["metric_for_best_model"]).removeprefix("eval_"))
     # Trainer takes all but the loss as greater is better.
     if metric is not None and values["greater_is_better"] is None:

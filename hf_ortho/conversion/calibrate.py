@@ -17,7 +17,7 @@ from ..errors import CalibrationError
 from ..files import explain
 from ..fitting.histogram import Histogram
 from ..fitting.options import WEIGHTS
-from ..processes import any_process, collective_device, several_processes, sum_over_processes
+from ..processes import any_process, collective_device, several_processes, sum_over_processes, together
 from .fisher import direction, inputs_only, predictions_and_norm, recomputing, watched
 from .inputs import Prediction, check_batches, has_gradients, predict, run, unmasked
 from .sites import Site
@@ -84,20 +84,27 @@ def is_held_out(i: int) -> bool:
 
 @torch.inference_mode(False)
 def collect(
-    model: PreTrainedModel, modules: Iterable[str], batches: Iterable, *, weights: str = "fisher"
+    model: PreTrainedModel,
+    modules: Iterable[str],
+    batches: Iterable,
+    *,
+    weights: str = "fisher",
+    distributed: bool = True,
 ) -> dict[str, Histogram]:
     """Run ``model`` over ``batches``, and return the histograms of the inputs of ``modules``, by path, without modules
     that had no input.
-
-    Under ``torch.distributed`` each process passes its own batches and gets the sums over all processes.
 
     Args:
         weights: ``"fisher"`` to give each bin an importance, the sum over its inputs of the second derivative of the
             divergence of the model's predictions by an error of the activation there; ``"density"`` for only counts. If
             the model has no backward pass, its histograms have only counts.
+        distributed: under ``torch.distributed`` each process passes its own batches and gets the sums over all
+            processes. False runs in this process alone.
 
     Raises:
         CalibrationError: there are no batches, the model rejects a batch, or pre-activations are not finite.
+        ProcessError: another process does not call this too.
+        torch.OutOfMemoryError: a batch does not fit in the memory of the GPU.
 
     Example:
         >>> from hf_ortho.conversion import collect
@@ -106,7 +113,8 @@ def collect(
         True
     """
     check_batches(batches)
-    return _collect(model, modules, _named(batches), weights)[0]
+    with together(distributed, "hf_ortho.conversion.collect"):
+        return _collect(model, modules, _named(batches), weights)[0]
 
 
 def _named(batches: Iterable) -> Iterator[tuple[str, Any]]:
@@ -158,7 +166,7 @@ class _Run:
         self.norm = 0.0
         self.real = False
         self.failure = ""
-        self.generator: torch.Generator | None = None
+        self.generator = torch.Generator().manual_seed(0)  # with equal batches, all processes get what one gets
 
     def add(self, batch, where: str, *, fisher: bool) -> None:
         """One forward pass, and with ``fisher`` one backward pass; only a forward pass from the first failure on."""
@@ -166,6 +174,8 @@ class _Run:
         if fisher and not self.failure:
             try:
                 self._take(*self._pass(batch, where, fisher=True))
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, CalibrationError) as error:
                 name = type(self.model).__name__
                 self.failure = f"no Fisher weights, since the backward pass of {name} fails: {explain(error)}"
@@ -217,8 +227,6 @@ class _Run:
             )
             prediction = predict(self.model, batch, where)
             counting = False
-            if self.generator is None:  # the same in all processes: with equal batches they get what one process gets
-                self.generator = torch.Generator(prediction.output.device).manual_seed(0)
             u = direction(prediction, self.generator)
             prediction.output.backward(u.to(prediction.output.dtype))
         return seen, prediction

@@ -16,6 +16,7 @@ from .. import activations
 from ..checkpoints.provenance import LayerProvenance, Provenance
 from ..errors import FitError, SiteError
 from ..fitting.options import FitOptions
+from ..processes import together
 from .calibrate import Calibration, check_weights, is_held_out
 from .distill import check_steps
 from .distill import distill as distill_activations
@@ -44,6 +45,7 @@ def convert(
     domain: tuple[float, float] | None = None,
     tails: bool = True,
     distill: int = 0,
+    distributed: bool = True,
 ) -> ConversionReport:
     """Convert ``model`` in place. It can then be saved, and reloaded with plain ``from_pretrained``.
 
@@ -65,9 +67,7 @@ def convert(
             the model needs it. The second of every four batches, up to four in all, is held out of the fits: on these,
             the converted model is compared with its source, and if a conversion without data is closer to it, that one
             is kept. A single batch serves both. Positions hidden by an ``attention_mask`` do not count. ``labels`` are
-            optional. Under ``torch.distributed`` each process passes its own batches, and all processes get the same
-            activations, fitted to all batches. Without calibration, the fits are weighted by the density of
-            N(-0.5, 1.5^2).
+            optional. Without calibration, the fits are weighted by the density of N(-0.5, 1.5^2).
         weights: what the calibration data determine. ``"fisher"``: each pre-activation is weighted by how much an error
             there changes the predictions of the model (one forward and one backward pass; the diagonal of the Fisher
             information). ``"density"``: each counts the same (one forward pass).
@@ -77,6 +77,9 @@ def convert(
         tails: False for the pure series, fitted on ``domain`` or, by default, on the range of each layer's data.
         distill: number of Adam steps on the activation parameters only, toward the outputs of the source model on
             ``calibration``.
+        distributed: with calibration under ``torch.distributed``, all processes convert together: each passes its own
+            batches, and all get the same activations, fitted to all batches. False converts in this process alone, as
+            without calibration: for example on rank 0 only.
 
     Returns:
         The report. The origin of the activations is also recorded in ``model.config.hf_ortho``.
@@ -87,6 +90,7 @@ def convert(
         CalibrationError: the calibration data is empty, of the wrong kind, or not finite, or ``distill`` has none.
         FitError: an activation of the model cannot be fitted, or no degree reaches ``tolerance``.
         CheckpointError: the entry ``hf_ortho`` in the config of the model is invalid.
+        ProcessError: another process does not call this too.
         In every case the model is unchanged.
 
     Example:
@@ -108,37 +112,39 @@ def convert(
     model = plain_model(model)
     sites, left_alone = find_sites(model, fields)
     Provenance.of(model.config)  # raises on an invalid entry before any work is done
-    source = Calibration.of(model, sites, calibration, weights)
-    fitting = time.perf_counter()
-    if degree == "auto":
-        degrees, fitted = fit_smallest(model, sites, family, source.histograms, options, tolerance)
-    else:
-        degrees = {site.field: n for site in sites}
-        fitted = fit_sites(model, sites, family, degrees, source.histograms, options)
-    without_data = fit_sites(model, sites, family, degrees, {}, options) if calibration is not None and tails else {}
-    report = ConversionReport.of(
-        model,
-        fitted,
-        source.histograms,
-        time.perf_counter() - fitting,
-        left_alone=left_alone,
-        weights=source.weights,
-        notes=[source.note] if source.note else [],
-    )
-    names = {field: f"{family.family}_{n}" for field, n in degrees.items()}
-    sources = {path: module for path, (_, module, _) in report.modules.items()}
-    replaced = False  # by the fit without data
-    restore = replace_modules(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
-    try:
-        if distill and calibration is not None:
-            seen = (batch for i, batch in enumerate(calibration) if not is_held_out(i))
-            report.distillation = distill_activations(model, sources, seen, distill)
-            report.layers = _measured_again(report, tails)
-        if calibration is not None:
-            report.fidelity, replaced = _closer(model, report, sources, source, without_data)
-    except BaseException:
-        restore()
-        raise
+    with together(distributed and calibration is not None, "hf_ortho.convert with calibration"):
+        source = Calibration.of(model, sites, calibration, weights)
+        fitting = time.perf_counter()
+        if degree == "auto":
+            degrees, fitted = fit_smallest(model, sites, family, source.histograms, options, tolerance)
+        else:
+            degrees = {site.field: n for site in sites}
+            fitted = fit_sites(model, sites, family, degrees, source.histograms, options)
+        compared = sites if calibration is not None and tails else []
+        without_data = fit_sites(model, compared, family, degrees, {}, options)
+        report = ConversionReport.of(
+            model,
+            fitted,
+            source.histograms,
+            time.perf_counter() - fitting,
+            left_alone=left_alone,
+            weights=source.weights,
+            notes=[source.note] if source.note else [],
+        )
+        names = {field: f"{family.family}_{n}" for field, n in degrees.items()}
+        sources = {path: module for path, (_, module, _) in report.modules.items()}
+        replaced = False  # by the fit without data
+        restore = replace_modules(model, sites, {path: module for path, (module, _) in fitted.items()}, names)
+        try:
+            if distill and calibration is not None:
+                seen = (batch for i, batch in enumerate(calibration) if not is_held_out(i))
+                report.distillation = distill_activations(model, sources, seen, distill)
+                report.layers = _measured_again(report, tails)
+            if calibration is not None:
+                report.fidelity, replaced = _closer(model, report, sources, source, without_data)
+        except BaseException:
+            restore()
+            raise
     report.seconds = time.perf_counter() - start
     provenance = Provenance.of_conversion(
         model.config,

@@ -244,7 +244,7 @@ def _gradients(
             prediction.loss.backward()
         else:
             if u is None:
-                u = direction(prediction, torch.Generator(prediction.output.device).manual_seed(0))
+                u = direction(prediction, torch.Generator().manual_seed(0))
             prediction.output.backward(u.to(prediction.output.dtype))
     return found, u
 

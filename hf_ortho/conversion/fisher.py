@@ -21,7 +21,7 @@ PIECE = 2**20  # probabilities that are summed at a time, for less memory
 
 def direction(prediction: Prediction, generator: torch.Generator) -> Tensor:
     """A random vector u, shaped like the output, with E[u u^T] the second derivative of the divergence by the output;
-    0 where the output is masked."""
+    0 where the output is masked. ``generator`` is on the CPU, so that u is the same for a model on a GPU."""
     # Let e be a small error of one activation and J the derivative of the output y by it. The divergence of the new
     # predictions from the old ones is e^T J^T H J e / 2. For class probabilities p it is the KL divergence, and H is
     # the Fisher information diag(p) - p p^T; for independent classes H is p (1 - p), for other outputs 1 (half the
@@ -34,7 +34,7 @@ def direction(prediction: Prediction, generator: torch.Generator) -> Tensor:
         drawn = _draw(u.flatten(0, -2), generator).view(*u.shape[:-1], 1)
         u.scatter_add_(-1, drawn, u.new_full(drawn.shape, -1.0))
     else:
-        u = torch.randn(y.shape, generator=generator, device=y.device)
+        u = torch.randn(y.shape, generator=generator).to(y.device)
         if prediction.kind == "binary":
             p = torch.sigmoid(y)
             u *= (p * (1 - p)).sqrt()
@@ -48,7 +48,7 @@ def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
     drawn = []
     for rows in p.split(max(1, PIECE // p.shape[-1])):
         ticks = (rows * 2.0**40).long().cumsum(-1)
-        at = torch.rand((len(rows), 1), generator=generator, device=p.device) * ticks[:, -1:]
+        at = torch.rand((len(rows), 1), generator=generator).to(p.device) * ticks[:, -1:]
         drawn.append(torch.searchsorted(ticks, at.long(), right=True))
     return torch.cat(drawn).clamp_(max=p.shape[-1] - 1)
 

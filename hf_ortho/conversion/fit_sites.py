@@ -145,12 +145,12 @@ def _fits(
                 raise FitError(f"{path}: {error}") from error
             if plain:
                 done[id(histogram)] = new, fit
-        _agree(new)
+        agree(new)
         yield new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
 
 
-def _agree(module: LearnableActivation) -> None:
-    """Use the fit of the first process in all processes: LAPACK may round differently on another machine."""
+def agree(module: LearnableActivation) -> None:
+    """Use the fit of the first process in all that fit together: LAPACK may round differently on another machine."""
     if several_processes():
         state = [module.state_dict()]
         torch.distributed.broadcast_object_list(state, src=0)

@@ -164,6 +164,8 @@ def forward(model: PreTrainedModel, inputs: dict, where: str):
     try:
         with _uncompiled():
             return model(**inputs)
+    except torch.OutOfMemoryError:  # not the fault of the batch
+        raise
     except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
         raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {explain(error)}") from error
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import SiteError
+from ..partitioned import is_partitioned
 
 ENGINES = ("torch.nn.parallel.distributed", "torch.distributed.", "deepspeed.")  # modules of the classes that wrap
 ADAPTERS = (
@@ -20,6 +21,10 @@ ADAPTERS = (
     "model.add_adapter(hf_ortho.peft.OrthoConfig(...))"
 )
 WRAPPED = "{} has already wrapped the model and knows only its present parameters: convert the model before that"
+PARTITIONED = (
+    "{} is partitioned by DeepSpeed ZeRO-3: convert and save it beforehand, or load it without a DeepSpeed config "
+    "(`--accelerate-config zero3` partitions it after the conversion)"
+)
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -41,6 +46,7 @@ def plain_model(model: Any) -> PreTrainedModel:
         raise SiteError(ADAPTERS.format(name))
     if any(isinstance(module, _imported("torch.distributed.fsdp", "FSDPModule")) for module in model.modules()):
         raise SiteError(WRAPPED.format("FSDP2"))
+    check_not_partitioned(model)
     for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise SiteError(
@@ -49,6 +55,12 @@ def plain_model(model: Any) -> PreTrainedModel:
                 "add an adapter of activations (hf_ortho.peft.OrthoConfig)"
             )
     return model
+
+
+def check_not_partitioned(model: nn.Module) -> None:
+    """Raise SiteError if the weights are partitioned by DeepSpeed, so that ``model`` cannot run."""
+    if any(map(is_partitioned, model.parameters())):
+        raise SiteError(PARTITIONED.format(type(model).__name__))
 
 
 def _imported(module: str, name: str) -> tuple[type, ...]:

@@ -192,14 +192,14 @@ class Results:
         ]
 
 
-def hardware() -> str:
-    """Describe this machine: its GPUs, or its CPU cores.
+def hardware(gpu: bool = True) -> str:
+    """Describe this machine: its GPUs, or its CPU cores if it has none or ``gpu`` is False.
 
     Example:
-        >>> "CPU cores" in hf_ortho.hub.hardware() or torch.cuda.is_available()
+        >>> "CPU cores" in hf_ortho.hub.hardware(gpu=False)
         True
     """
-    if torch.cuda.is_available():
+    if gpu and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 

@@ -9,10 +9,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..activations import LearnableActivation, build
+from ..activations import LearnableActivation
 from ..activations.base import SHARED
 from ..checkpoints.adapter import ATTRIBUTE
 from ..errors import AdapterError
+from ..partitioned import gathered
 
 
 class OrthoLayer(nn.Module, BaseTunerLayer):
@@ -66,7 +67,10 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         together = list(dict.fromkeys([*self.merged_adapters, *names]))
         if len(together) > 1:
             raise AdapterError(f"adapters {', '.join(together)} cannot be merged together: merge one of them")
-        if safe_merge and not all(torch.isfinite(p).all() for n in names for p in self.activations[n].parameters()):
+        parameters = [p for name in names for p in self.activations[name].parameters()]
+        with gathered(parameters if safe_merge else ()):
+            finite = not safe_merge or all(torch.isfinite(p).all() for p in parameters)
+        if not finite:
             raise AdapterError(f"adapter {names[0]} has parameters that are not finite: it was not merged")
         return names
 
@@ -93,9 +97,7 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         if not merge or not self.merged:
             return self.base_layer
         learned = cast(LearnableActivation, self.activations[self.merged_adapters[0]])
-        plain = build(learned.name).to(learned.domain.device).train(self.training)
-        plain.load_state_dict({**learned.state_dict(), **{name: getattr(learned, name) for name in SHARED}})
-        return plain
+        return learned.whole().to(learned.domain.device).train(self.training)
 
     def _get_base_layer_device_and_dtype(self, base_layer):
         # An activation of the base model has no weights to take them from.

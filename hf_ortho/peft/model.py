@@ -27,7 +27,9 @@ from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
 from ..conversion.convert import driving_values
 from ..conversion.fit_sites import device_of, fit_sites
 from ..conversion.sites import set_field
+from ..conversion.states import check_not_partitioned
 from ..errors import AdapterError, SiteError
+from ..processes import together
 from .config import OrthoConfig
 from .layer import OrthoLayer
 
@@ -65,7 +67,8 @@ class OrthoModel(BaseTuner):
         with unwrapped(model):
             sites = targeted_sites(model, config)
             if config.layers is None:
-                self._new = _fit(model, sites, config, {})
+                with together(False, "an OrthoConfig"):  # without data
+                    self._new = _fit(model, sites, config, {})
             else:
                 self._new = _empty(model, sites, config)
         self.peft_config[adapter_name] = config
@@ -237,7 +240,12 @@ def _empty(model: PreTrainedModel, sites: list[Site], config: OrthoConfig) -> di
 
 @torch.inference_mode(False)  # inference tensors could not be trained
 def calibrate(
-    model: PeftModel | PreTrainedModel, batches: Iterable, adapter_name: str | None = None, *, weights: str = "fisher"
+    model: PeftModel | PreTrainedModel,
+    batches: Iterable,
+    adapter_name: str | None = None,
+    *,
+    weights: str = "fisher",
+    distributed: bool = True,
 ) -> ConversionReport:
     """Refit an adapter, each activation weighted by the pre-activations of its layer over ``batches`` and by their
     effect on the predictions.
@@ -249,6 +257,7 @@ def calibrate(
         batches: model inputs, as for ``hf_ortho.convert``.
         adapter_name: the adapter; the active one by default.
         weights: ``"fisher"`` or ``"density"``, as for ``hf_ortho.convert``.
+        distributed: False to fit to the batches of this process alone, as for ``hf_ortho.convert``.
 
     Returns:
         The report of the fits.
@@ -256,7 +265,9 @@ def calibrate(
     Raises:
         AdapterError: the model has no such adapter.
         CalibrationError: the batches are empty, of the wrong kind or not finite.
-        In both cases the adapter is unchanged.
+        ProcessError: another process does not call this too.
+        SiteError: the model is partitioned by DeepSpeed ZeRO-3.
+        In every case the adapter is unchanged.
 
     Example:
         >>> import peft
@@ -279,7 +290,8 @@ def calibrate(
             else f"{adapter_name!r} is not an OrthoConfig adapter of {name}"
         )
         raise AdapterError(f"{problem}; it has: {known}; add one with get_peft_model(model, OrthoConfig())")
-    with unwrapped(base):
+    check_not_partitioned(base)
+    with unwrapped(base), together(distributed, "hf_ortho.peft.calibrate"):
         sites = targeted_sites(base, config)
         histograms = collect(base, [path for site in sites for path in site.modules], batches, weights=weights)
         fitted = _fit(base, sites, config, histograms)

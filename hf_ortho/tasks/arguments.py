@@ -35,7 +35,10 @@ class DataArguments:
     train_split: str | None = dataclasses.field(default=None, metadata={"help": "Training split. Default: train."})
     eval_split: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Evaluation split. Default: validation or test, else a tenth of the training split."},
+        metadata={
+            "help": "Evaluation split. Default: validation or test, else a tenth of the training split "
+            "(with tokenize once, at most max_eval_samples)."
+        },
     )
     text_column: str | None = dataclasses.field(
         default=None, metadata={"help": "Text column. Default: text, or the only text column."}
@@ -52,6 +55,13 @@ class DataArguments:
     )
     streaming: bool = dataclasses.field(
         default=False, metadata={"help": "Read the data during training instead of before it. Requires max_steps."}
+    )
+    tokenize: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "once: tokenize all text before training, into memory-mapped files that later trainings reuse and "
+            "resume from at once. Default: tokenize during training with streaming, else in blocks before it."
+        },
     )
     shuffle_buffer: int = dataclasses.field(
         default=10_000,
@@ -72,6 +82,10 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if self.tokenize not in (None, "once"):
+            raise ConfigError(f"tokenize {self.tokenize!r}: must be once, or left out")
+        if self.tokenize and self.streaming:
+            raise ConfigError("tokenize once: reads all text before training; leave out streaming")
         for key, least in LEAST.items():
             value = getattr(self, key)
             if value is not None and not value >= least:

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 class CausalLM(Task):
     def prepare(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
         from .data import text_blocks, tokens_per_sample
+        from .tokens import cached_blocks
 
         size = tokens_per_sample(checkpoint, arguments)
-        return text_blocks(rows, checkpoint.tokenizer, size, arguments.text_column, name)
+        blocks = text_blocks if arguments.tokenize is None else cached_blocks
+        return blocks(rows, checkpoint.tokenizer, size, arguments.text_column, name)
 
     def stream(
         self,

@@ -30,7 +30,12 @@ NO_TOKENIZER = (
 
 
 def load(
-    name: str, *, config_name: str | None = None, revision: str | None = None, streaming: bool = False
+    name: str,
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    check: bool = True,
 ) -> DatasetDict | IterableDatasetDict:
     """Load all splits of a dataset.
 
@@ -40,6 +45,7 @@ def load(
             ``pydoc_topics`` / ``digits``.
         config_name, revision: configuration and revision of a Hub dataset.
         streaming: read rows during iteration instead of all at once.
+        check: read a local dataset once to check that all strings are UTF-8, unless it is streamed.
 
     Raises:
         DataError: the dataset does not exist or cannot be read.
@@ -48,7 +54,7 @@ def load(
         splits = BUILT_IN[name]()
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
     if is_local(name):
-        return load_local(name, streaming)
+        return load_local(name, streaming, check)
     try:
         return datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
     except Exception as error:  # datasets raises many types, from pyarrow's to huggingface_hub's

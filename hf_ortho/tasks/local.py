@@ -18,7 +18,7 @@ logger = logging.getLogger("hf_ortho")
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
 
 
-def load_local(name: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+def load_local(name: str, streaming: bool = False, check: bool = True) -> DatasetDict | IterableDatasetDict:
     """All splits of a local dataset.
 
     The files of a folder are split by their names, as on the Hub: ``valid-0.jsonl`` and ``test/0.jsonl`` are evaluation
@@ -30,7 +30,7 @@ def load_local(name: str, streaming: bool = False) -> DatasetDict | IterableData
     path = Path(name)
     try:
         if path.is_dir() and any(all((path / file).is_file() for file in files) for files in SAVED):
-            return _saved(name, streaming)
+            return _saved(name, streaming, check)
         files = files_of(name)
         if path.is_dir() and builder_of(files[0]) == IMAGES:
             return datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
@@ -43,22 +43,23 @@ def load_local(name: str, streaming: bool = False) -> DatasetDict | IterableData
             counts = ", ".join(f"{len(part)} for {split}" for split, part in by_split.items())
             logger.warning(f"note: the {len(files)} files of {name} are used by their names: {counts}")
         splits = {split: load_files({split: part}, streaming)[split] for split, part in by_split.items()}
-        return IterableDatasetDict(splits) if streaming else _checked(DatasetDict(splits))
+        return IterableDatasetDict(splits) if streaming else _checked(DatasetDict(splits), check)
     except DataError:
         raise
     except Exception as error:  # datasets raises many types, such as pyarrow's
         raise DataError(f"dataset {name!r} cannot be read: {why_unreadable(name, error)}") from error
 
 
-def _saved(name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
+def _saved(name: str, streaming: bool, check: bool) -> DatasetDict | IterableDatasetDict:
     """The splits of a folder written by ``save_to_disk``. A single ``Dataset`` is ``train`` unless it has a name."""
     found = datasets.load_from_disk(name).with_format(None)
-    splits = _checked(DatasetDict({str(found.split or "train"): found}) if isinstance(found, Dataset) else found)
+    splits = DatasetDict({str(found.split or "train"): found}) if isinstance(found, Dataset) else found
+    splits = _checked(splits, check)
     return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
 
 
-def _checked(splits: DatasetDict) -> DatasetDict:
-    """The splits, after a check that all strings are UTF-8: pyarrow reads any bytes."""
-    for part in splits.values():
+def _checked(splits: DatasetDict, check: bool) -> DatasetDict:
+    """The splits, after a check (if ``check``) that all strings are UTF-8: pyarrow reads any bytes."""
+    for part in splits.values() if check else ():
         part.data.validate(full=True)
     return splits

@@ -33,7 +33,10 @@ def load_splits(
     if not arguments.dataset:
         raise ConfigError("dataset is missing; give --dataset, or dataset in the config")
     task = of(checkpoint.model)
-    load = partial(data.load, streaming=arguments.streaming)
+    if arguments.tokenize and checkpoint.tokenizer is None:
+        raise ConfigError(f"tokenize {arguments.tokenize}: {type(checkpoint.model).__name__} has no tokenizer")
+    # Tokenizing checks the text by itself, and a token cache is to be reused without reading the text again.
+    load = partial(data.load, streaming=arguments.streaming, check=arguments.tokenize is None)
     config, revision = arguments.dataset_config, arguments.dataset_revision
     revision = data.commit_of(arguments.dataset, config_name=config, revision=revision) or revision
     arguments.dataset_revision = revision  # pin the commit: a branch may move
@@ -53,15 +56,16 @@ def load_splits(
         held_back = task.prepare(checkpoint, raw_held_back, arguments, held_back_name)
         task.check_classes(train, held_back, held_back_name)
     elif len(train) > 1:
-        train, held_back = _hold_back(train, task.random_split)
+        most = arguments.max_eval_samples if arguments.tokenize else None
+        train, held_back = _hold_back(train, most, task.random_split)
     if held_back is not None:
         held_back = head(held_back, arguments.max_eval_samples)
     return head(train, arguments.max_train_samples), held_back
 
 
-def _hold_back(samples: Dataset, at_random: bool) -> tuple[Dataset, Dataset]:
-    """Split off a tenth of the samples."""
-    count = max(1, len(samples) // 10)
+def _hold_back(samples: Dataset, most: int | None, at_random: bool) -> tuple[Dataset, Dataset]:
+    """Split off a tenth of the samples, at most ``most`` if it is given."""
+    count = max(1, min(len(samples) // 10, most or len(samples)))
     order = range(len(samples))
     if at_random:
         order = np.random.default_rng(0).permutation(len(samples)).tolist()

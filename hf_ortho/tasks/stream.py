@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count, islice
@@ -9,6 +10,7 @@ from itertools import count, islice
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, DataError
@@ -51,6 +53,17 @@ class Stream(torch.utils.data.IterableDataset):
     ) -> None:
         self.rows, self.samples, self.name = rows, samples, name
         self.seed, self.buffer_size, self.features, self.mixing = seed, buffer_size, features, mixing
+        self.process, self.processes = 0, 1
+
+    def part(self, process: int, processes: int) -> Stream:
+        """The samples of one of several processes, which reads other rows than the rest in each pass.
+
+        Each process has whole shards if their number is a multiple of ``processes``, else each ``processes``-th row.
+        """
+        part = copy.copy(self)
+        part.rows = split_dataset_by_node(self.rows, process, processes)
+        part.process, part.processes = process, processes
+        return part
 
     def __iter__(self) -> Iterator[dict]:
         return mixed(self.samples(self._shuffled()), self.mixing, np.random.default_rng(self.seed))
@@ -65,6 +78,12 @@ class Stream(torch.utils.data.IterableDataset):
             for row in read(rows, self.name):
                 yield row
             if row is None:  # this worker has no shard
+                worker = torch.utils.data.get_worker_info()
+                if self.processes > 1 and (worker is None or worker.id == 0):  # the other processes would wait for it
+                    raise DataError(
+                        f"{self.name} has no rows for process {self.process} of {self.processes}; use fewer processes "
+                        "or dataloader workers, or set dispatch_batches to true in accelerator_config"
+                    )
                 return
 
     def head(self, number: int) -> list[dict]:

@@ -18,6 +18,7 @@ from ..files import explain
 from ..peft import OrthoConfig, calibrate
 from ..tasks import head_of
 from .arguments import LoraArguments, ModelArguments
+from .distributed import fits_agree
 from .policies import NO_ACTIVATIONS, freeze_domains, norm_layers
 
 ADAPTERS = ("activations", "norms", "lora", "lora+activations")
@@ -71,7 +72,7 @@ def add_adapter(
     """Wrap the model with an adapter for the policy ``arguments.train``. The base model is not changed.
 
     A new head for the classes of the dataset is trained and saved with the adapter. ``calibration`` weights the fit of
-    activations. With a checkpoint ``resume``, the activations are not refitted.
+    activations, which all processes fit together. With a checkpoint ``resume``, the activations are not refitted.
 
     Raises:
         HfOrthoError: a value does not fit the model.
@@ -106,9 +107,10 @@ def add_adapter(
         fitted = OrthoConfig.from_pretrained(resume)
         for key in ("layers", "source_activations", "calibrated", "base_commit", "hf_ortho_version"):
             setattr(config, key, getattr(fitted, key))
-    wrapped = _wrap(model, config)
-    if calibration is not None and resume is None:
-        calibrate(wrapped, calibration)
+    with fits_agree():
+        wrapped = _wrap(model, config)
+        if calibration is not None and resume is None:
+            calibrate(wrapped, calibration)
     return wrapped
 
 

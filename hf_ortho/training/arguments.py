@@ -84,6 +84,13 @@ class ModelArguments:
             "linear layer. Gives the same weights with less memory, but one extra forward per activation."
         },
     )
+    channels_last: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Store images and the weights of convolutions with the channels last in memory, which is faster on "
+            "GPUs. Gives the same results up to rounding."
+        },
+    )
 
     trust_remote_code: bool = dataclasses.field(
         default=False,

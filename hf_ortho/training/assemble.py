@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.activations import ACT2FN
 from transformers.distributed.fsdp import is_fsdp_enabled
 
@@ -16,6 +18,7 @@ from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites
 from ..errors import ConfigError, HfOrthoError
 from ..files import explain
+from ..partitioned import full_size
 from ..recompute import fuse_mlp
 from ..tasks import TASKS
 from ..tasks.samples import batches, load_splits
@@ -24,6 +27,7 @@ from ..tasks.tokenizer import use_tokenizer
 from .adapters import add_adapter, add_lora
 from .arguments import ModelArguments, Recipe
 from .augment import augment, check_augmentation
+from .distributed import fits_agree, fsdp_version
 from .evaluation import make_trainer
 from .logger import ActivationLogger
 from .penalty import DomainPenalty
@@ -46,7 +50,9 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
         auto_classes = [task.auto_class for task in TASKS]
         checkpoint = load_checkpoint(place, revision=arguments.model_revision, auto_classes=auto_classes, **options)
         use_tokenizer(checkpoint, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
-    with training.main_process_first(desc="preparing the data"):  # the other processes read its cache
+    # The other processes read its cache. For a token cache they wait at a file lock, as a barrier would time out.
+    first = training.main_process_first(desc="preparing the data")
+    with contextlib.nullcontext() if recipe.data.tokenize else first:
         seed = training.seed if training.data_seed is None else training.data_seed
         train, held_back = load_splits(checkpoint, recipe.data, seed)
     if arguments.init != "scratch" and not (arguments.adapter and arguments.train == "activations"):
@@ -81,7 +87,8 @@ def _convert_first(
             "fsdp_cpu_ram_efficient_loading to false, or convert the model beforehand"
         )
     samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
-    return convert(model, name, calibration=samples)
+    with fits_agree():
+        return convert(model, name, calibration=samples)
 
 
 def build_trainer(
@@ -104,12 +111,14 @@ def build_trainer(
             setting = f"train {arguments.train!r}" + (" with adapter" if arguments.adapter else "")
             raise ConfigError(f"{setting} cannot be combined with tensor parallelism; use multi_gpu or fsdp2")
         checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train, resume))
-        trainable = sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad)
+        trainable = sum(full_size(p) for p in checkpoint.model.parameters() if p.requires_grad)
     else:
         trainable = set_trainable(checkpoint.model, arguments.train, checkpoint.new_head)
     reduce_activation_gradients(checkpoint.model)
     if arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
+    if arguments.channels_last:
+        _use_channels_last(checkpoint.model, training)
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         if not checkpoint.model.supports_gradient_checkpointing:
             raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
@@ -134,8 +143,19 @@ def build_trainer(
         raise
     except Exception as error:  # a missing logger, an unreachable Hub, invalid values
         raise ConfigError(f"training arguments: {explain(error)}") from error
+    trainer.channels_last = arguments.channels_last
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
     return trainer, trainable
+
+
+def _use_channels_last(model: Any, training: TrainingArguments) -> None:
+    if model.main_input_name != "pixel_values":
+        raise ConfigError(f"channels_last: needs a model of images, which {type(model).__name__} is not")
+    if fsdp_version(training) is not None or training.deepspeed_plugin is not None:
+        raise ConfigError(
+            "channels_last: not supported by FSDP2 and DeepSpeed; set it to false, or use one process or multi_gpu"
+        )
+    model.to(memory_format=torch.channels_last)
 
 
 def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream, resume: str | None) -> PeftModel:

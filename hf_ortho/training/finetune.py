@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import deepspeed_config
 
 from ..activations.registry import check_name
 from ..checkpoints.load import Checkpoint, save_checkpoint
@@ -22,7 +23,7 @@ from .adapters import check_adapter, merge_lora
 from .arguments import Recipe
 from .assemble import assemble, build_trainer
 from .checkpoints import check_intact, checkpoints, intact_checkpoints, resume_point, whole_checkpoints
-from .distributed import check_fsdp, full_state_dict, main_decides
+from .distributed import autocast_under_deepspeed, check_fsdp, full_state_dict, loading_whole, main_decides
 from .manifest import MANIFEST, is_whole
 from .metrics import metrics_at_start, metrics_of
 from .policies import POLICIES
@@ -91,13 +92,15 @@ def finetune(
     if recipe.data.streaming:
         check_stream(recipe.data, arguments)
     check_fsdp(arguments)
+    autocast_under_deepspeed(deepspeed_config(), arguments)  # with which transformers partitions a model that it loads
     output = main_decides(arguments, lambda: output_folder(recipe))
     folder = Path(str(arguments.output_dir))
     whole = whole_checkpoints(folder)
     asked = str(arguments.resume_from_checkpoint or "").lower()
     intact = intact_checkpoints(whole) if asked in ("true", "auto") else whole
     resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole, intact))
-    checkpoint, train, held_back, report = assemble(recipe)
+    with loading_whole(recipe):
+        checkpoint, train, held_back, report = assemble(recipe)
     record = record_of(recipe, checkpoint.model, train)
     if resume is not None:
         adapter = model_arguments.activation if model_arguments.adapter else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations import LearnableActivation
 from ..errors import NonFiniteError
+from ..partitioned import local_part
 from ..processes import any_process
 
 
@@ -45,22 +47,38 @@ class FiniteGuard(TrainerCallback):
 class FiniteLoss(Trainer):
     """``Trainer`` with ``FiniteGuard`` that also stops at a non-finite loss, before the optimizer step.
 
-    It then runs the batch forward again to find the first layer with non-finite outputs. The loss is checked only with
-    ``logging_nan_inf_filter`` (on by default), where Trainer synchronizes on it anyway. Multiple processes share one
-    flag per batch. Under fp16 the loss may overflow while the scale of the ``GradScaler`` exceeds 1.
+    The losses of all micro-batches of a step stay on the device, and one flag is read per optimizer step, shared by all
+    processes. If it is set, the first failed micro-batch runs forward again to find the first layer with non-finite
+    outputs. The filter of Trainer, which reads the loss of every micro-batch, is not needed: set
+    ``logging_nan_inf_filter=False``. Under fp16 the loss may overflow while the scale of the ``GradScaler`` exceeds 1.
+    DeepSpeed steps within the backward pass, and stops right after this step.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        # (inputs, loss) of each micro-batch since the last step. Trainer holds these inputs until the step anyway.
+        self._micro_batches: list[tuple[dict[str, Any], Tensor]] = []
         self.add_callback(FiniteGuard())
+        self.add_callback(_BeforeStep(self._micro_batches, self._check_losses))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.logging_nan_inf_filter and any_process(~torch.isfinite(loss).all()).item():
-            scaler = getattr(self.accelerator, "scaler", None)
-            if scaler is None or scaler.get_scale() <= 1:
-                raise _error(self.args, self.state.global_step + 1, f"the loss is not finite{self._origin(inputs)}")
+        self._micro_batches.append((inputs, loss.clone()))  # a CUDA graph overwrites its outputs in the next run
         return loss
+
+    def _check_losses(self) -> None:
+        micro_batches = list(self._micro_batches)
+        self._micro_batches.clear()
+        finite = torch.stack([loss for _, loss in micro_batches]).isfinite()
+        if not any_process(~finite.all()).item():
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:
+            return
+        first = min(gather_object([i for i, value in enumerate(finite.tolist()) if not value]))
+        number = f" in micro-batch {first + 1} of {len(micro_batches)}" if len(micro_batches) > 1 else ""
+        origin = self._origin(micro_batches[min(first, len(micro_batches) - 1)][0])
+        raise _error(self.args, self.state.global_step + 1, f"the loss is not finite{number}{origin}")
 
     def _origin(self, inputs) -> str:
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
@@ -70,6 +88,19 @@ class FiniteLoss(Trainer):
         return (
             f"; the first non-finite values are {origins[0]}" if origins else ", although the outputs of all layers are"
         )
+
+
+class _BeforeStep(TrainerCallback):
+    """Calls ``check`` before each step of the optimizer, with the micro-batches of this step in ``seen``."""
+
+    def __init__(self, seen: list, check: Callable[[], None]):
+        self.seen, self.check = seen, check
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seen.clear()  # of a training that ended within a step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.check()
 
 
 @contextlib.contextmanager
@@ -128,9 +159,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     domains = {id(m.domain) for m in model.modules() if isinstance(m, LearnableActivation)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            value = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3 empties the parameter itself
-            value = value.to_local() if hasattr(value, "to_local") else value
-            value = value.detach()
+            value = local_part(parameter).detach()
             values[name] = value.nan_to_num(math.nan, 0.0, 0.0) if id(parameter) in domains else value
     return values
 

@@ -20,8 +20,9 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer_callback import CallbackHandler
 
-from ..activations import LearnableActivation, build
+from ..activations import LearnableActivation
 from ..errors import ConfigError
+from ..partitioned import gathered
 from ..processes import collective_device, max_over_processes, sum_over_processes
 from . import history
 from .optimizer import activations_by_path
@@ -43,7 +44,7 @@ class ActivationLogger(TrainerCallback):
     Scalars are sent to the integrations in ``report_to`` under ``activations/``, but not to the console or
     ``log_history``. TensorBoard, trackio and wandb also get a figure of the current and initial shapes. The history is
     saved to ``output_dir/activations``, one file per step; plot it with ``hf-ortho plot --history output_dir``. A
-    resumed training continues it. DDP and FSDP2 are supported.
+    resumed training continues it. DDP, FSDP2 and DeepSpeed ZeRO-3 are supported.
 
     Args:
         every: number of steps between records; default: ``logging_steps``.
@@ -101,7 +102,8 @@ class ActivationLogger(TrainerCallback):
     def _record(self, args, state, control, model) -> None:
         moments = [watched.close() for watched in self._watched]
         self._watched = []
-        modules = {path: _whole(module) for path, module in self._modules.items()}
+        with gathered(p for module in self._modules.values() for p in module.parameters()):  # all at once
+            modules = {path: module.whole() for path, module in self._modules.items()}
         if not state.is_world_process_zero:
             return
         statistics = {}
@@ -188,15 +190,6 @@ class _Moments:
             "std": math.sqrt(max(squares / count - mean**2, 0.0)),
             "outside": outside / count,
         }
-
-
-@torch.no_grad()
-def _whole(module: LearnableActivation) -> LearnableActivation:
-    """A full copy on the CPU. If the module is sharded, all processes must call this."""
-    copy = build(module.name)
-    full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in module.state_dict().items()}
-    copy.load_state_dict(full)
-    return copy
 
 
 def _handler() -> CallbackHandler:

@@ -34,12 +34,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of a model for any ``torch.optim.Optimizer``.
 
-    There are up to three non-empty groups: parameters with weight decay (as in ``Trainer``: all except norms and
-    biases), parameters without, and the parameters of learnable activations, also without weight decay, which would
-    pull them toward f = 0. Without these groups, an optimizer decays the activations with everything else, as in
-    ``torch.optim.AdamW(model.parameters(), weight_decay=0.1)``. Frozen parameters are excluded and tied parameters
-    appear once. The model may be wrapped (DDP, FSDP2, ``torch.compile``). Each device mesh gets separate groups, as
-    fused optimizers require.
+    There are up to three non-empty groups: parameters with weight decay, parameters without (norms and biases, as in
+    ``Trainer``, and all other vectors and scalars, such as layer scales), and the parameters of learnable activations,
+    also without weight decay, which would pull them toward f = 0. Without these groups, an optimizer decays the
+    activations with everything else, as in ``torch.optim.AdamW(model.parameters(), weight_decay=0.1)``. Frozen
+    parameters are excluded and tied parameters appear once. The model may be wrapped (DDP, FSDP2, ``torch.compile``).
+    Each device mesh gets separate groups, as fused optimizers require.
 
     Args:
         model: any module.
@@ -64,7 +64,8 @@ def param_groups(
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = 2 if id(parameter) in learned else 0 if name in decayed else 1
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed ZeRO-3 flattens the tensors
+            kind = 2 if id(parameter) in learned else 0 if name in decayed and dimensions > 1 else 1
             groups[kind, getattr(parameter, "device_mesh", None)].append(parameter)
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
@@ -169,6 +170,7 @@ def scale_steps(
         for i, parameter in enumerate(entries["params"])
         if id(parameter) in units
     ]
+    placed: dict[tuple[int, int], Tensor] = {}  # the units on the devices of the parameters
     # ``step`` runs on u: before it, the parameter becomes u = c / s and its gradient s * dL/dc. After it, the change of
     # u is applied to the saved c, so rounding of c / s * s cannot accumulate.
     scaled_parameters: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -182,7 +184,9 @@ def scale_steps(
             if gradient_scale != 1.0:
                 parameter.grad *= gradient_scale
             if unit is not None:
-                s = _placed(unit, parameter)
+                s = placed.get((group, i))
+                if s is None or s.device != parameter.device:
+                    s = placed[group, i] = _placed(unit, parameter)
                 old, scaled = parameter.clone(), parameter / s
                 parameter.grad *= s
                 parameter.copy_(scaled)

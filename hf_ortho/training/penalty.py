@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..activations import LearnableActivation
 from ..errors import ConfigError
 from ..fitting.options import is_interval
+from ..partitioned import gathered
 from .optimizer import activations_by_path
 
 
@@ -56,16 +57,18 @@ class DomainPenalty:
             raise ConfigError(f"DomainPenalty: weight {weight!r} must be finite and at least 0")
         if interval is not None and not is_interval(interval):
             raise ConfigError(f"DomainPenalty: interval {interval!r} must be two finite numbers lo < hi")
-        for path, module in modules.items() if interval is None else ():
-            if not all(map(math.isfinite, module.domain.tolist())):
-                raise ConfigError(f"DomainPenalty: the domain of {path} is {module.domain.tolist()}; give an interval")
+        with gathered(module.domain for module in modules.values()):
+            for path, module in modules.items() if interval is None else ():
+                if not all(map(math.isfinite, ends := module.domain.tolist())):
+                    raise ConfigError(f"DomainPenalty: the domain of {path} is {ends}; give an interval")
         self.weight = weight
         self.interval = interval
         self._share = 1 / len(modules)
         self._shifts = _shifts(model)
         self._terms: list[Tensor] = []
         self._running = False
-        self._handles = [module.register_forward_pre_hook(self._observe) for module in modules.values()]
+        # After the forward and before the hooks of engines, which shard the domain outside of it.
+        self._handles = [module.register_forward_hook(self._observe, prepend=True) for module in modules.values()]
         self._handles.append(model.register_forward_pre_hook(self._start))
         self._handles.append(model.register_forward_hook(self._finish, with_kwargs=True))
 
@@ -111,7 +114,7 @@ class DomainPenalty:
                 "penalty.loss() to your loss"
             )
 
-    def _observe(self, module: LearnableActivation, args: tuple[Tensor, ...]) -> None:
+    def _observe(self, module: LearnableActivation, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not module.training:
             return
         lo, hi = module.domain.detach() if self.interval is None else self.interval

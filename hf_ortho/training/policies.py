@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ..activations import LearnableActivation
 from ..activations.base import SHARED
 from ..errors import ConfigError
+from ..partitioned import full_size
 from .arguments import POLICIES
 
 NO_ACTIVATIONS = "train {!r}: the model has no learnable activations; convert it first, or give --activation"
@@ -71,7 +72,7 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
     freeze_domains(model)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(full_size(p) for p in model.parameters() if p.requires_grad)
 
 
 def freeze_domains(model: nn.Module) -> None:

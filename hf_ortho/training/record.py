@@ -17,6 +17,7 @@ from ..conversion.sites import activation_fields
 from ..errors import ConfigError
 from ..files import TRAINING_RECIPE, json_object
 from ..tasks.stream import Stream
+from ..tasks.tokens import BLOCK
 from .arguments import Recipe
 
 logger = logging.getLogger("hf_ortho")
@@ -52,6 +53,9 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
             record[key] = Path(record[key]).absolute().name
     if recipe.model.train.startswith("lora"):
         record |= dataclasses.asdict(recipe.lora)
+    if isinstance(train, Stream):  # its order depends on them
+        record["dataloader_num_workers"] = recipe.training.dataloader_num_workers
+        record["dispatch_batches"] = getattr(recipe.training.accelerator_config, "dispatch_batches", None) is not False
     if isinstance(train, Dataset):
         record |= {"samples": len(train), "digest": _digest(train)}
     plain = json.loads(json.dumps(record, default=str))
@@ -60,8 +64,12 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
 
 def _digest(train: Dataset) -> str:
     """SHA-256 of the first, the middle and the last sample."""
-    rows = train.with_format("arrow")[sorted({0, len(train) // 2, len(train) - 1})]
-    return hashlib.sha256(repr(_without_folders(rows.to_pylist())).encode()).hexdigest()
+    numbers = sorted({0, len(train) // 2, len(train) - 1})
+    if train.column_names == [BLOCK]:  # of a token cache
+        rows = [{key: ids.tolist() for key, ids in train[i].items()} for i in numbers]
+    else:
+        rows = train.with_format("arrow")[numbers].to_pylist()
+    return hashlib.sha256(repr(_without_folders(rows)).encode()).hexdigest()
 
 
 def _without_folders(value: Any) -> Any:

@@ -36,6 +36,7 @@ from ..tasks.stream import read, without_rows
 from ..tasks.tokenizer import bpe_tokenizer, named_tokenizer
 from ..text import suggestion
 from .arguments import DataArguments, ModelArguments
+from .distributed import fits_agree
 from .tensor_parallel import sharding
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +48,8 @@ def scratch_checkpoint(
 ) -> tuple[Checkpoint, ConversionReport | None]:
     """A checkpoint with random weights, and the report of the fit if the activations were fitted.
 
-    The weights depend on ``seed`` but not on the activation.
+    The weights depend on ``seed`` but not on the activation. If the config has a larger vocabulary than the tokenizer,
+    the model does not generate the other tokens.
 
     Raises:
         HfOrthoError: an argument is invalid.
@@ -73,6 +75,8 @@ def scratch_checkpoint(
     size = config.get_text_config().vocab_size if tokenizer is not None else 0
     if tokenizer is not None and len(tokenizer) > size:
         raise ConfigError(f"vocab_size {size} of the config is less than the {len(tokenizer)} tokens of the tokenizer")
+    if tokenizer is not None and len(tokenizer) < size and model.generation_config is not None:  # a padded embedding
+        model.generation_config.suppress_tokens = list(range(len(tokenizer), size))
     if arguments.dtype not in DTYPES:
         raise ConfigError(f"dtype {arguments.dtype!r}: must be one of {', '.join(DTYPES)}")
     torch.nn.Module.to(model, DTYPES[arguments.dtype])
@@ -95,8 +99,8 @@ def build_model(
 ) -> tuple[PreTrainedModel, ConversionReport | None]:
     """Build a ``cls`` from ``config`` with ``activation``, a name in ``ACT2FN`` (None: unchanged).
 
-    ``init`` initializes a learnable activation: ``paper``, ``unit``, or a name in ``ACT2FN`` to fit it to. The second
-    result is the report of this fit, or None.
+    ``init`` initializes a learnable activation: ``paper``, ``unit``, or a name in ``ACT2FN`` to fit it to, together in
+    all processes. The second result is the report of this fit, or None.
     """
 
     def fresh(device: str = "cpu") -> PreTrainedModel:
@@ -120,7 +124,10 @@ def build_model(
     for site in find_sites(fresh("meta"))[0]:
         set_field(config, site.field, site.prefix + (init if fitted else activation))
     model = fresh()
-    report = convert(model, activation) if fitted else None
+    report = None
+    if fitted:
+        with fits_agree():
+            report = convert(model, activation)
     for module in model.modules() if learnable and not fitted else ():
         if isinstance(module, LearnableActivation):
             module.load_state_dict(build(module.name, init).state_dict())
@@ -175,7 +182,7 @@ def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit:
 def _texts(arguments: DataArguments):
     """The first documents of the training split."""
     name = str(arguments.dataset)
-    options = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
+    options: dict[str, Any] = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
     splits = data.load(name, streaming=True, **options)
     split = splits[data.pick(splits, arguments.train_split, data.TRAIN, name)]
     column = text_column(without_rows(split, name), arguments.text_column, name)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from peft import PeftModel
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..errors import ConfigError
+from ..partitioned import gathered
+from ..tasks.stream import Stream
 from .arguments import OptimizerArguments
 from .checkpoints import WholeCheckpoints
-from .distributed import check_fsdp, keep_float32
+from .distributed import allow_no_embeddings, autocast_under_deepspeed, check_fsdp, keep_float32
 from .ema import ExponentialMovingAverage
 from .guard import FiniteLoss
 from .optimizer import param_groups, scale_steps
 from .penalty import DomainPenalty
-from .policies import freeze_domains
+from .policies import activation_parameters, freeze_domains
 from .unreached import GradientWatch, check_reached
 
 
@@ -41,6 +46,7 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
     """
 
     average: ExponentialMovingAverage | None = None
+    channels_last = False  # the memory format of the model, for images
     _pushing = False
 
     def __init__(
@@ -57,7 +63,10 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         check_reached(self.accelerator.unwrap_model(self.model))
         if not self.is_deepspeed_enabled:
             self.add_callback(GradientWatch())
+        elif all(p.dtype == torch.float32 for p in self.accelerator.unwrap_model(self.model).parameters()):
+            autocast_under_deepspeed(self.accelerator.state.deepspeed_plugin.hf_ds_config.config, self.args)
         if self.is_fsdp_enabled:
+            allow_no_embeddings(self.accelerator.unwrap_model(self.model))
             keep_float32(self.accelerator.state.fsdp_plugin, self.accelerator.unwrap_model(self.model))
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):  # type: ignore[override]  # static in Trainer
@@ -73,6 +82,18 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
                 f"optim {args.optim}: creates its own parameter groups, so {chosen.needs_own_groups} cannot be set"
             )
         return cls, kwargs
+
+    def get_train_dataloader(self):
+        """With ``dispatch_batches: false``, each process reads its own part of a stream.
+
+        Accelerate lets each process read the whole stream and drop the batches of the others.
+        """
+        loader = super().get_train_dataloader()
+        shard = loader.dataset
+        if isinstance(shard, IterableDatasetShard) and isinstance(shard.dataset, Stream):
+            shard.dataset = shard.dataset.part(shard.process_index, shard.num_processes)
+            shard.process_index, shard.num_processes = 0, 1  # nothing is left to drop
+        return loader
 
     def create_optimizer(self, model=None):
         optimizer = self._create_optimizer(model)
@@ -90,6 +111,12 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
             raise ConfigError(f"{key}: not supported by DeepSpeed, which flattens the parameters; use another engine")
         target: Any = self.model if model is None else model
         return scale_steps(super().create_optimizer(model), target, gradient_scale=scale, natural_steps=natural)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if self.channels_last:
+            inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels")
@@ -112,6 +139,11 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is None:
             return self.accelerator.autocast()
+        model: Any = self.model
+        if self.is_deepspeed_enabled and not model.training:  # evaluation bypasses the engine and its autocast
+            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config.get("torch_autocast", {})
+            if config.get("enabled"):
+                return torch.autocast(self.args.device.type, getattr(torch, config["dtype"]))
         return super().autocast_smart_context_manager(cache_enabled)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -137,6 +169,16 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
             return super().push_to_hub(*args, **kwargs)
         finally:
             self._pushing = False
+
+    def _save(self, output_dir=None, state_dict=None):
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_deepspeed_enabled and isinstance(model, PeftModel):  # Trainer leaves out what is frozen
+            names = {name for name in activation_parameters(model) if ".modules_to_save." in name}
+            fixed = {name: p for name, p in model.named_parameters() if name in names and not p.requires_grad}
+            with gathered(fixed.values()):
+                if state_dict is not None:  # it is in the main process
+                    state_dict |= {name: p.detach().cpu().clone() for name, p in fixed.items()}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

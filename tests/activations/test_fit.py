@@ -90,6 +90,7 @@ def test_gelu_stays_close_everywhere_when_calibrated(name, bound, data):
     assert rms[0] <= 1.15 * rms[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("tropical")])
 @pytest.mark.parametrize("fn", ["gelu", "silu"])
 @pytest.mark.parametrize("freedom", [2, 4])
@@ -154,6 +155,7 @@ def test_the_report_is_what_one_measures(name, fn):
     assert (report.activation, report.minimum, report.maximum) == (name, None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_multiple_of_the_degree_is_no_worse(family):
     # Every family at degree k*n contains itself at degree n; 2e-6 is what float32 parameters leave.
@@ -163,6 +165,7 @@ def test_a_multiple_of_the_degree_is_no_worse(family):
             assert rms[multiple] <= max(1.01 * rms[n], 2e-6), (n, multiple)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_largest_degree_stays_close_everywhere(family):
     assert fitted(f"{family}_32")[1].sup_error <= 2 * fitted(family)[1].sup_error

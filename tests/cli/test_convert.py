@@ -99,6 +99,7 @@ def test_defaults(convert, gpt2_folder, output):
     assert written_losses(output) is None
 
 
+@pytest.mark.slow
 def test_calibration_files_of_all_kinds_agree(hf_ortho_command, gpt2_folder, text_file, tmp_path):
     text = text_file.read_text()
     files = {suffix: tmp_path / f"words{suffix}" for suffix in (".jsonl", ".parquet", ".csv")}
@@ -338,6 +339,7 @@ def test_bad_calibration_files(convert, gpt2_folder, output, tmp_path, name, con
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_calibration_data_of_any_kind_gives_the_same_model(hf_ortho_command, gpt2_folder, text_file, tmp_path):
     rows = Dataset.from_dict({"title": ["none"], "body": [text_file.read_text()]})
     rows.save_to_disk(tmp_path / "saved")
@@ -621,6 +623,7 @@ def test_density_weights_are_those_of_the_library(convert, deep_folder, text_fil
     assert (found - expected["fisher"]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_auto_tails_and_distillation(hf_ortho_command, gpt2_folder, text_file, tmp_path):
     flags = ["--degree", "auto", "--tolerance", 5e-4, "--calibration-data", text_file]
     ran = hf_ortho_command("convert", gpt2_folder, "-o", tmp_path / "auto", *flags, "--distill", 2)

@@ -1,7 +1,9 @@
 import os
+import re
 import signal
+from importlib import metadata
+from types import SimpleNamespace
 
-import accelerate.utils
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -11,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from hf_ortho.cli import launch, main
 from hf_ortho.errors import ConfigError, HfOrthoError
+from hf_ortho.training import distributed
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def gpus(monkeypatch):
     """A machine that says it has four of them, and DeepSpeed."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    monkeypatch.setattr(accelerate.utils, "is_deepspeed_available", lambda: True)
+    monkeypatch.setattr(distributed, "check_deepspeed", lambda: None)
 
 
 @pytest.fixture
@@ -155,10 +158,25 @@ def test_more_processes_than_gpus(gpus, started):
         launch.launch("finetune", ["--accelerate_config", "fsdp2", "--num_processes", "5"])
 
 
-def test_deepspeed_is_missing(monkeypatch, gpus, started):
-    monkeypatch.setattr(accelerate.utils, "is_deepspeed_available", lambda: False)
-    with pytest.raises(ConfigError, match="requires DeepSpeed: pip install deepspeed"):
+@pytest.mark.parametrize("found", ["none", "0.9.12", "0.19.7", "0.19.8", "0.20.0+cu128", "1.0"])
+def test_deepspeed_is_missing_or_old(monkeypatch, started, found):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(distributed, "is_deepspeed_available", lambda: found != "none")
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: found if name == "deepspeed" else version(name))
+    config, arguments = {"bf16": {"enabled": True}}, SimpleNamespace(bf16=True)
+    if found in ("0.19.8", "0.20.0+cu128", "1.0"):
         launch.launch("finetune", ["--accelerate_config", "zero3"])
+        distributed.autocast_under_deepspeed(config, arguments)
+        assert (len(started), config["torch_autocast"]["enabled"]) == (1, True)
+        return
+    message = re.escape(f"DeepSpeed 0.19.8 or newer is required, found {found}: pip install 'deepspeed>=0.19.8'")
+    with pytest.raises(ConfigError, match=message):
+        launch.launch("finetune", ["--accelerate_config", "zero3"])
+    with pytest.raises(ConfigError, match=message):
+        distributed.autocast_under_deepspeed(config, arguments)
+    assert started == []
 
 
 @pytest.mark.parametrize(

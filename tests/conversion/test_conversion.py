@@ -62,7 +62,12 @@ def activations_of(model):
 
 
 @pytest.mark.parametrize(
-    ("calibrated", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+    ("calibrated", "dtype"),
+    [
+        (False, torch.float32),
+        (True, torch.float32),
+        pytest.param(True, torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_network_computes_nearly_the_same(case, family, calibrated, dtype, relative_error):
@@ -103,6 +108,7 @@ def test_report_against_torch_on_the_real_pre_activations(case, family, inputs_o
         assert fit.mass_outside == pytest.approx(((x < lo) | (x > hi)).double().mean().item(), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_fits_the_data_better(convnext, pixels, family, inputs_of):
     """Narrow pre-activations, which the data-free weight does not expect."""

@@ -21,10 +21,11 @@ def case(architecture, gpt2, convnext, ids, pixels):
 
 
 # torch's own copy of its deprecated class, inside torch.onnx.export
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("architecture", "family"),
-    [*(pytest.param("convnext", family, marks=pytest.mark.slow) for family in FAMILIES), ("gpt2", "hermite")],
+    [*(("convnext", family) for family in FAMILIES), ("gpt2", "hermite")],
 )
 def test_same_logits_as_the_module(family, case, tmp_path):
     model, name, inputs = case

@@ -214,6 +214,7 @@ def test_other_activations_than_the_config_builds_are_refused(model):
     assert model.config.activation_function == "gelu_new"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 @torch.no_grad()
 def test_a_compiled_model_computes_with_its_new_activations(make_gpt2, wrapped, batches):

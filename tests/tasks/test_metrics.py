@@ -4,6 +4,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_ortho.tasks import of
@@ -121,6 +122,28 @@ def test_k_beyond_the_classes_counts_every_sample(logits):
 def test_k_below_one_is_refused(k):
     with pytest.raises(ValueError, match=f"k {k}"):
         TopKAccuracy(k=k)
+
+
+class Sizes(TorchDispatchMode):
+    """The operations that write a tensor of ``size`` elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.written = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.size and not func.is_view:
+            self.written.append(func.overloadpacket.__name__)
+        return out
+
+
+def test_token_losses_copy_no_logits():
+    """At 30 x 1024 tokens of GPT-2 they take 6 GB."""
+    logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))
+    with Sizes(logits.numel()) as sizes:
+        token_losses(logits, labels)
+    assert sizes.written == ["_log_softmax"]
 
 
 def test_token_losses_are_those_of_a_loop():

@@ -4,13 +4,14 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import hf_ortho
 from hf_ortho import convert
 from hf_ortho.activations import FAMILIES
 from hf_ortho.errors import NonFiniteError
-from hf_ortho.training import ActivationTrainer
+from hf_ortho.training import ActivationTrainer, ExponentialMovingAverage, OptimizerArguments
 from hf_ortho.training.guard import check_parameters
 
 DATA = torch.randint(0, 256, (16, 8), generator=torch.Generator().manual_seed(0))
@@ -36,12 +37,14 @@ def saved(folder):
     return {p.name for p in folder.iterdir()} if folder.exists() else set()
 
 
-def poison(trainer, path, where, step):
-    """From ``step`` on, what goes into or comes out of a module is infinite, or its parameters are."""
+def poison(trainer, path, where, step, micro_batch=1):
+    """From a micro-batch of ``step`` on, what goes into or comes out of a module is infinite, or its parameters are."""
     module = trainer.model.get_submodule(path)
+    passes = []
+    trainer.model.register_forward_pre_hook(lambda module, args: passes.append(trainer.state.global_step))
 
     def bad():
-        return trainer.state.global_step >= step - 1
+        return trainer.state.global_step >= step - 1 and passes.count(step - 1) >= micro_batch
 
     if where == "pre-activations":
         module.register_forward_pre_hook(lambda module, args: (args[0] * math.inf,) if bad() else None)
@@ -86,6 +89,118 @@ def test_it_stops_before_the_step_of_the_optimizer(make_trainer, tmp_path):
         trainer.train()
     expected, found = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors"), trainer.model.state_dict()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+class Reads(TorchDispatchMode):
+    """The step of ``trainer`` at each reading of a value of a tensor, as by ``item``."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer, self.steps = trainer, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.steps.append(self.trainer.state.global_step)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_one_value_is_read_per_optimizer_step(make_trainer, monkeypatch, accumulated):
+    """With a penalty, natural steps and averages. Fused Adam, the default on GPUs, reads nothing itself."""
+    # GPT-2 of transformers reads whether the rows are packed, unless it is compiled.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda ids: None)
+    options = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    options |= {"logging_strategy": "no", "logging_nan_inf_filter": False, "optim": "adamw_torch_fused"}
+    average = ExponentialMovingAverage(0.9)
+    trainer = make_trainer(ActivationTrainer, callbacks=[average], **options)
+    trainer.average, trainer.penalty = average, hf_ortho.DomainPenalty(trainer.model, 0.1)
+    trainer.optimizer_arguments = OptimizerArguments(activation_natural_steps=True)
+    plain = torch.Tensor.tolist
+    with Reads(trainer) as reads:
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.steps.append(trainer.state.global_step) or plain(x))
+        trainer.train()
+    assert trainer.state.global_step == 4
+    # The first step also checks the gradients of the activations; at the end of the data, they are shuffled again.
+    assert [reads.steps.count(step) for step in (1, 2)] == [1, 1]
+
+
+@pytest.mark.parametrize("nan_filter", [True, False])
+def test_the_micro_batch_is_named(make_trainer, tmp_path, nan_filter):
+    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "logging_nan_inf_filter": nan_filter}
+    trainer = make_trainer(ActivationTrainer, **options)
+    poison(trainer, "transformer.h.1.mlp.act", "outputs", step=3, micro_batch=3)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.train()
+    message = "step 3: the loss is not finite in micro-batch 3 of 4; the first non-finite values are the outputs of "
+    assert str(caught.value).startswith(message + "transformer.h.1.mlp.act;")
+    expected, found = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors"), trainer.model.state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_only_the_batch_that_failed_runs_again(make_trainer):
+    trainer = make_trainer(ActivationTrainer, gradient_accumulation_steps=4, per_device_train_batch_size=2)
+    seen = []
+
+    def look(model, args, kwargs):
+        seen.append(kwargs["input_ids"])
+        if len(seen) == 3:
+            kwargs = kwargs | {
+                "inputs_embeds": model.transformer.wte(kwargs["input_ids"]) * math.inf,
+                "input_ids": None,
+            }
+        return args, kwargs
+
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    with pytest.raises(NonFiniteError, match="micro-batch 3 of 4, although the outputs of all layers are"):
+        trainer.train()
+    assert len(seen) == 5
+    assert torch.equal(seen[4], seen[2])
+    assert not torch.equal(seen[4], seen[3])
+
+
+PROCESSES = """
+import sys
+import torch, torch.distributed as dist
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+import hf_ortho
+from hf_ortho.errors import NonFiniteError
+from hf_ortho.training import ActivationTrainer
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+hf_ortho.convert(model, "hermite_3")
+data = torch.randint(0, 256, (32, 8))
+arguments = TrainingArguments(sys.argv[1], max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True,
+                              per_device_train_batch_size=2, gradient_accumulation_steps=4, save_strategy="no",
+                              dataloader_pin_memory=False, logging_nan_inf_filter=False)
+data = Dataset.from_dict({"input_ids": data, "labels": data}).with_format("torch")
+trainer = ActivationTrainer(model=model, args=arguments, train_dataset=data)
+passes = []
+count = lambda module, args: passes.append(trainer.state.global_step)
+damage = lambda module, args, output: output * torch.inf if rank and passes.count(1) >= 3 else None
+rank = dist.get_rank()
+model.register_forward_pre_hook(count)
+model.transformer.h[1].mlp.act.register_forward_hook(damage)
+try:
+    trainer.train()
+except NonFiniteError as error:
+    print(f"process {rank} after {len(passes)} batches: {error}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_loss_of_one(forked, tmp_path):
+    """The second process fails in the third micro-batch of the second step; both run it again."""
+    (tmp_path / "script.py").write_text(PROCESSES)
+    printed = forked(2, tmp_path / "script.py", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
+    for rank in (0, 1):
+        assert (
+            f"process {rank} after 9 batches: step 2: the loss is not finite in micro-batch 3 of 4; the first "
+            "non-finite values are the outputs of transformer.h.1.mlp.act;"
+        ) in printed
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "no"])
@@ -136,9 +251,11 @@ def test_steps_that_a_gradient_scaler_skips_do_not_stop(make_trainer):
     assert torch.isfinite(weight).all()
 
 
-def test_a_loss_that_no_scale_makes_finite_stops(make_trainer):
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_a_loss_that_no_scale_makes_finite_stops(make_trainer, accumulated):
     """8, 4 and 2 are tried and halved at steps 1, 2 and 3."""
-    trainer = make_trainer(ActivationTrainer)
+    options = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 2}
+    trainer = make_trainer(ActivationTrainer, logging_nan_inf_filter=False, **options)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     poison(trainer, "transformer.h.0.mlp.act", "outputs", step=1)
     with pytest.raises(NonFiniteError, match="step 4: the loss is not finite"):

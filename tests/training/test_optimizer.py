@@ -49,6 +49,22 @@ def test_groups_follow_trainer_but_for_activations(model, tmp_path):
     assert found["transformer.wte.weight"] == (0.1, 0.2)  # tied to the head, once
 
 
+def test_vectors_do_not_decay(make_convnext):
+    """Trainer would decay the layer scales of ConvNeXt."""
+    model = make_convnext()[0]
+    hf_ortho.convert(model, "hermite_3")
+    found = settings(model, hf_ortho.param_groups(model, lr=0.1, weight_decay=0.2))
+    scales = [name for name in found if name.endswith("layer_scale_parameter")]
+    assert len(scales) == 2
+    assert set(scales) <= set(Trainer.get_decay_parameter_names(None, model))
+    parameters = dict(model.named_parameters())
+    assert all((decay > 0) == (parameters[name].ndim > 1) for name, (_, decay) in found.items())
+    # What DeepSpeed ZeRO-3 leaves in a process until it gathers the whole.
+    for parameter in parameters.values():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert settings(model, hf_ortho.param_groups(model, lr=0.1, weight_decay=0.2)) == found
+
+
 def test_groups_of_a_wrapped_model_and_frozen_parameters(model):
     class Wrapper(nn.Module):
         def __init__(self, module):
@@ -175,6 +191,21 @@ def test_natural_steps_are_those_of_a_model_in_natural_units(family, cls):
         reference.step()
     for name, parameter in scaled.items():
         torch.testing.assert_close(net.get_parameter(name), units[name] * parameter, rtol=1e-5, atol=1e-6)
+
+
+def test_the_units_are_placed_once(monkeypatch):
+    """A copy to a GPU for each parameter and step would be slow."""
+    placed = []
+    place = "hf_ortho.training.optimizer._placed"
+    monkeypatch.setattr(place, lambda unit, parameter: placed.append(parameter) or unit)
+    net = nn.Sequential(*(build(f"{family}_6") for family in FAMILIES))
+    scaled = hf_ortho.scale_steps(torch.optim.AdamW(net.parameters()), net, natural_steps=True)
+    for _ in range(3):
+        net(torch.ones(2)).sum().backward()
+        scaled.step()
+    with_units = [net[i].get_parameter(name) for i in range(len(net)) for name in net[i].natural_units()]
+    assert {id(p) for p in placed} == {id(p) for p in with_units}
+    assert len(placed) == len(with_units)
 
 
 def test_steps_below_the_resolution_of_the_coefficients_are_not_lost():

@@ -137,6 +137,21 @@ def test_bpe_learned_from_the_dataset(text_file):
     assert len(checkpoint.tokenizer("seven", add_special_tokens=False)["input_ids"]) < 5  # a word of the file
 
 
+def test_a_padded_vocabulary_is_not_generated(text_file, tmp_path):
+    checkpoint, _ = gpt2(config_overrides=SIZES | {"vocab_size": 320})
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    assert (model.get_input_embeddings().num_embeddings, len(tokenizer)) == (320, 257)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = torch.tensor([list(b"one two")])
+    sample = {"do_sample": True, "max_new_tokens": 20, "num_return_sequences": 50, "pad_token_id": 256}
+    ids = reloaded.generate(prompt, attention_mask=torch.ones_like(prompt), **sample)
+    assert ids.max() < 257  # of 1000 tokens, a fifth would be padding: without training, all have about equal odds
+    ids = reloaded.generate(prompt, attention_mask=torch.ones_like(prompt), suppress_tokens=None, **sample)
+    assert ids.max() >= 257
+    assert gpt2()[0].model.generation_config.suppress_tokens is None
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 

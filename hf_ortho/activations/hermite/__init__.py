@@ -83,6 +83,7 @@ class Hermite(PolynomialActivation):
         return {"coefficients": [math.sqrt(math.factorial(k)) for k in range(self.degree + 1)]}
 
     def exact_monomials(self):
+        self.check_present()
         factorials = [math.factorial(k) for k in range(self.degree + 1)]
         return hermite_e.herme2poly(fractions_of(self.coefficients.tolist()) / np.array(factorials, dtype=object))
 

@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import EvalPrediction
 
 from .perplexity import Perplexity
@@ -21,8 +21,9 @@ def _first(logits) -> Tensor:
 
 def token_losses(logits, labels: Tensor) -> Tensor:
     """-log p of each next token in nats: shape (batch, length - 1), float32; 0 where the label is -100."""
-    scores = _first(logits)[:, :-1].float().transpose(1, 2)
-    return cross_entropy(scores, labels[:, 1:], reduction="none", ignore_index=-100)
+    scores = _first(logits).float().flatten(0, 1)  # shifting the labels instead leaves the logits in place
+    following = pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    return cross_entropy(scores, following, reduction="none", ignore_index=-100).view(labels.shape)[:, :-1]
 
 
 def perplexity(prediction: EvalPrediction) -> dict:
