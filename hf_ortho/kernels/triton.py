@@ -315,7 +315,7 @@ def gradients(
     return gx, sums
 
 
-# For a compiler, which calls it as it is. The plain function costs half as much on the host.
+# For a compiler, which calls it as it is. The plain function saves the host the dispatch of an operator.
 activation_backward = torch.library.custom_op("hf_ortho::activation_backward", gradients, mutates_args=())
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from hf_ortho.benchmark import QUICK, SECTIONS, gpt2_case, model_cases
 from hf_ortho.cli.bench import measure
 
+pytestmark = pytest.mark.usefixtures("unfused_attention")
 MEBI = 2**20
 
 

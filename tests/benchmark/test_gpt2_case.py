@@ -13,6 +13,7 @@ from hf_ortho.benchmark.gpt2_case import ACTIVATIONS, Step
 from hf_ortho.benchmark.model_cases import new_gpt2
 from hf_ortho.profiling.memory import saved_bytes
 
+pytestmark = pytest.mark.usefixtures("unfused_attention")
 SETTINGS = dataclasses.replace(QUICK, dtype=torch.bfloat16, rounds=1)
 
 
