@@ -18,6 +18,7 @@ atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 os.environ |= {
     "HF_HOME": HOME,
     "HF_DATASETS_CACHE": os.path.join(HOME, "datasets"),
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(HOME, "inductor"),  # its cache mixes up the values of ATEN_CPU_CAPABILITY
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
