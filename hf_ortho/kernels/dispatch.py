@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
@@ -89,17 +90,13 @@ def _has_triton(family: Family, x: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton is installed and works: it needs a compiler on the host, and a GPU that has the dtype."""
-    if (device, dtype) not in _working:
-        try:
-            _working[device, dtype] = _probe(device, dtype)
-        except torch.cuda.OutOfMemoryError:
-            return False  # for this call, or for what is being compiled
-    return _working[device, dtype]
+    try:
+        return _probe(device, dtype)
+    except torch.cuda.OutOfMemoryError:
+        return False  # for this call, or for what is being compiled
 
 
-_working: dict[tuple[torch.device, torch.dtype], bool] = {}
-
-
+@functools.cache  # not of errors
 def _probe(device: torch.device, dtype: torch.dtype) -> bool:
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False

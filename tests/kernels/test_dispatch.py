@@ -1,5 +1,6 @@
 """Where a kernel would be wrong the formula takes its place, and both give the same."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -296,7 +297,7 @@ def test_triton_is_probed_once_and_again_after_a_lack_of_memory(monkeypatch, cap
             raise outcome
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(dispatch, "_working", {})
+    monkeypatch.setattr(dispatch, "_probe", functools.cache(dispatch._probe.__wrapped__))
     monkeypatch.setattr(triton, "probe", probe)
     monkeypatch.setattr(dispatch.logger, "propagate", True)
     device = torch.device("cuda", 0)
