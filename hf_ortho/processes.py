@@ -17,14 +17,13 @@ from .errors import ProcessError
 logger = logging.getLogger("hf_ortho")
 
 NOTE_AFTER = 5.0  # seconds of waiting for other processes
-_alone = contextvars.ContextVar("alone", default=False)
-_joined = contextvars.ContextVar("joined", default=False)
+_scope = contextvars.ContextVar("scope", default="")  # of ``together``: all, alone, or none
 _meeting = 0  # number of the next one; the same in all processes that came to the last
 
 
 def several_processes() -> bool:
     """Whether ``torch.distributed`` is running, outside of ``together`` of one process."""
-    return distributed.is_available() and distributed.is_initialized() and not _alone.get()
+    return distributed.is_available() and distributed.is_initialized() and _scope.get() != "alone"
 
 
 @contextlib.contextmanager
@@ -32,18 +31,21 @@ def together(all_processes: bool, what: str) -> Iterator[None]:
     """Within the block, reductions are over all processes, which wait for each other at its start, or over this one.
 
     A process that waits logs a note after some seconds, and gives up after the timeout of the process group, as
-    collectives do. ``what`` is what they all call. Within a block of all processes, further ones change nothing.
+    collectives do. ``what`` is what they all call. Within a block, further ones change nothing.
 
     Raises:
         ProcessError: another process did not come.
     """
-    with contextlib.ExitStack() as stack:
-        if not all_processes and not _joined.get():
-            stack.callback(_alone.reset, _alone.set(True))
-        elif several_processes() and not _joined.get():
-            _meet(what)
-            stack.callback(_joined.reset, _joined.set(True))
+    if _scope.get():
         yield
+        return
+    if all_processes and several_processes():
+        _meet(what)
+    token = _scope.set("all" if all_processes else "alone")
+    try:
+        yield
+    finally:
+        _scope.reset(token)
 
 
 def _meet(what: str) -> None:
