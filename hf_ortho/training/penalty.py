@@ -57,8 +57,9 @@ class DomainPenalty:
             raise ConfigError(f"DomainPenalty: weight {weight!r} must be finite and at least 0")
         if interval is not None and not is_interval(interval):
             raise ConfigError(f"DomainPenalty: interval {interval!r} must be two finite numbers lo < hi")
-        with gathered(module.domain for module in modules.values()):
-            for path, module in modules.items() if interval is None else ():
+        given = modules if interval is None else {}
+        with gathered(module.domain for module in given.values()):
+            for path, module in given.items():
                 if not all(map(math.isfinite, ends := module.domain.tolist())):
                     raise ConfigError(f"DomainPenalty: the domain of {path} is {ends}; give an interval")
         self.weight = weight
