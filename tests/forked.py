@@ -1,6 +1,7 @@
 """Runs a script in processes of one distributed job, forked from one that has imported what such scripts need."""
 
 import gc
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -46,6 +47,12 @@ def run(processes: int, script, argv, environment, folder) -> str:
     printed = "".join((folder / f"{rank}.txt").read_text() for rank in range(processes))
     assert [process.exitcode for process in ranks] == [0] * processes, printed
     return printed
+
+
+def by_rank(printed: str) -> list:
+    """The JSON that each rank prints after ``FOUND`` and its number, in the order of the ranks."""
+    lines = [line.split(maxsplit=2) for line in printed.splitlines() if line.startswith("FOUND")]
+    return [json.loads(line) for _, _, line in sorted(lines)]
 
 
 def _run(script, argv, environment, output):

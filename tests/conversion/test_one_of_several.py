@@ -1,10 +1,10 @@
 """One of two processes converts alone, or waits in vain for the other and says so."""
 
-import json
 import os
 
 import pytest
 import torch
+from forked import by_rank
 
 import hf_ortho
 
@@ -78,8 +78,7 @@ def printed(tmp_path_factory, forked):
 
 @pytest.fixture(scope="module")
 def found(printed):
-    lines = [line.split(maxsplit=2) for line in printed.splitlines() if line.startswith("FOUND")]
-    return [json.loads(line) for _, _, line in sorted(lines)]
+    return by_rank(printed)
 
 
 @pytest.fixture(scope="module")

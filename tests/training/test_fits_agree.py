@@ -1,8 +1,7 @@
 """Two processes whose fits differ, as on machines that round differently, train with those of the first."""
 
-import json
-
 import pytest
+from forked import by_rank
 
 pytestmark = pytest.mark.slow  # ranks are forked
 
@@ -62,8 +61,7 @@ dist.destroy_process_group()
 def found(tmp_path_factory, forked):
     script = tmp_path_factory.mktemp("agree") / "worker.py"
     script.write_text(WORKER)
-    lines = [line.split(maxsplit=2) for line in forked(2, script).splitlines() if line.startswith("FOUND")]
-    return [json.loads(line) for _, _, line in sorted(lines)]
+    return by_rank(forked(2, script))
 
 
 @pytest.mark.parametrize("case", ["converted", "adapter", "scratch"])
