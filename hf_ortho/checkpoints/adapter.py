@@ -69,6 +69,14 @@ def base_revision(config: dict) -> str | None:
     return config.get("base_commit") or config.get("revision")
 
 
+def adapter_auto_class(config: dict) -> str | None:
+    """The auto class of transformers for the task of an adapter, if it is one of those that peft knows."""
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.get("task_type")))
+    return None if wrapper is None else wrapper.__name__.replace("PeftModel", "AutoModel", 1)
+
+
 def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:
     """The classes of an adapter with a new head, otherwise None."""
     file = stored_file(name, LABELS, revision)

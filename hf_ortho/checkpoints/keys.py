@@ -19,14 +19,19 @@ logger = logging.get_logger("hf_ortho")
 COUNTER = ".num_batches_tracked"  # of a batch norm; not stored by old versions of torch, and not used in evaluation
 
 
-def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False) -> None:
-    """Check the ``loading_info`` of ``from_pretrained``: no tensor of ``model`` may have been initialized at random.
+def check_keys(
+    name: str, model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False
+) -> tuple[str, ...]:
+    """The paths of the modules that have new weights, after a check that these are allowed.
+
+    This checks the ``loading_info`` of ``from_pretrained``: no tensor of ``model`` may have been initialized at random.
 
     Tied tensors and those that transformers declares optional are not in ``info``. Tensors that the model does not
     use, such as other heads, are noted in the log.
 
     Args:
-        new_head: whether the tensors outside the base model may be missing or have other shapes.
+        new_head: whether the head (the tensors outside the base model, and its pooler) may be missing or have other
+            shapes.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the weights of an activation are not used.
@@ -38,11 +43,12 @@ def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, ne
 
     cls = type(model).__name__
     missing = sorted(key for key in info["missing_keys"] if needed(key) and not _is_computed(key, model))
-    optional = [key for key in missing if _is_optional(key, model)]
+    optional = [key for key in missing if _is_optional(key, model, new_head)]
     if lacking := [key for key in missing if key not in optional]:
         raise CheckpointError(f"{name} is incomplete: its weights lack {some(lacking)} of {cls}")
-    if optional:
-        logger.warning(f"note: the weights of {name} lack {some(optional)}, which start at random")
+    absent = [key for key in info["missing_keys"] if new_head and not needed(key)]
+    if fresh := sorted({*optional, *absent}):
+        logger.warning(f"note: the weights of {name} lack {some(fresh)} of {cls}, which start at random")
     if mismatched := sorted(entry for entry in info["mismatched_keys"] if needed(entry[0])):
         key, stored, expected = mismatched[0]
         more = f" ({len(mismatched) - 1} more)" if mismatched[1:] else ""
@@ -56,6 +62,15 @@ def check_keys(name: str, model: PreTrainedModel, info: Mapping[str, Any], *, ne
         )
     if unexpected:
         logger.warning(f"note: {cls} does not use {some(unexpected)} of {name}")
+    replaced = [entry[0] for entry in info["mismatched_keys"] if not needed(entry[0])]
+    poolers = [key for key in optional if new_head and "pooler" in key]
+    return tuple(dict.fromkeys(_module(key, base) for key in sorted([*absent, *replaced, *poolers])))
+
+
+def _module(key: str, base: str) -> str:
+    """The head with a parameter, or the pooler in the base model."""
+    within = base if key.startswith(base) else ""
+    return within + key.removeprefix(within).partition(".")[0]
 
 
 def _is_computed(key: str, model: PreTrainedModel) -> bool:
@@ -63,9 +78,9 @@ def _is_computed(key: str, model: PreTrainedModel) -> bool:
     return "Sinusoidal" in type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
-def _is_optional(key: str, model: PreTrainedModel) -> bool:
-    """Whether many checkpoints lack a parameter: the mask of SpecAugment, or the pooler of a headless encoder."""
-    without_head = model.base_model is model or model.config.is_encoder_decoder
+def _is_optional(key: str, model: PreTrainedModel, new_head: bool) -> bool:
+    """Whether many checkpoints lack a parameter: the mask of SpecAugment, or the pooler below no head or a new one."""
+    without_head = new_head or model.base_model is model or model.config.is_encoder_decoder
     return key.endswith("masked_spec_embed") or (without_head and bool(re.search(r"(^|\.)pooler\.", key)))
 
 

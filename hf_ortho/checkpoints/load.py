@@ -22,6 +22,7 @@ from .activations import stored_tensors
 from .adapter import (
     ADAPTER_CONFIG,
     LABELS,
+    adapter_auto_class,
     adapter_config,
     adapter_labels,
     adapter_tensors,
@@ -48,7 +49,7 @@ class Checkpoint:
 
     Attributes:
         commit: the resolved 40-hex commit on the Hub, None for a folder.
-        new_head: name of a head with new weights for the classes of a dataset; empty without one.
+        new_modules: paths of the modules with new weights: a head for the task or for the classes of a dataset.
         merged: whether the model is a merged adapter.
         source: where the model was loaded from (for a merged adapter, its base model): ``save_checkpoint`` carries over
             its other files. None for a new model.
@@ -58,7 +59,7 @@ class Checkpoint:
     tokenizer: Any | None
     image_processor: Any | None
     commit: str | None
-    new_head: str = ""
+    new_modules: tuple[str, ...] = ()
     merged: bool = False
     source: Source | None = None
 
@@ -74,18 +75,20 @@ def load_checkpoint(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     auto_classes: Sequence[str] = ("AutoModel",),
+    auto_class: str | None = None,
     **overrides,
 ) -> Checkpoint:
     """Load a folder or a Hub model with the class named in its config, which keeps its head.
 
     A peft adapter is merged into its base model. No weight is initialized at random: the file must contain all tensors
-    of the model, except a head that ``overrides`` replace.
+    of the model, except a head that ``overrides`` replace or that ``auto_class`` adds.
 
     Args:
         dtype: ``auto`` (the dtype of the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: whether code in the repository may run, as in transformers. Without it, a model or processor
             that is defined by such code is an error; the user is never asked.
         auto_classes: if the config names no class, the first of these that knows the config loads the model.
+        auto_class: loads the model instead of the class in the config. A head that the weights lack is new.
         overrides: passed to the config, for example ``num_labels``, with ``ignore_mismatched_sizes`` for a new head.
 
     Raises:
@@ -98,21 +101,23 @@ def load_checkpoint(
         adapter = adapter_config(name, revision)
         if adapter is not None:
             options = {"trust_remote_code": trust_remote_code, "auto_classes": auto_classes, **overrides}
+            options |= {"auto_class": auto_class}
             options |= {"ignore_mismatched_sizes": True} if new_head else {}
             return _merged(name, adapter, revision, dtype=dtype, **options)
         commit = model_commit(name, revision)
         at = commit or revision  # a branch may move between two downloads
         config = load_config(name, at, trust_remote_code)
-        cls = model_class(name, at, config, trust_remote_code, auto_classes)
+        cls = model_class(name, at, config, trust_remote_code, auto_classes, auto_class)
+        new_head |= auto_class is not None and cls.__name__ not in (config.architectures or [])
         stored = stored_tensors(name, at)
         _check_activations(name, stored or {})  # as stored: transformers converts any dtype to that of the model
         options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **overrides}
         options |= {"revision": at, "dtype": dtype, "output_loading_info": True}
         with limited(model_shapes(name, at), f"the config of {name}"), _same_numbers(not new_head):
             model, info = _from_pretrained(cls, name, options)
-            if encoder := encoder_class(name, at, model, info):
+            if auto_class is None and (encoder := encoder_class(name, at, model, info)):
                 model, info = _from_pretrained(encoder, name, options)
-        check_keys(name, model, info, new_head=new_head)
+        new_modules = check_keys(name, model, info, new_head=new_head)
         if stored is None:
             logger.warning(f"note: the weights of {name} are pickled; only tensors are read, and no code in them runs")
             _check_activations(name, _activations_of(model))
@@ -126,7 +131,7 @@ def load_checkpoint(
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
     if not type(model).is_remote_code():
         vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit, source=Source(name, commit))
+    return Checkpoint(model, tokenizer, images, commit, new_modules, source=Source(name, commit))
 
 
 @contextlib.contextmanager
@@ -176,6 +181,7 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     if labels := adapter_labels(name, commit or revision):
         options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **options}
         options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        options["auto_class"] = options.get("auto_class") or adapter_auto_class(adapter)
     try:
         check_place(base)
         if adapter_config(base, at) is not None:
@@ -199,7 +205,8 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     _check_activations(name, _activations_of(model))
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True)
+    new = () if labels else loaded.new_modules  # the adapter has the head of its classes
+    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, new_modules=new)
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
@@ -208,7 +215,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | Non
     The folder of a full model also gets the other files of its source, see ``carry``.
     """
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
-    if checkpoint.new_head and hasattr(checkpoint.model, "peft_config"):
+    if checkpoint.new_modules and hasattr(checkpoint.model, "peft_config"):
         labels = json.dumps(checkpoint.model.config.id2label, indent=1)
         (folder / LABELS).write_text(labels + "\n", encoding="utf-8")
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):

@@ -18,14 +18,21 @@ logger = logging.get_logger("hf_ortho")
 
 
 def model_class(
-    name: str, revision: str | None, config: PreTrainedConfig, trust_remote_code: bool, auto_classes: Sequence[str]
+    name: str,
+    revision: str | None,
+    config: PreTrainedConfig,
+    trust_remote_code: bool,
+    auto_classes: Sequence[str],
+    auto_class: str | None = None,
 ) -> Any:
-    """The class that the config names, else that of the first of ``auto_classes`` that knows the config.
+    """The class of ``auto_class``, else the one that the config names, else that of the first of ``auto_classes``.
 
     Raises:
         CheckpointError: there is no such class, or it is defined by code, which may not run.
     """
     named = class_names(config.architectures, name)
+    if auto_class is not None:
+        named, auto_classes = [], [auto_class]
     custom = references(getattr(config, "auto_map", None))
     if named:
         own = getattr(transformers, named[0], None)
@@ -39,15 +46,17 @@ def model_class(
     if fits and trust_remote_code:
         own = custom_class(name, revision, fits[0], custom[fits[0]])
     elif not is_model:
-        problem = (
-            f"names the class {named[0]!r} under architectures, but transformers {transformers.__version__} has no"
-        )
-        problem += " such model class"
-        if not named:
-            problem = f"names no class under architectures, and {' or '.join(auto_classes)} has none for it"
+        if auto_class is not None:
+            raise CheckpointError(f"{name} cannot be loaded with {auto_class}, which has no class for its config")
+        problem = f"names no class under architectures, and {' or '.join(auto_classes)} has none for it"
+        if named:
+            problem = (
+                f"names the class {named[0]!r} under architectures, but transformers {transformers.__version__} has no "
+                "such model class"
+            )
         raise CheckpointError(f"the config of {name} {problem}")
     cls: Any = own
-    if not named:
+    if not named and auto_class is None:
         logger.warning(f"note: the config of {name} names no class under architectures; it is loaded as {cls.__name__}")
     return cls
 

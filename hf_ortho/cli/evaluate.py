@@ -50,7 +50,7 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
         raise ConfigError(f"--dataset is required for {type(checkpoint.model).__name__}")
     splits = data.load(place)
     split = data.pick(splits, args.split, data.HELD_BACK, place)
-    samples = task.prepare(checkpoint, splits[split], args.data, place)
+    samples = task.prepare_evaluation(checkpoint, splits[split], args.data, place)
     samples = head(samples, args.max_samples)
     data_used = f"{place}, {split}, {len(samples)} samples"
     console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {data_used}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..text import suggestion
 from .causal_lm import CAUSAL_LM
 from .image_classification import IMAGE_CLASSIFICATION
 from .task import LOSS, Head, Metric, Task
@@ -16,10 +17,11 @@ from .task import LOSS, Head, Metric, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LOSS", "METRICS", "SUPPORTED", "TASKS", "Head", "Metric", "Task", "head_of", "of"]
+__all__ = ["LOSS", "METRICS", "NAMES", "SUPPORTED", "TASKS", "Head", "Metric", "Task", "head_of", "named", "of"]
 
 TASKS: tuple[Task, ...] = (CAUSAL_LM, IMAGE_CLASSIFICATION)
 SUPPORTED = ", ".join(task.title for task in TASKS)
+NAMES = {str(task.pipeline_tag): task for task in TASKS}
 METRICS = {metric.key: metric for task in TASKS for metric in task.metrics}
 # Heads of models that can be converted and described, but not trained.
 UNTRAINED = (
@@ -31,6 +33,17 @@ UNTRAINED = (
     Head((), "AutoModel", "feature-extraction", "FEATURE_EXTRACTION"),
 )
 UNKNOWN = Head((), "AutoModel", None)
+
+
+def named(name: str) -> Task:
+    """The task with a name, which is its pipeline tag on the Hub.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"task {name!r}: must be one of {', '.join(NAMES)}{suggestion(name, NAMES)}")
+    return NAMES[name]
 
 
 def head_of(model: PreTrainedModel | str) -> Head:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, DataError
 from .task import Task
+
+logger = logging.getLogger("hf_ortho")
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -72,9 +75,6 @@ class Classification(Task):
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
         """Write the class names of the dataset to the config, and replace the head if the classes differ."""
-        import torch
-        from transformers.utils import logging
-
         from .labels import class_names
 
         names, model = class_names(train), checkpoint.model
@@ -82,30 +82,57 @@ class Classification(Task):
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
         unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(known))
-        if known == names or (unnamed and old == len(names)):
+        if (known == names or (unnamed and old == len(names))) and not checkpoint.new_modules:
             return
-        head = next((m for m in (getattr(model, n, None) for n in ("classifier", "head", "fc")) if m is not None), None)
-        if not isinstance(head, torch.nn.Linear):
-            if old == len(names):
-                return
-            raise ConfigError(
-                f"{model.name_or_path} has {old} classes and the dataset {len(names)}, but "
-                f"{type(model).__name__} has no linear head to replace"
-            )
-        if old == len(names):
-            logging.get_logger("hf_ortho").warning(
+        if old == len(names) and not unnamed and known != names:
+            logger.warning(
                 f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) differ from those of the "
                 f"dataset ({', '.join(names[:2])} ...): its head is replaced with a new one"
             )
-        torch.manual_seed(seed)
-        new = torch.nn.Linear(head.in_features, len(names), dtype=head.weight.dtype, device=head.weight.device)
-        torch.nn.init.normal_(new.weight, std=getattr(model.config, "initializer_range", 0.02))
-        torch.nn.init.zeros_(new.bias)
-        for name, module in model.named_children():
-            if module is head:
-                setattr(model, name, new)
-                checkpoint.new_head = name
-        setattr(model, "num_labels", len(names))  # noqa: B010
+        replace_head(checkpoint, len(names), seed)
+
+
+def replace_head(checkpoint: Checkpoint, outputs: int, seed: int) -> None:
+    """Replace the layers whose size is the number of outputs, initialized from ``seed`` as transformers does.
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
+    from transformers import set_seed
+
+    model = checkpoint.model
+    fresh, larger = (_with_outputs(model, number) for number in (outputs, outputs + 1))
+    sizes = {name: p.shape for name, p in larger.named_parameters()}
+    paths = {name.rpartition(".")[0] for name, p in fresh.named_parameters() if p.shape != sizes[name]}
+    if not paths:
+        raise ConfigError(f"{type(model).__name__} has no head to replace with one of {outputs} outputs")
+    set_seed(seed)
+    for path in sorted(paths):
+        old = next(model.get_submodule(path).parameters())
+        layer = fresh.get_submodule(path).to_empty(device=old.device).to(old.dtype)
+        model._init_weights(layer)
+        model.set_submodule(path, layer)
+    for module in model.modules():
+        if hasattr(module, "num_labels"):
+            setattr(module, "num_labels", outputs)  # noqa: B010  # torch types it as a module
+    model.config.num_labels = outputs
+    known = checkpoint.new_modules
+    checkpoint.new_modules = (*known, *(path for path in sorted(paths) if not f"{path}.".startswith(_prefixes(known))))
+
+
+def _prefixes(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in paths)
+
+
+def _with_outputs(model: PreTrainedModel, outputs: int) -> PreTrainedModel:
+    """The same model on the meta device, with another number of outputs."""
+    import copy
+
+    from ..conversion.sites import rebuild
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = outputs
+    return rebuild(model, config)
 
 
 def classes_of(model: PreTrainedModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,10 +16,15 @@ from .arguments import DataArguments
 from .stream import Stream
 
 
-def batches(dataset: Dataset | Stream, count: int, size: int = 1) -> list[dict]:
+def batches(
+    dataset: Dataset | Stream,
+    count: int,
+    size: int = 1,
+    collate: Callable[[list[dict]], dict] = default_data_collator,
+) -> list[dict]:
     """The first ``count`` samples as model inputs, labels included, ``size`` at a time."""
     rows = dataset.head(count) if isinstance(dataset, Stream) else list(head(dataset, count))
-    return [default_data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def head(dataset: Dataset, count: int | None) -> Dataset:
@@ -53,7 +59,7 @@ def load_splits(
     train, held_back = task.prepare(checkpoint, raw, arguments, arguments.dataset), None
     task.adapt_head(checkpoint, train, seed)
     if raw_held_back is not None:
-        held_back = task.prepare(checkpoint, raw_held_back, arguments, held_back_name)
+        held_back = task.prepare_evaluation(checkpoint, raw_held_back, arguments, held_back_name)
         task.check_classes(train, held_back, held_back_name)
     elif len(train) > 1:
         most = arguments.max_eval_samples if arguments.tokenize else None

@@ -104,7 +104,11 @@ class Task(Head, abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
-        """Prepare the rows of one split of the dataset ``name`` as model inputs with ``labels``."""
+        """Prepare the rows of one split of the dataset ``name`` as training samples for ``collator``."""
+
+    def prepare_evaluation(self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str) -> Dataset:
+        """Prepare the rows of one split of the dataset ``name`` as evaluation samples for ``collator``."""
+        return self.prepare(checkpoint, rows, arguments, name)
 
     @abc.abstractmethod
     def stream(
@@ -126,13 +130,13 @@ class Task(Head, abc.ABC):
         return logits
 
     def collator(self, checkpoint: Checkpoint) -> Callable[[list[dict]], dict]:
-        """The data collator."""
+        """The data collator: makes a batch of model inputs, with ``labels``, from samples."""
         from transformers import default_data_collator
 
         return default_data_collator
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
-        """Replace the head, initialized from ``seed``, if the samples require it; sets ``checkpoint.new_head``."""
+        """Replace the head, initialized from ``seed``, if the samples require it; sets ``checkpoint.new_modules``."""
         return None
 
     def check_classes(self, train: Dataset | Stream, held_back: Dataset, name: str) -> None:

@@ -45,19 +45,21 @@ def add_lora(
     if policy == "lora+activations" and not saved:
         raise ConfigError(NO_ACTIVATIONS.format(policy))
     saved = [*(saved if policy == "lora+activations" else []), *options.pop("modules_to_save", [])]
+    targets = arguments.lora_target_modules
+    everything = not targets or targets == ["all-linear"]  # peft's word for it, which it takes outside a list only
     set_seed(seed)  # the same initial adapters in all processes
     try:
         config = LoraConfig(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
-            target_modules=arguments.lora_target_modules or "all-linear",
+            target_modules="all-linear" if everything else targets,
             modules_to_save=saved or None,
             **options,
         )
         return _wrap(model, config)
     except ValueError as error:
-        values = f"lora_r {arguments.lora_r}, lora_target_modules {arguments.lora_target_modules or 'all-linear'}"
+        values = f"lora_r {arguments.lora_r}, lora_target_modules {targets or 'all-linear'}"
         raise ConfigError(f"train {policy!r}, {values}: {explain(error)}") from error
 
 
@@ -90,7 +92,7 @@ def add_adapter(
             f"adapter: {arguments.model} is itself an adapter and was merged on loading; save the merged model with "
             "merge_and_unload().save_pretrained(...) and give it as model"
         )
-    head = [checkpoint.new_head] if checkpoint.new_head else []
+    head = list(checkpoint.new_modules)
     options: dict[str, Any] = {
         "task_type": head_of(checkpoint.model).peft_type,
         "modules_to_save": head,

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..tasks import NAMES
 from ..tasks.arguments import DataArguments
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ class ModelArguments:
     )
     config_overrides: dict | str | None = dataclasses.field(
         default=None, metadata={"help": "With init scratch: config values to override, such as {n_layer: 4}."}
+    )
+    task: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": f"Task: {', '.join(NAMES)}. A model with another head gets a new one. "
+            "Default: the task of the head of the model (with init scratch, the first that supports the model type)."
+        },
     )
     tokenizer: str | None = dataclasses.field(
         default=None,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.activations import ACT2FN
 from transformers.distributed.fsdp import is_fsdp_enabled
 
@@ -20,7 +20,7 @@ from ..errors import ConfigError, HfOrthoError
 from ..files import explain
 from ..partitioned import full_size
 from ..recompute import fuse_mlp
-from ..tasks import TASKS
+from ..tasks import TASKS, named, of
 from ..tasks.samples import batches, load_splits
 from ..tasks.stream import Stream
 from ..tasks.tokenizer import use_tokenizer
@@ -47,6 +47,9 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
         if arguments.tokenizer == "bpe":
             raise ConfigError("tokenizer bpe: learned from the dataset, only with init scratch")
         options = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code, **sharding()}
+        if arguments.task:
+            options["auto_class"] = named(arguments.task).auto_class
+            set_seed(training.seed)  # of a new head
         auto_classes = [task.auto_class for task in TASKS]
         checkpoint = load_checkpoint(place, revision=arguments.model_revision, auto_classes=auto_classes, **options)
         use_tokenizer(checkpoint, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
@@ -86,9 +89,8 @@ def _convert_first(
             f"activation {arguments.activation}: the fit needs the weights in all processes; set "
             "fsdp_cpu_ram_efficient_loading to false, or convert the model beforehand"
         )
-    samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
     with fits_agree():
-        return convert(model, name, calibration=samples)
+        return convert(model, name, calibration=_calibration(checkpoint, arguments, train))
 
 
 def build_trainer(
@@ -113,7 +115,7 @@ def build_trainer(
         checkpoint.model = cast(PreTrainedModel, _wrap(checkpoint, recipe, train, resume))
         trainable = sum(full_size(p) for p in checkpoint.model.parameters() if p.requires_grad)
     else:
-        trainable = set_trainable(checkpoint.model, arguments.train, checkpoint.new_head)
+        trainable = set_trainable(checkpoint.model, arguments.train, checkpoint.new_modules)
     reduce_activation_gradients(checkpoint.model)
     if arguments.fuse_mlp:
         fuse_mlp(checkpoint.model)
@@ -161,7 +163,13 @@ def _use_channels_last(model: Any, training: TrainingArguments) -> None:
 def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream, resume: str | None) -> PeftModel:
     arguments, seed = recipe.model, recipe.training.seed
     if arguments.adapter:
-        samples = batches(train, arguments.calibration_samples) if arguments.calibration_samples else None
+        samples = _calibration(checkpoint, arguments, train)
         return add_adapter(checkpoint, arguments, recipe.lora, seed, samples, resume)
-    head = [checkpoint.new_head] if checkpoint.new_head else []
-    return add_lora(checkpoint.model, recipe.lora, seed, arguments.train, modules_to_save=head)
+    return add_lora(checkpoint.model, recipe.lora, seed, arguments.train, modules_to_save=list(checkpoint.new_modules))
+
+
+def _calibration(checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream) -> list[dict] | None:
+    """The first training samples, one per batch."""
+    if not arguments.calibration_samples:
+        return None
+    return batches(train, arguments.calibration_samples, collate=of(checkpoint.model).collator(checkpoint))

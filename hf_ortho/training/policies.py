@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,7 +33,7 @@ def activation_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> int:
+def set_trainable(model: PreTrainedModel, policy: str, new_modules: Sequence[str] = ()) -> int:
     """Freeze all parameters except those of ``policy`` and return the number of trainable parameters.
 
     - ``all``: all parameters except the domains and tail slopes of activations.
@@ -42,7 +44,7 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
     - ``lora+activations``: also the adapters of ``add_lora``.
     - ``norms``, ``head``, ``lora``: the same without activations, as a baseline for an original model.
 
-    The untrained module ``new_head`` is always trained.
+    The untrained ``new_modules``, such as a new head, are always trained.
 
     Raises:
         ConfigError: unknown policy, or the model has no learnable activations, norms, head or adapters to train.
@@ -67,8 +69,8 @@ def set_trainable(model: PreTrainedModel, policy: str, new_head: str = "") -> in
             if not parameters:
                 raise ConfigError(f"train {policy!r}: {type(model).__name__} has no {missing}; use 'activations'")
             chosen |= {id(p) for p in parameters}
-        if new_head:
-            chosen |= {id(p) for p in model.get_submodule(new_head).parameters()}
+        for path in new_modules:
+            chosen |= {id(p) for p in model.get_submodule(path).parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
     freeze_domains(model)

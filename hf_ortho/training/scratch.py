@@ -30,7 +30,7 @@ from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
-from ..tasks import SUPPORTED, TASKS, data
+from ..tasks import SUPPORTED, TASKS, data, named
 from ..tasks.columns import text_column
 from ..tasks.stream import read, without_rows
 from ..tasks.tokenizer import bpe_tokenizer, named_tokenizer
@@ -61,7 +61,8 @@ def scratch_checkpoint(
     config, commit = _config(arguments)
     cls = _class_of(config, arguments, commit)
     if cls is None:
-        raise ConfigError(f"model_type {config.model_type!r} has no supported task; init scratch supports: {SUPPORTED}")
+        wanted = f"no model for task {arguments.task}" if arguments.task else "no supported task"
+        raise ConfigError(f"model_type {config.model_type!r} has {wanted}; init scratch supports: {SUPPORTED}")
     tokenizer = image_processor = None
     if cls.main_input_name == "input_ids":
         tokenizer = _tokenizer(arguments, data_arguments, commit)
@@ -86,7 +87,7 @@ def scratch_checkpoint(
 def _class_of(config: PreTrainedConfig, arguments: ModelArguments, commit: str | None) -> type[PreTrainedModel] | None:
     """The class of the first task that has one for this config, in transformers or in the code beside the config."""
     custom = references(getattr(config, "auto_map", None)) if arguments.trust_remote_code else {}
-    for task in TASKS:
+    for task in (named(arguments.task),) if arguments.task else TASKS:
         if arguments.model and task.auto_class in custom:
             return custom_class(arguments.model, commit, task.auto_class, custom[task.auto_class])
         if (cls := task.model_class(config)) is not None:

@@ -111,7 +111,9 @@ def test_what_many_checkpoints_lack(tiny_bert, tmp_path, caplog):
     assert not caplog.messages
     first, second = (load_checkpoint(str(tmp_path / "bert")).model.pooler.dense.weight for _ in range(2))
     assert torch.equal(first, second)
-    assert caplog.messages[0].endswith("bert lack pooler.dense.bias, pooler.dense.weight, which start at random")
+    assert caplog.messages[0].endswith(
+        "bert lack pooler.dense.bias, pooler.dense.weight of BertModel, which start at random"
+    )
 
 
 def test_weights_of_other_heads_are_named(tiny_bert, tmp_path, caplog):

@@ -22,6 +22,7 @@ def connect(monkeypatch, tmp_path):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)  # of its functions, which peft calls
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -43,7 +43,7 @@ for case in ("converted", "adapter", "scratch", "convert", "OrthoConfig"):
     if case == "converted":
         _convert_first(SimpleNamespace(model=model), arguments, None)
     elif case == "adapter":
-        checkpoint = SimpleNamespace(model=model, merged=False, new_head=None, commit=None)
+        checkpoint = SimpleNamespace(model=model, merged=False, new_modules=(), commit=None)
         model = add_adapter(checkpoint, arguments, LoraArguments(), seed=0)
     elif case == "convert":
         hf_ortho.convert(model, "hermite_3")

@@ -69,7 +69,7 @@ def test_policies_of_an_image_classifier(make_convnext, activation):
     check(model, "activations", series(model))
     check(model, "activations+head", series(model) | {"classifier.weight", "classifier.bias"})
     check(model, "head", {"classifier.weight", "classifier.bias"})
-    found = set_trainable(model, "norms", new_head="classifier")
+    found = set_trainable(model, "norms", new_modules=("classifier",))
     norms = {n for n in everything if "norm" in n or ".stages.1.downsampling_layer.0." in n}
     assert trainable(model) == norms | {"classifier.weight", "classifier.bias"}
     assert found == sum(model.get_parameter(n).numel() for n in trainable(model))
