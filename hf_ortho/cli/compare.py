@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shlex
 from glob import has_magic
 from importlib.metadata import version
 from pathlib import Path
@@ -10,16 +13,19 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, NonFiniteError
 from ..folders import OutputFolder
-from ..tasks import LOSS, TASKS, Metric
+from ..tasks import LOSS, NAMES, TASKS, Metric
 from ..text import markdown_table
 from ..training.arguments import Comparison
-from .console import console, table, trainer_log
+from .console import console, table, telling_what_is_kept, trainer_log, training_size
 from .launch import launch
+from .main import LAUNCHED
 from .recipe import parse_recipe
 
 if TYPE_CHECKING:
     from ..profiling.timing import Times
     from ..training.compare import Run
+
+logger = logging.getLogger("hf_ortho")
 
 DESCRIPTION = "Run one recipe with several activations and seeds, and compare results, time per step and memory."
 
@@ -32,38 +38,53 @@ def run(argv: list[str]) -> int | None:
     if grid.timing_rounds < 0:
         raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to skip timing")
 
+    from ..training.compare import kept
+
+    line = os.environ.get(LAUNCHED) or shlex.join(["hf-ortho", "compare", *argv])
+    with telling_what_is_kept(lambda: f"interrupted; {folder} keeps {kept(comparison)}; to continue: {line}"):
+        _compare(comparison)
+    return None
+
+
+def _compare(comparison: Comparison) -> None:
     from ..training.compare import measure_steps, run_grid
 
+    grid, folder = comparison.compare, str(comparison.training.output_dir)
     total = len(grid.activations) * len(grid.seeds)
     runs: list[Run] = []
     output: OutputFolder | None = None
-    for done in run_grid(comparison, lambda name, seed: trainer_log(f"{name}, seed {seed}")):
+    for done in run_grid(comparison, lambda name, seed: [training_size(), trainer_log(f"{name}, seed {seed}")]):
         runs.append(done)
         if comparison.training.process_index != 0 or not any(run.metrics for run in runs):
             continue
-        figures = ", ".join(f"{key} {value:.5f}" for key, value in done.metrics.items())
-        console.print(f"{len(runs)}/{total} {done.activation}, seed {done.seed}: {done.diverged or figures}")
         output = output or OutputFolder(folder, beside=True)
         write(output, comparison, runs, {}, {})
     if not any(run.metrics for run in runs):
         raise NonFiniteError(f"all {total} runs diverged, the first at {runs[0].diverged}")
     times: dict[str, Times] = {}
-    kept: dict[str, float] = {}
+    saved: dict[str, float] = {}
     if grid.timing_rounds:
+        logger.info(f"Timing {grid.timing_rounds} steps with each activation")
         with console.status("Timing steps"):
-            times, kept = measure_steps(comparison, grid.timing_rounds)
+            times, saved = measure_steps(comparison, grid.timing_rounds)
     if output is None:  # in all processes except the first
-        return None
-    caption, columns, rows = write(output, comparison, runs, times, kept)
+        return
+    caption, columns, rows = write(output, comparison, runs, times, saved)
     table(caption, columns, rows)
     console.print(f"Wrote {folder}: results.json, table.md, comparison.png, and a folder per run")
-    return None
 
 
 def metric_of(runs: list[Run]) -> Metric:
-    """The metric of the table: the compared metric of the task of the runs."""
-    keys = runs[0].metrics.keys()
-    return next((task.compared for task in TASKS if {metric.key for metric in task.metrics} == keys), LOSS)
+    """The metric of the table, which all runs have: the compared metric of their task, else its next one, or the loss.
+
+    A regression, for example, has no accuracy.
+    """
+    finished = [run for run in runs if run.metrics]
+    name = next((run.task for run in finished if run.task), "")
+    keys = set.intersection(*(set(run.metrics) for run in finished))
+    tasks = [NAMES[name]] if name in NAMES else [task for task in TASKS if {m.key for m in task.metrics} == keys]
+    candidates = [metric for task in tasks for metric in (task.compared, *task.metrics) if metric.key in keys]
+    return next((metric for metric in candidates if metric == tasks[0].compared or metric != LOSS), LOSS)
 
 
 def _figure(mean: str, spread: float, seeds: int) -> str:

@@ -8,8 +8,9 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
@@ -44,6 +45,7 @@ class PlainConsole(Console):
 
 
 console = PlainConsole(soft_wrap=True)
+open_bars = contextlib.ExitStack()  # of a training; one that ends early leaves its bar
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$", re.IGNORECASE)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -167,6 +169,51 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
+class Announcements(logging.Handler):
+    """Prints the records of level INFO, in the main process: what a long command does at the moment.
+
+    Others are left to the handlers of the application, or to the default of ``logging``.
+    """
+
+    def emit(self, record):
+        if record.levelno > logging.INFO:
+            if logging.lastResort is not None and not logging.getLogger().handlers:
+                logging.lastResort.handle(record)
+        elif os.environ.get("RANK", "0") == "0":
+            console.print(one_line(record.getMessage()))
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[None]:
+    """Within the block, print what hf_ortho logs with ``logger.info``. Afterwards no progress bar is left open."""
+    logger, handler = logging.getLogger("hf_ortho"), Announcements()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        open_bars.close()
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Within the block, an interruption is reported with ``kept()``: what it leaves, and how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        handlers = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:  # a launcher may send a second signal
+            open_bars.close()
+            message = kept()
+        finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler or signal.SIG_DFL)
+        raise KeyboardInterrupt(message) from stop
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table with a first column of text and further columns of numbers."""
     out = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
@@ -231,8 +278,8 @@ def trainer_progress(title: str):
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.stack = contextlib.ExitStack()
-            self.bar, self.task = self.stack.enter_context(progress(title))
+            open_bars.close()
+            self.bar, self.task = open_bars.enter_context(progress(title))
             self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -243,7 +290,7 @@ def trainer_progress(title: str):
                 self.bar.update(self.task, note=f"loss {float(logs['loss']):.4f}")
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.stack.close()
+            open_bars.close()
 
     return Bar()
 

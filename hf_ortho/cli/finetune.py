@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..training.arguments import Recipe
-from .console import console, show_report, table, trainer_log, training_size
+from .console import console, show_report, table, telling_what_is_kept, trainer_log, training_size
 from .launch import launch
+from .main import LAUNCHED
 from .recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ def _others(recipe: Recipe) -> dict[str, object]:
     others: dict[str, object] = {"train": recipe.model.train}
     others["activation_learning_rate"] = recipe.training.learning_rate if rate is None else rate
     changed = {**dataclasses.asdict(recipe.augmentation), "domain_penalty": recipe.optimizer.domain_penalty}
+    changed["param_groups"] = json.dumps(recipe.optimizer.param_groups) if recipe.optimizer.param_groups else None
     return others | {key: value for key, value in changed.items() if value}
 
 
@@ -86,7 +90,9 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     from ..hub import TrainingDetails, command_line, write_card
     from ..hub.push import find_or_create, push
     from ..hub.record import carry_over
+    from ..training.checkpoints import checkpoints
     from ..training.finetune import finetune, output_folder
+    from ..training.manifest import is_whole
 
     arguments = recipe.training
     if arguments.push_to_hub and arguments.process_index == 0:  # fail now rather than after training
@@ -115,7 +121,15 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
             training=TrainingDetails(arguments, _others(recipe), base, result.checkpoint.commit if base else None),
         )
 
-    result = finetune(recipe, [training_size(), trainer_log("Training")], finish)
+    def kept() -> str:
+        whole = [checkpoint.name for checkpoint in checkpoints(folder) if is_whole(checkpoint)]
+        again = f"{os.environ.get(LAUNCHED) or line} --resume-from-checkpoint auto"
+        if not whole:
+            return f"interrupted before the first checkpoint; to start again: {again}"
+        return f"interrupted; {folder} keeps {whole[-1]}; to continue: {again}"
+
+    with telling_what_is_kept(kept):
+        result = finetune(recipe, [training_size(), trainer_log("Training")], finish)
     if arguments.process_index != 0:
         return None
     console.print(f"Wrote {folder} ({result.trainable:,} trained parameters)")

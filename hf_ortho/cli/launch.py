@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from .main import LAUNCHED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+logger = logging.getLogger("hf_ortho")
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 NAMES = ("single", "multi_gpu", "fsdp2", "zero3", "tp")
@@ -54,6 +57,7 @@ def launch(command: str, argv: list[str]) -> int | None:
         return None
     if "LOCAL_RANK" in os.environ:
         raise ConfigError("accelerate_config: this process was already launched as one of several; omit the flag")
+    logger.info(f"Launching with {parsed.accelerate_config}")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,15 +72,15 @@ def launch(command: str, argv: list[str]) -> int | None:
     if parsed.accelerate_config == "tp":
         options += ["--parallelism_config_tp_size", str(processes)]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = shlex.join(["hf-ortho", command, *argv])
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "hf_ortho", command, *rest]))
     except subprocess.CalledProcessError as error:  # of ``single``
         return error.returncode
     except ChildFailedError as error:
         return _failed(error)
-    except SignalException as error:
-        raise KeyboardInterrupt from error
+    except (SignalException, KeyboardInterrupt) as error:
+        raise KeyboardInterrupt("interrupted") from error
     finally:
         del os.environ[LAUNCHED]
     return 0

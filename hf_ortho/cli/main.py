@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        _report("interrupted; no partial output was left")
+    except KeyboardInterrupt as stop:
+        _report(str(stop) or "interrupted; no partial output was left", launched=bool(stop.args))
         return 130
 
 
@@ -69,22 +69,26 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         hint = suggestion(argv[0], COMMANDS)
         raise ConfigError(f"unknown command {argv[0]!r}: must be one of {', '.join(COMMANDS)}{hint}")
-    from .console import quiet
+    from .console import announced, quiet
 
     quiet()
     try:
-        return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
+        with announced():
+            return importlib.import_module(f".{argv[0]}", __package__).run(argv[1:]) or 0
     except SystemExit as done:  # of --help
         return int(done.code or 0)
 
 
-def _report(message: str, error: Exception | None = None) -> None:
-    """Print the error of a command once for all processes. Each process passes ``error`` to the launcher of torch."""
+def _report(message: str, error: Exception | None = None, launched: bool = False) -> None:
+    """Print the error of a command once for all processes. Each process passes ``error`` to the launcher of torch.
+
+    Launched processes leave the message to their launcher, except with ``launched``: what it does not know.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and error is not None:
         details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
-    if os.environ.get("RANK", "0") == "0" and not (file and LAUNCHED in os.environ):
+    if os.environ.get("RANK", "0") == "0" and (launched or not (file and LAUNCHED in os.environ)):
         print(f"hf-ortho: {message}", file=sys.stderr)
 
 

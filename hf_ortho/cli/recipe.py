@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -61,6 +62,8 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     if "--help-all" not in argv:
         _check_places(entries | given)
 
+    if "torch" not in sys.modules:
+        logger.info("Loading PyTorch and transformers")
     import torch
     from transformers import TrainingArguments, get_scheduler
     from transformers.utils import is_torch_tf32_available
@@ -182,6 +185,8 @@ def _flags(key: str, value: Any) -> list[str]:
     """Convert an entry to flags, which are then parsed like the command line."""
     if value is None:
         return []
+    if isinstance(value, dict) or key == "param_groups":  # YAML text on the command line
+        return [f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
     if isinstance(value, list):
         return [f"--{key}", *(str(v) for v in value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+    return [f"--{key}={value}"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..tasks import NAMES
 from ..tasks.arguments import DataArguments
+from .groups import parse_groups
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -149,13 +150,13 @@ class CompareArguments:
 
 @dataclasses.dataclass
 class OptimizerArguments:
-    """How the activations are optimized.
+    """How the activations, and parameters selected by name, are optimized.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    _argument_group_name = "activations: optimization"
+    _argument_group_name = "activations and parameter groups: optimization"
 
     activation_learning_rate: float | None = dataclasses.field(
         default=None,
@@ -179,9 +180,19 @@ class OptimizerArguments:
         default=None,
         metadata={"help": "Interval of the domain penalty: lo hi. Default: the domain of each activation."},
     )
+    param_groups: list[dict[str, Any]] | str | None = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Learning rate and weight decay by name: a YAML list of entries such as {pattern: embed, "
+            "learning_rate: 1e-4, weight_decay: 0}. The first entry whose pattern, a regular expression, is found in "
+            "the name of a parameter applies to it. Default: none."
+        },
+    )
 
     def __post_init__(self):
         from ..fitting.options import is_interval
+
+        self.param_groups = parse_groups(self.param_groups)
 
         for key in ("activation_learning_rate", "activation_gradient_scale", "domain_penalty"):
             value = getattr(self, key)
@@ -194,10 +205,10 @@ class OptimizerArguments:
 
     @property
     def needs_own_groups(self) -> str:
-        """The first field that needs separate parameter groups or steps for activations; empty if none does."""
-        fields = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return next((key for key in fields if getattr(self, key) != defaults[key]), "")
+        """The first field that needs separate parameter groups or steps; empty if none does."""
+        fields = ("activation_learning_rate", "activation_gradient_scale", "activation_natural_steps", "param_groups")
+        default = OptimizerArguments()
+        return next((key for key in fields if getattr(self, key) != getattr(default, key)), "")
 
 
 @dataclasses.dataclass
@@ -290,6 +301,11 @@ class Recipe:
     optimizer: OptimizerArguments = dataclasses.field(default_factory=OptimizerArguments)
     logging: LoggingArguments = dataclasses.field(default_factory=LoggingArguments)
     augmentation: AugmentationArguments = dataclasses.field(default_factory=AugmentationArguments)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Further activations whose parameters ``param_groups`` may name, as in a comparison."""
+        return ()
 
     def optimizer_arguments(self) -> OptimizerArguments:
         """``optimizer``, with the default learning rate of activations for a model from scratch.

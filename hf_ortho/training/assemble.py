@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 from typing import Any, cast
 
 import torch
@@ -25,16 +27,19 @@ from ..tasks.samples import batches, load_splits
 from ..tasks.stream import Stream
 from ..tasks.tokenizer import use_tokenizer
 from .adapters import add_adapter, add_lora
-from .arguments import ModelArguments, Recipe
+from .arguments import ModelArguments, OptimizerArguments, Recipe
 from .augment import augment, check_augmentation
 from .distributed import fits_agree, fsdp_version
 from .evaluation import make_trainer
+from .groups import absent_names, assign
 from .logger import ActivationLogger
 from .penalty import DomainPenalty
-from .policies import set_trainable
+from .policies import LEARNABLE, set_trainable
 from .scratch import scratch_checkpoint
 from .tensor_parallel import reduce_activation_gradients, sharding
-from .trainer import ActivationTrainer
+from .trainer import ActivationTrainer, check_optimizer
+
+logger = logging.getLogger("hf_ortho")
 
 
 def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | None, ConversionReport | None]:
@@ -50,10 +55,12 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
         if arguments.task:
             options["auto_class"] = named(arguments.task).auto_class
             set_seed(training.seed)  # of a new head
+        logger.info(f"Loading {place}")
         auto_classes = [task.auto_class for task in TASKS]
         checkpoint = load_checkpoint(place, revision=arguments.model_revision, auto_classes=auto_classes, **options)
         use_tokenizer(checkpoint, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
     # The other processes read its cache. For a token cache they wait at a file lock, as a barrier would time out.
+    logger.info(f"Preparing {recipe.data.dataset}")
     first = training.main_process_first(desc="preparing the data")
     with contextlib.nullcontext() if recipe.data.tokenize else first:
         seed = training.seed if training.data_seed is None else training.data_seed
@@ -89,6 +96,7 @@ def _convert_first(
             f"activation {arguments.activation}: the fit needs the weights in all processes; set "
             "fsdp_cpu_ram_efficient_loading to false, or convert the model beforehand"
         )
+    logger.info(f"Converting to {name}{_calibrated(arguments)}")
     with fits_agree():
         return convert(model, name, calibration=_calibration(checkpoint, arguments, train))
 
@@ -126,7 +134,8 @@ def build_trainer(
             raise ConfigError(f"activation checkpointing: {type(checkpoint.model).__name__} does not support it")
         if arguments.train != "all":
             checkpoint.model.enable_input_require_grads()
-    options: dict[str, Any] = {"optimizer_arguments": recipe.optimizer_arguments()}
+    chosen = _with_used_groups(recipe, checkpoint.model)
+    options: dict[str, Any] = {"optimizer_arguments": chosen}
     weight, every = recipe.optimizer.domain_penalty, recipe.logging.log_activations
     if not any(isinstance(module, LearnableActivation) for module in checkpoint.model.modules()):
         for key, value in (("domain_penalty", weight), ("log_activations", every)):
@@ -140,6 +149,7 @@ def build_trainer(
         options["callbacks"] = [ActivationLogger(every)]
     check_augmentation(recipe.augmentation, training, checkpoint, train)
     try:
+        check_optimizer(training, checkpoint.model, chosen)
         trainer = make_trainer(checkpoint, training, train, held_back, **options)
     except HfOrthoError:
         raise
@@ -148,6 +158,19 @@ def build_trainer(
     trainer.channels_last = arguments.channels_last
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
     return trainer, trainable
+
+
+def _with_used_groups(recipe: Recipe, model: PreTrainedModel) -> OptimizerArguments:
+    """The settings of the optimizer, without groups that only other activations of a comparison have."""
+    chosen = recipe.optimizer_arguments()
+    entries: Any = chosen.param_groups
+    if not entries:
+        return chosen
+    trains_activations = recipe.model.train == "all" or recipe.model.train in LEARNABLE
+    _, used = assign(model, entries, set(absent_names(model, recipe.others if trains_activations else ())))
+    for entry in (entry for i, entry in enumerate(entries) if i not in used):
+        logger.info(f"param_groups: pattern {entry['pattern']!r} matches no parameter here, only of other activations")
+    return dataclasses.replace(chosen, param_groups=[entries[i] for i in used])
 
 
 def _use_channels_last(model: Any, training: TrainingArguments) -> None:
@@ -163,9 +186,15 @@ def _use_channels_last(model: Any, training: TrainingArguments) -> None:
 def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream, resume: str | None) -> PeftModel:
     arguments, seed = recipe.model, recipe.training.seed
     if arguments.adapter:
+        if arguments.train == "activations":
+            logger.info(f"Adding an adapter of {arguments.activation}{_calibrated(arguments)}")
         samples = _calibration(checkpoint, arguments, train)
         return add_adapter(checkpoint, arguments, recipe.lora, seed, samples, resume)
     return add_lora(checkpoint.model, recipe.lora, seed, arguments.train, modules_to_save=list(checkpoint.new_modules))
+
+
+def _calibrated(arguments: ModelArguments) -> str:
+    return f", calibrated on {arguments.calibration_samples} samples" if arguments.calibration_samples else ""
 
 
 def _calibration(checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream) -> list[dict] | None:

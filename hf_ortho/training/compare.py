@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,14 +25,19 @@ from ..files import written
 from ..folders import OutputFolder
 from ..profiling.memory import kept_bytes, measure_each
 from ..profiling.timing import Times, interleave
+from ..tasks import of
 from .arguments import Comparison, LoggingArguments, Recipe
 from .assemble import assemble, build_trainer
-from .checkpoints import remove_leftovers, whole_checkpoints
+from .checkpoints import checkpoints, remove_leftovers, whole_checkpoints
 from .distributed import main_decides
 from .finetune import finetune, output_folder
+from .manifest import is_whole
 from .trainer import ActivationTrainer
 
+logger = logging.getLogger("hf_ortho")
+
 T = TypeVar("T")
+RUN = "run.json"  # the results of a finished run, in its folder
 # Fields that may differ between runs of the grid, or that do not affect the results.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
 
@@ -43,6 +50,7 @@ class Run:
         metrics: metrics of the task after the training, by key.
         history: (step, mean training loss since the previous step) pairs.
         diverged: reason if the training diverged, in which case there are no metrics and no history; empty otherwise.
+        task: name of the task; empty if it diverged, or in the folder of an earlier version.
     """
 
     activation: str
@@ -50,6 +58,14 @@ class Run:
     metrics: dict[str, float]
     history: list[tuple[int, float]]
     diverged: str = ""
+    task: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"diverged: {self.diverged}"
+            if self.diverged
+            else ", ".join(f"{key} {value:.5f}" for key, value in self.metrics.items())
+        )
 
     @classmethod
     def load(cls, file: Path) -> Run:
@@ -64,10 +80,19 @@ class Run:
         return _read(file, build)
 
 
-def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallback] | None = None) -> Iterator[Run]:
+@dataclasses.dataclass
+class Member(Recipe):
+    """The recipe of one run. ``param_groups`` may name parameters that only ``others`` of the comparison have."""
+
+    others: tuple[str, ...] = ()
+
+
+def run_grid(
+    comparison: Comparison, callbacks: Callable[[str, int], Sequence[TrainerCallback]] = lambda name, seed: ()
+) -> Iterator[Run]:
     """Run every activation with every seed, seed by seed. Finished runs are read and interrupted runs resume.
 
-    ``callback`` creates a Trainer callback for an activation and a seed.
+    The progress is logged at level INFO. ``callbacks`` creates callbacks of Trainer for an activation and a seed.
 
     Raises:
         HfOrthoError: an argument is invalid, or the folder contains runs of another recipe.
@@ -83,24 +108,72 @@ def run_grid(comparison: Comparison, callback: Callable[[str, int], TrainerCallb
     folder = Path(str(comparison.training.output_dir))
     with PartialState().main_process_first():
         _claim(comparison, folder)
-    for seed in grid.seeds:
-        for name in grid.activations:
-            try:
-                callbacks = [] if callback is None else [callback(name, seed)]
-                run = _run(comparison, name, seed, folder / name / f"seed-{seed}", callbacks)
-            except HfOrthoError:
-                if not any(folder.glob("*/*/*")):  # nothing has run yet, so another recipe may use the folder
-                    (folder / "recipe.json").unlink(missing_ok=True)
-                raise
+    places = _places(comparison)
+    waiting = [place for place in places if not (place[2] / RUN).is_file()]
+    done = len(places) - len(waiting)
+    logger.info(
+        f"{_count(places, 'run')}: {_count(grid.activations, 'activation')} x {_count(grid.seeds, 'seed')}, in {folder}"
+        + (f"; {done} finished earlier" if done else "")
+    )
+    seconds: list[float] = []
+    for number, (name, seed, place) in enumerate(places, 1):
+        title = f"Run {number} of {len(places)}, {name}, seed {seed}"
+        if (place / RUN).is_file():
+            run = Run.load(place / RUN)
+            logger.info(f"{title}: finished earlier: {run}")
             yield run
+            continue
+        left = f" ({_duration(statistics.fmean(seconds) * len(waiting))} left)" if seconds else ""
+        logger.info(f"{title}{left}")
+        start = time.monotonic()
+        try:
+            run = _run(comparison, name, seed, place, callbacks(name, seed))
+        except HfOrthoError as error:
+            if not any(folder.glob("*/*/*")):  # nothing has run yet, so another recipe may use the folder
+                (folder / "recipe.json").unlink(missing_ok=True)
+            error.args = (f"{name}, seed {seed}: {error}",)
+            raise
+        seconds.append(time.monotonic() - start)
+        del waiting[0]
+        logger.info(f"{title}: {run}")
+        yield run
+
+
+def kept(comparison: Comparison) -> str:
+    """What an interrupted ``run_grid`` leaves in its folder, in words."""
+    places = _places(comparison)
+    finished = [place for _, _, place in places if (place / RUN).is_file()]
+    words = [f"{len(finished)} of {len(places)} runs"]
+    for name, seed, place in places:
+        whole = [checkpoint.name for checkpoint in checkpoints(place) if is_whole(checkpoint)]
+        if place not in finished and whole:
+            words.append(f"{whole[-1]} of {name}, seed {seed}")
+    return " and ".join(words)
+
+
+def _places(comparison: Comparison) -> list[tuple[str, int, Path]]:
+    """Activation, seed and folder of each run, in their order."""
+    grid, folder = comparison.compare, Path(str(comparison.training.output_dir))
+    return [(name, seed, folder / name / f"seed-{seed}") for seed in grid.seeds for name in grid.activations]
+
+
+def _count(items: Sequence, what: str) -> str:
+    return f"{len(items)} {what}{'s' * (len(items) != 1)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes} min" if minutes < 120 else f"about {seconds / 3600:.1f} h"
 
 
 def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> Run:
-    file = folder / "run.json"
-    if file.is_file():
-        return Run.load(file)
     recipe = _member(comparison, activation, seed, folder)
-    if not whole_checkpoints(folder):
+    whole = whole_checkpoints(folder)
+    if whole:
+        logger.info(f"Resuming from {whole[-1].name}")
+    else:
         main_decides(recipe.training, lambda: _empty(folder))
     recipe.training.resume_from_checkpoint = "auto"
     try:
@@ -111,8 +184,8 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
         if result.after is None:
             raise ConfigError("a comparison needs evaluation data; give eval_dataset or eval_split")
         history = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
-        run = Run(activation, seed, result.after, history)
-    _write(file, json.dumps(dataclasses.asdict(run)))
+        run = Run(activation, seed, result.after, history, task=str(of(result.checkpoint.model).pipeline_tag))
+    _write(folder / RUN, json.dumps(dataclasses.asdict(run)))
     return run
 
 
@@ -126,7 +199,7 @@ def _empty(folder: Path) -> None:
 
 def _member(comparison: Comparison, activation: str, seed: int, folder: Path) -> Recipe:
     groups = {field.name: copy.copy(getattr(comparison, field.name)) for field in dataclasses.fields(Recipe)}
-    recipe = Recipe(**groups)
+    recipe = Member(**groups, others=tuple(comparison.compare.activations))
     recipe.model.activation = activation
     recipe.training.seed = seed
     recipe.training.output_dir = str(folder)
@@ -138,13 +211,16 @@ def _member(comparison: Comparison, activation: str, seed: int, folder: Path) ->
 
 def _claim(comparison: Comparison, folder: Path) -> None:
     """Save the recipe in the folder, or check that it equals the saved recipe."""
-    groups = (dataclasses.asdict(getattr(comparison, field.name)) for field in dataclasses.fields(Recipe))
-    recipe = {key: _plain(value) for group in groups for key, value in group.items() if key not in FREE}
+    groups = [getattr(comparison, field.name) for field in dataclasses.fields(Recipe)]
+    values = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
+    recipe = {key: _plain(value) for key, value in values.items() if key not in FREE}
     file = folder / "recipe.json"
     if file.is_file():
         saved = _read(file, lambda plain: {**plain})
+        fields = [field for group in groups for field in dataclasses.fields(group)]
+        defaults = {field.name: _default(field) for field in fields}  # of fields that an earlier version did not have
         for key in recipe.keys() | saved.keys():
-            if recipe.get(key) != saved.get(key):
+            if recipe.get(key) != saved.get(key, defaults.get(key)):
                 raise ConfigError(
                     f"output_dir {folder} contains runs with {key} {saved.get(key)!r}, but {key} is now "
                     f"{recipe.get(key)!r}; use another folder"
@@ -153,6 +229,10 @@ def _claim(comparison: Comparison, folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"output_dir {folder} exists and does not contain a comparison; use another")
     _write(file, json.dumps(recipe, indent=1))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return _plain(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from .manifest import MANIFEST, is_whole
 from .metrics import metrics_at_start, metrics_of
 from .policies import POLICIES
 from .record import check_resumed, record_of
+
+logger = logging.getLogger("hf_ortho")
 
 
 @dataclasses.dataclass
@@ -113,6 +116,8 @@ def finetune(
         report = report or getattr(checkpoint.model.peft_config["default"], "report", None)
     for callback in callbacks:
         trainer.add_callback(callback)
+    if arguments.eval_on_start:
+        logger.info(f"First evaluating on {len(held_back or ())} samples")
     try:
         trainer.train(resume_from_checkpoint=resume)
     except DataError as error:  # includes a traceback if raised in a dataloader worker
@@ -124,6 +129,8 @@ def finetune(
             f"resume_from_checkpoint {resume}: made with another model, activation or train; use another output_dir"
         ) from error
     before = metrics_at_start(trainer) if held_back is not None else None
+    if held_back is not None:
+        logger.info(f"Evaluating on {len(held_back)} samples")
     after = metrics_of(trainer) if held_back is not None else None
     state_dict = full_state_dict(trainer)
     result = Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)

@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from ..partitioned import gathered
 from ..processes import collective_device, max_over_processes, sum_over_processes
 from . import history
-from .optimizer import activations_by_path
+from .paths import activations_by_path
 
 
 class ActivationLogger(TrainerCallback):

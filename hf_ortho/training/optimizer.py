@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..activations import LearnableActivation
-from ..checkpoints.adapter import ATTRIBUTE
 from ..errors import ConfigError
 from ..text import suggestion
+from .groups import assign, parse_groups
+from .paths import activations_by_path
 
 # Excluded: LBFGS has no parameter groups, SparseAdam needs sparse gradients, and Muon accepts matrices only.
 NAMES: dict[str, type[torch.optim.Optimizer]] = {
@@ -30,25 +29,36 @@ NAMES: dict[str, type[torch.optim.Optimizer]] = {
 
 
 def param_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, activation_lr: float | None = None
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    activation_lr: float | None = None,
+    groups: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of a model for any ``torch.optim.Optimizer``.
 
-    There are up to three non-empty groups: parameters with weight decay, parameters without (norms and biases, as in
-    ``Trainer``, and all other vectors and scalars, such as layer scales), and the parameters of learnable activations,
-    also without weight decay, which would pull them toward f = 0. Without these groups, an optimizer decays the
-    activations with everything else, as in ``torch.optim.AdamW(model.parameters(), weight_decay=0.1)``. Frozen
+    Without ``groups``, there are up to three non-empty groups: parameters with weight decay, parameters without (norms
+    and biases, as in ``Trainer``, and all other vectors and scalars, such as layer scales), and the parameters of
+    learnable activations, also without weight decay, which would pull them toward f = 0. Otherwise, an optimizer decays
+    the activations with everything else, as in ``torch.optim.AdamW(model.parameters(), weight_decay=0.1)``. Frozen
     parameters are excluded and tied parameters appear once. The model may be wrapped (DDP, FSDP2, ``torch.compile``).
     Each device mesh gets separate groups, as fused optimizers require.
+
+    Each entry of ``groups`` takes the parameters in whose name its ``pattern`` is found, as by ``re.search``, and that
+    no earlier entry takes. Names are those of the plain model, as before wrapping and peft; a tied parameter has
+    several. What an entry does not set stays as without it. Its groups come last, with the ``pattern`` as a further
+    key.
 
     Args:
         model: any module.
         lr: learning rate.
         weight_decay: weight decay of the first group.
         activation_lr: learning rate of the activations; default: ``lr``.
+        groups: mappings of ``pattern``, a regular expression, and ``learning_rate``, ``weight_decay`` or both.
 
     Raises:
-        ConfigError: a value is negative or not finite, or no parameter is trainable.
+        ConfigError: a value is negative or not finite, no parameter is trainable, or an entry is invalid or takes none.
 
     Example:
         >>> _ = hf_ortho.convert(model, "hermite_3")
@@ -56,21 +66,36 @@ def param_groups(
         >>> [(group["lr"], group["weight_decay"]) for group in groups]
         [(0.001, 0.1), (0.001, 0.0), (0.01, 0.0)]
         >>> optimizer = torch.optim.AdamW(groups)
+        >>> slow = {"pattern": r"wte|wpe", "learning_rate": 1e-4}
+        >>> groups = hf_ortho.param_groups(model, lr=1e-3, weight_decay=0.1, groups=[slow])
+        >>> [(group["lr"], group["weight_decay"]) for group in groups]
+        [(0.001, 0.1), (0.001, 0.0), (0.001, 0.0), (0.0001, 0.1)]
     """
     _check(lr=lr, weight_decay=weight_decay, activation_lr=activation_lr)
+    entries = parse_groups(groups)
+    position, _ = assign(model, entries)
     learned = {id(p) for module in activations_by_path(model).values() for p in module.parameters(recurse=False)}
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it reads no self
     rates = (lr, weight_decay), (lr, 0.0), (lr if activation_lr is None else activation_lr, 0.0)
-    groups = defaultdict(list)
+    by_key = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed ZeRO-3 flattens the tensors
             kind = 2 if id(parameter) in learned else 0 if name in decayed and dimensions > 1 else 1
-            groups[kind, getattr(parameter, "device_mesh", None)].append(parameter)
-    if not groups:
+            number = position.get(id(parameter), -1)
+            if number >= 0:  # of its groups, those are one that differ in a value that it sets
+                kind = 1 if kind == 2 and "learning_rate" in entries[number] else kind
+                kind = 0 if kind == 1 and "weight_decay" in entries[number] else kind
+            by_key[number, kind, getattr(parameter, "device_mesh", None)].append(parameter)
+    if not by_key:
         raise ConfigError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
-    in_order = sorted(groups.items(), key=lambda item: item[0][0])  # Trainer logs the learning rate of the first
-    return [{"params": params, "lr": rates[kind][0], "weight_decay": rates[kind][1]} for (kind, _), params in in_order]
+    found = []
+    for number, kind, mesh in sorted(by_key, key=lambda key: key[:2]):  # Trainer logs the learning rate of the first
+        entry = entries[number] if number >= 0 else {}
+        rate, decay = entry.get("learning_rate", rates[kind][0]), entry.get("weight_decay", rates[kind][1])
+        group = {"params": by_key[number, kind, mesh], "lr": rate, "weight_decay": decay}
+        found.append(group | ({"pattern": entry["pattern"]} if entry else {}))
+    return found
 
 
 def optimizer_cls_and_kwargs(
@@ -79,6 +104,7 @@ def optimizer_cls_and_kwargs(
     lr: float,
     weight_decay: float = 0.0,
     activation_lr: float | None = None,
+    groups: Sequence[dict[str, Any]] = (),
     gradient_scale: float = 1.0,
     natural_steps: bool = False,
     **options,
@@ -90,7 +116,7 @@ def optimizer_cls_and_kwargs(
 
     Args:
         name_or_cls: an optimizer class, or the lowercase name of a class in ``torch.optim``, such as adamw or sgd.
-        lr, weight_decay, activation_lr: see ``param_groups``.
+        lr, weight_decay, activation_lr, groups: see ``param_groups``.
         gradient_scale, natural_steps: see ``scale_steps``.
         options: further arguments of the class, such as ``betas=(0.9, 0.95)``.
 
@@ -116,10 +142,12 @@ def optimizer_cls_and_kwargs(
     except TypeError as error:
         raise ConfigError(f"optimizer {cls.__name__}: {error}") from error
 
+    entries = parse_groups(groups)
+
     def build(model: nn.Module) -> torch.optim.Optimizer:
-        groups = param_groups(model, lr=lr, weight_decay=weight_decay, activation_lr=activation_lr)
+        params = param_groups(model, lr=lr, weight_decay=weight_decay, activation_lr=activation_lr, groups=entries)
         return scale_steps(
-            cls(groups, lr=lr, **options), model, gradient_scale=gradient_scale, natural_steps=natural_steps
+            cls(params, lr=lr, **options), model, gradient_scale=gradient_scale, natural_steps=natural_steps
         )
 
     return lambda: build, {}
@@ -212,21 +240,6 @@ def _placed(unit: Tensor, parameter: Tensor) -> Tensor:
     sharded: Any = parameter
     mesh = sharded.device_mesh
     return distribute_tensor(unit.to(mesh.device_type), mesh, sharded.placements, src_data_rank=None)
-
-
-def activations_by_path(model: nn.Module) -> dict[str, LearnableActivation]:
-    """The active learnable activations by path in the plain model, unwrapped from engines, compilers and peft.
-
-    Where peft keeps an original and a trained copy (``modules_to_save``, ``OrthoConfig``), this is the trained copy.
-    """
-    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return {
-        re.sub(rf"\.(modules_to_save|{ATTRIBUTE})\.default\b|\b_orig_mod\.|\._orig_mod$", "", path): module
-        for path, module in inner.named_modules()
-        if isinstance(module, LearnableActivation) and not {"original_module", "base_layer"} & set(path.split("."))
-    }
 
 
 def _check(**values: float | None) -> None:

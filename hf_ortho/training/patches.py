@@ -50,7 +50,8 @@ def report_weight_decay(accelerator: Any) -> None:
         learned = {id(p) for model in models for m in _activations(model).values() for p in m.parameters()}
         for optimizer in args:
             for group in optimizer.param_groups if learned and isinstance(optimizer, Optimizer) else ():
-                if group.get("weight_decay") and any(id(p) in learned and p.requires_grad for p in group["params"]):
+                decay = group.get("weight_decay") and "pattern" not in group  # asked for by name in param_groups
+                if decay and any(id(p) in learned and p.requires_grad for p in group["params"]):
                     _say_once(
                         f"note: the optimizer decays learnable activations (weight_decay {group['weight_decay']:g}), "
                         "which pulls them toward 0; give it the groups of hf_ortho.param_groups(model, ...)"

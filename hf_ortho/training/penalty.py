@@ -13,7 +13,7 @@ from ..activations import LearnableActivation
 from ..errors import ConfigError
 from ..fitting.options import is_interval
 from ..partitioned import gathered
-from .optimizer import activations_by_path
+from .paths import activations_by_path
 
 
 class DomainPenalty:

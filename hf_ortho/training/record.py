@@ -22,7 +22,7 @@ from .arguments import Recipe
 
 logger = logging.getLogger("hf_ortho")
 
-REQUIRED = ("activation", "train", "adapter", "optim", "activation_natural_steps")  # and those of LoRA
+REQUIRED = ("activation", "train", "adapter", "optim", "activation_natural_steps", "param_groups")  # and those of LoRA
 KEPT = ("learning_rate", "activation_learning_rate", "weight_decay")  # saved with the states of the optimizer
 DATA = ("dataset", "dataset_config", "dataset_revision", "train_split", "block_size", "streaming", "max_train_samples")
 TRAINING = (
@@ -46,6 +46,7 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
         **{key: getattr(optimizer, key) for key in ("activation_natural_steps", "activation_gradient_scale")},
         "domain_penalty": optimizer.domain_penalty,
         "activation_learning_rate": optimizer.activation_learning_rate,
+        "param_groups": optimizer.param_groups,
         **dataclasses.asdict(recipe.augmentation),
     }
     for key in ("model", "dataset"):  # Trainer may push checkpoints, and the path of a file concerns nobody else
@@ -102,7 +103,7 @@ def check_resumed(checkpoint: Path, model: PreTrainedModel, record: dict[str, An
     file = checkpoint / TRAINING_RECIPE
     if not file.is_file():  # of an earlier version, or a plain Trainer
         return
-    saved = json_object(file)
+    saved = {"param_groups": []} | json_object(file)
     differing = [key for key in saved.keys() & record.keys() if saved[key] != record[key]]
     for key in (*REQUIRED, *(key for key in record if key.startswith("lora_"))):
         if key in differing:

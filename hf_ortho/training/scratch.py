@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,8 @@ from ..text import suggestion
 from .arguments import DataArguments, ModelArguments
 from .distributed import fits_agree
 from .tensor_parallel import sharding
+
+logger = logging.getLogger("hf_ortho")
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_DOCUMENTS = 10_000  # documents to learn byte-pair encoding from
@@ -173,6 +176,7 @@ def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit:
     if name == "bpe":
         if not arguments.vocab_size >= 257:
             raise ConfigError(f"vocab_size {arguments.vocab_size}: a byte-level tokenizer needs at least 257")
+        logger.info(f"Learning a tokenizer of {arguments.vocab_size} tokens from {data_arguments.dataset}")
         return bpe_tokenizer(_texts(data_arguments), arguments.vocab_size)
     place = name or arguments.model
     if not place:

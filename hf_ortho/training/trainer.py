@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from peft import PeftModel
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..errors import ConfigError
@@ -17,11 +19,31 @@ from .arguments import OptimizerArguments
 from .checkpoints import WholeCheckpoints
 from .distributed import allow_no_embeddings, autocast_under_deepspeed, check_fsdp, keep_float32
 from .ema import ExponentialMovingAverage
+from .groups import group_counts
 from .guard import FiniteLoss
 from .optimizer import param_groups, scale_steps
 from .penalty import DomainPenalty
 from .policies import activation_parameters, freeze_domains
 from .unreached import GradientWatch, check_reached
+
+logger = logging.getLogger("hf_ortho")
+
+
+def _makes_groups(cls: Any, options: dict[str, Any]) -> bool:
+    """Whether an optimizer makes its own parameter groups."""
+    return is_optimizer_factory(cls) or bool(options.keys() & {"params", "model", "optimizer_dict"})
+
+
+def check_optimizer(arguments: TrainingArguments, model: Any, chosen: OptimizerArguments) -> None:
+    """Raise ConfigError if ``chosen`` sets what the optimizer of ``arguments``, or of DeepSpeed, cannot do."""
+    key = chosen.needs_own_groups
+    if key and _makes_groups(*Trainer.get_optimizer_cls_and_kwargs(arguments, model)):
+        raise ConfigError(f"optim {arguments.optim}: creates its own parameter groups, so {key} cannot be set")
+    plugin = arguments.deepspeed_plugin
+    if key and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
+        raise ConfigError(
+            f"{key}: cannot be set with an optimizer in the DeepSpeed config, which takes one group; remove it there"
+        )
 
 
 class ActivationTrainer(FiniteLoss, WholeCheckpoints):
@@ -72,15 +94,15 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
     def get_optimizer_cls_and_kwargs(self, args, model=None):  # type: ignore[override]  # static in Trainer
         cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
         chosen = self.optimizer_arguments
-        if not is_optimizer_factory(cls) and not kwargs.keys() & {"params", "model", "optimizer_dict"}:
+        if not _makes_groups(cls, kwargs):
             activation_lr = None if chosen is None else chosen.activation_learning_rate
-            kwargs["params"] = param_groups(
-                model, lr=args.learning_rate, weight_decay=args.weight_decay, activation_lr=activation_lr
-            )
-        elif chosen is not None and chosen.needs_own_groups:
-            raise ConfigError(
-                f"optim {args.optim}: creates its own parameter groups, so {chosen.needs_own_groups} cannot be set"
-            )
+            entries: Any = [] if chosen is None else chosen.param_groups
+            options = {"weight_decay": args.weight_decay, "activation_lr": activation_lr, "groups": entries}
+            kwargs["params"] = param_groups(model, lr=args.learning_rate, **options)
+            if entries:
+                logger.info(group_counts(model, kwargs["params"]))
+        elif chosen is not None:
+            check_optimizer(args, model, chosen)
         return cls, kwargs
 
     def get_train_dataloader(self):

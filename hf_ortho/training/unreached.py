@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
-from .optimizer import activations_by_path
+from .paths import activations_by_path
 
 logger = logging.getLogger("hf_ortho")
 

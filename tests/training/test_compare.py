@@ -1,14 +1,22 @@
 import json
+import math
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import hf_ortho.plotting.comparison
 from hf_ortho.cli.compare import metric_of
 from hf_ortho.errors import ConfigError
-from hf_ortho.training.compare import Run, summarize
+from hf_ortho.tasks import LOSS, TASKS
+from hf_ortho.training import ActivationTrainer
+from hf_ortho.training.compare import Run, _duration, summarize
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
 NAMES = ["gelu", "hermite_3", "tropical_2"]
@@ -117,6 +125,23 @@ def test_conversions_are_compared_with_the_original(compare, gpt2_folder, tmp_pa
     assert "activation 'silu'" in ran.error
 
 
+@pytest.mark.usefixtures("no_comparison")
+def test_images_are_compared_by_their_accuracy(compare, tmp_path):
+    pytest.importorskip("sklearn")
+    sizes = {"num_stages": 2, "hidden_sizes": [4, 8], "depths": [1, 1], "image_size": 32}
+    entries = {"model_type": "convnext", "config_overrides": sizes, "tokenizer": None, "dataset": "digits"}
+    entries |= {"max_train_samples": 16, "max_eval_samples": 16}
+    ran = compare(**entries, activations=["gelu", "hermite_3"], seeds=[0], max_steps=2)
+    assert ran.code == 0, ran.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["metric"] == "top1"
+    assert {run["activation"]: f"{run['top1']:.4f}" for run in results["runs"]} == {
+        name: cells[1] for name, cells in ran.figures.items() if name in ("gelu", "hermite_3")
+    }
+    saved = json.loads((tmp_path / "out" / "gelu" / "seed-0" / "run.json").read_text())
+    assert saved["task"] == "image-classification"
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -177,6 +202,174 @@ def test_a_recipe_of_others_is_named(compare, tmp_path, text):
     assert "recipe.json was not written by hf-ortho compare; move it away" in compare().error
 
 
+# ---- progress and interruption ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_each_run_is_announced_before_it_starts(compare, tmp_path):
+    assert compare(activations=["gelu"], seeds=[0]).code == 0
+    ran = compare(activations=["gelu", "hermite_3"], seeds=[0, 1])
+    assert ran.code == 0, ran.err
+    figures = {key: [f"{v:.5f}" for v in (loss, math.exp(loss))] for key, loss in losses(tmp_path / "out").items()}
+    lines = [line for line in ran.out.splitlines() if line.startswith(("4 runs", "Run ")) or "step 1/" in line]
+    expected = [
+        f"4 runs: 2 activations x 2 seeds, in {tmp_path / 'out'}; 1 finished earlier",
+        f"Run 1 of 4, gelu, seed 0: finished earlier: loss {figures['gelu', 0][0]}, perplexity ",
+        "Run 2 of 4, hermite_3, seed 0",
+        "hermite_3, seed 0: step 1/4, loss ",
+        f"Run 2 of 4, hermite_3, seed 0: loss {figures['hermite_3', 0][0]}, perplexity ",
+        "Run 3 of 4, gelu, seed 1 (less than a minute left)",
+        "gelu, seed 1: step 1/4, loss ",
+        f"Run 3 of 4, gelu, seed 1: loss {figures['gelu', 1][0]}, perplexity ",
+        "Run 4 of 4, hermite_3, seed 1 (less than a minute left)",
+        "hermite_3, seed 1: step 1/4, loss ",
+        f"Run 4 of 4, hermite_3, seed 1: loss {figures['hermite_3', 1][0]}, perplexity ",
+    ]
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(29, "less than a minute"), (600, "about 10 min"), (9000, "about 2.5 h")]
+)
+def test_the_time_that_is_left_is_rounded(seconds, words):
+    assert _duration(seconds) == words
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_a_mistake_in_a_later_run_names_it(compare, gpt2_folder, tmp_path):
+    entries = {"init": None, "model_type": None, "config_overrides": None, "tokenizer": None, "model": str(gpt2_folder)}
+    ran = compare(**entries, activations=["gelu_new", "silu"], seeds=[0], calibration_samples=0)
+    assert ran.error.startswith("silu, seed 0: activation 'silu': ")
+    assert (tmp_path / "out" / "gelu_new" / "seed-0" / "run.json").is_file()
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_an_interruption_names_what_is_kept(compare, tmp_path, monkeypatch):
+    """The second run stops in its fourth step; a further one would not yet have had a checkpoint."""
+    steps, training_step = 0, ActivationTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ActivationTrainer, "training_step", interrupted)
+    ran = compare(seeds=[0])
+    assert ran.code == 130
+    out = tmp_path / "out"
+    assert ran.err == (
+        f"hf-ortho: interrupted; {out} keeps 1 of 3 runs and checkpoint-2 of hermite_3, seed 0; to continue: "
+        f"hf-ortho compare --config {tmp_path / 'recipe.yaml'}\n"
+    )
+    ran = compare(seeds=[0])
+    assert ran.code == 0, ran.err
+    assert "Run 2 of 3, hermite_3, seed 0\nResuming from checkpoint-2\n" in ran.out
+    assert steps == 8 + 2 + 4
+
+
+@pytest.mark.slow  # starts a process
+def test_a_comparison_that_was_interrupted_ends_as_another(compare, tmp_path):
+    assert compare(seeds=[0], max_steps=60, output_dir=str(tmp_path / "straight")).code == 0
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "hf_ortho", "compare", "--config", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("hermite_3, seed 0: step 5/"):
+            process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait() == 130, error
+    assert "Traceback" not in error
+    out = tmp_path / "out"
+    finished = len(list(out.glob("*/*/run.json")))
+    assert f"interrupted; {out} keeps {finished} of 3 runs and checkpoint-" in error
+    assert (out / "gelu" / "seed-0" / "run.json").is_file()
+    assert "gelu" in (out / "table.md").read_text()
+    process.stdout.close()
+    process.stderr.close()
+
+    ran = compare(seeds=[0], max_steps=60)
+    assert ran.code == 0, ran.err
+    assert "Resuming from checkpoint-" in ran.out
+    assert (out / "table.md").read_text() == (tmp_path / "straight" / "table.md").read_text()
+    assert losses(out) == losses(tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_a_run_that_diverges_is_named_and_the_others_follow(compare, tmp_path, monkeypatch):
+    compute_loss = ActivationTrainer.compute_loss
+
+    def diverging(self, *args, **kwargs):
+        return compute_loss(self, *args, **kwargs) * (math.nan if "gelu" in self.args.output_dir else 1)
+
+    monkeypatch.setattr(ActivationTrainer, "compute_loss", diverging)
+    ran = compare(seeds=[0], activations=["gelu", "hermite_3"], eval_strategy="no")
+    assert ran.code == 0, ran.err
+    assert "Run 1 of 2, gelu, seed 0: diverged: step 1" in ran.out, ran.out
+    assert "Run 2 of 2, hermite_3, seed 0: loss " in ran.out
+    assert losses(tmp_path / "out").keys() == {("hermite_3", 0)}
+
+
+# ---- parameter groups ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_a_pattern_may_name_parameters_of_one_activation(compare, tmp_path):
+    """With a learning rate of 0, the coefficients stay at their fit; what other activations lack is passed over."""
+    names = ["gelu", "hermite_3", "fourier_2"]
+    still = {"pattern": r"\.coefficients$", "learning_rate": 0}
+    fast = {"pattern": "frequencies", "learning_rate": 0.1}
+    ran = compare(param_groups=[still, fast], activations=names, seeds=[0], timing_rounds=1)
+    assert ran.code == 0, ran.err
+    notes = [line for line in ran.out.split("Timing")[0].splitlines() if "matches no parameter" in line]
+    assert notes == [
+        f"param_groups: pattern {entry['pattern']!r} matches no parameter here, only of other activations"
+        for entry in (still, fast, fast)
+    ]
+    start, end = (
+        load_file(tmp_path / "out" / "hermite_3" / "seed-0" / place / "model.safetensors")
+        for place in ("checkpoint-2", "")
+    )
+    same = {name for name in start if torch.equal(start[name], end[name])}
+    assert "transformer.h.0.mlp.act.coefficients" in same
+    assert "transformer.h.0.mlp.c_fc.weight" not in same
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["coeficients"], "pattern 'coeficients' matches no parameter; the closest are "),
+        (["^act"], "pattern '^act' matches no parameter; the closest are "),
+        (
+            ["act.co", "mlp.act"],
+            "pattern 'mlp.act' only matches parameters of earlier entries, such as transformer.h.0.",
+        ),
+    ],
+)
+def test_a_pattern_of_no_activation_is_a_mistake_before_any_run(compare, tmp_path, patterns, message):
+    ran = compare(param_groups=[{"pattern": pattern, "learning_rate": 0.1} for pattern in patterns])
+    assert f"gelu, seed 0: param_groups: {message}" in ran.error
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_from_before_a_field_existed_is_continued(compare, tmp_path):
+    """A comparison saved its recipe without it, and its runs without their task."""
+    assert compare(activations=["gelu"], seeds=[0]).code == 0
+    out = tmp_path / "out"
+    for file, keys in (
+        (out / "recipe.json", ["param_groups", "channels_last"]),
+        (out / "gelu/seed-0/run.json", ["task"]),
+    ):
+        plain = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in plain.items() if key not in keys}))
+    assert compare(activations=["gelu"], seeds=[0]).code == 0
+    ran = compare(activations=["gelu"], seeds=[0], param_groups=[{"pattern": "wte", "learning_rate": 0.1}])
+    assert "contains runs with param_groups None, but param_groups is now [{'pattern'" in ran.error
+
+
 RUN = {"activation": "gelu", "seed": 0, "metrics": {"loss": 1.0}, "history": [[1, 2.0]]}
 
 
@@ -213,5 +406,19 @@ def test_summary_pairs_seeds():
         ({"loss": 2.0}, "loss (nats)"),  # the figures of who knows what
     ],
 )
-def test_the_metric_that_is_compared_is_that_of_the_task(metrics, compared):
+def test_runs_without_a_task_are_of_the_one_with_these_metrics(metrics, compared):
     assert str(metric_of([Run("gelu", 0, metrics, [])])) == compared
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.pipeline_tag)
+def test_the_metric_that_is_compared_is_that_of_the_task(task):
+    def run(metrics, diverged=""):
+        return Run("gelu", 0, {metric.key: 1.0 for metric in metrics}, [], diverged, str(task.pipeline_tag))
+
+    assert metric_of([run(task.metrics), run(task.metrics)]) == task.compared
+    # A task may have further metrics than it reports for a model, and one that is compared only for some of them.
+    assert metric_of([run([LOSS, task.compared])]) == task.compared
+    assert metric_of([run([LOSS, task.compared]), run([LOSS])]) == LOSS
+    others = [metric for metric in task.metrics if metric not in (LOSS, task.compared)]
+    if task.compared != LOSS:
+        assert metric_of([run([LOSS, *others])]) == others[0]

@@ -9,7 +9,7 @@ from hf_ortho.training import history
 
 pytestmark = pytest.mark.slow  # ranks are forked
 
-MODEL = """
+MODEL = r"""
 import torch
 import hf_ortho
 from torch import nn
@@ -38,7 +38,8 @@ def whole(model):
 
 def train(model, wrapped, x, folder, rank=0, resume=lambda *_: None):
     from types import SimpleNamespace
-    groups = hf_ortho.param_groups(wrapped, lr=0.01, activation_lr=0.02, weight_decay=0.1)
+    entries = [{"pattern": r"^layers\.0\.[01]\.", "learning_rate": 0.03, "weight_decay": 0.2}]
+    groups = hf_ortho.param_groups(wrapped, lr=0.01, activation_lr=0.02, weight_decay=0.1, groups=entries)
     optimizer = torch.optim.AdamW(groups)
     hf_ortho.scale_steps(optimizer, wrapped, gradient_scale=0.5, natural_steps=True)
     average = ExponentialMovingAverage(0.6)

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 
-TRAIN = """
+TRAIN = r"""
 import torch
 import hf_ortho
 
@@ -27,7 +27,8 @@ def steps(model, batch, update, penalized):
     return [update(ids[batch]) for _ in range(3)]
 
 def optimizer_of(model):
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    groups = [{"pattern": r"^transformer\.h\.0\.", "learning_rate": 0.05}]
+    return torch.optim.SGD(hf_ortho.param_groups(model, lr=0.1, groups=groups))
 """
 
 WORKER = """
