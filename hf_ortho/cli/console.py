@@ -103,7 +103,10 @@ def add_calibration_flags(parser: Parser, purpose: str) -> None:
     """The flags that select calibration data; ``purpose`` is the help of ``--calibration-data``."""
     parser.add_argument("--calibration-data", metavar="FILE_OR_DATASET", help=purpose)
     parser.add_argument(
-        "--calibration-samples", type=int, default=8, help="Number of text blocks, or of batches of 8 images."
+        "--calibration-samples",
+        type=int,
+        default=8,
+        help="Number of text blocks, of conversations, or of batches of 8 images.",
     )
     parser.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
     parser.add_argument(
@@ -293,6 +296,23 @@ def trainer_progress(title: str):
             open_bars.close()
 
     return Bar()
+
+
+@contextlib.contextmanager
+def evaluation_progress(title: str) -> Iterator[list[Any]]:
+    """Callbacks for an evaluation with Trainer: a bar of its batches in a terminal, none elsewhere."""
+    if not console.is_terminal:
+        yield []
+        return
+    from transformers import TrainerCallback
+
+    with progress(title) as (bar, task):
+
+        class Bar(TrainerCallback):
+            def on_prediction_step(self, args, state, control, eval_dataloader: Any = None, **kwargs):
+                bar.update(task, total=len(eval_dataloader), advance=1)
+
+        yield [Bar()]
 
 
 def trainer_log(title: str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 from datasets import Dataset
 from transformers import (
@@ -41,8 +40,9 @@ class DemoTask:
 
     def datasets(self, checkpoint: Checkpoint) -> tuple[Dataset, Dataset]:
         splits, arguments = data.load(self.dataset), DataArguments(block_size=BLOCK)
-        prepare = partial(of(checkpoint.model).prepare, checkpoint, arguments=arguments, name=self.dataset)
-        return prepare(splits["train"]), prepare(splits["validation"])
+        task, common = of(checkpoint.model), (arguments, self.dataset)
+        held_back = task.prepare_evaluation(checkpoint, splits["validation"], *common)
+        return task.prepare(checkpoint, splits["train"], *common), held_back
 
 
 def small_gpt2() -> Checkpoint:

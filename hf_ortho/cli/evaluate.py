@@ -1,31 +1,70 @@
-"""``hf-ortho evaluate``: print the metrics of a checkpoint, or compare two checkpoints."""
+"""``hf-ortho evaluate``: print the metrics of a checkpoint, or compare several."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 from ..errors import ConfigError
-from ..tasks import TASKS
+from ..tasks import TASKS, Task, head_of
 from ..tasks.arguments import DataArguments
+from ..tasks.causal_lm import CAUSAL_LM
 from ..text import change, number
-from .console import DTYPES, Parser, add_column_flags, add_model_flags, columns, console, table
+from .console import DTYPES, Parser, add_column_flags, add_model_flags, columns, console, evaluation_progress, table
 from .network import check_hub, hub_tokenizer
+
+Model = tuple[str, str | None]  # its name and revision
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The metrics of a model by key, its task, a description of the data, and the content of its tokenizer."""
+
+    name: str
+    task: Task
+    data: str
+    tokenizer: Any
+    metrics: dict[str, float]
 
 
 def parser() -> Parser:
-    metrics = "; ".join(f"{', '.join(metric.name for metric in task.metrics)} for {task.title}" for task in TASKS)
+    metrics = "; ".join(
+        f"{', '.join(metric.name for metric in (*task.metrics, *task.sample_metrics))} for {task.title}"
+        for task in TASKS
+    )
     p = Parser(
         prog="hf-ortho evaluate",
-        description=f"Print the metrics of a checkpoint, or compare two checkpoints: {metrics}.",
+        description=f"Print the metrics of a checkpoint, or compare several: {metrics}.",
     )
-    p.add_argument("model", help="Folder or Hub model.")
-    p.add_argument("--against", metavar="OTHER", help="Second model, evaluated on the same samples.")
-    p.add_argument("--dataset", help="File, folder or Hub dataset. Default for text: pydoc_topics.")
+    p.add_argument("model", nargs="+", help="Folder or Hub model. Several are evaluated in turn, on the same samples.")
+    p.add_argument("--against", metavar="OTHER", help="A second model, shown with the differences of one model to it.")
+    p.add_argument(
+        "--dataset",
+        help="File, folder or Hub dataset; for a language model text, or messages or prompts and completions, of which "
+        "only the completions count. Default for text: pydoc_topics.",
+    )
     p.add_argument("--split", help="Split to evaluate on. Default: validation or test, else the first split.")
-    p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
-    p.add_argument("--against-revision", help="Branch, tag or commit of the second model.")
+    p.add_argument(
+        "--revision",
+        action="append",
+        default=[],
+        help="Branch, tag or commit of a Hub model. With several models, give it once for each, in their order.",
+    )
+    p.add_argument("--against-revision", help="Branch, tag or commit of the model of --against.")
     add_model_flags(p)
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="Data type of the weights.")
     p.add_argument(
-        "--block-size", type=int, help="Tokens per sample. Default: the context length of the model, at most 1024."
+        "--block-size",
+        type=int,
+        help="Tokens per sample; the last one may have less. Default: the context length of the model, at most 1024.",
+    )
+    p.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="Causal language models: predict each token once, in windows of --block-size tokens that advance by N, so "
+        "that at least block size - N tokens precede it. Default: disjoint blocks.",
     )
     add_column_flags(p)
     p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples only. Default: all samples.")
@@ -33,18 +72,24 @@ def parser() -> Parser:
     return p
 
 
-def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float]]:
+def measure(model: Model, args, place_in_order: str = "") -> Measured:
+    """Evaluate a model as ``args`` say; ``place_in_order`` is printed after its name."""
     from ..checkpoints.load import load_checkpoint
     from ..tasks import data, of
     from ..tasks.samples import head
     from ..tasks.tokenizer import use_tokenizer
+    from ..tasks.tokens import content_of
     from ..training.evaluation import evaluate_model
 
+    name, revision = model
+    console.print(f"Loading {name}{place_in_order}")
     trust, auto_classes = args.trust_remote_code, [task.auto_class for task in TASKS]
     options = {"dtype": args.dtype, "trust_remote_code": trust, "auto_classes": auto_classes}
     checkpoint = load_checkpoint(name, revision=revision, **options)
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
     task = of(checkpoint.model)
+    if args.stride is not None and task is not CAUSAL_LM:
+        raise ConfigError(f"--stride {args.stride}: only for {CAUSAL_LM.title}, and {name} is for {task.title}")
     place = args.dataset or task.default_dataset
     if place is None:
         raise ConfigError(f"--dataset is required for {type(checkpoint.model).__name__}")
@@ -54,27 +99,111 @@ def measure(name: str, revision: str | None, args) -> tuple[str, dict[str, float
     samples = head(samples, args.max_samples)
     data_used = f"{place}, {split}, {len(samples)} samples"
     console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {data_used}")
-    return data_used, evaluate_model(checkpoint, samples, args.batch_size)
+    with evaluation_progress(name) as callbacks:
+        metrics = evaluate_model(checkpoint, samples, args.batch_size, callbacks)
+    metrics |= task.metrics_of_samples(metrics, samples)
+    tokenizer = None if checkpoint.tokenizer is None else content_of(checkpoint.tokenizer)
+    return Measured(name, task, data_used, tokenizer, metrics)
 
 
 def run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    for flag, value in (("--max-samples", args.max_samples), ("--batch-size", args.batch_size)):
+    for key in ("max_samples", "batch_size", "stride"):
+        value = getattr(args, key)
         if value is not None and value < 1:
-            raise ConfigError(f"{flag} {value}: must be at least 1")
-    args.data = DataArguments(block_size=args.block_size, **columns(args))
-    models = [(args.model, args.revision), (args.against, args.against_revision), hub_tokenizer(args.tokenizer)]
-    check_hub(models, [args.dataset])
-    data_used, first = measure(args.model, args.revision, args)
-    if not args.against:
-        table(data_used, ["", args.model], [[key, f"{value:.5f}"] for key, value in first.items()])
+            raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least 1")
+    args.data = DataArguments(block_size=args.block_size, max_eval_samples=args.max_samples, **columns(args))
+    args.data.stride = args.stride
+    models = _models(args)
+    check_hub([*models, hub_tokenizer(args.tokenizer)], [args.dataset])
+    _check_tasks(models)
+    measured: list[Measured] = []
+    for i, model in enumerate(models, 1):
+        measured.append(measure(model, args, f", model {i} of {len(models)}" if len(models) > 1 else ""))
+        _check_task(measured)
+    if notes := _differences(measured):
+        console.print(notes)
+    first = measured[0]
+    if len(measured) == 1:
+        table(first.data, ["", first.name], [[key, f"{value:.5f}"] for key, value in first.metrics.items()])
+    elif args.against:
+        _show_pair(first, measured[1])
+    else:
+        _show(measured)
+
+
+def _models(args) -> list[Model]:
+    """All models with their revisions, in the order of the command line."""
+    if args.against and len(args.model) > 1:
+        raise ConfigError(f"--against {args.against}: for one model; for more, list them all without --against")
+    if args.against_revision and not args.against:
+        raise ConfigError(f"--against-revision {args.against_revision} requires --against")
+    missing = len(args.model) - len(args.revision)
+    if missing < 0:
+        raise ConfigError(f"--revision {args.revision[-1]}: there are more than models ({len(args.model)})")
+    models = list(zip(args.model, [*args.revision, *[None] * missing], strict=True))
+    return [*models, (args.against, args.against_revision)] if args.against else models
+
+
+def _check_tasks(models: Sequence[Model]) -> None:
+    """Raise ConfigError if the configs already tell that the models have different tasks."""
+    if len(models) == 1:
         return
-    other_data_used, second = measure(args.against, args.against_revision, args)
-    if data_used != other_data_used:
-        console.print(f"note: the samples of the two models differ ({data_used}; {other_data_used})")
+    from ..checkpoints.model_class import class_names
+    from ..checkpoints.place import check_place
+    from ..checkpoints.stored import stored_file
+    from ..files import json_object
+
+    found: dict[str, str] = {}
+    for name, revision in models:
+        check_place(name)
+        config = stored_file(name, "config.json", revision)
+        for architecture in class_names(json_object(config).get("architectures"), name)[:1] if config else ():
+            if isinstance(task := head_of(architecture), Task):
+                found.setdefault(task.title, name)
+    if len(found) > 1:
+        raise _different_tasks(*list(found.items())[:2])
+
+
+def _check_task(measured: Sequence[Measured]) -> None:
+    first, last = measured[0], measured[-1]
+    if first.task is not last.task:
+        raise _different_tasks((first.task.title, first.name), (last.task.title, last.name))
+
+
+def _different_tasks(one: tuple[str, str], other: tuple[str, str]) -> ConfigError:
+    return ConfigError(
+        f"{one[1]} is for {one[0]} and {other[1]} for {other[0]}, whose metrics do not compare; evaluate them apart"
+    )
+
+
+def _differences(measured: Sequence[Measured]) -> str:
+    """A note on samples and tokenizers that differ between the models; empty if there are none."""
+    used = list(dict.fromkeys(each.data for each in measured))
+    if any(each.tokenizer != measured[0].tokenizer for each in measured):
+        which = "the samples of the models differ, as their tokenizers do; only figures per byte and per word compare"
+        return f"note: {which} ({'; '.join(used)})"
+    return f"note: the samples of the models differ ({'; '.join(used)})" if len(used) > 1 else ""
+
+
+def _show_pair(first: Measured, second: Measured) -> None:
     rows = [
-        [key, f"{value:.5f}", f"{second[key]:.5f}", number(value - second[key], "+.5f"), change(second[key], value)]
-        for key, value in first.items()
-        if key in second
+        [key, f"{value:.5f}", f"{other:.5f}", number(value - other, "+.5f"), change(other, value)]
+        for key, value in first.metrics.items()
+        if (other := second.metrics.get(key)) is not None
     ]
-    table(data_used, ["", args.model, args.against, "difference", "relative"], rows)
+    table(first.data, ["", first.name, second.name, "difference", "relative"], rows)
+
+
+def _show(measured: Sequence[Measured]) -> None:
+    """A row per model, with the change from the first of what compares best."""
+    first = measured[0]
+    same = all(each.tokenizer == first.tokenizer for each in measured)
+    keys = [key for key in first.metrics if all(key in each.metrics for each in measured)]
+    compared = first.task.compared.key if same else next((k for k in keys if k == "bits_per_byte"), None)
+    rows = [[each.name, *(f"{each.metrics[key]:.5f}" for key in keys)] for each in measured]
+    if compared is not None:
+        for row, each in zip(rows, measured, strict=True):
+            value = each.metrics[compared]
+            row.append("-" if each is first else change(first.metrics[compared], value))
+    table(first.data, ["", *keys, *([f"{compared} vs. first"] if compared else [])], rows)

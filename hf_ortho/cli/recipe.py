@@ -57,7 +57,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
         p.parse_args(["--help"])
 
     config, entries, given = _first_look(argv)
-    fields = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group)]
+    fields = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group) if field.init]
     _check_keys(entries, argv, config, {*fields, *_training_fields()}, command)
     if "--help-all" not in argv:
         _check_places(entries | given)

@@ -22,7 +22,7 @@ __all__ = ["LOSS", "METRICS", "NAMES", "SUPPORTED", "TASKS", "Head", "Metric", "
 TASKS: tuple[Task, ...] = (CAUSAL_LM, IMAGE_CLASSIFICATION)
 SUPPORTED = ", ".join(task.title for task in TASKS)
 NAMES = {str(task.pipeline_tag): task for task in TASKS}
-METRICS = {metric.key: metric for task in TASKS for metric in task.metrics}
+METRICS = {metric.key: metric for task in TASKS for metric in (*task.metrics, *task.sample_metrics)}
 # Heads of models that can be converted and described, but not trained.
 UNTRAINED = (
     Head(("ForMaskedLM",), "AutoModelForMaskedLM", "fill-mask"),

@@ -80,6 +80,8 @@ class DataArguments:
     max_eval_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Evaluate on the first N samples only."}
     )
+    # Set by ``hf-ortho evaluate``: the tokens from one window to the next, see ``windows``. Default: ``block_size``.
+    stride: int | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
         if self.tokenize not in (None, "once"):

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Image, Value
 from ..errors import DataError
 
 LABELS = ("label", "labels")
+INSTRUCTIONS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"))  # the names of TRL
 
 
 def text_column(dataset: Dataset, column: str | None, name: str) -> str:
@@ -22,6 +23,11 @@ def text_column(dataset: Dataset, column: str | None, name: str) -> str:
     def is_text(feature):
         return isinstance(feature, Value) and "string" in feature.dtype
 
+    if names := instruction_columns(dataset, column):
+        raise DataError(
+            f"{name} has instruction data ({' and '.join(names)}) and no text column: fine-tune on it with "
+            "recipes/trl_sft.py (TRL, loss on the completions only), or name a text column with --text-column"
+        )
     column = _column(dataset, column, ("text",), is_text, "text", name)
     if not is_text(dataset.features[column]) and (len(dataset) or dataset.features[column] != Value("null")):
         found = next(((i, v) for i, v in enumerate(dataset[column], 1) if not isinstance(v, str | None)), None)
@@ -30,6 +36,21 @@ def text_column(dataset: Dataset, column: str | None, name: str) -> str:
             where = ": all rows are empty"
         raise DataError(f"{name}: column {column!r} does not contain text{where}")
     return column
+
+
+def instruction_columns(dataset: Dataset, column: str | None) -> tuple[str, ...]:
+    """``("messages",)`` or ``("prompt", "completion")`` if the dataset has them instead of text, else ().
+
+    It has text if ``column`` names one, or if there is a column ``text``.
+    """
+    if column or "text" in dataset.column_names:
+        return ()
+    for names in INSTRUCTIONS:
+        if set(names) <= set(dataset.column_names):
+            if names == ("messages",) and isinstance(dataset.features["messages"], Value):
+                continue  # a column of text
+            return names
+    return ()
 
 
 def image_column(dataset: Dataset, column: str | None, name: str) -> str:
@@ -69,8 +90,8 @@ def _column(
     nested = [c for c, f in dataset.features.items() if not isinstance(f, Value | ClassLabel | Image)]
     if kind == "text" and nested and not matching:
         hint = (
-            f"{nested[0]!r} is nested: write it as text first, chat messages for example with "
-            "tokenizer.apply_chat_template(messages, tokenize=False)"
+            f"{nested[0]!r} is nested: write it as text first, or rename it to messages if it has chat messages, which "
+            "evaluate and --calibration-data then read, and recipes/trl_sft.py trains on"
         )
     elif kind == "label" and dataset.column_names == ["image"]:
         hint = "sort the images into one folder per class"

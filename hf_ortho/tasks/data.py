@@ -161,7 +161,7 @@ def first_blocks(
         DataError: there is no text column, or less than 2 tokens.
     """
     pack, blocks = Packer(tokenizer, block_size), []
-    for documents in _documents(dataset, column, name, count * block_size):
+    for documents in documents_of(dataset, column, name, count * block_size):
         blocks += [block[None] for block in torch.from_numpy(pack(documents))]
         if len(blocks) >= count:
             return blocks[:count]
@@ -184,7 +184,7 @@ def first_chunks(
     """
     options = {"truncation": True, "max_length": size, "return_overflowing_tokens": True}
     chunks: list[Tensor] = []
-    for documents in _documents(dataset, column, name, count * size):
+    for documents in documents_of(dataset, column, name, count * size):
         texts = [text for text in documents if text]
         chunks += [torch.tensor([ids]) for ids in tokenizer(texts, **options)["input_ids"]] if texts else []
         if len(chunks) >= count:
@@ -194,11 +194,12 @@ def first_chunks(
     return chunks
 
 
-def _documents(dataset: Dataset, column: str | None, name: str, tokens: int) -> Iterator[list[str]]:
-    """The documents, a few at a time, each cut to the characters that ``tokens`` tokens can take."""
+def documents_of(dataset: Dataset, column: str | None, name: str, tokens: int | None = None) -> Iterator[list[str]]:
+    """The documents, a few at a time, each cut to the characters that ``tokens`` tokens can take, if given."""
     column = text_column(dataset, column, name)
+    characters = None if tokens is None else CHARACTERS * tokens
     for batch in dataset.select_columns([column]).iter(DOCUMENTS):
-        yield [(text or "")[: CHARACTERS * tokens] for text in batch[column]]
+        yield [(text or "")[:characters] for text in batch[column]]
 
 
 def too_short(name: str, tokens: int, block_size: int) -> str:

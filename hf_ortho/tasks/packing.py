@@ -1,4 +1,4 @@
-"""Packing of documents into blocks of equal size."""
+"""Packing of documents into blocks of equal size, and of samples into batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import default_data_collator
 
 # Documents to tokenize at once: enough for the threads of the tokenizer, few enough for its memory use of hundreds of
 # bytes per token.
@@ -36,3 +40,18 @@ class Packer:
         # A copy: a view would keep all tokens of this call in memory.
         self.left = tokens[whole:].copy()
         return tokens[:whole].reshape(-1, self.block_size)
+
+
+def padded(samples: list[dict]) -> dict[str, Tensor]:
+    """A batch of ``input_ids`` and ``labels``; the collator of causal language modeling.
+
+    Samples of one length are stacked. Others are padded at the right, which no token before sees, with labels of -100,
+    and there is an ``attention_mask``. The padding is token 0, as a model need not have a padding token.
+    """
+    ids, labels = ([torch.as_tensor(sample[key]) for sample in samples] for key in ("input_ids", "labels"))
+    lengths = torch.tensor([len(row) for row in ids])
+    if (lengths == lengths[0]).all():
+        return default_data_collator(samples)
+    batch = {"input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, -100)}
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch | {"attention_mask": mask.long()}

@@ -21,6 +21,7 @@ JSON: tuple[str, dict] = ("json", {})
 IMAGES: tuple[str, dict] = ("imagefolder", {})
 BUILDERS: dict[str, tuple[str, dict]] = {
     ".txt": TEXT,
+    ".raw": TEXT,  # of WikiText
     ".jsonl": JSON,
     ".ndjson": JSON,
     ".json": JSON,

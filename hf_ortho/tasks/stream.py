@@ -18,6 +18,7 @@ from . import columns, data
 from .arguments import DataArguments
 from .faults import why_unreadable
 from .packing import DOCUMENTS, Packer
+from .windows import text_windows
 
 Samples = Callable[[Iterable[dict]], Iterator[dict]]
 
@@ -128,11 +129,18 @@ def packed(
     rows: Iterable[dict], tokenizer, block_size: int, column: str, held_back: frozenset[str] = frozenset()
 ) -> Iterator[dict]:
     """Blocks of tokens (see ``Packer``) as ``input_ids`` and ``labels``, without the held-out documents."""
-    pack, rows = Packer(tokenizer, block_size), iter(rows)
-    while texts := [row[column] for row in islice(rows, DOCUMENTS)]:
+    pack = Packer(tokenizer, block_size)
+    for texts in _texts(rows, column):
         for block in torch.from_numpy(pack(text for text in texts if text not in held_back)):
             block = block.clone()  # a view would keep all blocks of these documents in memory
             yield {"input_ids": block, "labels": block}
+
+
+def _texts(rows: Iterable[dict], column: str) -> Iterator[list[str]]:
+    """The documents, a few at a time."""
+    rows = iter(rows)
+    while texts := [row[column] for row in islice(rows, DOCUMENTS)]:
+        yield texts
 
 
 def prepared(rows: Iterable[dict], features: Features, prepare: Callable[[Dataset], Dataset]) -> Iterator[dict]:
@@ -150,19 +158,20 @@ def stream_text(
     arguments: DataArguments,
     seed: int,
 ) -> tuple[Stream | Dataset, Dataset]:
-    """A stream of blocks for training, and a dataset of blocks for evaluation.
+    """A stream of blocks for training, and the windows for evaluation.
 
     Without evaluation rows, the first ``max_eval_samples`` blocks are held out, and their documents are excluded from
     training wherever they occur. With ``max_train_samples``, the training set is a dataset of the first blocks.
 
     Raises:
         ConfigError: there is no evaluation data and no ``max_eval_samples``.
-        DataError: there is no text column, or a set has less than one block.
+        DataError: there is no text column, or there is less than one block to train, or 2 tokens to evaluate on.
     """
     name, held_back_name = str(arguments.dataset), str(arguments.eval_dataset or arguments.dataset)
     blocks = partial(packed, tokenizer=tokenizer, block_size=block_size)
     column = columns.text_column(without_rows(rows, name), arguments.text_column, name)
     documents: list[str] = []
+    evaluation: Iterable[list[str]]
     if held_back_rows is None:
         if arguments.max_eval_samples is None:
             raise ConfigError(
@@ -170,11 +179,11 @@ def stream_text(
                 "the documents of the first N blocks"
             )
         documents = _documents_of(read(rows, name), Packer(tokenizer, block_size), column, arguments.max_eval_samples)
-        evaluation = blocks([{column: text} for text in documents], column=column)
+        evaluation = [documents]
     else:
         empty = without_rows(held_back_rows, held_back_name)
         other_column = columns.text_column(empty, arguments.text_column, held_back_name)
-        evaluation = blocks(read(held_back_rows, held_back_name), column=other_column)
+        evaluation = _texts(read(held_back_rows, held_back_name), other_column)
     train_blocks = partial(blocks, column=column, held_back=frozenset(documents))
     documents_only = rows.select_columns([column])
     stream = Stream(documents_only, train_blocks, name, seed, arguments.shuffle_buffer, mixing=arguments.shuffle_blocks)
@@ -182,9 +191,7 @@ def stream_text(
     if not train:
         rest = f" after holding out {len(documents)} documents; give --eval_dataset" if documents else ""
         raise DataError(f"{name} has less than one block of {block_size} tokens{rest}")
-    held_back = _whole(islice(evaluation, arguments.max_eval_samples))
-    if not len(held_back):
-        raise DataError(f"{held_back_name} has less than one block of {block_size} tokens to evaluate on")
+    held_back = text_windows(evaluation, tokenizer, block_size, most=arguments.max_eval_samples, name=held_back_name)
     return stream if arguments.max_train_samples is None else _whole(train), held_back
 
 

@@ -90,6 +90,7 @@ class Task(Head, abc.ABC):
         title: name of the task within a sentence.
         metrics: the metrics that ``compute_metrics`` returns, in order.
         compared: the metric that a comparison shows.
+        sample_metrics: the metrics that ``metrics_of_samples`` adds in ``hf-ortho evaluate``, in order.
         default_dataset: default dataset of ``hf-ortho evaluate``, or None.
         random_split: whether a held-out tenth is drawn at random instead of from the end.
         augments_images: whether the samples are labeled images that can be cropped, mirrored and mixed.
@@ -98,6 +99,7 @@ class Task(Head, abc.ABC):
     title: str
     metrics: tuple[Metric, ...]
     compared: Metric
+    sample_metrics: tuple[Metric, ...] = ()
     default_dataset: str | None = None
     random_split: bool = True
     augments_images: bool = False
@@ -124,6 +126,10 @@ class Task(Head, abc.ABC):
     @abc.abstractmethod
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute ``metrics``, by key; passed to Trainer."""
+
+    def metrics_of_samples(self, metrics: dict[str, float], samples: Dataset) -> dict[str, float]:
+        """Compute ``sample_metrics``, by key, from ``metrics`` and the evaluation samples; empty if they do not fit."""
+        return {}
 
     def preprocess_logits_for_metrics(self, logits: Any, labels: Tensor) -> Any:
         """Reduce the logits before they are stored for ``compute_metrics``; passed to Trainer."""

@@ -84,10 +84,28 @@ def cached_blocks(
         DataError: there is no text column, the dataset cannot be read, the cache cannot be written, or there is less
             than one block.
     """
+    tokens, fingerprint = cached_tokens(dataset, tokenizer, column, name, block_size)
+    if len(tokens) < block_size:
+        raise DataError(too_short(name, len(tokens), block_size))
+    numbers = pa.table({BLOCK: np.arange(len(tokens) // block_size)})
+    return Dataset(InMemoryTable(numbers), fingerprint=Hasher.hash([fingerprint, block_size])).with_transform(
+        Cut(tokens, block_size)
+    )
+
+
+def cached_tokens(
+    dataset: Dataset, tokenizer: Any, column: str | None, name: str, least: int = 2
+) -> tuple[Tokens, str]:
+    """The tokens of a dataset, an EOS token after each document, and the name of their cache; see ``cached_blocks``.
+
+    Raises:
+        DataError: there is no text column, the dataset cannot be read, the cache cannot be written, or there are no
+            documents (``least`` is the number of tokens that the error asks for).
+    """
     column = text_column(dataset, column, name)
     if not len(dataset):
-        raise DataError(too_short(name, 0, block_size))
-    fingerprint = Hasher.hash([VERSION, dataset._fingerprint, column, *_content(tokenizer)])
+        raise DataError(too_short(name, 0, least))
+    fingerprint = Hasher.hash([VERSION, dataset._fingerprint, column, *content_of(tokenizer)])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ortho_tokens" / fingerprint
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,16 +120,10 @@ def cached_blocks(
         raise DataError(f"{name}: the token cache {folder} cannot be read or written: {explain(error)}") from error
     if rows is None:
         raise DataError(f"{name}: the token cache {folder} was changed by another program; try again")
-    tokens = Tokens(rows)
-    if len(tokens) < block_size:
-        raise DataError(too_short(name, len(tokens), block_size))
-    numbers = pa.table({BLOCK: np.arange(len(tokens) // block_size)})
-    return Dataset(InMemoryTable(numbers), fingerprint=Hasher.hash([fingerprint, block_size])).with_transform(
-        Cut(tokens, block_size)
-    )
+    return Tokens(rows), fingerprint
 
 
-def _content(tokenizer: Any) -> list[Any]:
+def content_of(tokenizer: Any) -> list[Any]:
     """What determines the tokens of a text, without truncation and padding, which earlier calls leave behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .. import tasks
@@ -64,8 +65,12 @@ def _check_metric(task: tasks.Task, arguments: TrainingArguments) -> None:
         logger.warning(f"note: greater_is_better true: the best checkpoint is the one with the largest {metric.name}")
 
 
-def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
+def evaluate_model(
+    checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, float]:
     """Evaluate a checkpoint on prepared samples and return the metrics of its task, by key.
+
+    ``callbacks`` are passed to Trainer.
 
     Raises:
         HfOrthoError: the model has no supported task, or the samples do not fit it.
@@ -87,4 +92,4 @@ def evaluate_model(checkpoint: Checkpoint, dataset: Dataset, batch_size: int = 8
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset))
+        return metrics_of(make_trainer(checkpoint, arguments, held_back=dataset, callbacks=list(callbacks)))

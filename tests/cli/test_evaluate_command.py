@@ -29,13 +29,15 @@ def evaluate(hf_ortho_command):
 
 
 def text_loss(folder, document, block_size, count=None):
-    """Mean loss over the blocks of one document, in float64 from the model's logits."""
+    """Mean loss over the blocks of one document, the last of them shorter, in float64 from the model's logits."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor([*tokenizer(document)["input_ids"], tokenizer.eos_token_id])
-    blocks = ids[: len(ids) // block_size * block_size].view(-1, block_size)[:count]
-    with torch.no_grad():
-        logits = model(input_ids=blocks).logits.double()
-    return cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item(), len(blocks)
+    blocks = tokenizer(document, return_tensors="pt")["input_ids"][0].split(block_size)[:count]
+    losses = []
+    for block in blocks:
+        with torch.no_grad():
+            logits = model(input_ids=block[None]).logits[0].double()
+        losses.append(cross_entropy(logits[:-1], block[1:], reduction="none"))
+    return torch.cat(losses).mean().item(), len(blocks)
 
 
 def check(cells, expected):
@@ -46,7 +48,8 @@ def check(cells, expected):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_loss_and_perplexity(evaluate, gpt2_folder, text_file, batch_size):
     loss, count = text_loss(gpt2_folder, text_file.read_text(), 32)
-    assert count % 7
+    assert count % 7 > 1
+    assert len(text_file.read_text()) % 32 > 1  # the last block is shorter
     ran = evaluate(gpt2_folder, "--dataset", text_file, "--batch-size", batch_size)
     check(ran.figures["loss"], [loss])
     assert float(ran.figures["perplexity"][0]) == pytest.approx(np.exp(loss), rel=1e-5)
@@ -100,9 +103,92 @@ def test_a_model_against_itself(evaluate, gpt2_folder, text_file):
 def test_two_models_that_read_the_data_differently(evaluate, gpt2_folder, make_gpt2, save_parts, text_file, tmp_path):
     wider = save_parts(tmp_path / "wider", *make_gpt2(n_positions=64))
     ran = evaluate(gpt2_folder, "--against", wider, "--dataset", text_file)
-    assert "the samples of the two models differ" in " ".join(ran.out.split())
+    assert "the samples of the models differ" in " ".join(ran.out.split())
     ran = evaluate(gpt2_folder, "--against", wider, "--dataset", text_file, "--block-size", 32)
-    assert "differently" not in ran.out
+    assert "differ" not in ran.out.replace("difference", "")
+
+
+# ---- several models --------------------------------------------------------------------------------------------------
+
+
+def cells(ran):
+    """The header and the rows of the table of several models."""
+    assert ran.code == 0, ran.err
+    header, _, *rows = (line.split() for line in ran.out.splitlines() if line.startswith(" ") and line.strip())
+    return header, rows
+
+
+def test_several_models_in_one_table(evaluate, gpt2_folder, other_gpt2_folder, text_file):
+    losses = [text_loss(folder, text_file.read_text(), 32)[0] for folder in (gpt2_folder, other_gpt2_folder)]
+    ran = evaluate(gpt2_folder, other_gpt2_folder, gpt2_folder, "--dataset", text_file)
+    assert "model 2 of 3" in ran.out.splitlines()[2]
+    header, rows = cells(ran)
+    assert header == ["loss", "perplexity", "bits_per_byte", "bits_per_word", "word_perplexity", "loss", "vs.", "first"]
+    assert [row[0] for row in rows] == [str(gpt2_folder), str(other_gpt2_folder), str(gpt2_folder)]
+    check([row[1] for row in rows], [*losses, losses[0]])
+    assert [row[-1] for row in rows] == ["-", f"{losses[1] / losses[0] - 1:+.3%}", "0.000%"]
+    assert "note" not in ran.out
+
+
+def test_models_with_other_tokenizers_compare_by_bytes(
+    evaluate, gpt2_folder, make_gpt2, save_parts, text_file, tmp_path
+):
+    from hf_ortho.tasks.tokenizer import bpe_tokenizer
+
+    tokenizer = bpe_tokenizer([text_file.read_text()], 270)
+    other = save_parts(tmp_path / "other", make_gpt2(vocab_size=len(tokenizer))[0], tokenizer)
+    ran = evaluate(gpt2_folder, other, "--dataset", text_file)
+    assert "only figures per byte and per word compare" in ran.out
+    header, rows = cells(ran)
+    assert header[-3:] == ["bits_per_byte", "vs.", "first"]
+    first, second = (float(row[3]) for row in rows)
+    assert second < 0.6 * first  # the same uniform guesses, at fewer tokens
+    assert float(rows[1][-1].rstrip("%")) == pytest.approx(100 * (second / first - 1), abs=1e-3)
+    total = float(rows[1][1]) * (len(tokenizer(text_file.read_text())["input_ids"]) - 1)
+    assert total / np.log(2) / len(text_file.read_text()) == pytest.approx(second, rel=0.05)  # without the first tokens
+
+
+def test_models_of_two_tasks_are_refused_before_any_is_evaluated(evaluate, gpt2_folder, convnext_folder, text_file):
+    ran = evaluate(gpt2_folder, convnext_folder, "--dataset", text_file)
+    assert f"{gpt2_folder} is for causal language modeling and {convnext_folder} for image classif" in ran.error
+    assert ran.out == ""
+
+
+def test_one_revision_per_model_in_their_order(monkeypatch):
+    from hf_ortho.cli.evaluate import _models, parser
+
+    def models(*argv):
+        return _models(parser().parse_args(list(argv)))
+
+    assert models("a", "b", "--revision", "v1") == [("a", "v1"), ("b", None)]
+    assert models("a", "b", "--revision", "v1", "--revision", "v2") == [("a", "v1"), ("b", "v2")]
+    assert models("a", "--revision", "v1", "--against", "b") == [("a", "v1"), ("b", None)]
+    assert models("a", "--against", "b", "--against-revision", "v2") == [("a", None), ("b", "v2")]
+
+
+# ---- rolling windows -------------------------------------------------------------------------------------------------
+
+
+def test_windows_that_overlap(evaluate, gpt2_folder, text_file):
+    """Each token after the first window has 24 to 31 tokens before it."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(gpt2_folder).eval(),
+        AutoTokenizer.from_pretrained(gpt2_folder),
+    )
+    ids = tokenizer(text_file.read_text(), return_tensors="pt")["input_ids"][0]
+    losses = []
+    for begin in range(0, len(ids) - 32 + 8, 8):
+        window = ids[begin : begin + 32]
+        with torch.no_grad():
+            scores = model(input_ids=window[None]).logits[0, :-1].double()
+        known = 0 if begin == 0 else 32 - 8 - 1
+        losses.append(cross_entropy(scores[known:], window[known + 1 :], reduction="none"))
+    losses = torch.cat(losses)
+    assert len(losses) == len(ids) - 1
+    ran = evaluate(gpt2_folder, "--dataset", text_file, "--stride", 8)
+    check(ran.figures["loss"], [losses.mean().item()])
+    some = evaluate(gpt2_folder, "--dataset", text_file, "--stride", 8, "--max-samples", 3)
+    check(some.figures["loss"], [losses[: 31 + 8 + 8].mean().item()])
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -197,6 +283,11 @@ def test_labels_beyond_the_classes_of_the_model(evaluate, convnext_folder, parqu
         (["--dtype", "float33"], "--dtype"),
         (["--max-samples", "2", "--against", "/no/such/model"], "/no/such/model"),
         (["--agains", "x"], "--agains"),
+        (["--stride", "0"], "--stride 0: must be at least 1"),
+        (["--stride", "33"], "stride 33: must be between 1 and the block size of 32"),
+        (["--stride", "9", "--block-size", "8"], "stride 9: must be between 1 and the block size of 8"),
+        (["--revision", "a", "--revision", "b"], "--revision b: there are more than models (1)"),
+        (["--against-revision", "v1"], "--against-revision v1 requires --against"),
     ],
 )
 def test_an_argument_that_does_not_fit(evaluate, gpt2_folder, argv, message):
@@ -211,6 +302,15 @@ def test_a_model_that_cannot_be_loaded(evaluate, place, tmp_path, monkeypatch):
 
 def test_no_model(evaluate):
     assert "model" in evaluate().error
+
+
+def test_images_have_no_stride(evaluate, convnext_folder):
+    error = evaluate(convnext_folder, "--dataset", "digits", "--stride", 5).error
+    assert f"--stride 5: only for causal language modeling, and {convnext_folder} is for image" in error
+
+
+def test_three_models_and_another_one(evaluate, gpt2_folder):
+    assert "--against x: for one model" in evaluate(gpt2_folder, gpt2_folder, "--against", "x").error
 
 
 def test_images_need_a_dataset(evaluate, convnext_folder):

@@ -135,9 +135,16 @@ def test_mixed_values_are_located(tmp_path, make_gpt2):
         calibrate(Checkpoint(*make_gpt2(), None, None), tmp_path / "a.jsonl")
 
 
-def test_chats_are_refused_with_what_to_do(tokenizer):
-    rows = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello"}]]})
-    with pytest.raises(DataError, match=r"columns: messages\); 'messages' is nested: .* tokenizer.apply_chat_template"):
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("messages", r"has instruction data \(messages\) and no text column: fine-tune on it with recipes/trl_sft.py"),
+        ("turns", r"columns: turns\); 'turns' is nested: .* rename it to messages .* recipes/trl_sft.py trains on"),
+    ],
+)
+def test_chats_are_refused_with_what_to_do(tokenizer, column, message):
+    rows = Dataset.from_dict({column: [[{"role": "user", "content": "Hello"}]]})
+    with pytest.raises(DataError, match=message):
         data.text_blocks(rows, tokenizer, 4, name="chats")
 
 

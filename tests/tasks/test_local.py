@@ -206,7 +206,7 @@ def test_strings_of_parquet_that_are_not_utf8(tmp_path):
         ("a.arrow", "no arrow", "cannot be read: "),
         ("a.jsonl.gz", lines("a"), "Not a gzipped file"),
         ("a.csv.gz", "text\na\n", "Not a gzipped file"),
-        ("a.parquet.gz", "PAR1", "a data file must end in one of .txt, .jsonl, .ndjson"),
+        ("a.parquet.gz", "PAR1", "a data file must end in one of .txt, .raw, .jsonl"),
         ("a.foo", "words", ".arrow, .csv, .tsv (text, JSON and CSV also followed by .gz, .bz2, .xz, .zst), or be an"),
         ("a.gz", "words", "must end in"),
     ],
