@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import cached_file
@@ -70,11 +71,18 @@ def base_revision(config: dict) -> str | None:
 
 
 def adapter_auto_class(config: dict) -> str | None:
-    """The auto class of transformers for the task of an adapter, if it is one of those that peft knows."""
+    """The auto class of transformers for the task of an adapter, if it is known: one of peft, or masked LM."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+    if is_masked_lm((config.get("auto_mapping") or {}).get("base_model_class")):
+        return "AutoModelForMaskedLM"
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.get("task_type")))
     return None if wrapper is None else wrapper.__name__.replace("PeftModel", "AutoModel", 1)
+
+
+def is_masked_lm(name: str | None) -> bool:
+    """Whether a class of transformers is a masked language model, for which peft has no task type."""
+    return name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
 def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:

@@ -20,7 +20,7 @@ COUNTER = ".num_batches_tracked"  # of a batch norm; not stored by old versions 
 
 
 def check_keys(
-    name: str, model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False
+    name: str, model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False, replaced_head: bool = False
 ) -> tuple[str, ...]:
     """The paths of the modules that have new weights, after a check that these are allowed.
 
@@ -32,6 +32,7 @@ def check_keys(
     Args:
         new_head: whether the head (the tensors outside the base model, and its pooler) may be missing or have other
             shapes.
+        replaced_head: whether the caller replaces such a head, so that nothing need be noted.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the weights of an activation are not used.
@@ -47,7 +48,7 @@ def check_keys(
     if lacking := [key for key in missing if key not in optional]:
         raise CheckpointError(f"{name} is incomplete: its weights lack {some(lacking)} of {cls}")
     absent = [key for key in info["missing_keys"] if new_head and not needed(key)]
-    if fresh := sorted({*optional, *absent}):
+    if fresh := sorted({*optional, *(() if replaced_head else absent)}):
         logger.warning(f"note: the weights of {name} lack {some(fresh)} of {cls}, which start at random")
     if mismatched := sorted(entry for entry in info["mismatched_keys"] if needed(entry[0])):
         key, stored, expected = mismatched[0]

@@ -15,6 +15,8 @@ from ..errors import CheckpointError
 from ..files import json_object
 
 MODULES = "modules.json"  # of a sentence-transformers model
+# What makes a folder a model of sentence-transformers.
+SENTENCE = f"{MODULES} config_sentence_transformers.json sentence_*_config.json [0-9]_*"
 ROUTER = "router_config.json"  # of its module Router, whose parts modules.json does not list
 PRIVATE = "token *_token id_rsa* id_dsa* id_ecdsa* id_ed25519* *.pem *.key *.p12 *.pfx *.kdbx *.env *credential* "
 PRIVATE += "*password* secret* *.secret htpasswd kaggle.json"

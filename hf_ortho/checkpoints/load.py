@@ -28,11 +28,13 @@ from .adapter import (
     adapter_tensors,
     base_revision,
     has_safetensors,
+    is_masked_lm,
 )
 from .carry import Source, carry
 from .custom_code import load_config
 from .keys import check_keys
 from .limits import limited, model_shapes
+from .listing import SENTENCE
 from .model_class import encoder_class, model_class
 from .patterns import check_patterns
 from .place import check_place
@@ -96,7 +98,7 @@ def load_checkpoint(
             may not run; or a value of an activation is not valid.
     """
     check_place(name)
-    new_head = overrides.pop("ignore_mismatched_sizes", False)
+    new_head = replaced_head = overrides.pop("ignore_mismatched_sizes", False)
     try:
         adapter = adapter_config(name, revision)
         if adapter is not None:
@@ -108,7 +110,8 @@ def load_checkpoint(
         at = commit or revision  # a branch may move between two downloads
         config = load_config(name, at, trust_remote_code)
         cls = model_class(name, at, config, trust_remote_code, auto_classes, auto_class)
-        new_head |= auto_class is not None and cls.__name__ not in (config.architectures or [])
+        another = auto_class is not None and cls.__name__ not in (config.architectures or [])
+        new_head |= another
         stored = stored_tensors(name, at)
         _check_activations(name, stored or {})  # as stored: transformers converts any dtype to that of the model
         options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **overrides}
@@ -117,7 +120,7 @@ def load_checkpoint(
             model, info = _from_pretrained(cls, name, options)
             if auto_class is None and (encoder := encoder_class(name, at, model, info)):
                 model, info = _from_pretrained(encoder, name, options)
-        new_modules = check_keys(name, model, info, new_head=new_head)
+        new_modules = check_keys(name, model, info, new_head=new_head, replaced_head=replaced_head)
         if stored is None:
             logger.warning(f"note: the weights of {name} are pickled; only tensors are read, and no code in them runs")
             _check_activations(name, _activations_of(model))
@@ -131,7 +134,9 @@ def load_checkpoint(
     model.config._commit_hash = commit  # for the provenance; transformers does not keep or write it
     if not type(model).is_remote_code():
         vars(model.config).pop("auto_map", None)  # it refers to a file that is neither loaded nor saved again
-    return Checkpoint(model, tokenizer, images, commit, new_modules, source=Source(name, commit))
+    return Checkpoint(
+        model, tokenizer, images, commit, new_modules, source=Source(name, commit, SENTENCE if another else "")
+    )
 
 
 @contextlib.contextmanager
@@ -181,7 +186,10 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     if labels := adapter_labels(name, commit or revision):
         options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **options}
         options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-        options["auto_class"] = options.get("auto_class") or adapter_auto_class(adapter)
+    auto_class = adapter_auto_class(adapter)
+    masked = auto_class == "AutoModelForMaskedLM"
+    if labels or masked:
+        options["auto_class"] = options.get("auto_class") or auto_class
     try:
         check_place(base)
         if adapter_config(base, at) is not None:
@@ -205,7 +213,7 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     _check_activations(name, _activations_of(model))
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    new = () if labels else loaded.new_modules  # the adapter has the head of its classes
+    new = () if labels or masked else loaded.new_modules  # the adapter has the head of its classes
     return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, new_modules=new)
 
 
@@ -215,7 +223,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | Non
     The folder of a full model also gets the other files of its source, see ``carry``.
     """
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
-    if checkpoint.new_modules and hasattr(checkpoint.model, "peft_config"):
+    base = getattr(checkpoint.model, "get_base_model", lambda: None)()  # the model inside a peft adapter
+    if checkpoint.new_modules and base is not None and not is_masked_lm(type(base).__name__):
         labels = json.dumps(checkpoint.model.config.id2label, indent=1)
         (folder / LABELS).write_text(labels + "\n", encoding="utf-8")
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):

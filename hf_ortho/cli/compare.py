@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 from glob import has_magic
 from importlib.metadata import version
 from pathlib import Path
@@ -38,9 +37,10 @@ def run(argv: list[str]) -> int | None:
     if grid.timing_rounds < 0:
         raise ConfigError(f"timing_rounds {grid.timing_rounds}: must be at least 1, or 0 to skip timing")
 
+    from ..hub import command_line
     from ..training.compare import kept
 
-    line = os.environ.get(LAUNCHED) or shlex.join(["hf-ortho", "compare", *argv])
+    line = os.environ.get(LAUNCHED) or command_line("compare", argv)
     with telling_what_is_kept(lambda: f"interrupted; {folder} keeps {kept(comparison)}; to continue: {line}"):
         _compare(comparison)
     return None

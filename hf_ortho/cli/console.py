@@ -106,7 +106,7 @@ def add_calibration_flags(parser: Parser, purpose: str) -> None:
         "--calibration-samples",
         type=int,
         default=8,
-        help="Number of text blocks, of conversations, or of batches of 8 images.",
+        help="Number of text blocks, of conversations, or of batches of 8 images or labeled texts.",
     )
     parser.add_argument("--calibration-split", help="Split of the calibration data. Default: train.")
     parser.add_argument(
@@ -214,7 +214,7 @@ def telling_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         finally:
             for each, handler in handlers.items():
                 signal.signal(each, handler or signal.SIG_DFL)
-        raise KeyboardInterrupt(message) from stop
+        raise KeyboardInterrupt(one_line(message)) from stop
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -259,7 +259,7 @@ def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
 
 
 def training_size():
-    """A Trainer callback that prints the number of training samples and their tokens."""
+    """A Trainer callback that prints the number of training samples, and the tokens of each if all have as many."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import has_length
 
@@ -268,8 +268,9 @@ def training_size():
             samples: Any = getattr(train_dataloader, "dataset", None)
             finite = has_length(samples)  # a stream is not
             if state.is_world_process_zero and finite:
-                tokens = samples[0].get("input_ids")
-                what = "samples" if tokens is None else f"blocks of {len(tokens)} tokens"
+                sample = samples[0]
+                blocks = "input_ids" in sample and not isinstance(sample["labels"], int | float)  # not of a class
+                what = f"blocks of {len(sample['input_ids'])} tokens" if blocks else "samples"
                 console.print(f"Training on {len(samples)} {what} for {state.max_steps} steps")
 
     return Size()

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..tasks import TASKS, Task, head_of
 from ..tasks.arguments import DataArguments
 from ..tasks.causal_lm import CAUSAL_LM
 from ..text import change, number
-from .console import DTYPES, Parser, add_column_flags, add_model_flags, columns, console, evaluation_progress, table
+from .console import (
+    DTYPES,
+    Parser,
+    add_column_flags,
+    add_model_flags,
+    columns,
+    console,
+    evaluation_progress,
+    progress,
+    table,
+)
 from .network import check_hub, hub_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..checkpoints.load import Checkpoint
 
 Model = tuple[str, str | None]  # its name and revision
 
@@ -69,6 +84,15 @@ def parser() -> Parser:
     add_column_flags(p)
     p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples only. Default: all samples.")
     p.add_argument("--batch-size", type=int, default=8, help="Samples per forward pass.")
+    texts = {field.name: field.metadata.get("help") for field in dataclasses.fields(DataArguments)}
+    p.add_argument("--mask-probability", type=float, default=0.15, help=texts["mask_probability"])
+    p.add_argument("--whole-word-mask", action="store_true", help=texts["whole_word_mask"])
+    p.add_argument(
+        "--pseudo-perplexity",
+        action="store_true",
+        help="Masked LM only: also print the pseudo-perplexity, which masks each token alone, so a sample of N tokens "
+        "takes N forward passes; see --max-samples.",
+    )
     return p
 
 
@@ -90,6 +114,10 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     task = of(checkpoint.model)
     if args.stride is not None and task is not CAUSAL_LM:
         raise ConfigError(f"--stride {args.stride}: only for {CAUSAL_LM.title}, and {name} is for {task.title}")
+    if args.pseudo_perplexity:
+        from ..training.pseudo_likelihood import check_masked
+
+        check_masked(checkpoint)
     place = args.dataset or task.default_dataset
     if place is None:
         raise ConfigError(f"--dataset is required for {type(checkpoint.model).__name__}")
@@ -102,8 +130,19 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     with evaluation_progress(name) as callbacks:
         metrics = evaluate_model(checkpoint, samples, args.batch_size, callbacks)
     metrics |= task.metrics_of_samples(metrics, samples)
+    if args.pseudo_perplexity:
+        metrics["pseudo_perplexity"] = _pseudo_perplexity(checkpoint, samples, args.batch_size)
     tokenizer = None if checkpoint.tokenizer is None else content_of(checkpoint.tokenizer)
     return Measured(name, task, data_used, tokenizer, metrics)
+
+
+def _pseudo_perplexity(checkpoint: Checkpoint, samples: Dataset, batch_size: int) -> float:
+    from ..training.pseudo_likelihood import pseudo_perplexity
+
+    with progress("Masking each token alone") as (bar, task):
+        return pseudo_perplexity(
+            checkpoint, samples, batch_size, lambda done, total: bar.update(task, completed=done, total=total)
+        )
 
 
 def run(argv: list[str]) -> None:
@@ -112,7 +151,8 @@ def run(argv: list[str]) -> None:
         value = getattr(args, key)
         if value is not None and value < 1:
             raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least 1")
-    args.data = DataArguments(block_size=args.block_size, max_eval_samples=args.max_samples, **columns(args))
+    fields = {key: getattr(args, key) for key in ("block_size", "mask_probability", "whole_word_mask")}
+    args.data = DataArguments(max_eval_samples=args.max_samples, **fields, **columns(args))
     args.data.stride = args.stride
     models = _models(args)
     check_hub([*models, hub_tokenizer(args.tokenizer)], [args.dataset])

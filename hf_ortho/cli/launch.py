@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +61,8 @@ def launch(command: str, argv: list[str]) -> int | None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from ..hub import command_line
+
     file = (
         CONFIGS / f"{parsed.accelerate_config}.yaml"
         if parsed.accelerate_config in NAMES
@@ -72,7 +73,7 @@ def launch(command: str, argv: list[str]) -> int | None:
     if parsed.accelerate_config == "tp":
         options += ["--parallelism_config_tp_size", str(processes)]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[LAUNCHED] = shlex.join(["hf-ortho", command, *argv])
+    os.environ[LAUNCHED] = command_line(command, argv)  # as typed
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "hf_ortho", command, *rest]))
     except subprocess.CalledProcessError as error:  # of ``single``

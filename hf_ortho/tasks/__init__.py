@@ -12,21 +12,22 @@ from ..errors import ConfigError
 from ..text import suggestion
 from .causal_lm import CAUSAL_LM
 from .image_classification import IMAGE_CLASSIFICATION
+from .masked_lm import MASKED_LM
 from .task import LOSS, Head, Metric, Task
+from .text_classification import TEXT_CLASSIFICATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["LOSS", "METRICS", "NAMES", "SUPPORTED", "TASKS", "Head", "Metric", "Task", "head_of", "named", "of"]
 
-TASKS: tuple[Task, ...] = (CAUSAL_LM, IMAGE_CLASSIFICATION)
+# The first task that has a class for a config creates a new model. Encoders such as BERT also have a causal class.
+TASKS: tuple[Task, ...] = (MASKED_LM, CAUSAL_LM, IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION)
 SUPPORTED = ", ".join(task.title for task in TASKS)
 NAMES = {str(task.pipeline_tag): task for task in TASKS}
 METRICS = {metric.key: metric for task in TASKS for metric in (*task.metrics, *task.sample_metrics)}
 # Heads of models that can be converted and described, but not trained.
 UNTRAINED = (
-    Head(("ForMaskedLM",), "AutoModelForMaskedLM", "fill-mask"),
-    Head(("ForSequenceClassification",), "AutoModelForSequenceClassification", "text-classification", "SEQ_CLS"),
     Head(("ForTokenClassification",), "AutoModelForTokenClassification", "token-classification", "TOKEN_CLS"),
     Head(("ForQuestionAnswering",), "AutoModelForQuestionAnswering", "question-answering", "QUESTION_ANS"),
     Head((), "AutoModelForSeq2SeqLM", None, "SEQ_2_SEQ_LM"),

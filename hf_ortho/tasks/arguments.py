@@ -43,6 +43,13 @@ class DataArguments:
     text_column: str | None = dataclasses.field(
         default=None, metadata={"help": "Text column. Default: text, or the only text column."}
     )
+    text_pair_column: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Text classification: column of the second of two texts. Default: found with the first, such as "
+            "sentence1 and sentence2, or premise and hypothesis."
+        },
+    )
     image_column: str | None = dataclasses.field(
         default=None, metadata={"help": "Image column. Default: image, or the only image column."}
     )
@@ -61,6 +68,16 @@ class DataArguments:
         metadata={
             "help": "once: tokenize all text before training, into memory-mapped files that later trainings reuse and "
             "resume from at once. Default: tokenize during training with streaming, else in blocks before it."
+        },
+    )
+    mask_probability: float = dataclasses.field(
+        default=0.15, metadata={"help": "Masked LM only: probability of masking a token, or a word, above 0, below 1."}
+    )
+    whole_word_mask: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Masked LM only: mask all tokens of a word together, each by the mask token. Default: mask single "
+            "tokens: 8 of 10 by the mask token, 1 by a random token, and 1 stays."
         },
     )
     shuffle_buffer: int = dataclasses.field(
@@ -88,6 +105,10 @@ class DataArguments:
             raise ConfigError(f"tokenize {self.tokenize!r}: must be once, or left out")
         if self.tokenize and self.streaming:
             raise ConfigError("tokenize once: reads all text before training; leave out streaming")
+        if not 0 < self.mask_probability < 1:
+            raise ConfigError(f"mask_probability {self.mask_probability}: must be above 0 and below 1")
+        if self.tokenize and self.whole_word_mask:
+            raise ConfigError("tokenize once: stores no word boundaries; leave out whole_word_mask")
         for key, least in LEAST.items():
             value = getattr(self, key)
             if value is not None and not value >= least:

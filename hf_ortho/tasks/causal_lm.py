@@ -49,7 +49,7 @@ class CausalLM(Task):
             documents = documents_of(rows, arguments.text_column, name, cut)
             return text_windows(documents, tokenizer, size, stride=stride, most=most, name=name, split=rows.split)
         tokens, _ = cached_tokens(rows, tokenizer, arguments.text_column, name)
-        length = len(tokens) - (tokenizer.eos_token_id is not None)  # after the last document there is no other
+        length = max(0, len(tokens) - (tokenizer.eos_token_id is not None))  # the last document has no other after it
         return windows(tokens, size, length=length, stride=stride, most=most, name=name, split=rows.split)
 
     def stream(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,6 +24,35 @@ if TYPE_CHECKING:
 class Classification(Task):
     """A task whose ``prepare`` returns a ``ClassLabel`` column; see ``labels.with_classes``."""
 
+    @abc.abstractmethod
+    def unlabeled(
+        self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
+    ) -> list[dict]:
+        """``calibration`` without labels."""
+
+    def calibration(
+        self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
+    ) -> list[dict]:
+        """Batches of 8 samples, with labels if the dataset has the classes of the model."""
+        from .columns import has_labels
+        from .labels import class_names, has_classes
+        from .samples import batches
+
+        if not (arguments.label_column or has_labels(rows)):
+            return self.unlabeled(checkpoint, rows, arguments, name, samples)
+        try:
+            prepared = self.prepare_evaluation(checkpoint, rows, arguments, name)
+        except DataError as error:
+            if arguments.label_column:
+                raise
+            logger.warning(f"note: calibrating without labels: {error}")
+            return self.unlabeled(checkpoint, rows, arguments, name, samples)
+        inputs = batches(prepared, samples * 8, size=8, collate=self.collator(checkpoint))
+        if has_classes(prepared) and class_names(prepared) != classes_of(checkpoint.model):
+            logger.warning(f"note: calibrating without labels: the classes of {name} are not those of the model")
+            inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in inputs]
+        return inputs
+
     def stream(
         self,
         checkpoint: Checkpoint,
@@ -36,11 +66,13 @@ class Classification(Task):
         name = str(arguments.dataset)
         if held_back_rows is None:
             raise ConfigError(f"streaming: {name} has no evaluation split; give --eval_dataset")
-        prepare = partial(self.prepare, checkpoint, arguments=arguments)
-        train = stream_classified(rows, partial(prepare, name=name), arguments, seed)
+        train = stream_classified(
+            rows, partial(self.prepare, checkpoint, arguments=arguments, name=name), arguments, seed
+        )
         self.adapt_head(checkpoint, train, seed)
         name = arguments.eval_dataset or name
-        held_back = prepare(first_rows(held_back_rows, arguments.max_eval_samples, name), name=name)
+        held_back_rows = first_rows(held_back_rows, arguments.max_eval_samples, name)
+        held_back = self.prepare_evaluation(checkpoint, held_back_rows, arguments, name)
         self.check_classes(train, held_back, name)
         return train, held_back
 
@@ -133,6 +165,11 @@ def _with_outputs(model: PreTrainedModel, outputs: int) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.num_labels = outputs
     return rebuild(model, config)
+
+
+def predicts_number(model: PreTrainedModel) -> bool:
+    """Whether a model has one output, or several, that are numbers instead of the logits of classes."""
+    return model.config.num_labels == 1 or model.config.problem_type == "regression"
 
 
 def classes_of(model: PreTrainedModel) -> list[str]:

@@ -11,6 +11,18 @@ from ..errors import DataError
 
 LABELS = ("label", "labels")
 INSTRUCTIONS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"))  # the names of TRL
+# The text columns of GLUE and of most datasets on the Hub: one text, or two that belong together.
+TEXTS = (
+    ("text",),
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text1", "text2"),
+    ("text", "text_pair"),
+)
 
 
 def text_column(dataset: Dataset, column: str | None, name: str) -> str:
@@ -19,23 +31,59 @@ def text_column(dataset: Dataset, column: str | None, name: str) -> str:
     Raises:
         DataError: there is no such column, or it contains something else; names the first such row, if there is one.
     """
-
-    def is_text(feature):
-        return isinstance(feature, Value) and "string" in feature.dtype
-
     if names := instruction_columns(dataset, column):
         raise DataError(
             f"{name} has instruction data ({' and '.join(names)}) and no text column: fine-tune on it with "
             "recipes/trl_sft.py (TRL, loss on the completions only), or name a text column with --text-column"
         )
-    column = _column(dataset, column, ("text",), is_text, "text", name)
-    if not is_text(dataset.features[column]) and (len(dataset) or dataset.features[column] != Value("null")):
+    column = _column(dataset, column, ("text",), _is_text, "text", name)
+    _check_text(dataset, column, name)
+    return column
+
+
+def text_columns(dataset: Dataset, column: str | None, pair: str | None, name: str) -> tuple[str, ...]:
+    """The text columns of a classification dataset, one or two: the given ones, else those in ``TEXTS``, else the only
+    text column beside the label.
+
+    Raises:
+        DataError: there is no such column, several choices, or a column contains something else.
+    """
+    for kind, given in (("text", column), ("text-pair", pair)):
+        if given:
+            _column(dataset, given, (), _is_text, kind, name)
+    present = [names for names in TEXTS if set(names) <= set(dataset.column_names) - {pair}]
+    # Question and sentence of QNLI are a pair, although a sentence alone would be one text.
+    found = [names for names in present if not any(set(names) < set(others) for others in present)]
+    if column:
+        found = [(column,)]
+    elif pair:
+        found = [names for names in present if len(names) == 1]
+    if not found:
+        texts = [c for c, f in dataset.features.items() if _is_text(f) and c not in (*LABELS, pair)]
+        found = [(text,) for text in texts]
+    if len(found) != 1:
+        raise DataError(
+            f"{name} has no unambiguous text columns (columns: {', '.join(dataset.column_names)}); name one with "
+            "--text-column, or two with --text-column and --text-pair-column"
+        )
+    names = (*found[0], pair) if pair else found[0]
+    for text in names:
+        _check_text(dataset, text, name)
+    return names
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
+def _check_text(dataset: Dataset, column: str, name: str) -> None:
+    """Raise DataError if a column contains something else than text."""
+    if not _is_text(dataset.features[column]) and (len(dataset) or dataset.features[column] != Value("null")):
         found = next(((i, v) for i, v in enumerate(dataset[column], 1) if not isinstance(v, str | None)), None)
         where = f": row {found[0]} is {shortened(found[1])}" if found else ""
         if dataset.features[column] == Value("null"):
             where = ": all rows are empty"
         raise DataError(f"{name}: column {column!r} does not contain text{where}")
-    return column
 
 
 def instruction_columns(dataset: Dataset, column: str | None) -> tuple[str, ...]:

@@ -75,10 +75,11 @@ def _sample(row: dict[str, Any], tokenizer: Any) -> Sample:
         raise DataError(
             "the tokenizer has no chat template; give another with --tokenizer, or prompts and completions as text"
         )
-    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
 
     def render(messages: list[dict], **options) -> Any:
+        tools = row.get("tools")
         try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
             return tokenizer.apply_chat_template(messages, tools=tools or None, **{"tokenize": False, **options})
         except Exception as error:  # jinja2's, and whatever a template raises for values that it does not expect
             raise DataError(f"the chat template cannot render it: {explain(error)}") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import datasets
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.load import Checkpoint
@@ -113,7 +113,15 @@ def tokens_per_sample(checkpoint: Checkpoint, arguments: DataArguments) -> int:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The context length of a model of text, None if it has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length - first_position(model) if length is not None and length > 0 else None  # XLNet has -1
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The first position of a text: 0, or after the id of the pad token in models derived from RoBERTa."""
+    embeddings = (m for path, m in model.named_modules() if path.endswith("position_embeddings"))
+    padding = (m.padding_idx for m in embeddings if isinstance(m, nn.Embedding))
+    return next((index + 1 for index in padding if index is not None), 0)
 
 
 def check_block_size(size: int, context: int) -> None:

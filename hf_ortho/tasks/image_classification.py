@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
-from ..errors import DataError
 from .classification import Classification, classes_of
 from .task import LOSS, Metric
 
@@ -15,8 +13,6 @@ if TYPE_CHECKING:
 
     from ..checkpoints.load import Checkpoint
     from .arguments import DataArguments
-
-logger = logging.getLogger("hf_ortho")
 
 
 class ImageClassification(Classification):
@@ -32,28 +28,12 @@ class ImageClassification(Classification):
 
         return accuracy(prediction, (1, 5))
 
-    def calibration(
+    def unlabeled(
         self, checkpoint: Checkpoint, rows: Dataset, arguments: DataArguments, name: str, samples: int
     ) -> list[dict]:
-        """Batches of images, with labels if the dataset has the classes of the model."""
         from .calibration import image_batches
-        from .columns import has_labels
-        from .labels import class_names
-        from .samples import batches
 
-        if not (arguments.label_column or has_labels(rows)):
-            return image_batches(checkpoint, rows, arguments, name, samples)
-        try:
-            prepared = self.prepare(checkpoint, rows, arguments, name)
-        except DataError as error:
-            if arguments.label_column:
-                raise
-            logger.warning(f"note: calibrating without labels: {error}")
-            return image_batches(checkpoint, rows, arguments, name, samples)
-        inputs = batches(prepared, samples * 8, size=8)
-        if class_names(prepared) != classes_of(checkpoint.model):
-            inputs = [{"pixel_values": batch["pixel_values"]} for batch in inputs]
-        return inputs
+        return image_batches(checkpoint, rows, arguments, name, samples)
 
 
 TOP1 = Metric("top1", "top-1 accuracy", "accuracy")

@@ -19,27 +19,36 @@ DOCUMENTS = 16
 class Packer:
     """Tokenizes documents and cuts them into blocks of exactly ``block_size`` tokens.
 
-    Each document is followed by the EOS token, if the tokenizer has one. Leftover tokens start the first block of the
-    next call.
+    Each document is followed by the token ``end``, by default the EOS token, if the tokenizer has one. Leftover tokens
+    start the first block of the next call.
     """
 
-    def __init__(self, tokenizer, block_size: int) -> None:
+    def __init__(self, tokenizer, block_size: int, end: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.block_size = block_size
+        self.end = tokenizer.eos_token_id if end is None else end
         self.left = np.empty(0, np.int64)
 
     def __call__(self, texts: Iterable[str | None]) -> np.ndarray:
         """The blocks completed by these documents, (count, block_size) int64. Empty documents and None are skipped."""
         documents = [text for text in texts if text]
-        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        encoded = self.tokenizer(documents, verbose=False, **options)["input_ids"] if documents else []
+        end = [] if self.end is None else [self.end]
+        encoded = self.encode(documents) if documents else []
         new = np.fromiter(chain.from_iterable(chain(document, end) for document in encoded), np.int64)
         tokens = np.concatenate([self.left, new])
         whole = len(tokens) // self.block_size * self.block_size
         # A copy: a view would keep all tokens of this call in memory.
         self.left = tokens[whole:].copy()
         return tokens[:whole].reshape(-1, self.block_size)
+
+    def encode(self, documents: list[str]) -> Iterable[Iterable[int]]:
+        """The tokens of each document, without special tokens."""
+        return self.encoded(documents)["input_ids"]
+
+    def encoded(self, documents: list[str]):
+        """The output of the tokenizer without special tokens."""
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(documents, verbose=False, **options)
 
 
 def padded(samples: list[dict]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count, islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .arguments import DataArguments
 from .faults import why_unreadable
 from .packing import DOCUMENTS, Packer
 from .windows import text_windows
+
+if TYPE_CHECKING:
+    from .masking import MaskedBlocks
 
 Samples = Callable[[Iterable[dict]], Iterator[dict]]
 
@@ -40,6 +44,8 @@ class Stream(torch.utils.data.IterableDataset):
         buffer_size: shuffle-buffer size in rows.
         mixing: shuffle-buffer size in samples (samples of one row are otherwise adjacent).
         features: features of the samples if they contain class names.
+        finish: makes the samples that the model takes from those of ``samples``, the seed and the number of the sample;
+            without the last two for ``head``.
     """
 
     def __init__(
@@ -51,8 +57,9 @@ class Stream(torch.utils.data.IterableDataset):
         buffer_size: int,
         features: Features | None = None,
         mixing: int = 1,
+        finish: Callable[..., dict] | None = None,
     ) -> None:
-        self.rows, self.samples, self.name = rows, samples, name
+        self.rows, self.samples, self.name, self.finish = rows, samples, name, finish
         self.seed, self.buffer_size, self.features, self.mixing = seed, buffer_size, features, mixing
         self.process, self.processes = 0, 1
 
@@ -67,7 +74,9 @@ class Stream(torch.utils.data.IterableDataset):
         return part
 
     def __iter__(self) -> Iterator[dict]:
-        return mixed(self.samples(self._shuffled()), self.mixing, np.random.default_rng(self.seed))
+        samples = mixed(self.samples(self._shuffled()), self.mixing, np.random.default_rng(self.seed))
+        finish = self.finish
+        return samples if finish is None else (finish(sample, self.seed, i) for i, sample in enumerate(samples))
 
     def _shuffled(self) -> Iterator[dict]:
         for number in count():
@@ -89,7 +98,12 @@ class Stream(torch.utils.data.IterableDataset):
 
     def head(self, number: int) -> list[dict]:
         """The first samples, at most ``number``, in the unshuffled order of the dataset."""
-        return list(islice(self.samples(read(self.rows, self.name)), number))
+        samples = list(self.first(number))
+        return samples if self.finish is None else list(map(self.finish, samples))
+
+    def first(self, number: int) -> Iterator[dict]:
+        """The samples of ``head`` before ``finish``."""
+        return islice(self.samples(read(self.rows, self.name)), number)
 
 
 def mixed(samples: Iterable[dict], size: int, order: np.random.Generator) -> Iterator[dict]:
@@ -157,8 +171,9 @@ def stream_text(
     block_size: int,
     arguments: DataArguments,
     seed: int,
+    masks: MaskedBlocks | None = None,
 ) -> tuple[Stream | Dataset, Dataset]:
-    """A stream of blocks for training, and the windows for evaluation.
+    """A stream of blocks for training, and the windows for evaluation; with ``masks``, masked blocks for both.
 
     Without evaluation rows, the first ``max_eval_samples`` blocks are held out, and their documents are excluded from
     training wherever they occur. With ``max_train_samples``, the training set is a dataset of the first blocks.
@@ -168,7 +183,8 @@ def stream_text(
         DataError: there is no text column, or there is less than one block to train, or 2 tokens to evaluate on.
     """
     name, held_back_name = str(arguments.dataset), str(arguments.eval_dataset or arguments.dataset)
-    blocks = partial(packed, tokenizer=tokenizer, block_size=block_size)
+    blocks: Any = partial(packed, tokenizer=tokenizer, block_size=block_size) if masks is None else masks.packed
+    whole = _whole if masks is None else masks.dataset
     column = columns.text_column(without_rows(rows, name), arguments.text_column, name)
     documents: list[str] = []
     evaluation: Iterable[list[str]]
@@ -185,14 +201,21 @@ def stream_text(
         other_column = columns.text_column(empty, arguments.text_column, held_back_name)
         evaluation = _texts(read(held_back_rows, held_back_name), other_column)
     train_blocks = partial(blocks, column=column, held_back=frozenset(documents))
-    documents_only = rows.select_columns([column])
-    stream = Stream(documents_only, train_blocks, name, seed, arguments.shuffle_buffer, mixing=arguments.shuffle_blocks)
-    train = stream.head(arguments.max_train_samples or 1)
+    options: dict[str, Any] = {"mixing": arguments.shuffle_blocks, "finish": None if masks is None else masks.sample}
+    stream = Stream(rows.select_columns([column]), train_blocks, name, seed, arguments.shuffle_buffer, **options)
+    train = list(stream.first(arguments.max_train_samples or 1))
     if not train:
         rest = f" after holding out {len(documents)} documents; give --eval_dataset" if documents else ""
         raise DataError(f"{name} has less than one block of {block_size} tokens{rest}")
-    held_back = text_windows(evaluation, tokenizer, block_size, most=arguments.max_eval_samples, name=held_back_name)
-    return stream if arguments.max_train_samples is None else _whole(train), held_back
+    if masks is None:
+        most = arguments.max_eval_samples
+        held_back = text_windows(evaluation, tokenizer, block_size, most=most, name=held_back_name)
+    else:
+        bodies = masks.packed(({column: text} for texts in evaluation for text in texts), column)
+        held_back = masks.dataset(islice(bodies, arguments.max_eval_samples))
+        if not len(held_back):
+            raise DataError(f"{held_back_name} has no text to evaluate on")
+    return stream if arguments.max_train_samples is None else whole(train), held_back
 
 
 def _documents_of(rows: Iterable[dict], pack: Packer, column: str, number: int) -> list[str]:
@@ -225,7 +248,8 @@ def stream_classified(
     name, rows = str(arguments.dataset), undecoded(rows)
     empty = without_rows(rows, name)
     column = columns.class_column(empty, arguments.label_column, name)
-    if not isinstance(empty.features[column], ClassLabel):
+    features = prepare(empty).features
+    if not isinstance(empty.features[column], ClassLabel) and any(isinstance(f, ClassLabel) for f in features.values()):
         raise DataError(
             f"streaming: column {column!r} of {name} is not a ClassLabel, so its classes are unknown until all rows "
             "are read; set streaming: false"
@@ -233,7 +257,7 @@ def stream_classified(
     if arguments.max_train_samples is not None:
         return prepare(first_rows(rows, arguments.max_train_samples, name))
     samples = partial(prepared, features=empty.features, prepare=prepare)
-    return Stream(rows, samples, name, seed, arguments.shuffle_buffer, prepare(empty).features)
+    return Stream(rows, samples, name, seed, arguments.shuffle_buffer, features)
 
 
 def undecoded(rows: IterableDataset) -> IterableDataset:

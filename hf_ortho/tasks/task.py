@@ -51,12 +51,14 @@ class Head:
         auto_class: the auto class of transformers that loads such models.
         pipeline_tag: pipeline tag on the Hub, or None.
         peft_type: ``task_type`` in peft, or None.
+        masks_tokens: whether the model predicts masked tokens, so that its tokenizer needs a mask token.
     """
 
     endings: tuple[str, ...]
     auto_class: str
     pipeline_tag: str | None
     peft_type: str | None = None
+    masks_tokens: bool = False
 
     def model_class(self, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         """The transformers class with this head for a config, or None."""
@@ -88,7 +90,7 @@ class Task(Head, abc.ABC):
 
     Attributes:
         title: name of the task within a sentence.
-        metrics: the metrics that ``compute_metrics`` returns, in order.
+        metrics: the metrics that ``compute_metrics`` returns, in order; see ``metrics_of``.
         compared: the metric that a comparison shows.
         sample_metrics: the metrics that ``metrics_of_samples`` adds in ``hf-ortho evaluate``, in order.
         default_dataset: default dataset of ``hf-ortho evaluate``, or None.
@@ -112,6 +114,12 @@ class Task(Head, abc.ABC):
         """Prepare the rows of one split of the dataset ``name`` as evaluation samples for ``collator``."""
         return self.prepare(checkpoint, rows, arguments, name)
 
+    def text_columns(self, rows: Dataset, arguments: DataArguments, name: str) -> tuple[str, ...]:
+        """The columns of the dataset ``name`` with the text that a new tokenizer is learned from."""
+        from .columns import text_column
+
+        return (text_column(rows, arguments.text_column, name),)
+
     @abc.abstractmethod
     def stream(
         self,
@@ -127,6 +135,10 @@ class Task(Head, abc.ABC):
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute ``metrics``, by key; passed to Trainer."""
 
+    def metrics_of(self, model: PreTrainedModel) -> tuple[Metric, ...]:
+        """Those of ``metrics`` that apply to a model."""
+        return self.metrics
+
     def metrics_of_samples(self, metrics: dict[str, float], samples: Dataset) -> dict[str, float]:
         """Compute ``sample_metrics``, by key, from ``metrics`` and the evaluation samples; empty if they do not fit."""
         return {}
@@ -140,6 +152,17 @@ class Task(Head, abc.ABC):
         from transformers import default_data_collator
 
         return default_data_collator
+
+    def loss_function(self) -> Callable[..., Tensor] | None:
+        """``compute_loss_func`` of Trainer, None for the loss of the model."""
+        return None
+
+    def varied(self, samples: Dataset, seed: int) -> Any:
+        """The training samples with what changes at random in each epoch, selected by ``set_epoch``; None for nothing.
+
+        Without it, they are the same at each access.
+        """
+        return None
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
         """Replace the head, initialized from ``seed``, if the samples require it; sets ``checkpoint.new_modules``."""

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,43 +77,45 @@ def cached_blocks(
 ) -> Dataset:
     """The samples of ``data.text_blocks``, from a token cache, which is written if there is none.
 
-    A cache is identified by the fingerprint of the dataset, the text column and the content of the tokenizer, but not
-    by ``block_size``: blocks are cut when they are read. Several processes may call this at once: one writes, the
-    others wait for a lock on a file.
-
     Raises:
-        DataError: there is no text column, the dataset cannot be read, the cache cannot be written, or there is less
-            than one block.
+        DataError: as ``cached_tokens``, or there is less than one block.
     """
-    tokens, fingerprint = cached_tokens(dataset, tokenizer, column, name, block_size)
+    tokens, fingerprint = cached_tokens(dataset, tokenizer, column, name)
     if len(tokens) < block_size:
         raise DataError(too_short(name, len(tokens), block_size))
-    numbers = pa.table({BLOCK: np.arange(len(tokens) // block_size)})
-    return Dataset(InMemoryTable(numbers), fingerprint=Hasher.hash([fingerprint, block_size])).with_transform(
-        Cut(tokens, block_size)
-    )
+    return numbered(len(tokens) // block_size, Cut(tokens, block_size), [fingerprint, block_size])
+
+
+def numbered(count: int, transform: Callable[[dict], dict], key: list[Any]) -> Dataset:
+    """A dataset of the numbers of blocks, which ``transform`` makes samples from; ``key`` identifies it."""
+    numbers = pa.table({BLOCK: np.arange(count)})
+    return Dataset(InMemoryTable(numbers), fingerprint=Hasher.hash(key)).with_transform(transform)
 
 
 def cached_tokens(
-    dataset: Dataset, tokenizer: Any, column: str | None, name: str, least: int = 2
+    dataset: Dataset, tokenizer: Any, column: str | None = None, name: str = "dataset", end: int | None = None
 ) -> tuple[Tokens, str]:
-    """The tokens of a dataset, an EOS token after each document, and the name of their cache; see ``cached_blocks``.
+    """The tokens of a dataset from its token cache, and the name of the cache; ``end`` as in ``Packer``.
+
+    A cache is identified by the fingerprint of the dataset, the text column and the content of the tokenizer, but not
+    by a block size: blocks are cut when they are read. Several processes may call this at once: one writes, the others
+    wait for a lock on a file.
 
     Raises:
-        DataError: there is no text column, the dataset cannot be read, the cache cannot be written, or there are no
-            documents (``least`` is the number of tokens that the error asks for).
+        DataError: there is no text column, the dataset cannot be read, or the cache cannot be written.
     """
     column = text_column(dataset, column, name)
     if not len(dataset):
-        raise DataError(too_short(name, 0, least))
-    fingerprint = Hasher.hash([VERSION, dataset._fingerprint, column, *content_of(tokenizer)])
+        return Tokens(Dataset.from_dict({"tokens": []}, Features({"tokens": List(Value("uint16"))}))), ""
+    end = tokenizer.eos_token_id if end is None else end
+    fingerprint = Hasher.hash([VERSION, dataset._fingerprint, column, *content_of(tokenizer), end])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ortho_tokens" / fingerprint
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             rows = _opened(folder)
             if rows is None:
-                _write(folder, dataset.select_columns([column]), tokenizer, name)
+                _write(folder, dataset.select_columns([column]), tokenizer, name, end)
                 rows = _opened(folder)
             elif os.environ.get("RANK", "0") == "0":
                 logger.warning(f"note: {name} is read from its {_described(rows)} in {folder}")
@@ -127,13 +130,13 @@ def content_of(tokenizer: Any) -> list[Any]:
     """What determines the tokens of a text, without truncation and padding, which earlier calls leave behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return [tokenizer, tokenizer.eos_token_id]
+        return [tokenizer]
     rules = json.loads(backend.to_str())
     rules |= {"truncation": None, "padding": None}
-    return [json.dumps(rules, sort_keys=True), tokenizer.eos_token_id]
+    return [json.dumps(rules, sort_keys=True)]
 
 
-def _write(folder: Path, documents: Dataset, tokenizer: Any, name: str) -> None:
+def _write(folder: Path, documents: Dataset, tokenizer: Any, name: str, end: int | None) -> None:
     """Write the cache: a file for each of several processes, then the manifest."""
     shutil.rmtree(folder)
     folder.mkdir()
@@ -149,7 +152,7 @@ def _write(folder: Path, documents: Dataset, tokenizer: Any, name: str) -> None:
             batch_size=ROW,
             writer_batch_size=16,
             num_proc=processes if processes > 1 else None,
-            fn_kwargs={"pack": Packer(tokenizer, 1), "dtype": dtype},
+            fn_kwargs={"pack": Packer(tokenizer, 1, end), "dtype": dtype},
             remove_columns=documents.column_names,
             features=Features({"tokens": List(Value(dtype))}),
             cache_file_name=str(folder / "tokens.arrow"),

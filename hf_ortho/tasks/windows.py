@@ -23,7 +23,6 @@ from datasets.table import InMemoryTable
 from ..errors import ConfigError, DataError
 
 WORD = re.compile(r"\S+")
-BITS, WORD_BITS, WORD_PERPLEXITY = "bits_per_byte", "bits_per_word", "word_perplexity"
 
 
 class Window:
@@ -164,4 +163,5 @@ def text_metrics(loss: float, samples: Dataset) -> dict[str, float]:
         return {}
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(total / words))
-    return {BITS: total / math.log(2) / sizes, WORD_BITS: total / math.log(2) / words, WORD_PERPLEXITY: perplexity}
+    bits = total / math.log(2)
+    return {"bits_per_byte": bits / sizes, "bits_per_word": bits / words, "word_perplexity": perplexity}

@@ -13,7 +13,11 @@ from .augment import AugmentedImages as AugmentedImages
 from .augment import MixingCollator as MixingCollator
 from .augment import SoftTargetLoss as SoftTargetLoss
 from .ema import ExponentialMovingAverage as ExponentialMovingAverage
+from .evaluation import F1 as F1
+from .evaluation import MatthewsCorrelation as MatthewsCorrelation
+from .evaluation import Pearson as Pearson
 from .evaluation import Perplexity as Perplexity
+from .evaluation import Spearman as Spearman
 from .evaluation import TopKAccuracy as TopKAccuracy
 from .evaluation import evaluate_model as evaluate_model
 from .finetune import Result as Result
@@ -21,5 +25,6 @@ from .finetune import finetune as finetune
 from .guard import FiniteGuard as FiniteGuard
 from .policies import activation_parameters as activation_parameters
 from .policies import set_trainable as set_trainable
+from .pseudo_likelihood import pseudo_perplexity as pseudo_perplexity
 from .tensor_parallel import reduce_activation_gradients as reduce_activation_gradients
 from .trainer import ActivationTrainer as ActivationTrainer

@@ -92,9 +92,14 @@ def add_adapter(
             f"adapter: {arguments.model} is itself an adapter and was merged on loading; save the merged model with "
             "merge_and_unload().save_pretrained(...) and give it as model"
         )
-    head = list(checkpoint.new_modules)
+    head, kind = list(checkpoint.new_modules), head_of(checkpoint.model).peft_type
+    if (
+        kind == "SEQ_CLS"
+    ):  # with this type, peft also trains and saves the head: all of it, and even one that is not new
+        head = list(dict.fromkeys(_outside_base(checkpoint.model, path) for path in head))
+        kind = kind if head else None
     options: dict[str, Any] = {
-        "task_type": head_of(checkpoint.model).peft_type,
+        "task_type": kind,
         "modules_to_save": head,
         "revision": checkpoint.commit,
     }
@@ -114,6 +119,11 @@ def add_adapter(
         if calibration is not None and resume is None:
             calibrate(wrapped, calibration)
     return wrapped
+
+
+def _outside_base(model: PreTrainedModel, path: str) -> str:
+    """The child of the model that contains the module at ``path``, or the path of a module in the base model."""
+    return path if path.startswith(f"{model.base_model_prefix}.") else path.partition(".")[0]
 
 
 def check_adapter(arguments: ModelArguments) -> None:

@@ -62,7 +62,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": f"Task: {', '.join(NAMES)}. A model with another head gets a new one. "
-            "Default: the task of the head of the model (with init scratch, the first that supports the model type)."
+            "Default: the task of the head of the model; with init scratch, fill-mask for encoders such as bert, else "
+            "that of the model type."
         },
     )
     tokenizer: str | None = dataclasses.field(

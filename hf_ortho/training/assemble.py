@@ -28,7 +28,7 @@ from ..tasks.stream import Stream
 from ..tasks.tokenizer import use_tokenizer
 from .adapters import add_adapter, add_lora
 from .arguments import ModelArguments, OptimizerArguments, Recipe
-from .augment import augment, check_augmentation
+from .augment import Epochs, augment, check_augmentation
 from .distributed import fits_agree, fsdp_version
 from .evaluation import make_trainer
 from .groups import absent_names, assign
@@ -156,6 +156,10 @@ def build_trainer(
     except Exception as error:  # a missing logger, an unreachable Hub, invalid values
         raise ConfigError(f"training arguments: {explain(error)}") from error
     trainer.channels_last = arguments.channels_last
+    varied = of(checkpoint.model).varied(train, training.seed) if isinstance(train, Dataset) else None
+    if varied is not None:
+        trainer.train_dataset = varied
+        trainer.add_callback(Epochs(varied))
     augment(trainer, checkpoint, recipe.augmentation, recipe.data.dataset or "dataset")
     return trainer, trainable
 

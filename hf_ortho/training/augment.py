@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError
 from ..tasks import of
+from ..tasks.classification import predicts_number
 from ..tasks.images import pictures
 from .arguments import AugmentationArguments
 from .ema import ExponentialMovingAverage
@@ -54,6 +55,9 @@ def check_augmentation(
         raise ConfigError(f"{enabled[0]}: needs labeled images, which {type(checkpoint.model).__name__} does not take")
     if enabled and not isinstance(train, Dataset):
         raise ConfigError(f"{enabled[0]}: requires random access to the images; set streaming: false")
+    if training.label_smoothing_factor and predicts_number(checkpoint.model):
+        smoothing = training.label_smoothing_factor
+        raise ConfigError(f"label_smoothing_factor {smoothing:g}: needs classes, but the model predicts a number")
     if arguments.ema_decay is None:
         return
     if training.load_best_model_at_end:
@@ -78,7 +82,7 @@ def augment(trainer: ActivationTrainer, checkpoint: Checkpoint, arguments: Augme
         assert isinstance(trainer.train_dataset, Dataset)
         images = AugmentedImages(trainer.train_dataset, checkpoint.image_processor, arguments, trainer.args.seed, name)
         trainer.train_dataset = images
-        trainer.add_callback(_Epochs(images))
+        trainer.add_callback(Epochs(images))
     if arguments.mixup or arguments.cutmix:
         classes = checkpoint.model.config.num_labels or 0
         trainer.data_collator = MixingCollator(classes, arguments.mixup, arguments.cutmix)
@@ -164,12 +168,14 @@ class AugmentedImages(torch.utils.data.Dataset):
         return picture
 
 
-class _Epochs(TrainerCallback):
-    def __init__(self, images: AugmentedImages):
-        self.images = images
+class Epochs(TrainerCallback):
+    """Tells training samples the epoch, which their randomness depends on."""
+
+    def __init__(self, samples: Any):
+        self.samples = samples
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.images.set_epoch(int(state.epoch or 0))
+        self.samples.set_epoch(int(state.epoch or 0))
 
 
 def erase(image: Tensor, rng: np.random.Generator) -> None:

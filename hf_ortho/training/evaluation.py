@@ -8,13 +8,17 @@ from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .. import tasks
 from ..checkpoints.load import Checkpoint
 from ..errors import ConfigError
+from ..tasks.metrics import F1 as F1
+from ..tasks.metrics import MatthewsCorrelation as MatthewsCorrelation
+from ..tasks.metrics import Pearson as Pearson
 from ..tasks.metrics import Perplexity as Perplexity
+from ..tasks.metrics import Spearman as Spearman
 from ..tasks.metrics import TopKAccuracy as TopKAccuracy
 from ..text import suggestion
 from .metrics import metrics_of
@@ -32,7 +36,7 @@ def make_trainer(
         ConfigError: ``metric_for_best_model`` is not a metric of the task.
     """
     task = tasks.of(checkpoint.model)
-    _check_metric(task, arguments)
+    _check_metric(checkpoint.model, arguments)
     # Images are processed on access, from columns that are not inputs of the model.
     arguments.remove_unused_columns = False
     trainer = ActivationTrainer(
@@ -43,6 +47,7 @@ def make_trainer(
         data_collator=task.collator(checkpoint),
         processing_class=checkpoint.processor,
         compute_metrics=task.compute_metrics,
+        compute_loss_func=None if arguments.label_smoothing_factor else task.loss_function(),
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         **options,
     )
@@ -51,11 +56,11 @@ def make_trainer(
     return trainer
 
 
-def _check_metric(task: tasks.Task, arguments: TrainingArguments) -> None:
-    name = arguments.metric_for_best_model
+def _check_metric(model: PreTrainedModel, arguments: TrainingArguments) -> None:
+    name, task = arguments.metric_for_best_model, tasks.of(model)
     if name is None:
         return
-    metrics = {metric.key: metric for metric in task.metrics}
+    metrics = {metric.key: metric for metric in task.metrics_of(model)}
     metric = metrics.get(name.removeprefix("eval_"))
     if metric is None:
         raise ConfigError(

@@ -119,7 +119,7 @@ def _closest(pattern: re.Pattern, names: Sequence[str]) -> list[str]:
     words = [word for word in text.split(".") if word]
 
     def likeness(name: str) -> float:
-        """The mean likeness of each word of the pattern to the closest part of the name."""
+        """How like the words of the pattern are to the closest parts of the name, summed."""
         parts = name.split(".")
         return sum(max(difflib.SequenceMatcher(None, w, part).ratio() for part in parts) for w in words)
 

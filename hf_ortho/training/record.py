@@ -25,6 +25,7 @@ logger = logging.getLogger("hf_ortho")
 REQUIRED = ("activation", "train", "adapter", "optim", "activation_natural_steps", "param_groups")  # and those of LoRA
 KEPT = ("learning_rate", "activation_learning_rate", "weight_decay")  # saved with the states of the optimizer
 DATA = ("dataset", "dataset_config", "dataset_revision", "train_split", "block_size", "streaming", "max_train_samples")
+MASKS = ("mask_probability", "whole_word_mask")
 TRAINING = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
     *("max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "learning_rate", "weight_decay"),
@@ -41,7 +42,7 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
     record: dict[str, Any] = {
         "activation": ", ".join(sorted(map(_canonical, names))),
         **{key: getattr(recipe.model, key) for key in ("model", "train", "adapter", "dtype")},
-        **{key: getattr(recipe.data, key) for key in DATA},
+        **{key: getattr(recipe.data, key) for key in (*DATA, *MASKS)},
         **{key: getattr(recipe.training, key) for key in TRAINING},
         **{key: getattr(optimizer, key) for key in ("activation_natural_steps", "activation_gradient_scale")},
         "domain_penalty": optimizer.domain_penalty,

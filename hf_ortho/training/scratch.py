@@ -31,10 +31,9 @@ from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
-from ..tasks import SUPPORTED, TASKS, data, named
-from ..tasks.columns import text_column
+from ..tasks import SUPPORTED, TASKS, Task, data, head_of, named
 from ..tasks.stream import read, without_rows
-from ..tasks.tokenizer import bpe_tokenizer, named_tokenizer
+from ..tasks.tokenizer import bpe_tokenizer, byte_tokenizer, named_tokenizer
 from ..text import suggestion
 from .arguments import DataArguments, ModelArguments
 from .distributed import fits_agree
@@ -68,10 +67,15 @@ def scratch_checkpoint(
         raise ConfigError(f"model_type {config.model_type!r} has {wanted}; init scratch supports: {SUPPORTED}")
     tokenizer = image_processor = None
     if cls.main_input_name == "input_ids":
-        tokenizer = _tokenizer(arguments, data_arguments, commit)
+        task = cast(Task, head_of(cls.__name__))
+        masks = task.masks_tokens
+        tokenizer = _tokenizer(arguments, data_arguments, commit, task)
         if arguments.tokenizer:
             config.vocab_size = max(len(tokenizer), cast(dict, arguments.config_overrides).get("vocab_size", 0))
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            for key in ("pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id") if masks else ():
+                if hasattr(config, key):
+                    setattr(config, key, getattr(tokenizer, key))
     else:
         image_processor = _image_processor(arguments, config, commit)
     model, report = build_model(cls, config, arguments.activation, arguments.activation_init, seed)
@@ -171,27 +175,28 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
         raise ConfigError(f"config_overrides {overrides}: {explain(error)}") from error
 
 
-def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None):
-    name = arguments.tokenizer
+def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None, task: Task):
+    name, masks = arguments.tokenizer, task.masks_tokens
     if name == "bpe":
-        if not arguments.vocab_size >= 257:
-            raise ConfigError(f"vocab_size {arguments.vocab_size}: a byte-level tokenizer needs at least 257")
+        if not arguments.vocab_size >= (least := len(byte_tokenizer(masks))):
+            raise ConfigError(f"vocab_size {arguments.vocab_size}: a byte-level tokenizer needs at least {least}")
         logger.info(f"Learning a tokenizer of {arguments.vocab_size} tokens from {data_arguments.dataset}")
-        return bpe_tokenizer(_texts(data_arguments), arguments.vocab_size)
+        return bpe_tokenizer(_texts(data_arguments, task), arguments.vocab_size, masks)
     place = name or arguments.model
     if not place:
         raise ConfigError("tokenizer is missing; give bytes, bpe (learned from the dataset), a folder or a Hub name")
-    return named_tokenizer(place, commit if place == arguments.model else None, arguments.trust_remote_code)
+    revision = commit if place == arguments.model else None
+    return named_tokenizer(place, revision, arguments.trust_remote_code, masks=masks)
 
 
-def _texts(arguments: DataArguments):
+def _texts(arguments: DataArguments, task: Task):
     """The first documents of the training split."""
     name = str(arguments.dataset)
     options: dict[str, Any] = {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
     splits = data.load(name, streaming=True, **options)
     split = splits[data.pick(splits, arguments.train_split, data.TRAIN, name)]
-    column = text_column(without_rows(split, name), arguments.text_column, name)
-    return (row[column] or "" for row in read(split.take(TOKENIZER_DOCUMENTS), name))
+    columns = task.text_columns(without_rows(split, name), arguments, name)
+    return (row[column] or "" for row in read(split.take(TOKENIZER_DOCUMENTS), name) for column in columns)
 
 
 def _image_processor(arguments: ModelArguments, config: PreTrainedConfig, commit: str | None):

@@ -148,6 +148,18 @@ def test_models_with_other_tokenizers_compare_by_bytes(
     assert total / np.log(2) / len(text_file.read_text()) == pytest.approx(second, rel=0.05)  # without the first tokens
 
 
+def test_a_terminal_shows_the_batches(evaluate, gpt2_folder, text_file, monkeypatch):
+    from hf_ortho.cli import console
+    from hf_ortho.cli import evaluate as command
+
+    out = io.StringIO()
+    terminal = console.PlainConsole(soft_wrap=True, file=out, force_terminal=True, width=200)
+    monkeypatch.setattr(console, "console", terminal)
+    monkeypatch.setattr(command, "console", terminal)
+    assert evaluate(gpt2_folder, "--dataset", text_file, "--max-samples", 5, "--batch-size", 2).code == 0
+    assert " 3/3 " in out.getvalue()
+
+
 def test_models_of_two_tasks_are_refused_before_any_is_evaluated(evaluate, gpt2_folder, convnext_folder, text_file):
     ran = evaluate(gpt2_folder, convnext_folder, "--dataset", text_file)
     assert f"{gpt2_folder} is for causal language modeling and {convnext_folder} for image classif" in ran.error

@@ -253,4 +253,7 @@ def test_two_processes_on_the_cpu(two_processes, gpt2_folder, text_file, tmp_pat
 @pytest.mark.slow
 def test_a_mistake_in_two_processes_is_one_sentence(two_processes, gpt2_folder, tmp_path):
     flags = ["--model", gpt2_folder, "--dataset", tmp_path / "none.txt", "--output_dir", tmp_path / "out"]
-    assert two_processes(*flags) == (2, "", f"hf-ortho: error: {tmp_path / 'none.txt'} does not exist\n")
+    code, out, err = two_processes(*flags)
+    assert (code, err) == (2, f"hf-ortho: error: {tmp_path / 'none.txt'} does not exist\n")
+    begun = ("Launching with multi_gpu", f"Loading {gpt2_folder}", f"Preparing {tmp_path / 'none.txt'}")
+    assert out.splitlines() == list(begun)  # of one of them

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from stand_in import Repositories, hub
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from hf_ortho.checkpoints.load import load_checkpoint
 from hf_ortho.errors import CheckpointError, ConfigError, HubError
 from hf_ortho.hub.push import push
 
@@ -426,3 +427,22 @@ def test_fine_tuning_without_rights_does_not_start(served, connect, tmp_path, co
     message = hf_ortho_command("finetune", "--model", converted, "--dataset", text_file, *flags).error
     assert message.startswith("run: the token has no write access")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
+def test_a_masked_language_model_is_pushed_and_loaded(served, tmp_path, text_file, hf_ortho_command):
+    sizes = "{hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 1, intermediate_size: 8}"
+    flags = ["--model-type", "bert", "--config-overrides", sizes, "--tokenizer", "bytes", "--activation", "hermite_3"]
+    flags += ["--dataset", text_file, "--block-size", 32, "--max-steps", 1, "--use-cpu", "--save-strategy", "no"]
+    flags += ["--push-to-hub", "true", "--hub-model-id", "me/masked", "--output-dir", tmp_path / "run"]
+    done = hf_ortho_command("pretrain", *flags)
+    assert done.code == 0, done.err
+    card = ModelCard(served.get("models", "me/masked").files("main")["README.md"].decode())
+    assert card.data.pipeline_tag == "fill-mask"
+    assert [result.metric_type for result in card.data.eval_results] == ["loss", "masked_perplexity"]
+    loaded = load_checkpoint("me/masked")
+    assert type(loaded.model).__name__ == "BertForMaskedLM"
+    ids = loaded.tokenizer("one two", return_tensors="pt")
+    local = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**ids).logits, local(**ids).logits)

@@ -134,6 +134,7 @@ def test_tools_reach_the_template():
         (ASKING, {"messages": None}, "None is not a list of messages"),
         (ASKING, {"prompt": "Hi", "completion": CHAT[1:2]}, "'Hi' is not a list of messages"),
         ("{{ raise_exception('only users') }}", {"messages": CHAT}, "cannot render it: only users"),
+        (ASKING, {"messages": CHAT, "tools": "[{"}, "cannot render it: .*double quotes"),
         ("{{ messages | length }}" + PLAIN, {"messages": CHAT}, "mark the completions .* with {% generation %}"),
     ],
 )

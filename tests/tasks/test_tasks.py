@@ -7,6 +7,8 @@ from hf_ortho.errors import ConfigError
 from hf_ortho.tasks import METRICS, TASKS, UNTRAINED, head_of, of
 from hf_ortho.tasks.causal_lm import CAUSAL_LM
 from hf_ortho.tasks.image_classification import IMAGE_CLASSIFICATION
+from hf_ortho.tasks.masked_lm import MASKED_LM
+from hf_ortho.tasks.text_classification import TEXT_CLASSIFICATION
 
 
 @pytest.mark.parametrize(
@@ -17,7 +19,9 @@ from hf_ortho.tasks.image_classification import IMAGE_CLASSIFICATION
         ("FSDPLlamaForCausalLM", CAUSAL_LM),
         ("CAUSAL_LM", CAUSAL_LM),
         ("ConvNextForImageClassification", IMAGE_CLASSIFICATION),
-        ("BertForMaskedLM", UNTRAINED[0]),
+        ("BertForMaskedLM", MASKED_LM),
+        ("BertForSequenceClassification", TEXT_CLASSIFICATION),
+        ("SEQ_CLS", TEXT_CLASSIFICATION),
     ],
 )
 def test_a_name_tells_the_head(name, head):
@@ -39,8 +43,8 @@ def test_the_task_of_a_model_and_of_the_one_behind_an_adapter(make_gpt2, make_co
 
 def test_a_model_without_a_task_is_told_which_ones_there_are():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
-    said = "^BertForMaskedLM cannot be trained or .* supported tasks: causal language modeling, image classification$"
+    model = transformers.BertModel(transformers.BertConfig(**sizes))
+    said = f"^BertModel cannot be trained or evaluated; supported tasks: .*{CAUSAL_LM.title}"
     with pytest.raises(ConfigError, match=said):
         of(model)
 

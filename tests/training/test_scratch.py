@@ -161,7 +161,7 @@ def test_a_padded_vocabulary_is_not_generated(text_file, tmp_path):
         ({"model_type": None}, ConfigError, "either model.*or model_type"),
         ({"model": "somewhere"}, ConfigError, "either model.*or model_type"),
         ({"model_type": "gtp2"}, CheckpointError, "gtp2"),
-        ({"model_type": "t5", "config_overrides": {}}, ConfigError, "'t5'"),
+        ({"model_type": "vits", "config_overrides": {}}, ConfigError, "'vits'"),
         ({"config_overrides": {"n_layers": 2}}, ConfigError, "no 'n_layers'; did you mean n_layer"),
         ({"activation": "hermit_3"}, HfOrthoError, "unknown activation 'hermit_3'"),
         ({"activation": "hermite_3", "activation_init": "best"}, ConfigError, "'best': must be one of paper, unit"),

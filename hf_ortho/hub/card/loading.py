@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from ...checkpoints.adapter import base_revision
 from ...checkpoints.custom_code import references
@@ -21,6 +22,7 @@ BEGIN = "<!-- how to load: written by hf_ortho, `hf-ortho push` puts the reposit
 END = "<!-- end of how to load -->"
 
 
+MOST_CLASSES = 50  # that are listed
 SENTENCE_CONFIG = "config_sentence_transformers.json"
 SENTENCE_MODELS = {"SentenceTransformer": "sentence-similarity", "SparseEncoder": "feature-extraction"}
 SENTENCE_MODELS |= {"CrossEncoder": "text-ranking"}  # their tasks on the Hub
@@ -62,6 +64,8 @@ def model_loading(config: dict, place: str, remote_code: bool, sentence: str | N
             f"This model requires hf_ortho: without the import, transformers does not know {code(activation)} and "
             "fails to load."
         )
+    if auto == "AutoModelForSequenceClassification" and (names := _class_names(config.get("id2label"))):
+        parts.append(names)
     return _marked("\n\n".join(parts))
 
 
@@ -82,15 +86,27 @@ def adapter_loading(config: dict, place: str) -> Markdown:
     at = f", revision={json.dumps(revision)}" if revision else ""
     if labels := config.get("id2label"):  # the adapter has a separate head
         at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"
+    classes, tokenizer = "", ""
+    if labels and task == "SEQ_CLS":  # a decoder may have no pad token, other than the tokenizer in the folder
+        classes, tokenizer = ", AutoTokenizer", f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)})\n"
+        at += ", pad_token_id=tokenizer.pad_token_id"
     recorded = (config.get("auto_mapping") or {}).get("base_model_class") or ""  # by peft, without a task_type
     cls = head_of(task).auto_class if task else recorded if recorded.isidentifier() else "AutoModel"
     lines = (
-        f"{imports}from peft import PeftModel\nfrom transformers import {cls}\n\n"
-        f"base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
+        f"{imports}from peft import PeftModel\nfrom transformers import {cls}{classes}\n\n"
+        f"{tokenizer}base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
     )
-    names = f"The classes are {markdown(', '.join(labels.values()))} (`labels.json`)." if labels else ""
+    names = f"{_class_names(labels)} They are in `labels.json`." if _class_names(labels) else ""
     return _marked("\n\n".join(part for part in (*parts, code_block(lines, "python"), names) if part))
+
+
+def _class_names(labels: Any) -> Markdown:
+    """A sentence with the names of classes by their index; empty for those that transformers gives, or for many."""
+    names = [str(name) for name in labels.values()] if isinstance(labels, dict) else []
+    if not 1 < len(names) <= MOST_CLASSES or any(name == f"LABEL_{i}" for i, name in enumerate(names)):
+        return Markdown()
+    return Markdown(f"The classes are {markdown(', '.join(names))}.")
 
 
 def with_loading(text: str, loading: str) -> str:

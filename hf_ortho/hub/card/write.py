@@ -15,7 +15,7 @@ from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS, labels_in
 from ...conversion import ConversionReport
 from ...errors import CheckpointError
 from ...files import json_object, read_text, written
-from ...tasks import METRICS
+from ...tasks import METRICS, TASKS, UNTRAINED
 from ...text import Markdown, code, code_block, markdown, markdown_table
 from ..record import Record
 from ..results import DataSource, Results, hardware
@@ -31,6 +31,7 @@ PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
 TRAINER_CARD = "has been generated automatically according to the information the Trainer had access to"
 BLANK = "[More Information Needed]"
 NO_TRAINING = TrainingDetails()
+TAGS = {*SENTENCE_MODELS.values(), *(head.pipeline_tag for head in (*TASKS, *UNTRAINED))}  # tags that name a task
 
 # Values come from the files of others: what is not Markdown is escaped.
 ENVIRONMENT = Environment(finalize=markdown)
@@ -157,6 +158,11 @@ def _inherited(base: dict[str, Any], parts: CardParts, sentence: str | None) -> 
     known = (parts.task, base.get("pipeline_tag")) if trained else (base.get("pipeline_tag"), parts.task)
     task = known[0] or known[1] or SENTENCE_MODELS.get(sentence or "")
     library = "sentence-transformers" if sentence else base.get("library_name", "transformers")
+    if trained and not sentence and parts.task not in (None, base.get("pipeline_tag", parts.task)):  # another task
+        library = "transformers"
+        base = base | {
+            "tags": [tag for tag in _listed(base.get("tags")) if tag not in {*TAGS, base.get("library_name")}]
+        }
     return base | {"library_name": library, "pipeline_tag": task}
 
 
