@@ -92,8 +92,11 @@ def number(value: float, spec: str) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """``after`` relative to ``before`` in percent, such as ``+1.250%``; ``-`` if ``before`` is 0 or not finite."""
-    return number(after / before - 1, "+.3%") if before and math.isfinite(before) else "-"
+    """``after`` relative to ``before`` in percent, such as ``+1.250%``; ``-`` if that says nothing.
+
+    That is the case if ``before`` is 0 or not finite, or if one of them is negative, as a correlation can be.
+    """
+    return number(after / before - 1, "+.3%") if 0 < before < math.inf and not after < 0 else "-"
 
 
 def json_values(value: Any, not_finite: Callable[[float], Any] = lambda _: None) -> Any:

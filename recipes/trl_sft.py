@@ -5,7 +5,7 @@
     python recipes/trl_sft.py smollm2 out --data chats.jsonl --train adapter   # OrthoConfig, a model as it is
 
 The data has the columns ``messages``, or ``prompt`` and ``completion`` (strings or messages), as in TRL. Of messages,
-the assistant turns count if the chat template marks them ({% generation %}), else the last message alone. Afterward,
+the assistant turns count if the chat template marks them ({% generation %}), else the last one alone. Afterward,
 ``hf-ortho evaluate out --dataset chats.jsonl`` measures the completions, of the model or of the adapter.
 
 Expected hardware: any. Status: run for 2 steps by the tests; no results.
@@ -20,12 +20,14 @@ from trl import SFTConfig, SFTTrainer
 import hf_ortho
 from hf_ortho.peft import OrthoConfig
 from hf_ortho.tasks import data
+from hf_ortho.tasks.conversations import MARKS
 from hf_ortho.training import set_trainable
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("model", help="Folder or Hub model with a chat template; converted, unless --train adapter.")
 p.add_argument("output", help="Output folder of the trained model or adapter.")
 p.add_argument("--data", required=True, help="File, folder or Hub dataset.")
+p.add_argument("--split", help="Split to train on. Default: train, else the first.")
 p.add_argument("--train", default="all", choices=("all", "activations", "adapter"))
 p.add_argument("--activation", default="hermite_8", help="Activation of the adapter.")
 p.add_argument("--max_length", type=int, default=1024)
@@ -37,13 +39,18 @@ args = p.parse_args()
 
 model = AutoModelForCausalLM.from_pretrained(args.model)
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-rows = data.load(args.data)["train"]
-marked = "messages" in rows.column_names and "generation %}" in str(tokenizer.chat_template)
+splits = data.load(args.data)
+rows = splits[data.pick(splits, args.split, data.TRAIN, args.data)]
+marked = "messages" in rows.column_names and MARKS.search(str(tokenizer.chat_template)) is not None
 if "messages" in rows.column_names and not marked:
-    rows = rows.map(
-        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
-        remove_columns=rows.column_names,
-    )
+
+    def last_turn(row):
+        turns = [i for i, message in enumerate(row["messages"]) if i and message["role"] == "assistant"]
+        last = turns[-1] if turns else len(row["messages"])
+        return {"prompt": row["messages"][:last], "completion": row["messages"][last : last + 1]}
+
+    rows = rows.map(last_turn, remove_columns=[name for name in rows.column_names if name != "tools"])
+    rows = rows.filter(lambda row: row["completion"])
 if args.train == "adapter":
     adapter = OrthoConfig(activation=args.activation, task_type="CAUSAL_LM")
 else:

@@ -175,7 +175,15 @@ def test_what_is_not_finite_is_none_in_json():
 
 @pytest.mark.parametrize(
     ("before", "after", "text"),
-    [(2.0, 2.5, "+25.000%"), (4.0, 3.0, "-25.000%"), (0.0, 1.0, "-"), (math.inf, 1.0, "-"), (math.nan, 1.0, "-")],
+    [
+        (2.0, 2.5, "+25.000%"),
+        (4.0, 3.0, "-25.000%"),
+        (0.0, 1.0, "-"),
+        (math.inf, 1.0, "-"),
+        (math.nan, 1.0, "-"),
+        (-0.1, 0.7, "-"),
+        (0.1, -0.1, "-"),
+    ],
 )
 def test_a_change_in_percent(before, after, text):
     assert change(before, after) == text

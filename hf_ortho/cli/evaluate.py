@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..tasks import TASKS, Task, head_of
 from ..tasks.arguments import DataArguments
 from ..tasks.causal_lm import CAUSAL_LM
+from ..tasks.masked_lm import MASKED_LM
 from ..text import change, number
 from .console import (
     DTYPES,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ..checkpoints.load import Checkpoint
 
 Model = tuple[str, str | None]  # its name and revision
+# The flags that one task takes alone.
+ONLY_FOR: dict[str, Task] = {"stride": CAUSAL_LM, "mask_probability": MASKED_LM, "whole_word_mask": MASKED_LM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +88,8 @@ def parser() -> Parser:
     p.add_argument("--max-samples", type=int, help="Evaluate on the first N samples only. Default: all samples.")
     p.add_argument("--batch-size", type=int, default=8, help="Samples per forward pass.")
     texts = {field.name: field.metadata.get("help") for field in dataclasses.fields(DataArguments)}
-    p.add_argument("--mask-probability", type=float, default=0.15, help=texts["mask_probability"])
-    p.add_argument("--whole-word-mask", action="store_true", help=texts["whole_word_mask"])
+    p.add_argument("--mask-probability", type=float, help=texts["mask_probability"])
+    p.add_argument("--whole-word-mask", action="store_true", default=None, help=texts["whole_word_mask"])
     p.add_argument(
         "--pseudo-perplexity",
         action="store_true",
@@ -112,8 +115,10 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     checkpoint = load_checkpoint(name, revision=revision, **options)
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
     task = of(checkpoint.model)
-    if args.stride is not None and task is not CAUSAL_LM:
-        raise ConfigError(f"--stride {args.stride}: only for {CAUSAL_LM.title}, and {name} is for {task.title}")
+    for key, wanted in ONLY_FOR.items():
+        if getattr(args, key) is not None and task is not wanted:
+            flag = f"--{key.replace('_', '-')}"
+            raise ConfigError(f"{flag} is only for {wanted.title}, and {name} is for {task.title}")
     if args.pseudo_perplexity:
         from ..training.pseudo_likelihood import check_masked
 
@@ -132,8 +137,11 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     metrics |= task.metrics_of_samples(metrics, samples)
     if args.pseudo_perplexity:
         metrics["pseudo_perplexity"] = _pseudo_perplexity(checkpoint, samples, args.batch_size)
-    tokenizer = None if checkpoint.tokenizer is None else content_of(checkpoint.tokenizer)
-    return Measured(name, task, data_used, tokenizer, metrics)
+    tokenizer: Any = checkpoint.tokenizer
+    content = None
+    if tokenizer is not None:  # the objects of slow tokenizers do not compare
+        content = content_of(tokenizer) if getattr(tokenizer, "is_fast", False) else tokenizer.get_vocab()
+    return Measured(name, task, data_used, content, metrics)
 
 
 def _pseudo_perplexity(checkpoint: Checkpoint, samples: Dataset, batch_size: int) -> float:
@@ -151,25 +159,22 @@ def run(argv: list[str]) -> None:
         value = getattr(args, key)
         if value is not None and value < 1:
             raise ConfigError(f"--{key.replace('_', '-')} {value}: must be at least 1")
-    fields = {key: getattr(args, key) for key in ("block_size", "mask_probability", "whole_word_mask")}
+    keys = ("block_size", "mask_probability", "whole_word_mask")
+    fields = {key: value for key in keys if (value := getattr(args, key)) is not None}
     args.data = DataArguments(max_eval_samples=args.max_samples, **fields, **columns(args))
     args.data.stride = args.stride
     models = _models(args)
     check_hub([*models, hub_tokenizer(args.tokenizer)], [args.dataset])
     _check_tasks(models)
     measured: list[Measured] = []
-    for i, model in enumerate(models, 1):
-        measured.append(measure(model, args, f", model {i} of {len(models)}" if len(models) > 1 else ""))
-        _check_task(measured)
-    if notes := _differences(measured):
-        console.print(notes)
-    first = measured[0]
-    if len(measured) == 1:
-        table(first.data, ["", first.name], [[key, f"{value:.5f}"] for key, value in first.metrics.items()])
-    elif args.against:
-        _show_pair(first, measured[1])
-    else:
-        _show(measured)
+    try:
+        for i, model in enumerate(models, 1):
+            latest = measure(model, args, f", model {i} of {len(models)}" if len(models) > 1 else "")
+            _check_task([*measured, latest])
+            measured.append(latest)
+    finally:  # the figures of the models before one that fails, or before an interruption, may have taken hours
+        if measured:
+            _show_all(measured, bool(args.against))
 
 
 def _models(args) -> list[Model]:
@@ -224,6 +229,18 @@ def _differences(measured: Sequence[Measured]) -> str:
         which = "the samples of the models differ, as their tokenizers do; only figures per byte and per word compare"
         return f"note: {which} ({'; '.join(used)})"
     return f"note: the samples of the models differ ({'; '.join(used)})" if len(used) > 1 else ""
+
+
+def _show_all(measured: Sequence[Measured], pair: bool) -> None:
+    first = measured[0]
+    if notes := _differences(measured):
+        console.print(notes)
+    if len(measured) == 1:
+        table(first.data, ["", first.name], [[key, f"{value:.5f}"] for key, value in first.metrics.items()])
+    elif pair:
+        _show_pair(first, measured[1])
+    else:
+        _show(measured)
 
 
 def _show_pair(first: Measured, second: Measured) -> None:

@@ -33,8 +33,9 @@ def text_column(dataset: Dataset, column: str | None, name: str) -> str:
     """
     if names := instruction_columns(dataset, column):
         raise DataError(
-            f"{name} has instruction data ({' and '.join(names)}) and no text column: fine-tune on it with "
-            "recipes/trl_sft.py (TRL, loss on the completions only), or name a text column with --text-column"
+            f"{name} has instruction data ({' and '.join(names)}) and no text column: fine-tune a causal language "
+            "model on it with recipes/trl_sft.py (TRL, loss on the completions only), or name a text column with "
+            "--text-column"
         )
     column = _column(dataset, column, ("text",), _is_text, "text", name)
     _check_text(dataset, column, name)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ MARKS = re.compile(r"\{%-?\s*generation\b")
 Sample = tuple[np.ndarray, np.ndarray]  # the ids of the tokens, and whether each is part of a completion
 
 
-def conversations(rows: Dataset, tokenizer: Any, block_size: int, name: str, most: int | None = None) -> Dataset:
+def conversations(rows: Iterable[dict], tokenizer: Any, block_size: int, name: str, most: int | None = None) -> Dataset:
     """One sample per row: ``input_ids``, cut to ``block_size``, and ``labels`` of -100 but on the completions.
 
     Rows whose first ``block_size`` tokens have no completion are left out, with a note.
@@ -42,7 +42,7 @@ def conversations(rows: Dataset, tokenizer: Any, block_size: int, name: str, mos
         DataError: the tokenizer has no chat template, or a row is no conversation that it can render.
     """
     samples: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
-    without = 0
+    number = without = 0
     for number, row in enumerate(rows, 1):
         try:
             ids, counts = _sample(row, tokenizer)
@@ -59,8 +59,9 @@ def conversations(rows: Dataset, tokenizer: Any, block_size: int, name: str, mos
     if not samples["labels"]:
         raise DataError(f"{name} has no completion within the first {block_size} tokens of a row")
     if without:
-        logger.warning(f"note: {without} rows of {name} have no completion within {block_size} tokens and are left out")
-    return Dataset.from_dict(samples, BLOCK_FEATURES, split=rows.split).with_format("torch")
+        which = f"{without} of {number} rows"
+        logger.warning(f"note: {which} of {name} have no completion within {block_size} tokens and are left out")
+    return Dataset.from_dict(samples, BLOCK_FEATURES, split=getattr(rows, "split", None)).with_format("torch")
 
 
 def _sample(row: dict[str, Any], tokenizer: Any) -> Sample:
@@ -79,7 +80,7 @@ def _sample(row: dict[str, Any], tokenizer: Any) -> Sample:
     def render(messages: list[dict], **options) -> Any:
         tools = row.get("tools")
         try:
-            tools = json.loads(tools) if isinstance(tools, str) else tools
+            tools = json.loads(tools) if isinstance(tools, str) else _filled(tools)
             return tokenizer.apply_chat_template(messages, tools=tools or None, **{"tokenize": False, **options})
         except Exception as error:  # jinja2's, and whatever a template raises for values that it does not expect
             raise DataError(f"the chat template cannot render it: {explain(error)}") from error
@@ -113,10 +114,16 @@ def _start(render: Callable[..., str], before: list[dict], whole: str) -> int:
 
 
 def _messages(value: Any) -> list[dict]:
-    """The messages, without the keys that a table fills with None."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) and entry.get("role") for entry in value):
         raise DataError(f"{shortened(value)} is not a list of messages with role and content")
-    return [{key: part for key, part in entry.items() if part is not None} for entry in value]
+    return _filled(value)
+
+
+def _filled(value: Any) -> Any:
+    """A value of a row without the keys that a table fills with None, at any depth, as in TRL."""
+    if isinstance(value, dict):
+        return {key: _filled(part) for key, part in value.items() if part is not None}
+    return [_filled(part) for part in value] if isinstance(value, list) else value
 
 
 def _tokens(tokenizer: Any, text: str, spans: list[tuple[int, int]], *, add_special_tokens: bool) -> Sample:
@@ -128,6 +135,7 @@ def _tokens(tokenizer: Any, text: str, spans: list[tuple[int, int]], *, add_spec
     options = {"return_attention_mask": False, "return_token_type_ids": False, "return_offsets_mapping": True}
     found = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False, **options)
     starts, ends = np.array(found["offset_mapping"], np.int64).reshape(-1, 2).T
+    starts -= starts == ends  # a space, whose place some tokenizers trim (``trim_offsets``)
     counts = np.zeros(len(starts), bool)
     for start, end in spans:
         counts |= (ends > start) & (starts < end)

@@ -69,10 +69,12 @@ class MaskedLM(Task):
         )
 
     def collator(self, checkpoint: Checkpoint) -> Callable[[list[dict]], dict]:
-        from transformers import DataCollatorForTokenClassification
+        from functools import partial
+
+        from .packing import padded
 
         tokenizer: Any = checkpoint.tokenizer
-        return DataCollatorForTokenClassification(tokenizer)  # pads the labels too
+        return partial(padded, padding=tokenizer.pad_token_id)
 
     def loss_function(self) -> Callable[..., Tensor]:
         from .metrics.compute import masked_loss

@@ -51,16 +51,17 @@ class Packer:
         return self.tokenizer(documents, verbose=False, **options)
 
 
-def padded(samples: list[dict]) -> dict[str, Tensor]:
-    """A batch of ``input_ids`` and ``labels``; the collator of causal language modeling.
+def padded(samples: list[dict], padding: int | None = None) -> dict[str, Tensor]:
+    """A batch of ``input_ids`` and ``labels``, both (samples, length) int64; the collator of language modeling.
 
-    Samples of one length are stacked. Others are padded at the right, which no token before sees, with labels of -100,
-    and there is an ``attention_mask``. The padding is token 0, as a model need not have a padding token.
+    Shorter samples are padded at the right, so that positions start at the text, with labels of -100, and there is an
+    ``attention_mask``. Without the token ``padding``, which a causal language model need not have, it is token 0, which
+    no token before sees, and samples of one length have no mask.
     """
     ids, labels = ([torch.as_tensor(sample[key]) for sample in samples] for key in ("input_ids", "labels"))
     lengths = torch.tensor([len(row) for row in ids])
-    if (lengths == lengths[0]).all():
+    if padding is None and (lengths == lengths[0]).all():
         return default_data_collator(samples)
-    batch = {"input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, -100)}
+    batch = {"input_ids": pad_sequence(ids, True, padding or 0), "labels": pad_sequence(labels, True, -100)}
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return batch | {"attention_mask": mask.long()}

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from ..errors import ConfigError, DataError
 from . import columns, data
 from .arguments import DataArguments
+from .conversations import conversations
 from .faults import why_unreadable
 from .packing import DOCUMENTS, Packer
 from .windows import text_windows
@@ -173,7 +174,7 @@ def stream_text(
     seed: int,
     masks: MaskedBlocks | None = None,
 ) -> tuple[Stream | Dataset, Dataset]:
-    """A stream of blocks for training, and the windows for evaluation; with ``masks``, masked blocks for both.
+    """A stream of blocks for training, and windows or conversations for evaluation; masked blocks with ``masks``.
 
     Without evaluation rows, the first ``max_eval_samples`` blocks are held out, and their documents are excluded from
     training wherever they occur. With ``max_train_samples``, the training set is a dataset of the first blocks.
@@ -187,7 +188,8 @@ def stream_text(
     whole = _whole if masks is None else masks.dataset
     column = columns.text_column(without_rows(rows, name), arguments.text_column, name)
     documents: list[str] = []
-    evaluation: Iterable[list[str]]
+    evaluation: Iterable[list[str]] = []
+    chats: Iterable[dict] | None = None
     if held_back_rows is None:
         if arguments.max_eval_samples is None:
             raise ConfigError(
@@ -198,8 +200,12 @@ def stream_text(
         evaluation = [documents]
     else:
         empty = without_rows(held_back_rows, held_back_name)
-        other_column = columns.text_column(empty, arguments.text_column, held_back_name)
-        evaluation = _texts(read(held_back_rows, held_back_name), other_column)
+        # Conversations have no column of text: without masks, they are evaluated a row at a time.
+        if masks is None and columns.instruction_columns(empty, arguments.text_column):
+            chats = read(held_back_rows, held_back_name)
+        else:
+            other_column = columns.text_column(empty, arguments.text_column, held_back_name)
+            evaluation = _texts(read(held_back_rows, held_back_name), other_column)
     train_blocks = partial(blocks, column=column, held_back=frozenset(documents))
     options: dict[str, Any] = {"mixing": arguments.shuffle_blocks, "finish": None if masks is None else masks.sample}
     stream = Stream(rows.select_columns([column]), train_blocks, name, seed, arguments.shuffle_buffer, **options)
@@ -209,7 +215,10 @@ def stream_text(
         raise DataError(f"{name} has less than one block of {block_size} tokens{rest}")
     if masks is None:
         most = arguments.max_eval_samples
-        held_back = text_windows(evaluation, tokenizer, block_size, most=most, name=held_back_name)
+        if chats is None:
+            held_back = text_windows(evaluation, tokenizer, block_size, most=most, name=held_back_name)
+        else:
+            held_back = conversations(chats, tokenizer, block_size, held_back_name, most)
     else:
         bodies = masks.packed(({column: text} for texts in evaluation for text in texts), column)
         held_back = masks.dataset(islice(bodies, arguments.max_eval_samples))

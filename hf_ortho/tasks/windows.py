@@ -152,16 +152,17 @@ def text_metrics(loss: float, samples: Dataset) -> dict[str, float]:
 
     With L = loss * predicted tokens, and the UTF-8 bytes and whitespace-separated words of the predicted tokens:
     bits_per_byte = L / (ln 2 * bytes), bits_per_word = L / (ln 2 * words), word_perplexity = exp(L / words). A word
-    belongs to the token in which it begins. Empty for samples other than those of ``text_windows``.
+    belongs to the token in which it begins. Without bytes or words, there are no figures per byte or per word, and
+    there are none for samples other than those of ``text_windows``.
     """
     places = samples.with_format(None)
     if not {"bytes", "words"} <= set(places.column_names):
         return {}
     total = loss * (sum(places["end"]) - sum(places["first"]))
     sizes, words = sum(places["bytes"]), sum(places["words"])
-    if not sizes or not words:
-        return {}
-    with np.errstate(over="ignore"):
-        perplexity = float(np.exp(total / words))
     bits = total / math.log(2)
-    return {"bits_per_byte": bits / sizes, "bits_per_word": bits / words, "word_perplexity": perplexity}
+    figures = {"bits_per_byte": bits / sizes} if sizes else {}
+    if words:
+        with np.errstate(over="ignore"):
+            figures |= {"bits_per_word": bits / words, "word_perplexity": float(np.exp(total / words))}
+    return figures

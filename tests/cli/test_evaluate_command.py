@@ -1,5 +1,6 @@
 import io
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, ByT5Tokenizer
 
 from hf_ortho import convert
 
@@ -166,6 +167,31 @@ def test_models_of_two_tasks_are_refused_before_any_is_evaluated(evaluate, gpt2_
     assert ran.out == ""
 
 
+def test_a_model_that_fails_leaves_the_figures_of_those_before(evaluate, gpt2_folder, text_file, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(gpt2_folder, damaged)
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    ran = evaluate(gpt2_folder, damaged, gpt2_folder, "--dataset", text_file)
+    assert ran.code == 2
+    assert "model.safetensors is damaged or truncated" in ran.error
+    (line,) = (line.split() for line in ran.out.splitlines() if line.split()[:1] == ["loss"])
+    check(line[1:], [text_loss(gpt2_folder, text_file.read_text(), 32)[0]])
+
+
+def test_copies_of_a_slow_tokenizer_are_one(evaluate, make_gpt2, save_parts, text_file, tmp_path):
+    model = make_gpt2(vocab_size=400)[0]
+    folders = [save_parts(tmp_path / name, model, ByT5Tokenizer()) for name in ("a", "b")]
+    ran = evaluate(folders[0], "--against", folders[1], "--dataset", text_file, "--max-samples", 2)
+    assert ran.code == 0
+    assert "note" not in ran.out
+
+
+@pytest.mark.parametrize("flags", [["--mask-probability", 0.3], ["--whole-word-mask"]])
+def test_masks_are_for_masked_models(evaluate, gpt2_folder, text_file, flags):
+    error = evaluate(gpt2_folder, "--dataset", text_file, *flags).error
+    assert f"{flags[0]} is only for masked language modeling, and {gpt2_folder} is for causal" in error
+
+
 def test_one_revision_per_model_in_their_order(monkeypatch):
     from hf_ortho.cli.evaluate import _models, parser
 
@@ -318,7 +344,7 @@ def test_no_model(evaluate):
 
 def test_images_have_no_stride(evaluate, convnext_folder):
     error = evaluate(convnext_folder, "--dataset", "digits", "--stride", 5).error
-    assert f"--stride 5: only for causal language modeling, and {convnext_folder} is for image" in error
+    assert f"--stride is only for causal language modeling, and {convnext_folder} is for image" in error
 
 
 def test_three_models_and_another_one(evaluate, gpt2_folder):

@@ -138,7 +138,10 @@ def test_mixed_values_are_located(tmp_path, make_gpt2):
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("messages", r"has instruction data \(messages\) and no text column: fine-tune on it with recipes/trl_sft.py"),
+        (
+            "messages",
+            r"has instruction data \(messages\) and no text column: fine-tune .* recipes/trl_sft.py",
+        ),
         ("turns", r"columns: turns\); 'turns' is nested: .* rename it to messages .* recipes/trl_sft.py trains on"),
     ],
 )

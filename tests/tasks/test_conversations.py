@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import processors
 from torch.nn.functional import cross_entropy
 
 import hf_ortho
@@ -94,11 +95,20 @@ def test_a_token_that_reaches_into_the_completion_belongs_to_it():
     assert completions(tokenizer, [{"prompt": "xa", "completion": "b"}]) == [f"x{{ab{END}}}"]
 
 
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_space_at_the_end_of_a_completion_belongs_to_it(trim):
+    template = ASKING.replace("]", "] ").replace("m['role'] ", "m['role']").replace(END, "; ")
+    tokenizer = tokenizer_of(template)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)  # GPT-2's has True
+    (text,) = completions(tokenizer, [{"messages": CHAT}])
+    assert text == "[user] Hi; [assistant] {Hello, é.; }[user] 2+2?; [assistant] {4; }"
+
+
 def test_conversations_are_cut_and_those_without_a_completion_left_out(caplog):
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": [CHAT[0] | {"content": "long " * 20}, CHAT[1]]}]
     found = completions(tokenizer_of(ASKING), rows, 22)
     assert found == [f"[user]Hi{END}[assistant]{{Hi}}".replace("Hi}", "He}")]
-    assert "2 rows of chats have no completion within 22 tokens and are left out" in caplog.text
+    assert "2 of 3 rows of chats have no completion within 22 tokens and are left out" in caplog.text
     with pytest.raises(DataError, match=r"^chats has no completion within the first 20 tokens of a row$"):
         completions(tokenizer_of(ASKING), rows, 20)
 
@@ -114,6 +124,17 @@ def test_keys_that_a_table_fills_with_none_do_not_reach_the_template():
     first, second = completions(tokenizer_of(template), rows)
     assert first.count("CALL") == 1
     assert "CALL" not in second
+
+
+def test_nor_do_keys_of_tools_and_calls():
+    template = "{{ tools | tojson if tools }}" + ASKING.replace("{{ m['content'] }}", "{{ m | tojson }}")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    other = call | {"tool_calls": [{"name": "g", "arguments": {"y": 2}}]}
+    rows = [{"messages": [CHAT[0], c], "tools": [{"name": n, n: 1}]} for c, n in ((call, "f"), (other, "g"))]
+    for text, own, foreign in zip(completions(tokenizer_of(template), rows), "fg", "yx", strict=True):
+        assert f'"name": "{own}"' in text
+        assert f'"{foreign}"' not in text
+        assert "null" not in text
 
 
 def test_tools_reach_the_template():
@@ -189,9 +210,13 @@ def test_calibration_has_their_labels(make_gpt2, chats):
     assert report.fidelity.loss_before > 0
 
 
-def test_a_training_may_be_evaluated_on_conversations(hf_ortho_command, chat_folder, chats, text_file, tmp_path):
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_training_may_be_evaluated_on_conversations(
+    hf_ortho_command, chat_folder, chats, text_file, tmp_path, streaming
+):
     flags = ["--model", chat_folder, "--dataset", text_file, "--eval-dataset", chats, "--output-dir", tmp_path / "out"]
-    ran = hf_ortho_command("finetune", *flags, "--max-steps", 1, "--learning-rate", 0.0, "--report-to", "none")
+    flags += ["--max-steps", 1, "--learning-rate", 0.0, "--report-to", "none", "--streaming", streaming]
+    ran = hf_ortho_command("finetune", *flags)
     own = hf_ortho_command("evaluate", chat_folder, "--dataset", chats)
     assert ran.figures["loss"][0] == own.figures["loss"][0]
 
@@ -202,7 +227,7 @@ def test_finetune_names_the_recipe(hf_ortho_command, chat_folder, tmp_path, row,
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     flags = ["--model", chat_folder, "--dataset", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "out"]
     error = hf_ortho_command("finetune", *flags, *streaming).error
-    assert "fine-tune on it with recipes/trl_sft.py" in error
+    assert "fine-tune a causal language model on it with recipes/trl_sft.py" in error
     assert not (tmp_path / "out").exists()
 
 

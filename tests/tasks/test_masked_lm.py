@@ -151,6 +151,15 @@ def test_shorter_blocks_are_padded(make):
     assert (batch["input_ids"][1, 6:] == checkpoint.tokenizer.pad_token_id).all()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_loss(make, side):
+    checkpoint = make()
+    checkpoint.tokenizer.padding_side = side  # BERT's positions start at the first token, padding or not
+    samples = blocks(checkpoint.tokenizer, ["abcdefghijklmn" + "opqr"])
+    alone, together = (evaluate_model(checkpoint, samples, size)["loss"] for size in (1, 2))
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
 # ---- masks ---------------------------------------------------------------------------------------------------------
 
 

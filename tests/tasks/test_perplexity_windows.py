@@ -190,8 +190,9 @@ def test_figures_per_byte_and_per_word_from_all_losses(checkpoint, hf_ortho_comm
     assert found["word_perplexity"] == pytest.approx(2 ** found["bits_per_word"], rel=1e-3)
 
 
-def test_a_text_without_words_or_another_kind_of_samples_has_no_such_figures(bpe):
-    assert text_metrics(1.0, text_windows([["   \n  \n"]], bpe, 8)) == {}
+def test_figures_that_a_text_or_another_kind_of_samples_has_not(bpe):
+    (figure,) = text_metrics(1.0, text_windows([["日本語"]], bpe, 16)).items()  # a token per byte
+    assert figure == ("bits_per_byte", pytest.approx(8 / 6 / math.log(2)))  # the first holds a character's 3 bytes
     assert text_metrics(1.0, windows(np.arange(9), 8)) == {}
     many = text_windows([["one two three"]], bpe, 8)
     assert text_metrics(5000.0, many)["word_perplexity"] == math.inf

@@ -109,6 +109,19 @@ def test_an_adapter(sft, tmp_path):
     assert not torch.allclose(before, expected, atol=1e-4)
 
 
+def test_messages_without_marks_end_with_their_last_answer(sft):
+    thanks = {"role": "user", "content": "Thanks"}
+    tools = [{"name": "add"}]
+    rows = [{"messages": [*CHAT, thanks], "tools": tools}, {"messages": CHAT[:1], "tools": tools}]
+    template = "{{ tools[0]['name'] }}" + TEMPLATE
+    names = sft("hermite_3", rows, template=template)
+    (row,) = names["trainer"].train_dataset
+    tokenizer = names["tokenizer"]
+    expected = "add[user]Hi<|endoftext|>[assistant]Hello.<|endoftext|>[user]2+2?<|endoftext|>[assistant]4<|endoftext|>"
+    assert tokenizer.decode(row["input_ids"]) == expected
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "4<|endoftext|>"
+
+
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["not marked", "marked"])
 def test_the_loss_is_on_what_evaluate_counts(sft, kind, template):
