@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, NonFiniteError
 from ..folders import OutputFolder
 from ..tasks import LOSS, NAMES, TASKS, Metric
+from ..tasks.text_classification import OF_NUMBERS
 from ..text import markdown_table
 from ..training.arguments import Comparison
 from .console import console, table, telling_what_is_kept, trainer_log, training_size
@@ -47,7 +48,8 @@ def run(argv: list[str]) -> int | None:
 
 
 def _compare(comparison: Comparison) -> None:
-    from ..training.compare import measure_steps, run_grid
+    from ..training.compare import run_grid
+    from ..training.step_times import measure_steps
 
     grid, folder = comparison.compare, str(comparison.training.output_dir)
     total = len(grid.activations) * len(grid.seeds)
@@ -124,11 +126,13 @@ def write(
         rows.append(row)
     data = comparison.data
     seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-    steps = max((step for run in runs for step, _ in run.history), default=comparison.training.max_steps)
+    steps = max(max([run.steps, *(step for step, _ in run.history)]) for run in runs)
     caption = (
-        f"Trained on {_name(data.dataset)} for {steps} steps, evaluated on {_name(data.eval_dataset or data.dataset)}, "
-        f"seeds {seeds}, `hf-ortho compare`, {hardware()}; ± is the standard deviation over seeds"
+        f"Trained on {_name(data.dataset)}{f' for {steps} steps' if steps else ''}, "
+        f"evaluated on {_name(data.eval_dataset or data.dataset)}, seeds {seeds}, `hf-ortho compare`, {hardware()}"
     )
+    if any(s.seeds > 1 for s in summaries):
+        caption += "; ± is the standard deviation over seeds"
     if diverged:
         caption += f"; diverged: {'; '.join(diverged)}"
     results = {
@@ -152,5 +156,6 @@ def write(
             title,
             caption,
             draft / "comparison.png",
+            "mean squared error" if OF_NUMBERS[0].key in runs[0].metrics else LOSS.unit,
         )
     return caption, columns, rows

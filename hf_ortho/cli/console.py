@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from wrapt import register_post_import_hook
 
@@ -168,6 +168,7 @@ def quiet() -> None:
     register_post_import_hook(transformers_logging, "transformers.utils.logging")
     register_post_import_hook(datasets_logging, "datasets")
     register_post_import_hook(lambda module: module.set_verbosity_error(), "huggingface_hub.utils.logging")
+    register_post_import_hook(lambda module: module.logger.setLevel(logging.ERROR), "deepspeed.utils.logging")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
@@ -250,11 +251,8 @@ def show_report(report: ConversionReport, *, verbose: bool = False) -> None:
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
     """A progress bar on one line. The total is unknown until set."""
-    first, count, last = (
-        TextColumn(text, markup=False)
-        for text in ("{task.description}", "{task.completed}/{task.total}", "{task.fields[note]}")
-    )
-    with Progress(first, BarColumn(), count, TimeElapsedColumn(), last, console=console) as bar:
+    first, last = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+    with Progress(first, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), last, console=console) as bar:
         yield bar, bar.add_task(one_line(title), total=None, note="")
 
 

@@ -98,7 +98,8 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
     if arguments.push_to_hub and arguments.process_index == 0:  # fail now rather than after training
         output_folder(recipe)
         find_or_create(_repository(arguments), private=arguments.hub_private_repo, token=arguments.hub_token)
-    folder, line = Path(str(arguments.output_dir)), command_line(command, argv)
+    folder = Path(str(arguments.output_dir))
+    line = os.environ.get(LAUNCHED) or command_line(command, argv)
     base = None if recipe.model.init == "scratch" else recipe.model.model
 
     def finish(draft: Path, result: Result) -> None:
@@ -123,7 +124,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
 
     def kept() -> str:
         whole = [checkpoint.name for checkpoint in checkpoints(folder) if is_whole(checkpoint)]
-        again = f"{os.environ.get(LAUNCHED) or line} --resume-from-checkpoint auto"
+        again = f"{line} --resume-from-checkpoint auto"
         if not whole:
             return f"interrupted before the first checkpoint; to start again: {again}"
         return f"interrupted; {folder} keeps {whole[-1]}; to continue: {again}"

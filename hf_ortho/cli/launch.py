@@ -74,6 +74,7 @@ def launch(command: str, argv: list[str]) -> int | None:
         options += ["--parallelism_config_tp_size", str(processes)]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = command_line(command, argv)  # as typed
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would print the warnings of DDP
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "hf_ortho", command, *rest]))
     except subprocess.CalledProcessError as error:  # of ``single``

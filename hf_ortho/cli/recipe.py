@@ -71,6 +71,7 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     groups = get_type_hints(kind, localns={"TrainingArguments": TrainingArguments})
     p = _parser(groups, command, description)
     p.set_defaults(hub_strategy="end")  # the files that Trainer pushes at each save include a pickle
+    p.set_defaults(log_level_replica="error")  # in other processes than the first, transformers would print warnings
     known = {action.dest for action in p._actions} - {"help", "help_all", "config"}
     add_arguments(p)  # for --help-all: ``launch`` has already consumed them
     strategies = {action.dest for action in p._actions if action.choices and "no" in action.choices}

@@ -24,12 +24,14 @@ def plot_comparison(
     metric: str,
     title: str,
     path: str | Path,
+    unit: str = "nats",
 ) -> None:
     """Write a PNG with three panels.
 
     Args:
         curves: by activation and seed, (optimizer step, training loss) pairs; the first activation is the reference.
         finals: by activation and seed, the final metric; at least one activation.
+        unit: of the training loss.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -38,6 +40,7 @@ def plot_comparison(
     FigureCanvasAgg(figure)
     losses, gaps, final = figure.subplots(1, 3)
     reference = next(iter(curves))
+    reach = 0.0  # of all differences after the first fifth
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(curves)}
     for name, by_seed in curves.items():
         if not by_seed:
@@ -51,21 +54,21 @@ def plot_comparison(
         _, reference_loss = _aligned([curves[reference][seed] for seed in common])
         n = min(loss.shape[1], reference_loss.shape[1])
         gap = _smooth(loss[:, :n] - reference_loss[:, :n])
+        reach = max(reach, np.abs(gap[:, n // 5 :]).max())
         gaps.plot(steps[:n], gap.mean(0), lw=1.4, color=colors[name], label=name)
         if len(common) > 1:
             gaps.fill_between(steps[:n], gap.min(0), gap.max(0), color=colors[name], alpha=0.15, lw=0)
-    losses.set(title="training loss, mean over seeds", xlabel="optimizer step", ylabel="nats")
+    losses.set(title="training loss, mean over seeds", xlabel="optimizer step", ylabel=unit)
     if losses.lines:
         losses.legend(fontsize=8)
     gaps.axhline(0, color=BLACK, lw=1.0)
     gaps.set(
         title=f"training loss minus the loss of {reference}, same seed\n(running mean; band: all seeds)",
         xlabel="optimizer step",
-        ylabel="nats",
+        ylabel=unit,
     )
-    steady = [line.get_ydata()[len(line.get_ydata()) // 5 :] for line in gaps.lines[:-1]]
-    if steady and (reach := 1.3 * max(np.abs(y).max() for y in steady)) > 0:
-        gaps.set_ylim(-reach, reach)
+    if reach > 0:
+        gaps.set_ylim(-1.3 * reach, 1.3 * reach)
     for i, (name, values) in enumerate(finals.items()):
         final.plot([i] * len(values), list(values.values()), "o", ms=4, color=colors.get(name, GRAY), alpha=0.6)
         final.plot([i - 0.25, i + 0.25], [np.mean(list(values.values()))] * 2, lw=2, color=colors.get(name, GRAY))

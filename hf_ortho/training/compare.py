@@ -11,33 +11,28 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from accelerate import PartialState
-from torch import nn
-from transformers import TrainerCallback
-from transformers.activations import ACT2FN
+from transformers import TrainerCallback, TrainingArguments
 
-from ..activations import LearnableActivation
-from ..activations.registry import check_name
+from ..activations.registry import check_name, is_learnable
 from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from ..files import written
 from ..folders import OutputFolder
-from ..profiling.memory import kept_bytes, measure_each
-from ..profiling.timing import Times, interleave
 from ..tasks import of
 from .arguments import Comparison, LoggingArguments, Recipe
-from .assemble import assemble, build_trainer
 from .checkpoints import checkpoints, remove_leftovers, whole_checkpoints
 from .distributed import main_decides
 from .finetune import finetune, output_folder
 from .manifest import is_whole
-from .trainer import ActivationTrainer
+from .policies import LEARNABLE
 
 logger = logging.getLogger("hf_ortho")
 
 T = TypeVar("T")
 RUN = "run.json"  # the results of a finished run, in its folder
+SEED = TrainingArguments.seed  # its default
 # Fields that may differ between runs of the grid, or that do not affect the results.
 FREE = {"activation", "seed", "output_dir", "resume_from_checkpoint", "activations", "seeds", "timing_rounds"}
 
@@ -50,7 +45,7 @@ class Run:
         metrics: metrics of the task after the training, by key.
         history: (step, mean training loss since the previous step) pairs.
         diverged: reason if the training diverged, in which case there are no metrics and no history; empty otherwise.
-        task: name of the task; empty if it diverged, or in the folder of an earlier version.
+        task, steps: name of the task, and number of steps; empty and 0 if it diverged, or of an earlier version.
     """
 
     activation: str
@@ -59,6 +54,7 @@ class Run:
     history: list[tuple[int, float]]
     diverged: str = ""
     task: str = ""
+    steps: int = 0
 
     def __str__(self) -> str:
         return (
@@ -100,10 +96,19 @@ def run_grid(
     grid = comparison.compare
     for name in grid.activations:
         check_name(name)
-    for key in ("activations", "seeds"):
+    single = {"activations": (comparison.model.activation, None), "seeds": (comparison.training.seed, SEED)}
+    for key, (value, default) in single.items():
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} {values}: give at least one, without duplicates")
+        if value != default and comparison.training.process_index == 0:
+            runs = ", ".join(map(str, values))
+            logger.warning(f"note: {key.removesuffix('s')} {value} has no effect; a comparison runs {key} ({runs})")
+    train, fixed = comparison.model.train, [name for name in grid.activations if not is_learnable(name)]
+    if fixed and train in LEARNABLE:
+        raise ConfigError(f"train {train!r}: {fixed[0]} has no parameters to train; remove it from activations")
+    if comparison.training.push_to_hub:
+        raise ConfigError("push_to_hub: a comparison pushes nothing; push the folder of a run with hf-ortho push")
     main_decides(comparison.training, lambda: output_folder(comparison))
     folder = Path(str(comparison.training.output_dir))
     with PartialState().main_process_first():
@@ -169,11 +174,8 @@ def _duration(seconds: float) -> str:
 
 
 def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> Run:
-    recipe = _member(comparison, activation, seed, folder)
-    whole = whole_checkpoints(folder)
-    if whole:
-        logger.info(f"Resuming from {whole[-1].name}")
-    else:
+    recipe = member(comparison, activation, seed, folder)
+    if not whole_checkpoints(folder):
         main_decides(recipe.training, lambda: _empty(folder))
     recipe.training.resume_from_checkpoint = "auto"
     try:
@@ -184,7 +186,9 @@ def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callb
         if result.after is None:
             raise ConfigError("a comparison needs evaluation data; give eval_dataset or eval_split")
         history = [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
-        run = Run(activation, seed, result.after, history, task=str(of(result.checkpoint.model).pipeline_tag))
+        steps = max(entry["step"] for entry in result.history)  # the last is of the end of the training
+        task = str(of(result.checkpoint.model).pipeline_tag)
+        run = Run(activation, seed, result.after, history, task=task, steps=steps)
     _write(folder / RUN, json.dumps(dataclasses.asdict(run)))
     return run
 
@@ -197,13 +201,14 @@ def _empty(folder: Path) -> None:
             pass
 
 
-def _member(comparison: Comparison, activation: str, seed: int, folder: Path) -> Recipe:
+def member(comparison: Comparison, activation: str, seed: int, folder: Path) -> Recipe:
+    """The recipe of one run, which writes to ``folder``."""
     groups = {field.name: copy.copy(getattr(comparison, field.name)) for field in dataclasses.fields(Recipe)}
     recipe = Member(**groups, others=tuple(comparison.compare.activations))
     recipe.model.activation = activation
     recipe.training.seed = seed
     recipe.training.output_dir = str(folder)
-    if not isinstance(ACT2FN[activation], LearnableActivation):  # these options need learnable activations
+    if not is_learnable(activation):  # these options need learnable activations
         recipe.optimizer = dataclasses.replace(recipe.optimizer, domain_penalty=0.0)
         recipe.logging = LoggingArguments()
     return recipe
@@ -290,43 +295,3 @@ def summarize(runs: list[Run], metric: str) -> list[Summary]:
 
 def _mean(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-# ---- time and memory -----------------------------------------------------------------------------------------------
-
-
-def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times], dict[str, float]]:
-    """Time an optimizer step on one micro-batch with each activation, and count the bytes saved by its forward pass.
-
-    The steps are interleaved in one process, so other load on the machine slows all of them alike. The first
-    activation is the reference of the ratios.
-    """
-    arguments, steps, forwards = comparison.training, {}, {}
-    for name in comparison.compare.activations:
-        recipe = _member(comparison, name, comparison.compare.seeds[0], Path(str(arguments.output_dir)))
-        checkpoint, train, _, _ = assemble(recipe)
-        trainer, _ = build_trainer(recipe, checkpoint, train, None)
-        steps[name], forwards[name] = _step(trainer)
-    device = arguments.device.type
-    return interleave(steps, rounds=rounds, device=device), measure_each(kept_bytes, forwards, device)
-
-
-def _step(trainer: ActivationTrainer) -> tuple[Callable[[], None], Callable[[], object]]:
-    """An optimizer step on one micro-batch, and its forward pass."""
-    batch = next(iter(trainer.get_train_dataloader()))
-    model, optimizer = trainer.accelerator.prepare(cast(nn.Module, trainer.model).train(), trainer.create_optimizer())
-    trainer.current_gradient_accumulation_steps = 1
-    limit = trainer.args.max_grad_norm
-
-    def step() -> None:
-        trainer.training_step(model, dict(batch))
-        if limit:
-            trainer.accelerator.clip_grad_norm_(model.parameters(), limit)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def forward() -> object:
-        with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
-
-    return step, forward

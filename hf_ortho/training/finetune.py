@@ -102,6 +102,8 @@ def finetune(
     asked = str(arguments.resume_from_checkpoint or "").lower()
     intact = intact_checkpoints(whole) if asked in ("true", "auto") else whole
     resume = main_decides(arguments, lambda: _resume_from(arguments, folder, whole, intact))
+    if resume is not None:
+        logger.info(f"Resuming from {Path(resume).name}")
     with loading_whole(recipe):
         checkpoint, train, held_back, report = assemble(recipe)
     record = record_of(recipe, checkpoint.model, train)

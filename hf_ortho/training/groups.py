@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,15 +103,22 @@ def assign(
         elif not elsewhere & left:
             where = f"param_groups: pattern {entry['pattern']!r}"
             if trainable or elsewhere:
-                first = names[trainable[0]][0] if trainable else min(elsewhere)
+                first = _matching(pattern, names[trainable[0]]) if trainable else min(elsewhere)
                 raise ConfigError(f"{where} only matches parameters of earlier entries, such as {first}")
             if matching:
-                first = names[matching[0]][0]
+                first = _matching(pattern, names[matching[0]])
                 raise ConfigError(f"{where} only matches frozen parameters, such as {first}; check train")
             known = [name for key in parameters if parameters[key].requires_grad for name in names[key]]
             raise ConfigError(f"{where} matches no parameter; the closest are {', '.join(_closest(pattern, known))}")
         left -= elsewhere
     return position, used
+
+
+def _matching(pattern: re.Pattern, names: Sequence[str]) -> str:
+    """The first of a parameter's ``names`` that matches, and one that is tied to it, if any."""
+    found = next(filter(pattern.search, names))
+    tied = next((f" (tied to {name})" for name in names if name != found), "")
+    return found + tied
 
 
 def _closest(pattern: re.Pattern, names: Sequence[str]) -> list[str]:
@@ -147,15 +155,16 @@ def absent_names(model: nn.Module, activations: Collection[str]) -> Iterator[str
 
 
 def group_counts(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> str:
-    """``groups`` in one sentence, with their numbers of parameters."""
+    """``groups`` in one sentence, with their numbers of parameters; those with the same values are counted as one."""
     from ..partitioned import full_size
     from .paths import activations_by_path
 
     learned = {id(p) for module in activations_by_path(model).values() for p in module.parameters(recurse=False)}
-    parts = []
+    counts: Counter[tuple[str, str]] = Counter()
     for group in groups:
         others = "activations" if all(id(p) in learned for p in group["params"]) else "others"
         label = repr(group["pattern"]) if "pattern" in group else others
-        count = sum(map(full_size, group["params"]))
-        parts.append(f"{label}: {count:,} (learning rate {group['lr']:.3g}, weight decay {group['weight_decay']:.3g})")
+        values = f"learning rate {group['lr']:.3g}, weight decay {group['weight_decay']:.3g}"
+        counts[label, values] += sum(map(full_size, group["params"]))
+    parts = [f"{label}: {count:,} ({values})" for (label, values), count in counts.items()]
     return f"Parameter groups: {'; '.join(parts)}"

@@ -47,8 +47,8 @@ def param_groups(
 
     Each entry of ``groups`` takes the parameters in whose name its ``pattern`` is found, as by ``re.search``, and that
     no earlier entry takes. Names are those of the plain model, as before wrapping and peft; a tied parameter has
-    several. What an entry does not set stays as without it. Its groups come last, with the ``pattern`` as a further
-    key.
+    several. Its learning rate takes precedence over ``activation_lr``. What an entry does not set stays as without it.
+    Its groups come last, with the ``pattern`` as a further key.
 
     Args:
         model: any module.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_ortho.cli.console import announced, telling_what_is_kept, trainer_progress
+from hf_ortho.cli.console import announced, progress, quiet, telling_what_is_kept, trainer_progress
 from hf_ortho.cli.main import LAUNCHED
 from hf_ortho.training import ActivationTrainer
 
@@ -51,6 +51,14 @@ def test_notes_are_printed_as_without_it(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "note: this is one\n")
 
 
+def test_deepspeed_is_quiet(monkeypatch):
+    """Accelerate imports it if it is installed; it warns about a machine without a GPU."""
+    logger = pytest.importorskip("deepspeed.utils.logging").logger
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    quiet()
+    assert logger.level == logging.ERROR
+
+
 # ---- interruption --------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +94,7 @@ def test_a_training_that_is_interrupted_names_its_checkpoint(hf_ortho_command, f
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ran = hf_ortho_command(*shlex.split(again)[1:])
     assert ran.code == 0, ran.err
+    assert "Resuming from checkpoint-2\n" in ran.out
 
 
 def test_a_training_without_a_checkpoint_says_so(hf_ortho_command, flags, interrupt):
@@ -123,6 +132,12 @@ def test_a_second_signal_does_not_disturb_the_report():
     with pytest.raises(KeyboardInterrupt, match="interrupted; all is kept"), telling_what_is_kept(kept):
         raise KeyboardInterrupt
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_unknown_total_is_a_question_mark(capsys):
+    with progress("counting") as (bar, task):
+        bar.update(task, completed=3)
+    assert "3/?" in capsys.readouterr().out
 
 
 def test_no_progress_bar_is_left_open():

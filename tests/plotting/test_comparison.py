@@ -35,6 +35,21 @@ def test_mean_losses_and_paired_differences(figure_of):
     np.testing.assert_allclose(final.lines[3].get_ydata(), [1.5, 1.5])
 
 
+def test_the_unit_of_the_loss_is_on_both_axes(figure_of):
+    names = {"gelu": curves(0.0), "hermite_3": curves(-0.3)}
+    finals = {name: {0: 1.0} for name in names}
+    for unit, options in (("nats", {}), ("mean squared error", {"unit": "mean squared error"})):
+        figure = figure_of(lambda path, options=options: plot_comparison(names, finals, "", "", path, **options))
+        assert [axes.get_ylabel() for axes in figure.axes[:2]] == [unit] * 2
+
+
+def test_the_band_is_not_cut_off(figure_of):
+    """The differences of two seeds, -0.3 and 0.5, are on both sides of their mean."""
+    wide = {0: curves(-0.3)[0], 1: curves(0.5)[1]}
+    low, high = drawn(figure_of, {"gelu": curves(0.0), "hermite_3": wide}).axes[1].get_ylim()
+    assert (low, high) == (pytest.approx(-0.65), pytest.approx(0.65))
+
+
 def test_noise_is_smoothed_but_not_the_level(figure_of):
     noisy = {0: [(step, loss + 0.2 * (-1) ** i) for i, (step, loss) in enumerate(curves(-0.3, seeds=(0,))[0])]}
     gap = drawn(figure_of, {"gelu": curves(0.0, seeds=(0,)), "hermite_3": noisy}).axes[1].lines[0].get_ydata()

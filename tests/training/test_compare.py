@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import signal
 import statistics
@@ -10,12 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import hf_ortho.plotting.comparison
-from hf_ortho.cli.compare import metric_of
+from hf_ortho.cli.compare import metric_of, write
 from hf_ortho.errors import ConfigError
+from hf_ortho.folders import OutputFolder
 from hf_ortho.tasks import LOSS, TASKS
-from hf_ortho.training import ActivationTrainer
+from hf_ortho.training import ActivationTrainer, DataArguments, ModelArguments
+from hf_ortho.training.arguments import Comparison
 from hf_ortho.training.compare import Run, _duration, summarize
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
@@ -151,6 +155,8 @@ def test_images_are_compared_by_their_accuracy(compare, tmp_path):
         ({"timing_rounds": -1}, "timing_rounds -1"),
         ({"seeds": ["one"]}, "seeds"),
         ({"activation": "hermite_3", "init": "fresh"}, "init 'fresh'"),
+        ({"train": "activations"}, "train 'activations': gelu has no parameters to train; remove it from activations"),
+        ({"push_to_hub": True}, "push_to_hub: a comparison pushes nothing"),
     ],
 )
 def test_mistakes_are_named_before_any_run(compare, tmp_path, entries, message):
@@ -234,6 +240,26 @@ def test_each_run_is_announced_before_it_starts(compare, tmp_path):
 )
 def test_the_time_that_is_left_is_rounded(seconds, words):
     assert _duration(seconds) == words
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_the_number_of_steps_is_that_of_the_training(compare, tmp_path):
+    """It follows from the epochs, and the last logged step is an earlier one."""
+    ran = compare(activations=["gelu"], seeds=[0], max_steps=None, num_train_epochs=0.1, logging_steps=100)
+    assert ran.code == 0, ran.err
+    blocks, steps = re.search(r"Training on (\d+) blocks of 32 tokens for (\d+) steps", ran.out).groups()
+    assert int(steps) == math.ceil(0.1 * math.ceil(int(blocks) / 2))
+    assert f" for {steps} steps, evaluated on" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("no_comparison")
+def test_the_activation_and_the_seed_of_a_training_have_no_effect(compare, caplog):
+    ran = compare(activations=["gelu"], seeds=[0], activation="hermite_5", seed=7)
+    assert ran.code == 0, ran.err
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "note: activation hermite_5 has no effect; a comparison runs activations (gelu)",
+        "note: seed 7 has no effect; a comparison runs seeds (0)",
+    ]
 
 
 @pytest.mark.usefixtures("no_comparison")
@@ -324,7 +350,8 @@ def test_a_pattern_may_name_parameters_of_one_activation(compare, tmp_path):
     fast = {"pattern": "frequencies", "learning_rate": 0.1}
     ran = compare(param_groups=[still, fast], activations=names, seeds=[0], timing_rounds=1)
     assert ran.code == 0, ran.err
-    notes = [line for line in ran.out.split("Timing")[0].splitlines() if "matches no parameter" in line]
+    assert ran.out.count("Preparing") == len(names)
+    notes = [line for line in ran.out.splitlines() if "matches no parameter" in line]
     assert notes == [
         f"param_groups: pattern {entry['pattern']!r} matches no parameter here, only of other activations"
         for entry in (still, fast, fast)
@@ -361,7 +388,7 @@ def test_a_folder_from_before_a_field_existed_is_continued(compare, tmp_path):
     out = tmp_path / "out"
     for file, keys in (
         (out / "recipe.json", ["param_groups", "channels_last"]),
-        (out / "gelu/seed-0/run.json", ["task"]),
+        (out / "gelu/seed-0/run.json", ["task", "steps"]),
     ):
         plain = json.loads(file.read_text())
         file.write_text(json.dumps({key: value for key, value in plain.items() if key not in keys}))
@@ -384,6 +411,24 @@ def test_a_run_of_others_is_named(tmp_path, plain):
     file.write_text(json.dumps(plain))
     with pytest.raises(ConfigError, match=r"run\.json was not written by hf-ortho compare; move it away"):
         Run.load(file)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "unit"),
+    [
+        ({"loss": 2.0, "accuracy": 0.5}, "nats"),
+        ({"loss": 2.0, "pearsonr": 0.5, "spearmanr": 0.5}, "mean squared error"),
+    ],
+)
+def test_the_picture_has_the_unit_of_the_loss(tmp_path, monkeypatch, metrics, unit):
+    drawn = []
+    monkeypatch.setattr(hf_ortho.plotting.comparison, "plot_comparison", lambda *args: drawn.append(args[-1]))
+    comparison = Comparison(ModelArguments(), DataArguments("a"), TrainingArguments(tmp_path, report_to="none"))
+    runs = [Run("gelu", seed, metrics, [(1, 2.0)], task="text-classification") for seed in (0, 1)]
+    for count in (1, 2):
+        caption, _, _ = write(OutputFolder(tmp_path / "out", beside=True), comparison, runs[:count], {}, {})
+        assert ("±" in caption) == (count == 2)
+    assert drawn == [unit] * 2
 
 
 def test_summary_pairs_seeds():

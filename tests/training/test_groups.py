@@ -16,7 +16,7 @@ from hf_ortho.activations import FAMILIES
 from hf_ortho.errors import ConfigError
 from hf_ortho.peft import OrthoConfig
 from hf_ortho.training import ActivationTrainer, LoraArguments, OptimizerArguments, add_lora
-from hf_ortho.training.groups import parse_groups
+from hf_ortho.training.groups import group_counts, parse_groups
 from hf_ortho.training.paths import parameter_names
 
 SLOW = {"pattern": "wte|wpe", "learning_rate": 0.001}
@@ -157,6 +157,24 @@ def test_each_group_is_counted(model, tmp_path, caplog):
     ]
 
 
+def test_groups_of_the_same_values_are_counted_as_one(model):
+    """Without weight decay, that of norms and biases has those of the matrices."""
+    groups = hf_ortho.param_groups(model, lr=0.01, activation_lr=0.03)
+    assert [group["weight_decay"] for group in groups] == [0, 0, 0]
+    others = sum(p.numel() for name, p in model.named_parameters() if ".act." not in name)
+    assert group_counts(model, groups) == (
+        f"Parameter groups: others: {others:,} (learning rate 0.01, weight decay 0); "
+        "activations: 8 (learning rate 0.03, weight decay 0)"
+    )
+
+
+def test_the_learning_rate_of_an_entry_has_precedence(model):
+    """Over that of activations; a weight decay alone leaves it."""
+    entries = [{"pattern": r"h\.0\..*act", "learning_rate": 0.2}, {"pattern": "act", "weight_decay": 0.5}]
+    groups = hf_ortho.param_groups(model, lr=0.1, activation_lr=0.3, groups=entries)[-2:]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.2, 0.0), (0.3, 0.5)]
+
+
 def test_the_example_of_the_readme(make_gpt2):
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (example,) = (block for block in re.findall("```yaml\n(.*?)```", text, re.DOTALL) if "param_groups" in block)
@@ -223,6 +241,11 @@ def test_yaml_reads_some_numbers_as_text(text):
         (
             ["wpe", "wte|wpe", "wte"],
             "pattern 'wte' only matches parameters of earlier entries, such as transformer.wte",
+        ),
+        (
+            ["wte", "lm_head"],
+            "pattern 'lm_head' only matches parameters of earlier entries, such as lm_head.weight (tied to "
+            "transformer.wte.weight)",
         ),
         (["domain"], "pattern 'domain' only matches frozen parameters, such as transformer.h.0.mlp.act.domain"),
     ],
