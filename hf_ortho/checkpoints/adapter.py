@@ -85,6 +85,16 @@ def is_masked_lm(name: str | None) -> bool:
     return name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
+def is_text_classifier(name: str | None) -> bool:
+    """Whether a class of transformers classifies texts, or predicts numbers for them."""
+    return str(name).endswith("ForSequenceClassification")
+
+
+def problem_type(outputs: int) -> str:
+    """``problem_type`` of a model with a new head: with one output, it predicts a number."""
+    return "regression" if outputs == 1 else "single_label_classification"
+
+
 def adapter_labels(name: str, revision: str | None) -> dict[int, str] | None:
     """The classes of an adapter with a new head, otherwise None."""
     file = stored_file(name, LABELS, revision)
@@ -117,6 +127,15 @@ def adapter_keys(name: str, revision: str | None) -> dict[str, dict[str, str]]:
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         keys.setdefault(path.removesuffix(SUFFIX), {})[leaf] = key
     return keys
+
+
+def head_outputs(name: str, revision: str | None) -> int | None:
+    """The outputs of the head that peft saves with an adapter of a text classifier; None if there is no such head."""
+    if not has_safetensors(name, revision):
+        return None
+    shapes = weights.shapes(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision)))
+    heads = {key: shape for key, shape in shapes.items() if re.search(r"\.(score|classifier)(\.\w+)?\.weight$", key)}
+    return heads[max(heads)][0] if heads else None  # of a dense layer and an output layer, out_proj
 
 
 def has_safetensors(name: str, revision: str | None) -> bool:

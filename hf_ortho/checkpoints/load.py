@@ -28,7 +28,10 @@ from .adapter import (
     adapter_tensors,
     base_revision,
     has_safetensors,
+    head_outputs,
     is_masked_lm,
+    is_text_classifier,
+    problem_type,
 )
 from .carry import Source, carry
 from .custom_code import load_config
@@ -183,12 +186,17 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
 
     base, at = adapter["base_model_name_or_path"], base_revision(adapter)
     commit = model_commit(name, revision, ADAPTER_CONFIG)
-    if labels := adapter_labels(name, commit or revision):
-        options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **options}
-        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-    auto_class = adapter_auto_class(adapter)
+    auto_class, outputs = adapter_auto_class(adapter), None
     masked = auto_class == "AutoModelForMaskedLM"
-    if labels or masked:
+    if labels := adapter_labels(name, commit or revision):
+        outputs = len(labels)
+        options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, **options}
+        options["problem_type"] = problem_type(outputs)
+    elif auto_class == "AutoModelForSequenceClassification":  # of peft alone, which saves the head without names
+        outputs = head_outputs(name, commit or revision)
+    if outputs:
+        options |= {"num_labels": outputs, "ignore_mismatched_sizes": True}
+    if outputs or masked:
         options["auto_class"] = options.get("auto_class") or auto_class
     try:
         check_place(base)
@@ -213,8 +221,19 @@ def _merged(name: str, adapter: dict, revision: str | None, **options) -> Checkp
     _check_activations(name, _activations_of(model))
     model.name_or_path = model.config._name_or_path = name
     model.config._commit_hash = commit
-    new = () if labels or masked else loaded.new_modules  # the adapter has the head of its classes
-    return dataclasses.replace(loaded, model=model.eval(), commit=commit, merged=True, new_modules=new)
+    tokenizer = processor_of(AutoTokenizer, TOKENIZER_FILES, name, commit or revision, options["trust_remote_code"])
+    if tokenizer is not None and tokenizer.pad_token is not None and is_text_classifier(type(model).__name__):
+        use_pad_token(model, tokenizer)  # the base model may have none
+    new = () if outputs or masked else loaded.new_modules  # the adapter has the head of its classes
+    parts = {"model": model.eval(), "tokenizer": tokenizer or loaded.tokenizer}
+    return dataclasses.replace(loaded, **parts, commit=commit, merged=True, new_modules=new)
+
+
+def use_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Set the pad token of a model that has none, or that classifies at the last other token, to its tokenizer's."""
+    config: Any = model.config.get_text_config()
+    if config.pad_token_id is None or hasattr(model, "score"):  # the head of decoders, whatever their architecture
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | None = None) -> None:
@@ -223,12 +242,17 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | Non
     The folder of a full model also gets the other files of its source, see ``carry``.
     """
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
-    base = getattr(checkpoint.model, "get_base_model", lambda: None)()  # the model inside a peft adapter
-    if checkpoint.new_modules and base is not None and not is_masked_lm(type(base).__name__):
-        labels = json.dumps(checkpoint.model.config.id2label, indent=1)
-        (folder / LABELS).write_text(labels + "\n", encoding="utf-8")
+    if checkpoint.new_modules:
+        save_labels(checkpoint.model, folder)
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):
         if processor is not None:
             processor.save_pretrained(folder)
     if checkpoint.source is not None and not (folder / ADAPTER_CONFIG).is_file():
         carry(checkpoint.source, folder)  # an adapter needs none of them: its base model has them
+
+
+def save_labels(model: PreTrainedModel, folder: Path) -> None:
+    """Write the classes of the new head of an adapter beside it. A full model has them in its config."""
+    base = getattr(model, "get_base_model", lambda: None)()  # the model inside a peft adapter
+    if base is not None and not is_masked_lm(type(base).__name__):
+        (folder / LABELS).write_text(json.dumps(model.config.id2label, indent=1) + "\n", encoding="utf-8")

@@ -104,6 +104,11 @@ class Classification(Task):
         same = len(names) == classes and all(names.index(name) == known.index(name) for name in shared)
         if unseen and shared and not same and not _numbers(names):  # with equal places, the spelling may differ
             raise DataError(f"the dataset has the class {unseen[0]!r}, which {model.name_or_path} does not have")
+        if unseen and not (_numbers(names) or _unnamed(known)):
+            logger.warning(
+                f"note: the classes of the dataset ({_some(names)}) are compared with those of {model.name_or_path} "
+                f"({_some(known)}) in this order"
+            )
 
     def adapt_head(self, checkpoint: Checkpoint, train: Dataset | Stream, seed: int) -> None:
         """Write the class names of the dataset to the config, and replace the head if the classes differ."""
@@ -113,13 +118,13 @@ class Classification(Task):
         known, old = classes_of(model), model.config.num_labels
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
-        unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(known))
+        unnamed = _unnamed(known)
         if (known == names or (unnamed and old == len(names))) and not checkpoint.new_modules:
             return
         if old == len(names) and not unnamed and known != names:
             logger.warning(
-                f"note: the classes of {model.name_or_path} ({', '.join(known[:2])} ...) differ from those of the "
-                f"dataset ({', '.join(names[:2])} ...): its head is replaced with a new one"
+                f"note: the classes of {model.name_or_path} ({_some(known)}) differ from those of the dataset "
+                f"({_some(names)}): its head is replaced with a new one"
             )
         replace_head(checkpoint, len(names), seed)
 
@@ -175,6 +180,15 @@ def predicts_number(model: PreTrainedModel) -> bool:
 def classes_of(model: PreTrainedModel) -> list[str]:
     """The classes of a classifier, in the order of its logits."""
     return [name for _, name in sorted((model.config.id2label or {}).items())]
+
+
+def _unnamed(names: list[str]) -> bool:
+    """Whether the classes have the names that transformers gives."""
+    return all(name == f"LABEL_{i}" for i, name in enumerate(names))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (" ..." if names[2:] else "")
 
 
 def _numbers(names: list[str]) -> bool:

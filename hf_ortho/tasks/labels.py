@@ -16,6 +16,7 @@ from .columns import shortened
 if TYPE_CHECKING:
     from .stream import Stream
 
+MOST = 1_000_000  # classes that are numbered: a label such as a date or an id is a mistake
 NUMBERS = ("int", "uint", "float", "double", "decimal")
 
 
@@ -98,7 +99,9 @@ def _fault(label: Any) -> str:
         return ""
     if label != label // 1:
         return "a label must be an integer or a name"
-    return "a label must not be negative (-1 often marks rows without one)" if label < 0 else ""
+    if label < 0:
+        return "a label must not be negative (-1 often marks rows without one)"
+    return f"classes are numbered from 0, with at most {MOST:,} of them" if float(label) >= MOST else ""
 
 
 def class_names(dataset: Dataset | Stream) -> list[str]:

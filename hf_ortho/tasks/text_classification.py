@@ -60,6 +60,7 @@ class TextClassification(Classification):
         from .labels import are_numbers, first_fraction
 
         label, model = class_column(rows, arguments.label_column, name), checkpoint.model
+        _check_outputs(model)
         numbers, who = predicts_number(model), model.name_or_path or type(model).__name__
         if numbers and not are_numbers(rows.features[label]):
             raise DataError(f"{name}: column {label!r} contains classes, but {who} predicts a number")
@@ -143,10 +144,10 @@ class TextClassification(Classification):
             config.problem_type = "single_label_classification"
             super().adapt_head(checkpoint, train, seed)
             return
-        if config.num_labels != 1 or checkpoint.new_modules:
+        outputs, config.problem_type = config.num_labels, "regression"
+        if outputs != 1 or checkpoint.new_modules:
             config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
             replace_head(checkpoint, 1, seed)
-        config.problem_type = "regression"
 
     def check_classes(self, train: Dataset | Stream, held_back: Dataset, name: str) -> None:
         from .labels import has_classes
@@ -157,13 +158,18 @@ class TextClassification(Classification):
     def check(self, model: PreTrainedModel, samples: Dataset) -> None:
         from .labels import has_classes
 
-        if model.config.problem_type == "multi_label_classification":
-            raise DataError(f"{model.name_or_path} predicts several classes per text, which is not supported")
+        _check_outputs(model)
         if has_classes(samples) == predicts_number(model):
             kinds = ("a number", "one class") if predicts_number(model) else ("one class", "a number")
             raise DataError(f"{model.name_or_path} predicts {kinds[0]} per text, the samples have {kinds[1]}")
         if has_classes(samples):
             super().check(model, samples)
+
+
+def _check_outputs(model: PreTrainedModel) -> None:
+    several = {"multi_label_classification": "classes", "regression": "numbers" if model.config.num_labels != 1 else ""}
+    if what := several.get(model.config.problem_type or ""):
+        raise DataError(f"{model.name_or_path} predicts several {what} per text, which is not supported")
 
 
 TEXT_CLASSIFICATION = TextClassification(

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..checkpoints.load import Checkpoint
+from ..checkpoints.load import Checkpoint, use_pad_token
 from ..errors import ConfigError, DataError
 from .arguments import DataArguments
 from .data import NO_TOKENIZER, check_block_size, context_length, first_position
@@ -102,8 +102,7 @@ def use_padding(checkpoint: Checkpoint) -> Any:
             f"the pad token of the tokenizer has the id {tokenizer.pad_token_id}, but the positions of {name} depend "
             f"on {config.pad_token_id}; use its own tokenizer"
         )
-    if config.pad_token_id is None or hasattr(model, "score"):  # the head of decoders, whatever their architecture
-        config.pad_token_id = tokenizer.pad_token_id
+    use_pad_token(model, tokenizer)
     if getattr(config, "summary_type", None) != "last":  # XLNet classifies at the last position, padding or not
         tokenizer.padding_side = "right"
     return tokenizer

@@ -51,6 +51,7 @@ def make_trainer(
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         **options,
     )
+    trainer.new_head = bool(checkpoint.new_modules)
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     return trainer

@@ -32,7 +32,9 @@ from ..conversion.sites import find_sites, set_field
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
 from ..tasks import SUPPORTED, TASKS, Task, data, head_of, named
+from ..tasks.masked_lm import MASKED_LM
 from ..tasks.stream import read, without_rows
+from ..tasks.text_classification import TEXT_CLASSIFICATION
 from ..tasks.tokenizer import bpe_tokenizer, byte_tokenizer, named_tokenizer
 from ..text import suggestion
 from .arguments import DataArguments, ModelArguments
@@ -68,8 +70,9 @@ def scratch_checkpoint(
     tokenizer = image_processor = None
     if cls.main_input_name == "input_ids":
         task = cast(Task, head_of(cls.__name__))
-        masks = task.masks_tokens
-        tokenizer = _tokenizer(arguments, data_arguments, commit, task)
+        # An encoder needs a pad token of its own, and a separator between two texts.
+        masks = task.masks_tokens or (task is TEXT_CLASSIFICATION and MASKED_LM.model_class(config) is not None)
+        tokenizer = _tokenizer(arguments, data_arguments, commit, task, masks)
         if arguments.tokenizer:
             config.vocab_size = max(len(tokenizer), cast(dict, arguments.config_overrides).get("vocab_size", 0))
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -175,8 +178,8 @@ def _config(arguments: ModelArguments) -> tuple[PreTrainedConfig, str | None]:
         raise ConfigError(f"config_overrides {overrides}: {explain(error)}") from error
 
 
-def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None, task: Task):
-    name, masks = arguments.tokenizer, task.masks_tokens
+def _tokenizer(arguments: ModelArguments, data_arguments: DataArguments, commit: str | None, task: Task, masks: bool):
+    name = arguments.tokenizer
     if name == "bpe":
         if not arguments.vocab_size >= (least := len(byte_tokenizer(masks))):
             raise ConfigError(f"vocab_size {arguments.vocab_size}: a byte-level tokenizer needs at least {least}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from ..checkpoints.load import save_labels
 from ..errors import ConfigError
 from ..partitioned import gathered
 from ..tasks.stream import Stream
@@ -69,6 +71,7 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
 
     average: ExponentialMovingAverage | None = None
     channels_last = False  # the memory format of the model, for images
+    new_head = False  # of an adapter, whose classes are saved beside it
     _pushing = False
 
     def __init__(
@@ -201,6 +204,8 @@ class ActivationTrainer(FiniteLoss, WholeCheckpoints):
                 if state_dict is not None:  # it is in the main process
                     state_dict |= {name: p.detach().cpu().clone() for name, p in fixed.items()}
         super()._save(output_dir, state_dict)
+        if self.new_head:
+            save_labels(model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,5 +1,6 @@
 """Classification of texts and regression on them: columns, labels, padding, heads, training, adapters, cards."""
 
+import ast
 import csv
 import json
 import logging
@@ -12,13 +13,15 @@ import torch
 import transformers as T
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 
 import hf_ortho
 from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint
 from hf_ortho.errors import ConfigError, DataError
+from hf_ortho.hub import write_card
+from hf_ortho.hub.card.loading import adapter_loading
 from hf_ortho.tasks.columns import text_columns
 from hf_ortho.tasks.samples import batches
 from hf_ortho.tasks.text_classification import TEXT_CLASSIFICATION
@@ -231,6 +234,7 @@ def test_texts_are_truncated(make_bert, block_size, length):
             DataError,
             "inf in row 2: a number to predict must be finite",
         ),
+        ({"text": ["a"] * 2, "label": [0, 20240131]}, {}, DataError, "20240131 in row 2: .* at most 1,000,000 of them"),
         ({"text": ["a"], "label": [[0, 1]]}, {}, DataError, "each row must have one label"),
         ({"text": ["a"], "score": [0]}, {}, DataError, "no unambiguous label column .*--label-column"),
         ({"text": ["a"]}, {"label_column": "text", "text_column": "text"}, ConfigError, "is also the text column"),
@@ -412,11 +416,31 @@ def test_arguments_of_evaluate(hf_ortho_command, make_bert, save_parts, review_f
     assert re.search(message, hf_ortho_command("evaluate", folder, *argv).error)
 
 
-def test_several_classes_per_text_are_refused(make_bert):
-    parts = make_bert(problem_type="multi_label_classification")
-    samples = prepared(parts, {"text": ["a", "the"], "label": [0, 1]})
-    with pytest.raises(DataError, match="predicts several classes per text, which is not supported"):
-        evaluate_model(Checkpoint(*parts, None, None), samples)
+@pytest.mark.parametrize(
+    ("problem_type", "what"), [("multi_label_classification", "classes"), ("regression", "numbers")]
+)
+def test_several_outputs_per_text_are_refused(make_bert, write, caplog, problem_type, what):
+    parts = make_bert(problem_type=problem_type)
+    checkpoint, message = Checkpoint(*parts, None, None), f"predicts several {what} per text, which is not supported"
+    rows = {"text": ["a", "the"], "label": [0, 1]}
+    with pytest.raises(DataError, match=message):
+        evaluate_model(checkpoint, prepared(parts, rows))
+    with pytest.raises(DataError, match=message):
+        TEXT_CLASSIFICATION.prepare_evaluation(checkpoint, Dataset.from_dict(rows), DataArguments(), "d")
+    inputs, _ = calibration_batches(checkpoint, str(write(**rows)), samples=1)
+    assert "labels" not in inputs[0]
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [({0: "positive", 1: "negative"}, True), ({0: "LABEL_0", 1: "LABEL_1"}, False), (NAMED["id2label"], False)],
+)
+def test_classes_with_other_names_are_noted(make_bert, review_file, caplog, names, noted):
+    checkpoint = Checkpoint(*make_bert(id2label=names, label2id={v: k for k, v in names.items()}), None, None)
+    rows = Dataset.from_csv(str(review_file))
+    evaluate_model(checkpoint, TEXT_CLASSIFICATION.prepare_evaluation(checkpoint, rows, DataArguments(), "d"))
+    assert ("(neg, pos) are compared with those of  (positive, negative) in this order" in caplog.text) == noted
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -456,6 +480,21 @@ def test_training_learns_numbers(train, make_bert, save_parts, score_file, tmp_p
     config = T.AutoConfig.from_pretrained(out)
     assert (config.num_labels, config.problem_type) == (1, "regression")
     assert evaluate_model(load_checkpoint(str(out)), result.held_back) == pytest.approx(result.after, abs=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(
+    ("source", "outputs", "kind"), [("single_label_classification", 3, "regression"), ("regression", 1, None)]
+)
+def test_the_problem_type_is_that_of_the_labels(
+    train, make_bert, save_parts, review_file, score_file, tmp_path, source, outputs, kind, adapter
+):
+    folder = save_parts(tmp_path / "model", *make_bert(problem_type=source, num_labels=outputs))
+    options = {"adapter": True, "train": "lora"} if adapter else {}
+    result, out = train(folder, score_file if kind == "regression" else review_file, **options)
+    loaded = load_checkpoint(str(out))
+    assert loaded.model.config.problem_type == (kind or "single_label_classification")
+    assert evaluate_model(loaded, result.held_back) == pytest.approx(result.after, rel=1e-4, abs=1e-5)
 
 
 def test_gpt2_learns_in_batches_and_reloads(train, gpt2_folder, review_file):
@@ -571,12 +610,65 @@ def test_an_adapter_has_its_head(
     with torch.no_grad():
         torch.testing.assert_close(merged.model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
-    hf_ortho.hub.write_card(out)
+    write_card(out)
     lines = ModelCard.load(out / "README.md").text.partition("```python")[2].partition("```")[0]
     scope = {}
     exec(lines, scope)
+    assert scope["base"].config.id2label == names
     with torch.no_grad():
         torch.testing.assert_close(scope["model"].eval()(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_checkpoint_of_an_adapter_has_its_classes(train, gpt2_folder, review_file):
+    training = {"save_strategy": "steps", "save_steps": 1}
+    result, out = train(gpt2_folder, review_file, training=training, train="lora", adapter=True)
+    loaded = load_checkpoint(str(out / "checkpoint-2"))
+    assert type(loaded.model) is T.GPT2ForSequenceClassification
+    assert loaded.model.config.id2label == {0: "neg", 1: "pos"}
+    assert evaluate_model(loaded, result.held_back) == pytest.approx(result.after, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # peft's, of the layers of GPT-2
+def test_an_adapter_of_the_same_classes_brings_the_pad_token(
+    train, make_gpt2_classifier, save_parts, review_file, tmp_path
+):
+    """A batch through the lines of the card has the logits of each text alone."""
+    base = save_parts(tmp_path / "base", *make_gpt2_classifier(**NAMED))
+    result, out = train(base, review_file, train="lora", adapter=True)
+    assert not (out / "labels.json").exists()
+    loaded, end = load_checkpoint(str(out)), result.checkpoint.tokenizer.eos_token_id
+    assert (loaded.tokenizer.pad_token_id, loaded.model.config.pad_token_id) == (end, end)
+    write_card(out)
+    scope = {}
+    exec(ModelCard.load(out / "README.md").text.partition("```python")[2].partition("```")[0], scope)
+    texts = ["a film", "the plot is very dull"]
+    with torch.no_grad():
+        found = scope["model"].eval()(**scope["tokenizer"](texts, padding=True, return_tensors="pt")).logits
+    expected = alone(loaded.model, loaded.tokenizer, texts)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # read by peft
+def test_an_adapter_of_peft_alone(make_bert, save_parts, tmp_path):
+    """peft saves the head of its task type, and no names."""
+    roberta, tokenizer = make_bert(T.RobertaForSequenceClassification, num_labels=3, type_vocab_size=2)
+    base = save_parts(tmp_path / "base", roberta.roberta, tokenizer)
+    model = T.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    inputs = tokenizer(["a film"], return_tensors="pt")
+    loaded = load_checkpoint(str(tmp_path / "adapter"))
+    assert (type(loaded.model), loaded.new_modules) == (T.RobertaForSequenceClassification, ())
+    assert torch.equal(loaded.model(**inputs).logits, wrapped.eval()(**inputs).logits)
+    write_card(tmp_path / "adapter")
+    assert "Trained and saved in full: `classifier`.\n" in ModelCard.load(tmp_path / "adapter" / "README.md").text
+
+
+def test_names_of_classes_in_the_card_of_an_adapter():
+    names = {0: 'a "q"\n```\n<b> {x}', 1: "\u202eé\\ #"}
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "base", "id2label": names}
+    line = re.search(r"^classes = (.*)$", adapter_loading(config, "me/x"), re.MULTILINE)[1]
+    assert ast.literal_eval(line) == names
 
 
 def test_an_adapter_of_the_same_classes_leaves_the_head(train, make_bert, save_parts, review_file, tmp_path):
@@ -710,14 +802,18 @@ def test_augmentations_are_for_images(hf_ortho_command, make_bert, save_parts, r
     assert not (tmp_path / "out").exists()
 
 
-def test_pretraining_a_classifier(hf_ortho_command, review_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_pretraining_a_classifier(hf_ortho_command, review_file, tmp_path, monkeypatch, kind):
     monkeypatch.setattr("hf_ortho.plotting.plot_stored", lambda *args: args[1].write_bytes(b"png"))
     overrides = json.dumps(SIZES | {"max_position_embeddings": 64})
-    argv = ["--task", "text-classification", "--model_type", "bert", "--tokenizer", "bpe", "--vocab_size", 300]
+    argv = ["--task", "text-classification", "--model_type", kind, "--tokenizer", "bpe", "--vocab_size", 300]
     argv += ["--config_overrides", overrides, "--activation", "hermite_3", "--use_cpu", "true", "--max_steps", 2]
     ran = hf_ortho_command("pretrain", *argv, "--dataset", review_file, "--output_dir", tmp_path / "out")
     assert ran.code == 0, ran.err
     assert logits_of(tmp_path / "out", ["a film"]).shape == (1, 2)
+    tokenizer = T.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.pad_token_id == T.AutoConfig.from_pretrained(tmp_path / "out").pad_token_id
+    assert tokenizer.decode(tokenizer("a", "the")["input_ids"]) == "[CLS]a[SEP]the[SEP]"
     assert set(ran.figures) >= {"loss", "accuracy", "f1", "matthews_correlation"}
 
 

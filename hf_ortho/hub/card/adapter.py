@@ -33,6 +33,9 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
     fitted = bool(activation and provenance.layers)
     tables = [stored_table(provenance.layers)] if fitted else []
     tables += [folded(["module", "parameters each"], rows, "modules")] if rows else []
+    saved = config.get("modules_to_save")
+    if isinstance(saved, list) and modules:  # peft adds names that heads may have
+        saved = [name for name in dict.fromkeys(saved) if any(f".{name}." in f".{path}." for path in modules)]
     cls = str((config.get("auto_mapping") or {}).get("base_model_class"))  # recorded by peft without a task_type
     return CardParts(
         kind="adapter",
@@ -47,7 +50,7 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
         parameters=sum(modules.values()),
         size=weights.stat().st_size if weights else 0,
         targets=_names(config.get("target_modules")),
-        saved=_names(config.get("modules_to_save")) if config.get("modules_to_save") else NOTHING,
+        saved=_names(saved) if saved else NOTHING,
         versions={name: config[f"{name}_version"] for name in ("hf_ortho", "peft") if config.get(f"{name}_version")},
     )
 

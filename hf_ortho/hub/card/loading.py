@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.adapter import base_revision
+from ...checkpoints.adapter import base_revision, problem_type
 from ...checkpoints.custom_code import references
 from ...checkpoints.listing import MODULES
 from ...checkpoints.model_class import class_names
@@ -69,8 +69,13 @@ def model_loading(config: dict, place: str, remote_code: bool, sentence: str | N
     return _marked("\n\n".join(parts))
 
 
-def adapter_loading(config: dict, place: str) -> Markdown:
-    """Instructions for loading a PEFT adapter; ``config`` is ``adapter_config.json``."""
+def adapter_loading(config: dict, place: str, tokenizer: bool = False) -> Markdown:
+    """Instructions for loading a PEFT adapter.
+
+    Args:
+        config: ``adapter_config.json``, with the classes of a new head as ``id2label``.
+        tokenizer: whether there is a tokenizer beside it.
+    """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     base, task = config.get("base_model_name_or_path") or "BASE_MODEL", config.get("task_type")
@@ -84,20 +89,25 @@ def adapter_loading(config: dict, place: str) -> Markdown:
         parts.append(code_block(load, "python"))
     revision = base_revision(config)
     at = f", revision={json.dumps(revision)}" if revision else ""
-    if labels := config.get("id2label"):  # the adapter has a separate head
-        at += f", num_labels={len(labels)}, ignore_mismatched_sizes=True"
-    classes, tokenizer = "", ""
-    if labels and task == "SEQ_CLS":  # a decoder may have no pad token, other than the tokenizer in the folder
-        classes, tokenizer = ", AutoTokenizer", f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)})\n"
-        at += ", pad_token_id=tokenizer.pad_token_id"
     recorded = (config.get("auto_mapping") or {}).get("base_model_class") or ""  # by peft, without a task_type
     cls = head_of(task).auto_class if task else recorded if recorded.isidentifier() else "AutoModel"
+    classes, before, labels = cls, "", config.get("id2label")
+    named, texts = _class_names(labels), head_of(task or recorded).auto_class == "AutoModelForSequenceClassification"
+    if labels:  # the adapter has a separate head
+        before = f"classes = {labels}\n" if named else ""
+        at += ", id2label=classes" if named else f", num_labels={len(labels)}"
+        at += f", problem_type={json.dumps(problem_type(len(labels)))}" if texts else ""
+        at += ", ignore_mismatched_sizes=True"
+    if tokenizer and texts:  # a decoder may have no pad token, other than the tokenizer
+        classes += ", AutoTokenizer"
+        before += f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)})\n"
+        at += ", pad_token_id=tokenizer.pad_token_id"
     lines = (
-        f"{imports}from peft import PeftModel\nfrom transformers import {cls}{classes}\n\n"
-        f"{tokenizer}base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
+        f"{imports}from peft import PeftModel\nfrom transformers import {classes}\n\n"
+        f"{before}base = {cls}.from_pretrained({json.dumps(base)}{at})\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
     )
-    names = f"{_class_names(labels)} They are in `labels.json`." if _class_names(labels) else ""
+    names = f"{named} They are in `labels.json`." if named else ""
     return _marked("\n\n".join(part for part in (*parts, code_block(lines, "python"), names) if part))
 
 

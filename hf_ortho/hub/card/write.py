@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
 from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS, labels_in
+from ...checkpoints.processors import TOKENIZER_FILES
 from ...conversion import ConversionReport
 from ...errors import CheckpointError
 from ...files import json_object, read_text, written
@@ -143,7 +144,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _loading(config: dict, place: str, remote_code: bool, folder: Path | None) -> str:
     if "peft_type" in config:
-        return adapter_loading(config, place)
+        tokenizer = folder is not None and any((folder / file).is_file() for file in TOKENIZER_FILES)
+        return adapter_loading(config, place, tokenizer)
     return model_loading(config, place, remote_code, sentence_model(folder))
 
 
