@@ -16,9 +16,10 @@ from ..tasks import LOSS, NAMES, TASKS, Metric
 from ..tasks.text_classification import OF_NUMBERS
 from ..text import markdown_table
 from ..training.arguments import Comparison
-from .console import console, table, telling_what_is_kept, trainer_log, training_size
+from .console import console, table
 from .launch import launch
 from .main import LAUNCHED
+from .progress import telling_what_is_kept, trainer_log, training_size
 from .recipe import parse_recipe
 
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from ..tasks import head_of
 from ..tasks.samples import batches
 from ..text import change
 from ..training.evaluation import evaluate_model, make_trainer
-from .console import console, show_report, table, trainer_progress
+from .console import console, show_report, table
 from .demo_tasks import DemoTask
+from .progress import trainer_progress
 
 CALIBRATION_BATCHES = 16
 

@@ -12,18 +12,9 @@ from ..tasks.arguments import DataArguments
 from ..tasks.causal_lm import CAUSAL_LM
 from ..tasks.masked_lm import MASKED_LM
 from ..text import change, number
-from .console import (
-    DTYPES,
-    Parser,
-    add_column_flags,
-    add_model_flags,
-    columns,
-    console,
-    evaluation_progress,
-    progress,
-    table,
-)
+from .console import DTYPES, Parser, add_column_flags, add_model_flags, columns, console, table
 from .network import check_hub, hub_tokenizer
+from .progress import evaluation_progress, progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

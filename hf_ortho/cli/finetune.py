@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..training.arguments import Recipe
-from .console import console, show_report, table, telling_what_is_kept, trainer_log, training_size
+from .console import console, show_report, table
 from .launch import launch
 from .main import LAUNCHED
+from .progress import telling_what_is_kept, trainer_log, training_size
 from .recipe import parse_recipe
 
 if TYPE_CHECKING:

@@ -69,7 +69,8 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         hint = suggestion(argv[0], COMMANDS)
         raise ConfigError(f"unknown command {argv[0]!r}: must be one of {', '.join(COMMANDS)}{hint}")
-    from .console import announced, quiet
+    from .console import quiet
+    from .progress import announced
 
     quiet()
     try:

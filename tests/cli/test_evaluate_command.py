@@ -150,13 +150,13 @@ def test_models_with_other_tokenizers_compare_by_bytes(
 
 
 def test_a_terminal_shows_the_batches(evaluate, gpt2_folder, text_file, monkeypatch):
-    from hf_ortho.cli import console
+    from hf_ortho.cli import console, progress
     from hf_ortho.cli import evaluate as command
 
     out = io.StringIO()
     terminal = console.PlainConsole(soft_wrap=True, file=out, force_terminal=True, width=200)
-    monkeypatch.setattr(console, "console", terminal)
-    monkeypatch.setattr(command, "console", terminal)
+    for module in (console, progress, command):
+        monkeypatch.setattr(module, "console", terminal)
     assert evaluate(gpt2_folder, "--dataset", text_file, "--max-samples", 5, "--batch-size", 2).code == 0
     assert "3/3" in out.getvalue()
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_ortho.cli.console import announced, progress, quiet, telling_what_is_kept, trainer_progress
+from hf_ortho.cli.console import quiet
 from hf_ortho.cli.main import LAUNCHED
+from hf_ortho.cli.progress import announced, progress, telling_what_is_kept, trainer_progress
 from hf_ortho.training import ActivationTrainer
 
 logger = logging.getLogger("hf_ortho")
