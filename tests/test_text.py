@@ -6,6 +6,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from hf_ortho.cli import console as cli
+from hf_ortho.cli import progress
 from hf_ortho.text import (
     change,
     code,
@@ -48,7 +49,9 @@ def test_text_on_one_line():
 def screen(monkeypatch):
     """What the console prints, as to a terminal with colors."""
     out = io.StringIO()
-    monkeypatch.setattr(cli, "console", cli.PlainConsole(soft_wrap=True, file=out, force_terminal=True, width=200))
+    terminal = cli.PlainConsole(soft_wrap=True, file=out, force_terminal=True, width=200)
+    for module in (cli, progress):
+        monkeypatch.setattr(module, "console", terminal)
     monkeypatch.setattr(cli.PlainConsole, "file", property(lambda self: out, lambda self, file: None))
     return out
 
@@ -59,7 +62,7 @@ def _status(text):
 
 
 def _progress(text):
-    with cli.progress(text):
+    with progress.progress(text):
         pass
 
 

@@ -60,7 +60,7 @@ def pretrain(task: DemoTask, steps: int, seed: int) -> tuple[Checkpoint, Dataset
     set_seed(seed)
     checkpoint = task.build()
     dataset, held_back = task.datasets(checkpoint)
-    title = f"Training {type(checkpoint.model).__name__} with {_source(checkpoint)} on {task.dataset}"
+    title = f"Training with {_source(checkpoint)} on {task.dataset}"
     train(checkpoint, task, dataset, steps, task.learning_rate, seed, title)
     return checkpoint, dataset, held_back
 

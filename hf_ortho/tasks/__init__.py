@@ -63,5 +63,8 @@ def of(model: PreTrainedModel) -> Task:
     """
     head = head_of(model)
     if not isinstance(head, Task):
-        raise ConfigError(f"{type(model).__name__} cannot be trained or evaluated; supported tasks: {SUPPORTED}")
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained or evaluated; supported tasks: {SUPPORTED} (hf-ortho finetune "
+            f"--task NAME gives a model a new head: {', '.join(NAMES)})"
+        )
     return head

@@ -820,7 +820,7 @@ def test_pretraining_a_classifier(hf_ortho_command, review_file, tmp_path, monke
 def test_comparison_shows_the_metric_of_the_task(
     hf_ortho_command, make_bert, save_parts, review_file, score_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("hf_ortho.plotting.comparison.plot_comparison", lambda *args: args[-1].write_bytes(b"png"))
+    monkeypatch.setattr("hf_ortho.plotting.comparison.plot_comparison", lambda *args: args[-2].write_bytes(b"png"))
     folder = save_parts(tmp_path / "model", *make_bert(num_labels=3))
     for file, metric in ((review_file, "accuracy"), (score_file, "pearsonr")):
         argv = ["--model", folder, "--dataset", file, "--activations", "gelu", "--seeds", 0]

@@ -56,7 +56,8 @@ def same_model(found, expected):
 
 
 def notes(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "hf_ortho" and "checkpoint-" in r.getMessage()]
+    found = (r for r in caplog.records if r.name == "hf_ortho" and r.levelname == "WARNING")
+    return [r.getMessage() for r in found if "checkpoint-" in r.getMessage()]
 
 
 # ---- other settings ------------------------------------------------------------------------------------------------
