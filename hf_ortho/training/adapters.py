@@ -93,9 +93,8 @@ def add_adapter(
             "merge_and_unload().save_pretrained(...) and give it as model"
         )
     head, kind = list(checkpoint.new_modules), head_of(checkpoint.model).peft_type
-    if (
-        kind == "SEQ_CLS"
-    ):  # with this type, peft also trains and saves the head: all of it, and even one that is not new
+    # With this type, peft also trains and saves the head: all of it, and even one that is not new.
+    if kind == "SEQ_CLS":
         head = list(dict.fromkeys(_outside_base(checkpoint.model, path) for path in head))
         kind = kind if head else None
     options: dict[str, Any] = {
