@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("unfused_attention")
 SETTINGS = dataclasses.replace(QUICK, dtype=torch.bfloat16, rounds=1)
 
 
+@pytest.mark.slow
 def test_figures():
     results = BenchResults()
     gpt2_case.eager(results, SETTINGS)
@@ -29,6 +30,7 @@ def test_figures():
         assert figures["speed"].ratio == pytest.approx(1 / figures["step"].ratio)
 
 
+@pytest.mark.slow
 def test_one_that_fails_does_not_end_the_others(monkeypatch):
     class Failing(Step):
         def __init__(self, original, activation, *args, **kwargs):

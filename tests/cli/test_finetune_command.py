@@ -600,6 +600,7 @@ def test_the_new_head_learns(recipe, finetune, convnext_folder, three_classes, t
     assert ran.figures["top1"][1] == "1.00000"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "vit"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_weight(

@@ -82,6 +82,7 @@ def interrupt(monkeypatch):
     return at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_training_that_is_interrupted_names_its_checkpoint(hf_ortho_command, flags, interrupt, tmp_path, number):
     interrupt(4, number)
@@ -98,6 +99,7 @@ def test_a_training_that_is_interrupted_names_its_checkpoint(hf_ortho_command, f
     assert "Resuming from checkpoint-2\n" in ran.out
 
 
+@pytest.mark.slow
 def test_a_training_without_a_checkpoint_says_so(hf_ortho_command, flags, interrupt):
     interrupt(2)
     ran = hf_ortho_command(*flags)

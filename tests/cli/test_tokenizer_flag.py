@@ -35,6 +35,7 @@ def test_a_model_without_a_tokenizer(hf_ortho_command, silent, text_file, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_every_command_takes_one(hf_ortho_command, gpt2_folder, silent, spoken, text_file, tmp_path):
     out, tuned = tmp_path / "out", tmp_path / "tuned"
     data = ["--calibration-data", text_file, "--calibration-samples", 2]

@@ -432,6 +432,7 @@ def two_languages(gpt2):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["hermite_4", "fourier_3", "tropical_rational_3"])
 @pytest.mark.parametrize("weights", ["fisher", "density"])
 def test_a_fit_that_is_worse_on_held_out_data_is_replaced(gpt2, ids, activation, weights):

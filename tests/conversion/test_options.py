@@ -40,6 +40,7 @@ def learned(model):
 # ---- degree="auto" ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "tolerance"), [("density", 5e-3), ("fisher", 1e-7)])
 @pytest.mark.parametrize("family", ["hermite", "fourier", "tropical_rational"])
 def test_auto_is_the_smallest_degree_that_keeps_to_the_tolerance(family, weights, tolerance, gpt2, ids):
@@ -58,6 +59,7 @@ def test_auto_is_the_smallest_degree_that_keeps_to_the_tolerance(family, weights
         assert error(below) > tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [3e-4, 1e-5])
 def test_auto_with_fisher_weights_adds_up_all_fields(tolerance):
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -275,6 +277,7 @@ def test_float32_has_no_rounding_to_speak_of(gpt2, ids, relative_error):
 # ---- distillation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distillation_brings_the_outputs_closer(family, gpt2, ids, relative_error):
     def converted(steps):

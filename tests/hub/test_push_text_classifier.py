@@ -11,6 +11,7 @@ from hf_ortho.training import DataArguments, ModelArguments, Recipe, evaluate_mo
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # huggingface_hub's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_classifier_from_the_hub_gives_the_metrics_of_its_training(
     gpt2_folder, hf_ortho_command, connect, tmp_path, adapter

@@ -500,6 +500,7 @@ def test_a_model_from_scratch_learns(tmp_path):
     assert len(fill("one tw[MASK] three")) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenize", [None, "once"])
 def test_a_resumed_training_sees_the_same_masks(make, save_parts, tmp_path, text_file, tokenize):
     checkpoint = make()
@@ -526,6 +527,7 @@ def encoder(make, save_parts, tmp_path):
     return save_parts(tmp_path / "encoder", checkpoint.model.bert, checkpoint.tokenizer)
 
 
+@pytest.mark.slow
 def test_an_encoder_becomes_a_masked_language_model(encoder, tmp_path, text_file, hf_ortho_command):
     settings = ["--task", "fill-mask", "--activation", "hermite_3", "--dataset", text_file, "--block-size", "16"]
     settings += ["--max-steps", "2", "--use-cpu", "--output-dir", tmp_path / "out", "--save-strategy", "no"]
@@ -545,6 +547,7 @@ def test_an_encoder_becomes_a_masked_language_model(encoder, tmp_path, text_file
     assert float(figures["pseudo_perplexity"][0]) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["activations", "lora+activations"])
 def test_the_embeddings_of_a_new_head_are_not_new(encoder, tmp_path, text_file, policy):
     """The output layer is tied to them: only the layers before it are trained with the activations."""
@@ -560,6 +563,7 @@ def test_the_embeddings_of_a_new_head_are_not_new(encoder, tmp_path, text_file, 
     assert again["loss"] != pytest.approx(result.before["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["activations", "lora"])
 def test_an_adapter_with_a_new_head(encoder, tmp_path, text_file, policy):
     source = ModelArguments(model=str(encoder), task="fill-mask", train=policy, adapter=True)

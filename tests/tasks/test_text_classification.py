@@ -465,6 +465,7 @@ def test_training_learns_the_classes(train, make_bert, save_parts, review_file, 
     assert [a["label"] for a in answer] == ["pos", "neg"]
 
 
+@pytest.mark.slow
 def test_training_learns_numbers(train, make_bert, save_parts, score_file, tmp_path):
     folder = save_parts(tmp_path / "model", *make_bert(num_labels=3, initializer_range=0.1))
     training = {
@@ -482,6 +483,7 @@ def test_training_learns_numbers(train, make_bert, save_parts, score_file, tmp_p
     assert evaluate_model(load_checkpoint(str(out)), result.held_back) == pytest.approx(result.after, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize(
     ("source", "outputs", "kind"), [("single_label_classification", 3, "regression"), ("regression", 1, None)]
@@ -578,6 +580,7 @@ def test_evaluation_data_with_other_classes(train, make_bert, save_parts, write,
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unsupported layer type.*LayerNorm")  # peft's, of its own LN-tuning
 @pytest.mark.parametrize("kind", ["gpt2", "roberta", "regression"])
 @pytest.mark.parametrize("policy", ["activations", "lora", "norms"])
@@ -619,6 +622,7 @@ def test_an_adapter_has_its_head(
         torch.testing.assert_close(scope["model"].eval()(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_checkpoint_of_an_adapter_has_its_classes(train, gpt2_folder, review_file):
     training = {"save_strategy": "steps", "save_steps": 1}
     result, out = train(gpt2_folder, review_file, training=training, train="lora", adapter=True)
@@ -817,6 +821,7 @@ def test_pretraining_a_classifier(hf_ortho_command, review_file, tmp_path, monke
     assert set(ran.figures) >= {"loss", "accuracy", "f1", "matthews_correlation"}
 
 
+@pytest.mark.slow
 def test_comparison_shows_the_metric_of_the_task(
     hf_ortho_command, make_bert, save_parts, review_file, score_file, tmp_path, monkeypatch
 ):

@@ -116,6 +116,7 @@ def test_a_grid_its_files_and_its_resumption(compare, hf_ortho_command, text_fil
     assert losses(out)["gelu", 1] == found["gelu", 1]
 
 
+@pytest.mark.slow
 def test_conversions_are_compared_with_the_original(compare, gpt2_folder, tmp_path):
     entries = {"init": None, "model_type": None, "config_overrides": None, "tokenizer": None, "model": str(gpt2_folder)}
     names = ["gelu_new", "hermite_8"]
@@ -129,6 +130,7 @@ def test_conversions_are_compared_with_the_original(compare, gpt2_folder, tmp_pa
     assert "activation 'silu'" in ran.error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparison")
 def test_images_are_compared_by_their_accuracy(compare, tmp_path):
     pytest.importorskip("sklearn")
@@ -270,6 +272,7 @@ def test_a_mistake_in_a_later_run_names_it(compare, gpt2_folder, tmp_path):
     assert (tmp_path / "out" / "gelu_new" / "seed-0" / "run.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparison")
 def test_an_interruption_names_what_is_kept(compare, tmp_path, monkeypatch):
     """The second run stops in its fourth step; a further one would not yet have had a checkpoint."""
@@ -342,6 +345,7 @@ def test_a_run_that_diverges_is_named_and_the_others_follow(compare, tmp_path, m
 # ---- parameter groups ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparison")
 def test_a_pattern_may_name_parameters_of_one_activation(compare, tmp_path):
     """With a learning rate of 0, the coefficients stay at their fit; what other activations lack is passed over."""
@@ -382,6 +386,7 @@ def test_a_pattern_of_no_activation_is_a_mistake_before_any_run(compare, tmp_pat
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_folder_from_before_a_field_existed_is_continued(compare, tmp_path):
     """A comparison saved its recipe without it, and its runs without their task."""
     assert compare(activations=["gelu"], seeds=[0]).code == 0

@@ -307,6 +307,7 @@ def finetune(hf_ortho_command, gpt2_folder, text_file, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_training_its_record_its_card_and_its_resumption(finetune, tmp_path):
     frozen = {"pattern": "wte|wpe", "learning_rate": 0}
     ran = finetune(param_groups=[frozen], max_steps=1)
