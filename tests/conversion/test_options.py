@@ -107,6 +107,7 @@ def test_auto_raises_another_field_if_one_is_at_its_limit(monkeypatch):
         fit_smallest(None, sites, FAMILIES["hermite"], {}, None, 0.61)
 
 
+@pytest.mark.slow
 def test_auto_without_a_degree_that_passes(gpt2, state_of):
     model = gpt2()
     before = state_of(model)
