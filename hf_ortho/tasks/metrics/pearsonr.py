@@ -32,10 +32,14 @@ class Pearson(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        values = np.asarray([predictions, references], dtype=np.float64)
-        if not np.isfinite(values).all():
-            return {"pearsonr": float("nan")}
-        if not np.ptp(values, axis=1).all():
-            return {"pearsonr": 0.0}
-        a, b = values - values.mean(1, keepdims=True)
-        return {"pearsonr": float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))}
+        return {"pearsonr": correlation(np.asarray([predictions, references], dtype=np.float64))}
+
+
+def correlation(values):
+    """The correlation of two rows of numbers, float64 of shape (2, length), as in ``DESCRIPTION``."""
+    if not np.isfinite(values).all():
+        return float("nan")
+    if not np.ptp(values, axis=1).all():
+        return 0.0
+    a, b = values - values.mean(1, keepdims=True)
+    return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))

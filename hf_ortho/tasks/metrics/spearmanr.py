@@ -4,6 +4,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .pearsonr import correlation
+
 DESCRIPTION = """Correlation of the ranks of predictions and references: with a and b the ranks minus their means,
 
     rho = sum(a b) / sqrt(sum(a^2) sum(b^2))
@@ -33,15 +35,10 @@ class Spearman(evaluate.Metric):
 
     def _compute(self, predictions, references):
         values = np.asarray([predictions, references], dtype=np.float64)
-        if not np.isfinite(values).all():
-            return {"spearmanr": float("nan")}
-        if not np.ptp(values, axis=1).all():
-            return {"spearmanr": 0.0}
-        a, b = (_ranks(row) - (len(row) + 1) / 2 for row in values)
-        return {"spearmanr": float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))}
+        return {"spearmanr": correlation(np.stack([_ranks(row) for row in values]))}
 
 
 def _ranks(values):
-    """Ranks from 1; equal values get the average of theirs."""
+    """Ranks from 1; equal values get the average of theirs. NaN where a value is not finite."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return np.where(np.isfinite(values), (np.cumsum(counts) - (counts - 1) / 2)[place], np.nan)
