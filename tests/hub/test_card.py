@@ -440,8 +440,8 @@ def test_a_record_of_version_0_1(make_gpt2, tmp_path, calibrated, weights):
 @pytest.mark.parametrize(
     ("init", "started", "reach"),
     [
-        ("paper", "They were initialized as in the paper.", "None known."),
-        ("unit", "They were initialized to E[f(x)^2] = 1 under N(0, 1).", "None known."),
+        ("paper", "They were initialized as in the paper.", "An inference engine that"),
+        ("unit", "They were initialized to E[f(x)^2] = 1 under N(0, 1).", "An inference engine that"),
         ("gelu", "They were initialized by weighted least-squares fits to gelu.", "Outside its domain, an"),
     ],
 )
