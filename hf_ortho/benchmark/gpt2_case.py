@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..files import explain
 from ..profiling.memory import kept_bytes, measure_each, peak_bytes
 from ..profiling.timing import interleave
 from .model_cases import gpt2_batch, mixed_precision, new_gpt2
-from .results import BenchResults, Figure, NotRun
+from .results import BenchResults, NotRun
 from .settings import Settings
 
 FIXED = ("gelu", "gelu_new")
@@ -82,9 +83,7 @@ def _all(results: BenchResults, settings: Settings, case: str, *, compile_blocks
         return
     times = interleave(steps, rounds=settings.rounds, sample=SAMPLE, device=settings.device)
     results.add_times(case, "step", times)
-    for name, time_of in times.items():
-        tokens = steps[name].batch["input_ids"].numel()
-        results.figures.append(Figure(case, name, "speed", tokens / time_of.median, 1 / time_of.ratio))
+    results.add_speeds(case, math.prod(settings.gpt2_batch), times)
     forwards = {name: step.loss for name, step in steps.items()}
     results.add_memory(case, "kept", measure_each(kept_bytes, forwards, settings.device))
     results.add_memory(case, "peak", measure_each(peak_bytes, steps, settings.device))

@@ -1,4 +1,4 @@
-"""Benchmarks of full models: training steps of GPT-2 and ConvNeXt, and generation, before and after conversion."""
+"""Benchmarks of full models: training steps of GPT-2 and ConvNeXt, before and after conversion."""
 
 from __future__ import annotations
 
@@ -21,23 +21,16 @@ from ..profiling.timing import interleave
 from .results import BenchResults
 from .settings import Settings
 
-PROMPT = 16
 
-
-def _converted(model: PreTrainedModel, activation: str) -> PreTrainedModel:
+def converted(model: PreTrainedModel, activation: str) -> PreTrainedModel:
     model = copy.deepcopy(model)
     convert(model, activation)
     return model
 
 
 def _fused(model: PreTrainedModel, activation: str) -> PreTrainedModel:
-    model = _converted(model, activation)
+    model = converted(model, activation)
     fuse_mlp(model)
-    return model
-
-
-def _move(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
-    torch.nn.Module.to(model, settings.device, settings.dtype)
     return model
 
 
@@ -86,8 +79,8 @@ def gpt2(results: BenchResults, settings: Settings) -> None:
     original = new_gpt2(settings)
     models = {
         "gelu_new": original,
-        "hermite_3": _converted(original, "hermite_3"),
-        "hermite_8": _converted(original, "hermite_8"),
+        "hermite_3": converted(original, "hermite_3"),
+        "hermite_8": converted(original, "hermite_8"),
         "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
     }
     _train_step(results, settings, "gpt2", models, gpt2_batch(settings))
@@ -104,27 +97,7 @@ def convnext(results: BenchResults, settings: Settings) -> None:
     }
     models = {
         "gelu": original,
-        "hermite_8": _converted(original, "hermite_8"),
+        "hermite_8": converted(original, "hermite_8"),
         "hermite_8 + fuse_mlp": _fused(original, "hermite_8"),
     }
     _train_step(results, settings, "convnext", models, batch)
-
-
-def generation(results: BenchResults, settings: Settings) -> None:
-    """Greedy generation of one sequence with a key-value cache."""
-    original = new_gpt2(settings)
-    models = {"gelu_new": original, "hermite_8": _converted(original, "hermite_8")}
-    generator = torch.Generator().manual_seed(settings.seed)
-    prompt = torch.randint(settings.gpt2["vocab_size"], (1, PROMPT), generator=generator).to(settings.device)
-    options = {
-        "max_new_tokens": settings.tokens,
-        "min_new_tokens": settings.tokens,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "attention_mask": torch.ones_like(prompt),
-    }
-    calls = {
-        name: functools.partial(_move(m, settings).eval().generate, prompt, **options) for name, m in models.items()
-    }
-    times = interleave(calls, rounds=settings.rounds, device=settings.device)
-    results.add_times("generation", "generate", times)

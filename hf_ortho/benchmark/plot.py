@@ -29,7 +29,7 @@ COLORS = {
     "peak": VERMILION,
     "generate": SKY,
 }
-MODELS = ("gpt2", "gpt2_eager", "gpt2_compiled", "convnext", "generation")
+MODELS = ("gpt2", "gpt2_eager", "gpt2_compiled", "convnext", "generation", "vllm")
 MARKERS = "osD^v<>"
 
 Limits = Mapping[tuple[str, str, str], float]

@@ -24,7 +24,8 @@ TITLES = {
     "gpt2_eager": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, with AdamW",
     "gpt2_compiled": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}) with compiled blocks, no dropout, with AdamW",
     "convnext": "training step of ConvNeXt ({convnext}, {convnext_batch} images), no optimizer",
-    "generation": "GPT-2, {tokens} tokens, greedy, with cache",
+    "generation": "GPT-2 ({gpt2}), {tokens} tokens with transformers, greedy, with cache",
+    "vllm": "GPT-2 ({gpt2}), {tokens} tokens with vLLM, greedy, wall time",
 }
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -69,14 +70,14 @@ def _unit(case: str, measure: str) -> str:
     if measure in MEMORY:
         return "B/elem" if case in PER_ELEMENT else "MB"
     if measure == "speed":
-        return "ktokens/s"
+        return "tokens/s" if case in ("generation", "vllm") else "ktokens/s"
     return "us" if measure.startswith("call") else "ms"
 
 
 def _cells(case: str, figure: Figure | None) -> tuple[str, str]:
     if figure is None:
         return "-", "-"
-    units = {"us": 1e6, "ms": 1e3, "MB": 1e-6, "B/elem": 1.0, "ktokens/s": 1e-3}
+    units = {"us": 1e6, "ms": 1e3, "MB": 1e-6, "B/elem": 1.0, "tokens/s": 1.0, "ktokens/s": 1e-3}
     value = figure.value * units[_unit(case, figure.measure)]
     spread = "" if figure.spread is None else f" ± {figure.spread / 2:.2f}"
     return f"{figure.ratio:.2f}{spread}", f"{value:.4g}" if value < 1e4 else f"{value:.0f}"

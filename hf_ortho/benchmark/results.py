@@ -78,6 +78,11 @@ class BenchResults:
         for row, time in times.items():
             self.figures.append(Figure(case, row, measure, time.median, time.ratio, time.spread))
 
+    def add_speeds(self, case: str, tokens: int, times: Mapping[str, Times]) -> None:
+        """Add tokens per second, for calls of ``tokens`` each."""
+        for row, time in times.items():
+            self.figures.append(Figure(case, row, "speed", tokens / time.median, 1 / time.ratio))
+
     def add_memory(self, case: str, measure: str, values: Mapping[str, float], unit: float | None = None) -> None:
         """Add memory figures. A ratio of 1 is ``unit`` bytes, by default the value of the first row. If the unit is not
         positive, nothing is added: the growth of the resident set can be zero for small tensors."""

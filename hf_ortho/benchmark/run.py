@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from . import gpt2_case
 from .activation_cases import decode, degree, elements, image, libraries, sequence
-from .model_cases import convnext, generation, gpt2
+from .generation import generation, vllm
+from .model_cases import convnext, gpt2
 from .results import BenchResults
 from .settings import Settings
 
@@ -32,6 +33,7 @@ SECTIONS: dict[str, dict[str, Section]] = {
         "generation": Section(generation, 10),
         "convnext": Section(convnext, 15),
         "libraries": Section(libraries, 5),
+        "vllm": Section(vllm, 180),
     },
     "cuda": {
         "sequence": Section(sequence, 30),
@@ -44,6 +46,7 @@ SECTIONS: dict[str, dict[str, Section]] = {
         "generation": Section(generation, 15),
         "convnext": Section(convnext, 20),
         "libraries": Section(libraries, 5),
+        "vllm": Section(vllm, 180),
     },
 }
 

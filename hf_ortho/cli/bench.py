@@ -35,7 +35,7 @@ def parser() -> Parser:
         nargs="+",
         metavar="NAME",
         help="Sections to run. On both devices: sequence, decode, elements, image, degree, generation, convnext, "
-        "libraries; on cpu also gpt2; on cuda also gpt2_eager, gpt2_compiled. Default: all.",
+        "libraries, vllm; on cpu also gpt2; on cuda also gpt2_eager, gpt2_compiled. Default: all.",
     )
     p.add_argument(
         "--budget",

@@ -56,6 +56,13 @@ def elapsed(call: Call, repeats: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
+def wall(call: Call, repeats: int, device: str) -> float:
+    """Mean seconds of one call: wall time, for calls that wait for other processes."""
+    begin = time.perf_counter()
+    _repeat(call, repeats)
+    return (time.perf_counter() - begin) / repeats
+
+
 def host(call: Call, repeats: int, device: str) -> float:
     """Mean seconds until a call returns: CPU time of the process; on CUDA wall time, without waiting for the GPU."""
     if device != "cuda":
@@ -116,7 +123,7 @@ def interleave(
         seconds: a competitor drops out after 5 rounds once it has taken this long; the reference stays.
         sample: one measurement repeats the call to take about this many seconds, after a warm-up call; 0 to measure
             single calls without warm-up.
-        clock: ``elapsed``, ``host`` or ``computing``.
+        clock: ``elapsed``, ``wall``, ``host`` or ``computing``.
     """
     names = list(calls)
     repeats: dict[str, int] = {}
