@@ -2,7 +2,8 @@
 
 Importing this package registers the names in ``ACT2FN`` and the adapter in peft, or does so once these libraries are
 imported. Likewise, ``Trainer`` of transformers does not decay activations, Accelerate says if another optimizer does,
-and liger-kernel does not bypass them (see ``training.patches``). Everything else is imported lazily.
+liger-kernel does not bypass them (see ``training.patches``), and the cards of sentence-transformers import this package
+(see ``hub.card.sentence``). Everything else is imported lazily.
 """
 
 import importlib
@@ -35,8 +36,13 @@ def _patch_liger(liger) -> None:
     importlib.import_module(".training.patches", __name__).keep_from_liger(liger)
 
 
+def _patch_sentence_cards(base) -> None:
+    importlib.import_module(".hub.card.sentence", __name__).name_requirement(base)
+
+
 register_post_import_hook(_register_names, "transformers.activations")
 register_post_import_hook(_register_adapter, "peft")
 register_post_import_hook(_patch_trainer, "transformers.trainer")
 register_post_import_hook(_patch_accelerator, "accelerate.accelerator")
 register_post_import_hook(_patch_liger, "liger_kernel.transformers")
+register_post_import_hook(_patch_sentence_cards, "sentence_transformers.base.model")

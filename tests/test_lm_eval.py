@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_ortho
+from hf_ortho.peft import OrthoConfig
 
 pytest.importorskip("lm_eval")
 # of lm_eval, rouge_score and sqlitedict
@@ -41,8 +43,11 @@ def folder(tmp_path_factory, make_gpt2, save_parts):
 
 @pytest.fixture(scope="module")
 def log_likelihoods(folder, make_gpt2):
+    return measured(AutoModelForCausalLM.from_pretrained(folder), make_gpt2()[1])
+
+
+def measured(model, tokenizer):
     """log p(text) after the end-of-text token, by the chain rule."""
-    model, (_, tokenizer) = AutoModelForCausalLM.from_pretrained(folder), make_gpt2()
 
     def of(text):
         ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]])
@@ -71,13 +76,37 @@ def test_the_command_with_the_standard_model(folder, log_likelihoods, tmp_path, 
     assert found == pytest.approx(-sum(log_likelihoods) / size / math.log(2), rel=1e-5)
 
 
-def test_the_plugin(folder, log_likelihoods):
-    from lm_eval.api.instance import Instance
-
+def plugin():
+    """The class of the entry point, as lm_eval finds it."""
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     _, _, section = project.partition('[project.entry-points."lm_eval.models"]\n')
     name, place = section.splitlines()[0].split(" = ")
     assert name == "hf_ortho"
-    lm = EntryPoint(name, place.strip('"'), "lm_eval.models").load()(pretrained=str(folder), device="cpu")
+    return EntryPoint(name, place.strip('"'), "lm_eval.models").load()
+
+
+def rolling(lm):
+    from lm_eval.api.instance import Instance
+
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(TEXTS)]
-    assert lm.loglikelihood_rolling(requests) == pytest.approx(log_likelihoods, rel=1e-5)
+    return lm.loglikelihood_rolling(requests)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_plugin(batch_size, folder, log_likelihoods):
+    lm = plugin()(pretrained=str(folder), device="cpu", batch_size=batch_size)
+    assert rolling(lm) == pytest.approx(log_likelihoods, rel=1e-5)
+
+
+def test_an_adapter(gpt2_folder, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2_folder), AutoTokenizer.from_pretrained(gpt2_folder)
+    plain = measured(model, tokenizer)
+    adapted = get_peft_model(model, OrthoConfig(activation="hermite_3", task_type="CAUSAL_LM"))
+    with torch.no_grad():  # as if trained: far from what it was fitted to
+        for parameter in filter(lambda p: p.requires_grad, adapted.parameters()):
+            parameter.mul_(-30)
+    adapted.save_pretrained(tmp_path)
+    expected = measured(adapted.eval(), tokenizer)
+    assert expected != pytest.approx(plain, rel=1e-3)
+    lm = plugin()(pretrained=str(gpt2_folder), peft=str(tmp_path), device="cpu")
+    assert rolling(lm) == pytest.approx(expected, rel=1e-5)

@@ -83,12 +83,12 @@ def not_a_model(model: Any) -> str:
         return ADAPTERS.format(name)
     if type(model).__module__.startswith(ENGINES):
         return WRAPPED.format(name)
-    if inner := _inner(model):
+    if inner := held_model(model):
         return f"{name} is not a transformers PreTrainedModel, but holds one: convert its {inner}"
     return f"{name} is not a transformers PreTrainedModel, so no config drives it"
 
 
-def _inner(model: Any) -> str:
+def held_model(model: Any) -> str:
     """Where a wrapper, such as a pipeline, holds a model, written as Python; or empty."""
     modules = model.named_modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).items()
     path = next((path for path, module in modules if isinstance(module, PreTrainedModel)), "")

@@ -23,6 +23,7 @@ from ..checkpoints.custom_code import GENERATED as MODULE
 from ..checkpoints.custom_code import references
 from ..checkpoints.place import check_place
 from ..conversion.sites import activation_fields
+from ..conversion.states import held_model
 from ..errors import CheckpointError, ConfigError
 from ..files import explain, json_object
 from ..kernels import cpu, dispatch
@@ -183,7 +184,8 @@ def enable_remote_code(model: PreTrainedModel) -> None:
 
     Raises:
         CheckpointError: no ``AutoModel...`` class loads the model.
-        ConfigError: the model has no learnable activations, or is defined by its own code.
+        ConfigError: the model has no learnable activations, is defined by its own code, or is inside of ``model``, as
+            in a ``SentenceTransformer``.
 
     Example:
         >>> _ = hf_ortho.convert(model, "hermite_3")
@@ -192,6 +194,8 @@ def enable_remote_code(model: PreTrainedModel) -> None:
         'modeling_hf_ortho.GPT2LMHeadModel'
     """
     architecture = type(model).__name__
+    if not isinstance(model, PreTrainedModel) and (inner := held_model(model)):
+        raise ConfigError(f"{architecture} is not a transformers PreTrainedModel, but holds one: give its {inner}")
     _refuse_own_code(getattr(model.config, "auto_map", None), architecture)
     source, auto_map = _remote_code(model.config, architecture, architecture)
     with tempfile.TemporaryDirectory() as folder:

@@ -43,11 +43,16 @@ def architecture(config: dict, place: str) -> str | None:
     return next(iter(class_names(config.get("architectures"), place)), None)
 
 
+def import_line(activation: str) -> str:
+    """The line of code that a model with this activation needs before it is loaded."""
+    return f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n"
+
+
 def model_loading(config: dict, place: str, remote_code: bool, sentence: str | None = None) -> Markdown:
     """Instructions for loading a model with and without hf_ortho; ``sentence``: see ``sentence_model``."""
     auto = head_of(architecture(config, place) or "").auto_class
     activation = Provenance.of(config, place).activation
-    imports = f"import hf_ortho  # pip install hf-ortho: registers {activation} in transformers\n" if activation else ""
+    imports = import_line(activation) if activation else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(place)}"
     if sentence:
         load = f"from sentence_transformers import {sentence}\n\nmodel = {sentence}({json.dumps(place)}"

@@ -25,6 +25,7 @@ from .base import LICENSE
 from .loading import BEGIN, SENTENCE_MODELS, adapter_loading, model_loading, sentence_model, with_loading
 from .model import model_parts
 from .parts import CardParts, TrainingDetails
+from .sentence import with_name
 
 PICTURE = "activations.png"
 PACKAGES = ("hf_ortho", "torch", "transformers", "datasets", "peft")
@@ -99,7 +100,8 @@ def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
     """The text of README.md for pushing a folder to ``repo_id``.
 
     This is the card in the folder with the repository name in its examples, or a new card if there is none or only the
-    unedited template of Trainer or peft. Foreign cards are not changed.
+    unedited template of Trainer or peft. Foreign cards are not changed, but for the name in a card of
+    sentence-transformers.
 
     Raises:
         CheckpointError: the folder contains neither a model nor an adapter.
@@ -117,7 +119,7 @@ def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
     if not text or _is_form(text):
         return card_text(config, Record.load(folder), repo_id, folder, remote_code=remote_code)
     if BEGIN not in text:
-        return text
+        return with_name(text, repo_id)
     old, new = folder.absolute().name, repo_id.rpartition("/")[2]
     text = text.replace(f"\n# {markdown(old)}\n", f"\n# {markdown(new)}\n", 1)
     text = text.replace(f"\nmodel-index:\n- name: {old}\n", f"\nmodel-index:\n- name: {new}\n", 1)
