@@ -244,6 +244,11 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, state_dict: dict | Non
     checkpoint.model.save_pretrained(folder, state_dict=state_dict)
     if checkpoint.new_modules:
         save_labels(checkpoint.model, folder)
+    save_other_files(checkpoint, folder)
+
+
+def save_other_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the processors of a model to an existing folder, and the other files of its source, see ``carry``."""
     for processor in (checkpoint.tokenizer, checkpoint.image_processor):
         if processor is not None:
             processor.save_pretrained(folder)

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "print the loss and other metrics of a checkpoint, or compare two checkpoints",
     "plot": "plot the activations of one or two converted checkpoints, or over a training",
     "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
+    "export": "write a model as an ONNX graph that runs without hf_ortho",
     "push": "push a model or an adapter with its card to the Hub",
     "app": "open a web page for exploring fits and the activations of a converted checkpoint",
     "bench": "benchmark the activations against fixed activations, standalone and in models",

@@ -2,9 +2,9 @@ from .calibrate import Histogram as Histogram
 from .calibrate import collect as collect
 from .convert import convert as convert
 from .convert import revert as revert
-from .export import expand as expand
-from .export import polynomials as polynomials
 from .fidelity import Fidelity as Fidelity
+from .polynomial import expand as expand
+from .polynomial import polynomials as polynomials
 from .report import ConversionReport as ConversionReport
 from .report import LayerReport as LayerReport
 from .sites import Site as Site

@@ -17,7 +17,18 @@ from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
 from ..checkpoints.carry import CARD
 from ..checkpoints.custom_code import references
-from ..checkpoints.listing import TOKENIZER, Listing, is_private, list_files, matches, module_folders, module_of
+from ..checkpoints.listing import (
+    GRAPH,
+    GRAPH_DATA,
+    TOKENIZER,
+    Listing,
+    has_graph,
+    is_private,
+    list_files,
+    matches,
+    module_folders,
+    module_of,
+)
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
@@ -46,18 +57,20 @@ class Contents:
         files: files to upload, as paths in the repository.
         left_out: what is left out, with a reason if it is not a regular file of the folder. Folders end in ``/``. The
             manifest of ``OutputFolder`` is in neither list.
+        graph: whether the folder contains an ONNX graph instead of the weights of transformers.
     """
 
     adapter: bool
     files: list[str]
     left_out: list[str]
+    graph: bool = False
 
 
 def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Contents:
     """Check that a folder contains a complete model or adapter, and select its files to push.
 
-    A model has a config that transformers can read, and all weights as safetensors. A peft adapter has
-    ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
+    A model has a config that transformers can read, and all weights as safetensors or in an ONNX graph. A peft adapter
+    has ``adapter_config.json`` and ``adapter_model.safetensors``. Only the headers of the weights are read.
 
     Selected are the weights, the files of tokenizers and processors, the modules of sentence-transformers, the card
     with its pictures, the license, and what ``include`` selects.
@@ -86,7 +99,8 @@ def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Conte
         _check_adapter(place)
     if model:
         _check_model(place)
-    weights = {SAFE_WEIGHTS_NAME} if model else set()
+    graph = model and has_graph(place)
+    weights = {GRAPH, GRAPH_DATA} if graph else {SAFE_WEIGHTS_NAME} if model else set()
     weights |= {ADAPTER_WEIGHTS} if adapter else set()
     if model and SAFE_WEIGHTS_INDEX_NAME in found.sizes:
         weights |= set(weight_map(place / SAFE_WEIGHTS_INDEX_NAME).values())
@@ -113,7 +127,7 @@ def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Conte
             path.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{folder}: the name of {path!r} is not UTF-8; rename the file") from error
-    return Contents(adapter and not model, sorted(files), _left_out(found, files))
+    return Contents(adapter and not model, sorted(files), _left_out(found, files), graph)
 
 
 def _needed(path: str) -> bool:
@@ -154,6 +168,9 @@ def _check_model(folder: Path) -> None:
             AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds
         raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {explain(error)}") from error
+    if has_graph(folder):
+        _check_graph(folder)
+        return
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if not single.is_file() and not index.is_file():
         raise CheckpointError(f"{folder} is incomplete: it has a config but neither {single.name} nor {index.name}")
@@ -174,6 +191,12 @@ def _check_model(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} is incomplete: its config names learnable activations, but its weights have none"
             ) from error
+
+
+def _check_graph(folder: Path) -> None:
+    options = json_object(folder / CONFIG_NAME).get("transformers.js_config") or {}
+    if options.get("use_external_data_format") and not (folder / GRAPH_DATA).is_file():
+        raise CheckpointError(f"{folder} is incomplete: {GRAPH_DATA}, which {CONFIG_NAME} mentions, is missing")
 
 
 def _check_adapter(folder: Path) -> None:

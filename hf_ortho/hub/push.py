@@ -94,6 +94,8 @@ def push(
     contents = contents_of(folder, include)
     if remote_code and contents.adapter:
         raise ConfigError(f"remote code: {folder} contains an adapter; only a full model can have remote code")
+    if remote_code and contents.graph:
+        raise ConfigError(f"remote code: {folder} contains an ONNX graph, which is loaded without code")
     code = add_remote_code(Path(folder)) if remote_code else {}
     info = find_or_create(repo_id, private=private, token=token)
     repo_id, branch = info.id, None if revision == "main" else revision

@@ -15,6 +15,30 @@ from ..files import json_object, written
 from .results import DataSource, Results
 
 
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """How an ONNX graph was made and checked.
+
+    Attributes:
+        opset: version of the operators.
+        cache: whether it takes and returns a cache.
+        difference: largest difference between its outputs and those of the model, relative to the largest output.
+        engine: name and version of the program that ran it.
+    """
+
+    opset: int
+    cache: bool
+    difference: float
+    engine: str
+
+    def __str__(self) -> str:
+        cache = ", also when it continues from its cache token by token" if self.cache else ""
+        return (
+            f"The outputs of the graph (float32, opset {self.opset}) in {self.engine} differ from those of the model "
+            f"in PyTorch by at most {self.difference:.1e} of the largest one{cache}."
+        )
+
+
 @dataclasses.dataclass
 class Record:
     """The conversion of a model and its later history.
@@ -24,12 +48,14 @@ class Record:
         results: measured results, oldest first.
         commands: the commands that made the model.
         data: calibration and training data.
+        graph: the ONNX graph in the folder, if any.
     """
 
     report: ConversionReport | None = None
     results: list[Results] = dataclasses.field(default_factory=list)
     commands: list[str] = dataclasses.field(default_factory=list)
     data: list[DataSource] = dataclasses.field(default_factory=list)
+    graph: Graph | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Record:
@@ -49,6 +75,7 @@ class Record:
                 [Results.from_dict(entry) for entry in results],
                 [str(command) for command in commands],
                 [DataSource.from_dict(entry) for entry in data],
+                Graph(**plain["graph"]) if "graph" in plain else None,
             )
         except CheckpointError:
             raise
@@ -74,16 +101,20 @@ class Record:
         plain["results"] = [entry.to_dict() for entry in self.results]
         plain["commands"] = self.commands
         plain["data"] = [dataclasses.asdict(entry) for entry in self.data]
+        if self.graph is not None:
+            plain["graph"] = dataclasses.asdict(self.graph)
         with written(folder / REPORT_FILE) as draft:
             draft.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def carry_over(place: str, revision: str | None, folder: Path) -> None:
-    """Copy ``conversion.json``, if any, from the model (a folder or Hub model) that a training started from."""
-    try:
-        record = stored_file(place, REPORT_FILE, revision)
-    except OSError:  # no network and not cached
-        return
-    if record is not None:
-        with written(folder / REPORT_FILE) as draft:
-            draft.write_bytes(Path(record).read_bytes())
+def carry_over(place: str, revision: str | None, folder: Path, names: Sequence[str] = (REPORT_FILE,)) -> None:
+    """Copy ``conversion.json`` and others in ``names``, if any, from the model (a folder or Hub model) that ``folder``
+    is made from."""
+    for name in names:
+        try:
+            stored = stored_file(place, name, revision)
+        except OSError:  # no network and not cached
+            return
+        if stored is not None:
+            with written(folder / name) as draft:
+                draft.write_bytes(Path(stored).read_bytes())

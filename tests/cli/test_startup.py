@@ -19,7 +19,7 @@ def run(code: str, *argv: str) -> str:
 
 def test_help_and_usage_errors_import_none_of_the_libraries(tmp_path):
     commands = [["--help"], ["--version"], ["no-such-command"]]
-    names = ("demo", "convert", "evaluate", "plot", "inspect", "push", "app", "bench", "env")
+    names = ("demo", "convert", "evaluate", "plot", "inspect", "push", "export", "app", "bench", "env")
     commands += [[name, flag] for name in names for flag in ("--help", "--no-such-flag")]
     commands += [
         ["convert", str(tmp_path), "-o", "y", "--family", "hermit"],

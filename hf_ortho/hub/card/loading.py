@@ -71,7 +71,7 @@ def model_loading(config: dict, place: str, remote_code: bool, sentence: str | N
         )
     if auto == "AutoModelForSequenceClassification" and (names := _class_names(config.get("id2label"))):
         parts.append(names)
-    return _marked("\n\n".join(parts))
+    return marked("\n\n".join(parts))
 
 
 def adapter_loading(config: dict, place: str, tokenizer: bool = False) -> Markdown:
@@ -113,7 +113,7 @@ def adapter_loading(config: dict, place: str, tokenizer: bool = False) -> Markdo
         f"model = PeftModel.from_pretrained(base, {json.dumps(place)})"
     )
     names = f"{named} They are in `labels.json`." if named else ""
-    return _marked("\n\n".join(part for part in (*parts, code_block(lines, "python"), names) if part))
+    return marked("\n\n".join(part for part in (*parts, code_block(lines, "python"), names) if part))
 
 
 def _class_names(labels: Any) -> Markdown:
@@ -129,5 +129,6 @@ def with_loading(text: str, loading: str) -> str:
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: loading, text, count=1, flags=re.DOTALL)
 
 
-def _marked(text: str) -> Markdown:
+def marked(text: str) -> Markdown:
+    """``text`` between the markers."""
     return Markdown(f"{BEGIN}\n\n{text}\n\n{END}")

@@ -12,16 +12,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
 from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS, labels_in
+from ...checkpoints.listing import has_graph
 from ...checkpoints.processors import TOKENIZER_FILES
 from ...conversion import ConversionReport
 from ...errors import CheckpointError
 from ...files import json_object, read_text, written
 from ...tasks import METRICS, TASKS, UNTRAINED
 from ...text import Markdown, code, code_block, markdown, markdown_table
-from ..record import Record
+from ..record import Graph, Record
 from ..results import DataSource, Results, hardware
 from .adapter import adapter_parts
 from .base import LICENSE
+from .graph import graph_loading
 from .loading import BEGIN, SENTENCE_MODELS, adapter_loading, model_loading, sentence_model, with_loading
 from .model import model_parts
 from .parts import CardParts, TrainingDetails
@@ -51,6 +53,7 @@ def write_card(
     command: str | None = None,
     training: TrainingDetails | None = None,
     metadata: Mapping[str, Any] | None = None,
+    graph: Graph | None = None,
 ) -> None:
     """Write README.md for a model or an adapter saved in ``folder``. Values that were not measured are marked as such.
 
@@ -66,6 +69,7 @@ def write_card(
         command: the command that made the model.
         training: details of the training, if any.
         metadata: extra YAML fields. They override ours, except ``tags``, which are appended.
+        graph: the ONNX graph in the folder, if it has one instead of weights.
 
     Raises:
         CheckpointError: the folder contains neither a model nor an adapter.
@@ -82,6 +86,7 @@ def write_card(
     folder = Path(folder)
     record = Record.load(folder) if report is None else Record(report)
     record.add(results, [command] if command else [], data)
+    record.graph = graph
     text = card_text(
         _config(folder),
         record,
@@ -117,13 +122,13 @@ def card_of(folder: Path, *, repo_id: str, remote_code: bool) -> str:
     path, config = folder / "README.md", _config(folder)
     text = read_text(path) if path.is_file() else ""
     if not text or _is_form(text):
-        return card_text(config, Record.load(folder), repo_id, folder, remote_code=remote_code)
+        return card_text(config, Record.load(folder), repo_id, folder, remote_code=remote_code, on_hub=True)
     if BEGIN not in text:
         return with_name(text, repo_id)
     old, new = folder.absolute().name, repo_id.rpartition("/")[2]
     text = text.replace(f"\n# {markdown(old)}\n", f"\n# {markdown(new)}\n", 1)
     text = text.replace(f"\nmodel-index:\n- name: {old}\n", f"\nmodel-index:\n- name: {new}\n", 1)
-    return with_loading(text, _loading(config, repo_id, remote_code, folder))
+    return with_loading(text, _loading(config, repo_id, remote_code, folder, on_hub=True))
 
 
 def _is_form(text: str) -> bool:
@@ -144,10 +149,12 @@ def _config(folder: Path) -> dict[str, Any]:
     )
 
 
-def _loading(config: dict, place: str, remote_code: bool, folder: Path | None) -> str:
+def _loading(config: dict, place: str, remote_code: bool, folder: Path | None, on_hub: bool = False) -> str:
     if "peft_type" in config:
         tokenizer = folder is not None and any((folder / file).is_file() for file in TOKENIZER_FILES)
         return adapter_loading(config, place, tokenizer)
+    if folder is not None and has_graph(folder):
+        return graph_loading(config, place, folder, on_hub)
     return model_loading(config, place, remote_code, sentence_model(folder))
 
 
@@ -187,6 +194,7 @@ def card_text(
     metadata: Mapping[str, Any] = MappingProxyType({}),
     notes: Sequence[str] = (),
     remote_code: bool = False,
+    on_hub: bool = False,
 ) -> str:
     """The card of a model with this ``config.json``, or of an adapter with this ``adapter_config.json``.
 
@@ -199,6 +207,7 @@ def card_text(
         metadata: extra YAML fields. They override ours, except ``tags``, which are appended.
         notes: notes about the conversion.
         remote_code: whether the model can also be loaded with remote code.
+        on_hub: whether ``place`` is a repository.
     """
     adapter = "peft_type" in config
     parts = adapter_parts(config, folder) if adapter else model_parts(config, place, record, training)
@@ -215,6 +224,8 @@ def card_text(
     }
     if base.on_hub:
         fields |= {"base_model": base.name, "base_model_relation": "adapter" if adapter else "finetune"}
+    if folder is not None and has_graph(folder):
+        fields |= {"library_name": "transformers.js", "tags": _listed(["onnx"], fields["tags"])}
     fields |= {key: value for key, value in metadata.items() if key != "tags"}
     head = ModelCardData(**fields)
     text = TEMPLATE.render(
@@ -222,10 +233,11 @@ def card_text(
         card_data=Markdown(head.to_yaml()),
         title=title,
         parts=parts,
-        loading=_loading(config, place, remote_code, folder),
+        loading=_loading(config, place, remote_code, folder, on_hub),
         picture=PICTURE if folder is not None and (folder / PICTURE).is_file() else None,
         notes=notes,
         results=record.results,
+        graph=record.graph,
         markdown_table=markdown_table,
         hyperparameters=training.hyperparameters,
         commands=record.commands,
