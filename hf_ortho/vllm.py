@@ -7,30 +7,36 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
 from wrapt import register_post_import_hook
 
-from .activations import LearnableActivation, build, parse
-from .activations.registry import is_learnable
-from .checkpoints.provenance import Provenance
-from .conversion.sites import activation_fields
+from .activations.registry import build, is_learnable, parse
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .activations import LearnableActivation
 
 MODELS = "vllm.model_executor.models."
 BACKEND = f"{MODELS}transformers."  # classes that build the model with transformers
+logger = logging.getLogger("hf_ortho")
 
 
 @functools.cache
 def register() -> None:
     """Let vLLM load converted checkpoints.
 
-    - Its own classes find the activations by name, also those that otherwise support only SiLU, such as Llama. If a
-      class does not use them, it raises CheckpointError instead of computing another function.
+    - Its own classes find the activations by name, also those that otherwise support only SiLU, such as Llama.
+    - If a class has fewer of them than the checkpoint, CheckpointError is raised instead of computing another function.
     - The parameters of activations are float32 in a model of any dtype, also with ``--model-impl transformers``.
+
+    Other models are left to vLLM.
 
     Call it before ``vllm.LLM(...)`` only if hf_ortho is not installed but on ``sys.path``, or if ``VLLM_PLUGINS`` does
     not list ``hf_ortho``.
@@ -39,9 +45,23 @@ def register() -> None:
         >>> import hf_ortho.vllm
         >>> hf_ortho.vllm.register()
     """
-    register_post_import_hook(_extend_registries, "vllm.model_executor.layers.activation")
-    register_post_import_hook(_extend_classes, "vllm.model_executor.model_loader.utils")
-    register_post_import_hook(_keep_float32, f"{BACKEND}base")
+    for extend, module in (
+        (_extend_registries, "vllm.model_executor.layers.activation"),
+        (_extend_classes, "vllm.model_executor.model_loader.utils"),
+    ):
+        register_post_import_hook(functools.partial(_try_to_extend, extend), module)
+
+
+def _try_to_extend(extend: Callable[[Any], None], module: Any) -> None:
+    """Extend a module of vLLM. If this version of it lacks something, warn, and leave the other models to it."""
+    try:
+        extend(module)
+    except AttributeError as error:
+        logger.warning(
+            "hf_ortho cannot extend vLLM %s: %s. Serve no converted model with it; others are not affected.",
+            version("vllm"),
+            error,
+        )
 
 
 class Gated:
@@ -72,32 +92,50 @@ def gated(name: str) -> LearnableActivation:
 
 def _extend_registries(activation: Any) -> None:
     """Find learnable activations by name, each time as a new module: layers have parameters of their own."""
+    plain = _extended(activation._ACTIVATION_REGISTRY, build)
+    with_product = _extended(activation._ACTIVATION_AND_MUL_REGISTRY, gated)
+    activation._ACTIVATION_REGISTRY, activation._ACTIVATION_AND_MUL_REGISTRY = plain, with_product
 
-    def extended(known: Any, make: Callable[[str], nn.Module]) -> Any:
-        lazy_dict: Any = type(known)
 
-        class Registry(lazy_dict):
-            def __getitem__(self, name: str) -> nn.Module:
-                return make(name) if is_learnable(name) else super().__getitem__(name)
+def _extended(known: Any, make: Callable[[str], nn.Module]) -> Any:
+    lazy_dict: Any = type(known)
 
-        return Registry(known._factory)
+    class Registry(lazy_dict):
+        def __getitem__(self, name: str) -> nn.Module:
+            return make(name) if is_learnable(name) else super().__getitem__(name)
 
-    activation._ACTIVATION_REGISTRY = extended(activation._ACTIVATION_REGISTRY, build)
-    activation._ACTIVATION_AND_MUL_REGISTRY = extended(activation._ACTIVATION_AND_MUL_REGISTRY, gated)
+    return Registry(known._factory)
 
 
 def _extend_classes(loader: Any) -> None:
-    """Extend the classes of vLLM's own models, when a model is about to be built."""
+    """Extend the class of a model whose config names learnable activations, when it is about to be built."""
     original = loader.get_model_architecture
 
     @functools.wraps(original)
-    def get_model_architecture(*args, **kwargs):
-        model_class, name = original(*args, **kwargs)
-        if model_class.__module__.startswith(MODELS) and not model_class.__module__.startswith(BACKEND):
+    def get_model_architecture(model_config: Any) -> Any:
+        model_class, name = original(model_config)
+        if _names(model_config.hf_config):
             _extend_class(model_class)
         return model_class, name
 
     loader.get_model_architecture = get_model_architecture
+
+
+def _names(config: Any) -> list[str]:
+    """The learnable activations that a config of transformers names."""
+    from transformers import PreTrainedConfig
+
+    from .conversion.sites import activation_fields
+
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    return [name for _, _, name in activation_fields(config) if is_learnable(name)]
+
+
+def _activations(model: nn.Module) -> list[LearnableActivation]:
+    from .activations import LearnableActivation
+
+    return [module for module in model.modules() if isinstance(module, LearnableActivation)]
 
 
 @functools.cache
@@ -110,30 +148,40 @@ def _extend_class(model_class: Any) -> None:
         code = getattr(init, "__code__", None)
         if code and "SiluAndMul" in code.co_names and "hidden_act" in code.co_varnames[: code.co_argcount]:
             _replace_silu(layer)
-    original = model_class.__init__
+    make, load = model_class.__init__, model_class.load_weights
 
-    @functools.wraps(original)
+    @functools.wraps(make)
     def __init__(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        _check(self, inspect.signature(original).bind(self, *args, **kwargs).arguments["vllm_config"])
+        make(self, *args, **kwargs)
+        names = _names(getattr(self, "config", None))  # not of vllm_config, which a draft shares with its target
+        if names and not _activations(self):
+            raise _refusal(self, f"does not use {names[0]}")
+        for activation in _activations(self):
+            activation.float()  # the Transformers backend makes all parameters of the model's dtype
 
-    model_class.__init__ = __init__
+    @functools.wraps(load)
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *args, **kwargs):
+        names: set[str] = set()
+
+        def noted():
+            for name, weight in weights:
+                names.add(name)
+                yield name, weight
+
+        loaded = load(self, noted(), *args, **kwargs)
+        found, expected = len(_activations(self)), sum(name.endswith(".tail_slopes") for name in names)
+        in_parts = any(type(module).__name__ == "PPMissingLayer" for module in self.modules())  # pipeline parallelism
+        if found < expected and not in_parts:
+            raise _refusal(self, f"uses {found} of the {expected} learnable activations of the checkpoint")
+        return loaded
+
+    model_class.__init__, model_class.load_weights = __init__, load_weights
 
 
-def _check(model: nn.Module, vllm_config: Any) -> None:
-    """Raise CheckpointError if the model lacks learnable activations that its config names."""
-    config = vllm_config.model_config.hf_config
-    if not any(is_learnable(name) for _, _, name in activation_fields(config)):
-        return
-    expected = len(Provenance.of(config).layers) or 1
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:  # this process has some of the layers
-        expected = 1
-    found = sum(isinstance(module, LearnableActivation) for module in model.modules())
-    if found < expected:
-        raise CheckpointError(
-            f"{type(model).__name__} of vLLM has {found} of the {expected} learnable activations of "
-            f"{vllm_config.model_config.model}: serve it with --model-impl transformers"
-        )
+def _refusal(model: nn.Module, reason: str) -> CheckpointError:
+    backend = type(model).__module__.startswith(BACKEND)
+    advice = "vLLM cannot serve this model" if backend else "try --model-impl transformers"
+    return CheckpointError(f"{type(model).__name__} of vLLM {reason}: {advice}")
 
 
 @functools.cache
@@ -153,17 +201,3 @@ def _replace_silu(layer: Any) -> None:
                 setattr(args[0], name, gated(activation))
 
     layer.__init__ = __init__
-
-
-def _keep_float32(backend: Any) -> None:
-    """Let the backend, which makes every parameter of the model's dtype, keep those of activations in float32."""
-    original = backend.Base.init_parameters
-
-    @functools.wraps(original)
-    def init_parameters(self, module: nn.Module, *args, **kwargs):
-        original(self, module, *args, **kwargs)
-        for activation in module.modules():
-            if isinstance(activation, LearnableActivation):
-                activation.float()
-
-    backend.Base.init_parameters = init_parameters

@@ -1,5 +1,6 @@
 """The plugin for vLLM, on small stand-ins for the parts of vLLM that it extends."""
 
+import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
@@ -13,7 +14,6 @@ from transformers import LlamaConfig
 
 from hf_ortho import vllm
 from hf_ortho.activations import FAMILIES, LearnableActivation, build
-from hf_ortho.activations.registry import is_learnable
 from hf_ortho.errors import CheckpointError
 
 
@@ -68,8 +68,9 @@ def test_the_registries_give_each_layer_its_own_activation():
         plain["hermit_8"]
 
 
-# A layer that only supports SiLU and says so, one that always computes SiLU, and a model of each.
+# A layer that only supports SiLU and says so, one that always computes SiLU, and models of them.
 STAND_IN = """
+import torch
 from torch import nn
 
 class SiluAndMul(nn.Module):
@@ -87,76 +88,147 @@ class ForgetfulMLP(nn.Module):
         super().__init__()
         self.act_fn = SiluAndMul()
 
+class PPMissingLayer(nn.Identity):
+    pass
+
 class CheckedModel(nn.Module):
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
-        activation = vllm_config.model_config.hf_config.hidden_act
-        self.layers = nn.ModuleList(CheckedMLP(4, hidden_act=activation) for _ in range(2))
+        config = self.config = vllm_config.model_config.hf_config
+        self.layers = nn.ModuleList(self.layer(i, config) for i in range(2))
 
-class ForgetfulModel(nn.Module):
+    def layer(self, i, config):
+        return CheckedMLP(4, hidden_act=config.hidden_act)
+
+    def load_weights(self, weights):
+        own = dict(self.named_parameters())
+        loaded = set()
+        for name, weight in weights:
+            if name in own:
+                own[name].data.copy_(weight)
+                loaded.add(name)
+        return loaded
+
+class ForgetfulModel(CheckedModel):
+    def layer(self, i, config):
+        return ForgetfulMLP(4, config)
+
+class PartlyForgetfulModel(CheckedModel):
+    def layer(self, i, config):
+        return ForgetfulMLP(4, config) if i else CheckedMLP(4, hidden_act=config.hidden_act)
+
+class FirstHalf(CheckedModel):
+    def layer(self, i, config):
+        return PPMissingLayer() if i else CheckedMLP(4, hidden_act=config.hidden_act)
+
+class Draft(ForgetfulModel):
     def __init__(self, *, vllm_config, prefix=""):
-        super().__init__()
-        self.layers = nn.ModuleList(ForgetfulMLP(4, vllm_config.model_config.hf_config) for _ in range(2))
+        super().__init__(vllm_config=vllm_config)
+        self.config = vllm_config.draft_config
+
+class Bfloat16Model(CheckedModel):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config)
+        self.head = nn.Linear(2, 2)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
 """
 
 
 @pytest.fixture
 def new_model(monkeypatch):
-    """``new_model("CheckedModel", "hermite_8", pipeline=1)`` builds a stand-in as vLLM builds a model of its own."""
-    module = ModuleType(f"{vllm.MODELS}stand_in")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(STAND_IN, vars(module))
-    loader = SimpleNamespace(get_model_architecture=lambda config: (getattr(module, config.name), config.name))
-    vllm._extend_classes(loader)
+    """``new_model("CheckedModel", "hermite_8")`` builds a stand-in as vLLM builds a model of its own."""
 
-    def new(name, activation, pipeline=1):
-        config = LlamaConfig(hidden_act=activation)
-        if is_learnable(activation):
-            config.hf_ortho = {"layers": [{"module": f"layers.{i}.act_fn"} for i in range(2)]}
-        model_config = SimpleNamespace(hf_config=config, model="me/llama", name=name)
-        parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
+    def new(name, activation, place="stand_in"):
+        module = ModuleType(vllm.MODELS + place)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(STAND_IN, vars(module))
+        loader = SimpleNamespace(get_model_architecture=lambda config: (getattr(module, config.name), config.name))
+        vllm._extend_classes(loader)
+        model_config = SimpleNamespace(hf_config=LlamaConfig(hidden_act=activation), name=name)
         model_class, _ = loader.get_model_architecture(model_config)
-        return model_class(vllm_config=SimpleNamespace(model_config=model_config, parallel_config=parallel))
+        assert loader.get_model_architecture(model_config) == (model_class, name)  # classes are extended once
+        return model_class(vllm_config=SimpleNamespace(model_config=model_config, draft_config=LlamaConfig()))
 
     return new
 
 
+def checkpoint(name, layers=2):
+    """The tensors of a converted model of two layers, trained a little."""
+    activation = build(name)
+    with torch.no_grad():
+        activation.tail_slopes.add_(0.25)
+    tensors = activation.state_dict().items()
+    return [(f"layers.{i}.act_fn.{key}", value) for i in range(layers) for key, value in tensors]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_support_only_silu_get_learnable_activations(family, new_model):
-    for _ in range(2):  # the classes are extended once
-        model = new_model("CheckedModel", f"{family}_4")
-        first, second = (layer.act_fn for layer in model.layers)
-        assert isinstance(first, FAMILIES[family])
-        assert isinstance(first, vllm.Gated)
-        assert first is not second
-        assert "layers.1.act_fn.domain" in model.state_dict()
+    model = new_model("CheckedModel", f"{family}_4")
+    first, second = (layer.act_fn for layer in model.layers)
+    assert isinstance(first, FAMILIES[family])
+    assert isinstance(first, vllm.Gated)
+    assert first is not second
+    weights = checkpoint(f"{family}_4")
+    assert model.load_weights(iter(weights)) == {name for name, _ in weights}
+    assert all(layer.act_fn.tail_slopes.tolist() == [0.25, 0.25] for layer in model.layers)
 
 
-def test_other_activations_are_left_to_vllm(new_model):
-    assert all(type(layer.act_fn).__name__ == "SiluAndMul" for layer in new_model("CheckedModel", "silu").layers)
+def test_other_models_are_left_to_vllm(new_model):
+    model = new_model("CheckedModel", "silu")
+    assert all(type(layer.act_fn).__name__ == "SiluAndMul" for layer in model.layers)
+    assert not hasattr(type(model).__init__, "__wrapped__")
     new_model("ForgetfulModel", "silu")
     with pytest.raises(ValueError, match="Only silu is supported"):
         new_model("CheckedModel", "gelu")
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_class_that_would_compute_silu_instead_is_refused(pipeline, new_model):
-    expected = {1: 2, 2: 1}[pipeline]  # with pipeline parallelism, a process does not know how many it should have
-    message = f"0 of the {expected} learnable activations of me/llama: serve it with --model-impl transformers"
+def test_a_class_that_would_compute_silu_instead_is_refused(new_model):
+    message = "^ForgetfulModel of vLLM does not use hermite_8: try --model-impl transformers$"
     with pytest.raises(CheckpointError, match=message):
-        new_model("ForgetfulModel", "hermite_8", pipeline)
+        new_model("ForgetfulModel", "hermite_8")
+    with pytest.raises(CheckpointError, match="does not use hermite_8: vLLM cannot serve this model"):
+        new_model("ForgetfulModel", "hermite_8", place="transformers.stand_in")
 
 
-def test_the_transformers_backend_keeps_activations_in_float32():
-    class Base:
-        def init_parameters(self, module, dtype=None):
-            for child in module.modules():
-                for name, parameter in list(child.named_parameters(recurse=False)):
-                    setattr(child, name, nn.Parameter(parameter.data.to(torch.bfloat16)))
+def test_a_class_that_would_compute_silu_in_some_layers_is_refused(new_model):
+    model = new_model("PartlyForgetfulModel", "hermite_8")
+    message = "PartlyForgetfulModel of vLLM uses 1 of the 2 learnable activations of the checkpoint: try"
+    with pytest.raises(CheckpointError, match=message):
+        model.load_weights(checkpoint("hermite_8"))
+    model.load_weights(checkpoint("hermite_8", layers=1))
 
-    vllm._keep_float32(SimpleNamespace(Base=Base))
-    model = nn.Sequential(nn.Linear(2, 2), build("hermite_4"))
-    Base().init_parameters(model)
-    assert {p.dtype for p in model[0].parameters()} == {torch.bfloat16}
-    assert isinstance(model[1], LearnableActivation)
-    assert {p.dtype for p in model[1].parameters()} == {torch.float32}
+
+def test_a_process_of_a_pipeline_has_some_of_the_layers(new_model):
+    loaded = new_model("FirstHalf", "hermite_8").load_weights(checkpoint("hermite_8"))
+    assert {name.split(".")[1] for name in loaded} == {"0"}
+
+
+def test_a_draft_of_fixed_activations_beside_a_converted_model_is_left_to_vllm(new_model):
+    assert not any(isinstance(module, LearnableActivation) for module in new_model("Draft", "hermite_8").modules())
+
+
+def test_activations_stay_in_float32_in_a_class_that_makes_all_parameters_bfloat16(new_model):
+    model = new_model("Bfloat16Model", "hermite_4")
+    assert {p.dtype for p in model.head.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.layers.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("extend", [vllm._extend_registries, vllm._extend_classes])
+def test_a_vllm_without_the_names_that_are_extended_still_serves_other_models(extend, caplog, monkeypatch):
+    monkeypatch.setattr(vllm, "version", {"vllm": "9.9"}.get)
+    module = SimpleNamespace(_ACTIVATION_REGISTRY=LazyDict({}))
+    before = dict(vars(module))
+    vllm._try_to_extend(extend, module)
+    assert vars(module) == before
+    (message,) = caplog.messages
+    assert message.startswith("hf_ortho cannot extend vLLM 9.9: ")
+    assert "has no attribute" in message
+    assert message.endswith("Serve no converted model with it; others are not affected.")
+
+
+@pytest.mark.slow
+def test_the_plugin_imports_no_large_library():
+    code = "import sys, hf_ortho.vllm as v; v.register(); print({'torch', 'transformers', 'scipy'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
