@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from .results import BenchResults, Figure
 from .run import Section
@@ -20,12 +21,12 @@ TITLES = {
     "elements": "over the number of elements",
     "degree": "over the degree, {degree_elements} elements",
     "decode": "host time of one call on {decode}, without and with gradient",
-    "gpt2": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, no optimizer",
-    "gpt2_eager": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}), no dropout, with AdamW",
-    "gpt2_compiled": "training step of GPT-2 ({gpt2}, batch {gpt2_batch}) with compiled blocks, no dropout, with AdamW",
-    "convnext": "training step of ConvNeXt ({convnext}, {convnext_batch} images), no optimizer",
-    "generation": "GPT-2 ({gpt2}), {tokens} tokens with transformers, greedy, with cache",
-    "vllm": "GPT-2 ({gpt2}), {tokens} tokens with vLLM, greedy, wall time",
+    "gpt2": "{gpt2}: training step on {gpt2_batch}, no optimizer",
+    "gpt2_eager": "{gpt2}: training step on {gpt2_batch}, with AdamW",
+    "gpt2_compiled": "{gpt2}, compiled: step on {gpt2_batch}, with AdamW",
+    "convnext": "{convnext}: training step on {convnext_batch}, no optimizer",
+    "generation": "{gpt2}: {tokens} tokens with transformers, greedy, with cache",
+    "vllm": "{gpt2}: {tokens} tokens with vLLM, greedy, wall time",
 }
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -63,7 +64,19 @@ def case_table(results: BenchResults, case: str, settings: Settings) -> Table:
     for measure in measures:
         columns += [measure, _unit(case, measure)]
     rows = [[name, *(cell for m in measures for cell in _cells(case, row.get(m)))] for name, row in by_row.items()]
-    return TITLES[case].format_map(settings.to_dict()), columns, rows
+    return TITLES[case].format_map(_sizes(settings)), columns, rows
+
+
+def _sizes(settings: Settings) -> dict[str, Any]:
+    """The settings, with the models and their batches in words."""
+    gpt2, (sequences, length) = settings.gpt2, settings.gpt2_batch
+    depths, side = "-".join(map(str, settings.convnext["depths"])), settings.convnext["image_size"]
+    return settings.to_dict() | {
+        "gpt2": f"GPT-2, {gpt2['n_layer']} layers of width {gpt2['n_embd']}",
+        "gpt2_batch": f"{sequences} x {length} tokens",
+        "convnext": f"ConvNeXt, depths {depths}",
+        "convnext_batch": f"{settings.convnext_batch} images of {side} x {side}",
+    }
 
 
 def _unit(case: str, measure: str) -> str:
