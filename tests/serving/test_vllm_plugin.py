@@ -216,7 +216,7 @@ def test_activations_stay_in_float32_in_a_class_that_makes_all_parameters_bfloat
 
 @pytest.mark.parametrize("extend", [vllm._extend_registries, vllm._extend_classes])
 def test_a_vllm_without_the_names_that_are_extended_still_serves_other_models(extend, caplog, monkeypatch):
-    monkeypatch.setattr(vllm, "version", {"vllm": "9.9"}.get)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="9.9"))
     module = SimpleNamespace(_ACTIVATION_REGISTRY=LazyDict({}))
     before = dict(vars(module))
     vllm._try_to_extend(extend, module)
@@ -224,7 +224,7 @@ def test_a_vllm_without_the_names_that_are_extended_still_serves_other_models(ex
     (message,) = caplog.messages
     assert message.startswith("hf_ortho cannot extend vLLM 9.9: ")
     assert "has no attribute" in message
-    assert message.endswith("Serve no converted model with it; others are not affected.")
+    assert message.endswith(". Do not serve converted models with it.")
 
 
 @pytest.mark.slow
