@@ -11,16 +11,12 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
 from ..errors import CheckpointError
 from ..files import json_object
 
 MODULES = "modules.json"  # of a sentence-transformers model
 # What makes a folder a model of sentence-transformers.
 SENTENCE = f"{MODULES} config_sentence_transformers.json sentence_*_config.json [0-9]_*"
-# An ONNX graph instead of the weights of transformers, and its weights if one file cannot hold them; as in Optimum.
-GRAPH, GRAPH_DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 ROUTER = "router_config.json"  # of its module Router, whose parts modules.json does not list
 PRIVATE = "token *_token id_rsa* id_dsa* id_ecdsa* id_ed25519* *.pem *.key *.p12 *.pfx *.kdbx *.env *credential* "
 PRIVATE += "*password* secret* *.secret htpasswd kaggle.json"
@@ -84,13 +80,6 @@ def list_files(folder: Path, skipped: Callable[[str], bool]) -> Listing:
             else:
                 found.sizes[path] = status.st_size
     return found
-
-
-def has_graph(folder: Path) -> bool:
-    """Whether a folder has an ONNX graph, and no weights of transformers."""
-    return (folder / GRAPH).is_file() and not any(
-        (folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    )
 
 
 def is_private(path: str) -> bool:

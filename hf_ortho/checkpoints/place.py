@@ -12,6 +12,8 @@ from ..files import json_object
 from .adapter import ADAPTER_CONFIG
 
 READABLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+# An ONNX graph instead of these weights, and its weights if one file cannot hold them; as in Optimum.
+GRAPH, GRAPH_DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 FOREIGN = {  # weights of other formats, by the endings of their files
     ("tf_model.h5", "flax_model.msgpack"): "TensorFlow or Flax weights ({}): save them with PyTorch in transformers 4, "
     "AutoModel.from_pretrained(..., from_tf=True or from_flax=True).save_pretrained(...)",
@@ -35,8 +37,15 @@ def check_place(name: str) -> None:
             raise CheckpointError(f"{name} is not a checkpoint: {_content(path, files)}")
         if ADAPTER_CONFIG not in files and not files.intersection(READABLE) and (other := _foreign(files)):
             raise CheckpointError(f"{name} has only {other}")
+        if ADAPTER_CONFIG not in files and has_graph(path):
+            raise CheckpointError(f"{name} has only an ONNX graph ({GRAPH}): give the model that it was exported from")
     else:
         check_exists(name)
+
+
+def has_graph(folder: Path) -> bool:
+    """Whether a folder has an ONNX graph, and no weights that transformers reads."""
+    return (folder / GRAPH).is_file() and not any((folder / name).is_file() for name in READABLE)
 
 
 def check_exists(name: str) -> None:

@@ -57,7 +57,11 @@ def run(argv: list[str]) -> None:
         args.model, revision=args.revision, dtype="float32", trust_remote_code=args.trust_remote_code
     )
     converted = Provenance.of(checkpoint.model.config).activation
-    source = TrainingDetails() if converted else TrainingDetails(base_model=args.model, base_revision=checkpoint.commit)
+    training = TrainingDetails(
+        others={"merged adapter": args.model} if checkpoint.merged else {},
+        base_model=None if converted else args.model,
+        base_revision=None if converted else checkpoint.commit,
+    )
     with output.writing() as draft:
         graph = write_onnx(checkpoint, args.model, draft, cache=not args.no_cache)
         carry_over(args.model, checkpoint.commit or args.revision, draft, (REPORT_FILE, PICTURE))
@@ -65,7 +69,7 @@ def run(argv: list[str]) -> None:
             draft,
             place=args.output,
             command=command_line("export", argv),
-            training=source,
+            training=training,
             graph=graph,
         )
         size = sum(file.stat().st_size for file in (draft / "onnx").iterdir())

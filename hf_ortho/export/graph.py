@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import CheckpointError
 from ..files import explain
@@ -22,8 +22,9 @@ SINGLE_FILE = 1.8 * 2**30  # bytes of weights; a protobuf file holds 2 GiB
 def write_graph(model: PreTrainedModel, signature: Signature, file: Path) -> int:
     """Write the graph of ``model`` to ``file``, and weights of more than 1.8 GiB to ``file`` with the ending ``_data``.
 
-    Batch size and length are free, also of the past. The attention is traced in its ``eager`` form: it masks with the
-    lowest finite number, so that a row where everything is masked has no NaN, which would spread by 0 * NaN.
+    Batch size and length are free, also of the past. It has the same length in every layer: with a sliding window, the
+    mask leaves out what is too old. The attention is traced in its ``eager`` form: it masks with the lowest finite
+    number, so that a row where everything is masked has no NaN, which would spread by 0 * NaN.
 
     Returns:
         The version of the operators.
@@ -32,6 +33,7 @@ def write_graph(model: PreTrainedModel, signature: Signature, file: Path) -> int
         CheckpointError: torch cannot export the model.
     """
     import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     inputs = signature.sample(2, 6)
     kwargs: dict[str, Any] = {"inputs": inputs}
@@ -43,7 +45,7 @@ def write_graph(model: PreTrainedModel, signature: Signature, file: Path) -> int
     names, results = list(inputs), list(signature.outputs)
     if signature.cached:
         with torch.no_grad():
-            past = cache_of(model(**signature.sample(2, 5), use_cache=True))
+            past = cache_of(model(**signature.sample(2, 5), past_key_values=DynamicCache(), use_cache=True))
         kwargs["past"] = [(key.clone(), value.clone()) for key, value in past]
         inputs["attention_mask"] = torch.ones(2, 5 + 6, dtype=torch.long)
         shapes["inputs"]["attention_mask"] = {0: "batch_size", 1: "total_sequence_length"}
@@ -63,10 +65,12 @@ def write_graph(model: PreTrainedModel, signature: Signature, file: Path) -> int
                 verbose=False,
             )
     except Exception as error:  # whatever the tracer and the translation raise
-        reason = explain(error.__cause__ or error)
+        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else explain(error)
         hint = "; --no-cache may help" if signature.cached else ""
         raise CheckpointError(f"torch.onnx cannot export {type(model).__name__}: {reason}{hint}") from error
     assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # the paths of the code on this machine, at every node
     file.parent.mkdir()
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
     onnx_ir.save(program.model, file, external_data=f"{file.name}_data" if size > SINGLE_FILE else None)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..checkpoints.listing import GRAPH, GRAPH_DATA
 from ..checkpoints.load import Checkpoint, save_other_files
+from ..checkpoints.place import GRAPH, GRAPH_DATA
 from ..checkpoints.verify import check_weights
 from ..hub.record import Graph
 from ..tasks import head_of

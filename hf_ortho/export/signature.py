@@ -20,6 +20,7 @@ from ..tasks.causal_lm import CAUSAL_LM
 
 logger = logging.get_logger("hf_ortho")
 
+MAIN = {"input_ids", "pixel_values", "input_features", "input_values"}  # the inputs of the modalities
 KINDS = "text generation, classification, fill-mask and embeddings, of one text or one image"
 
 
@@ -135,7 +136,7 @@ def signature_of(checkpoint: Checkpoint, cache: bool) -> Signature:
         ) from error
     outputs = [name for name, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()]
     if "last_hidden_state" in outputs:  # a pooler may be untrained, and Optimum leaves it out too
-        outputs = ["last_hidden_state"]
+        outputs = [name for name in outputs if name != "pooler_output"]
     if cache and not signature.image and not pairs:
         logger.warning(f"note: the cache of {type(model).__name__} is not one of keys and values; exported without it")
     return dataclasses.replace(signature, outputs=tuple(outputs), cached=bool(pairs), layers=len(pairs))
@@ -143,10 +144,11 @@ def signature_of(checkpoint: Checkpoint, cache: bool) -> Signature:
 
 def _check_kind(model: PreTrainedModel) -> None:
     name, modalities = type(model).__name__, model.input_modalities
+    accepted = inspect.signature(model.forward).parameters
     kind = ""
     if model.config.is_encoder_decoder:
         kind = "an encoder-decoder"
-    elif not isinstance(modalities, str) and len(modalities) > 1:
+    elif not isinstance(modalities, str) and len(modalities) > 1 and len(MAIN & accepted.keys()) > 1:
         kind = f"a model of {' and '.join(modalities)}"
     elif model.main_input_name not in ("input_ids", "pixel_values"):
         kind = f"a model of {model.main_input_name}"
@@ -176,10 +178,11 @@ def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _image_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The shape of the images that the processor makes, or that the config names."""
-    if checkpoint.image_processor is not None:
+    """The shape of the images that the processor makes from any image, or that the config names."""
+    processor = checkpoint.image_processor
+    if processor is not None and getattr(processor, "do_resize", True):
         blank = np.zeros((300, 300, 3), np.uint8)
-        return tuple(checkpoint.image_processor(blank, return_tensors="pt")["pixel_values"].shape[1:])
+        return tuple(processor(blank, return_tensors="pt")["pixel_values"].shape[1:])
     config: Any = checkpoint.model.config
     size = getattr(config, "image_size", 224)
     return (config.num_channels, *((size, size) if isinstance(size, int) else size))

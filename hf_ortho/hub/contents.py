@@ -17,18 +17,8 @@ from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
 from ..checkpoints.carry import CARD
 from ..checkpoints.custom_code import references
-from ..checkpoints.listing import (
-    GRAPH,
-    GRAPH_DATA,
-    TOKENIZER,
-    Listing,
-    has_graph,
-    is_private,
-    list_files,
-    matches,
-    module_folders,
-    module_of,
-)
+from ..checkpoints.listing import TOKENIZER, Listing, is_private, list_files, matches, module_folders, module_of
+from ..checkpoints.place import GRAPH, GRAPH_DATA, has_graph
 from ..checkpoints.provenance import Provenance
 from ..checkpoints.weights import shapes, weight_map
 from ..errors import CheckpointError, ConfigError
@@ -57,13 +47,11 @@ class Contents:
         files: files to upload, as paths in the repository.
         left_out: what is left out, with a reason if it is not a regular file of the folder. Folders end in ``/``. The
             manifest of ``OutputFolder`` is in neither list.
-        graph: whether the folder contains an ONNX graph instead of the weights of transformers.
     """
 
     adapter: bool
     files: list[str]
     left_out: list[str]
-    graph: bool = False
 
 
 def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Contents:
@@ -99,8 +87,7 @@ def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Conte
         _check_adapter(place)
     if model:
         _check_model(place)
-    graph = model and has_graph(place)
-    weights = {GRAPH, GRAPH_DATA} if graph else {SAFE_WEIGHTS_NAME} if model else set()
+    weights = {GRAPH, GRAPH_DATA} if model and has_graph(place) else {SAFE_WEIGHTS_NAME} if model else set()
     weights |= {ADAPTER_WEIGHTS} if adapter else set()
     if model and SAFE_WEIGHTS_INDEX_NAME in found.sizes:
         weights |= set(weight_map(place / SAFE_WEIGHTS_INDEX_NAME).values())
@@ -127,7 +114,7 @@ def contents_of(folder: str | os.PathLike, include: Sequence[str] = ()) -> Conte
             path.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{folder}: the name of {path!r} is not UTF-8; rename the file") from error
-    return Contents(adapter and not model, sorted(files), _left_out(found, files), graph)
+    return Contents(adapter and not model, sorted(files), _left_out(found, files))
 
 
 def _needed(path: str) -> bool:

@@ -25,6 +25,7 @@ from ..checkpoints.adapter import LABELS
 from ..checkpoints.carry import CARD
 from ..checkpoints.custom_code import GENERATED, references
 from ..checkpoints.listing import matches, module_folders, module_of
+from ..checkpoints.place import GRAPH, GRAPH_DATA, has_graph
 from ..checkpoints.revision import is_commit
 from ..errors import ConfigError, HubError
 from ..files import explain
@@ -94,7 +95,7 @@ def push(
     contents = contents_of(folder, include)
     if remote_code and contents.adapter:
         raise ConfigError(f"remote code: {folder} contains an adapter; only a full model can have remote code")
-    if remote_code and contents.graph:
+    if remote_code and has_graph(Path(folder)):
         raise ConfigError(f"remote code: {folder} contains an ONNX graph, which is loaded without code")
     code = add_remote_code(Path(folder)) if remote_code else {}
     info = find_or_create(repo_id, private=private, token=token)
@@ -184,9 +185,13 @@ def _modules_of_code(files: Mapping[str, bytes]) -> set[str]:
 
 def _stale(info: ModelInfo, added: set[str]) -> list[str]:
     """When pushing a model: the weights, adapter and remote code of an earlier push that are no longer part of it."""
+    present = {file.rfilename for file in info.siblings or []} - added
+    if GRAPH in added:
+        return sorted({GRAPH_DATA} & present)
     if not any(fnmatch.fnmatch(path, WEIGHTS) for path in added):
         return []
-    present = {file.rfilename for file in info.siblings or []} - added
+    if GRAPH in present:
+        logger.warning(f"note: {info.id} still has {GRAPH}; if it has other weights, export and push it again")
     weights = {path for path in present if "/" not in path and fnmatch.fnmatch(path, WEIGHTS)}
     adapter = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, LABELS} & present if ADAPTER_CONFIG not in added else set()
     return sorted(weights | adapter | ({REMOTE_CODE} & present))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.stored import stored_file
 from ..conversion import ConversionReport
@@ -31,11 +32,16 @@ class Graph:
     difference: float
     engine: str
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Graph:
+        """The inverse of ``dataclasses.asdict``; ignores other keys."""
+        return cls(int(plain["opset"]), bool(plain["cache"]), float(plain["difference"]), str(plain["engine"]))
+
     def __str__(self) -> str:
         cache = ", also when it continues from its cache token by token" if self.cache else ""
         return (
-            f"The outputs of the graph (float32, opset {self.opset}) in {self.engine} differ from those of the model "
-            f"in PyTorch by at most {self.difference:.1e} of the largest one{cache}."
+            f"On random inputs, the outputs of the graph (float32, opset {self.opset}) in {self.engine} differ from "
+            f"those of the model in PyTorch by at most {self.difference:.1e} of the largest one{cache}."
         )
 
 
@@ -75,7 +81,7 @@ class Record:
                 [Results.from_dict(entry) for entry in results],
                 [str(command) for command in commands],
                 [DataSource.from_dict(entry) for entry in data],
-                Graph(**plain["graph"]) if "graph" in plain else None,
+                Graph.from_dict(plain["graph"]) if "graph" in plain else None,
             )
         except CheckpointError:
             raise

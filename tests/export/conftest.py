@@ -1,4 +1,5 @@
-"""Saved models of every kind that can be exported: tiny, converted, and with outliers that reach the tails."""
+"""Saved models of every kind that can be exported: tiny, converted, and with outliers that reach the tails; one in
+bfloat16."""
 
 import copy
 import json
@@ -10,11 +11,11 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 import hf_ortho
@@ -45,13 +46,16 @@ def tiny(make_gpt2, make_convnext):
             return gpt2, tokenizer
         if name == "decoder_classes":
             return GPT2ForSequenceClassification(gpt2.config), tokenizer
-        if name in ("llama", "mistral"):  # grouped heads; a window that is shorter than the texts
-            classes = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
-            config, cls = classes[name]
-            window = {"sliding_window": 4} if name == "mistral" else {}
-            return cls(config(**sizes, **ends, **window, num_key_value_heads=2)), tokenizer
+        decoders = {
+            "llama": (LlamaConfig, LlamaForCausalLM, {}),
+            "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"sliding_window": 4, "head_dim": 4, "num_hidden_layers": 2}),
+        }
+        if name in decoders:  # grouped heads; a window that is shorter than the texts, in gemma2 in one of two layers
+            config, cls, options = decoders[name]
+            return cls(config(**sizes | ends | options, num_key_value_heads=2)), tokenizer
         classes = {"masked": BertForMaskedLM, "classes": BertForSequenceClassification}
-        return classes.get(name, BertModel)(BertConfig(**sizes)), tokenizer
+        named = {"id2label": {0: "neg", 1: "pos"}} if name == "classes" else {}
+        return classes.get(name, BertModel)(BertConfig(**sizes, **named)), tokenizer
 
     return tiny
 
@@ -70,6 +74,8 @@ def saved(tmp_path_factory, tiny):
             for value in model.parameters():
                 value *= 4  # otherwise the activations hardly matter
         hf_ortho.convert(model, activation)
+        if name == "sentences":
+            model.to(torch.bfloat16)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         if name == "sentences":

@@ -1,19 +1,30 @@
 """``hf-ortho export``: what it writes, what a push takes of it, and what it refuses."""
 
+import copy
 import importlib.util
 import json
+import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import CLIPConfig, CLIPModel, GPT2ForSequenceClassification, T5Config, T5ForConditionalGeneration
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    GPT2ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_ortho.export.check
 import hf_ortho.export.graph
 from hf_ortho.errors import CheckpointError, ConfigError
-from hf_ortho.hub import card_of
 from hf_ortho.hub.contents import contents_of
 from hf_ortho.hub.push import push
 from hf_ortho.hub.record import Record
@@ -37,6 +48,8 @@ def test_what_is_written(exported, saved):
     assert lines[-1].startswith(f"Wrote {folder} (onnx/model.onnx, ")
     config, source = (json.loads((place / "config.json").read_text()) for place in (folder, saved("gpt2")))
     assert {key: config[key] for key in source} == source
+    graph = (folder / "onnx" / "model.onnx").read_bytes()
+    assert not [path for path in (os.fsencode(Path.cwd()), b"site-packages", b".py") if path in graph]
 
 
 @pytest.mark.slow
@@ -54,13 +67,9 @@ def test_the_record_and_the_card(hf_ortho_command, gpt2_folder, tmp_path):
     assert card.data.tags[0] == "onnx"
     assert f"differ from those of the model in PyTorch by at most {record.graph.difference:.1e}" in card.text
     assert "learnable `hermite_3` activations" in card.text
+    assert "engine that ignores the activation" not in card.text
     assert (folder / "activations.png").read_bytes() == (converted / "activations.png").read_bytes()
 
-    assert "onnx/model.onnx" in contents_of(folder).files
-    assert contents_of(folder).left_out == []
-    pushed = card_of(folder, repo_id="me/graph", remote_code=False)
-    assert 'folder = snapshot_download("me/graph")' in pushed
-    assert f'folder = "{folder}"' not in pushed
     with pytest.raises(ConfigError, match="contains an ONNX graph, which is loaded without code"):
         push(folder, "me/graph", remote_code=True)
 
@@ -95,16 +104,14 @@ def test_weights_beyond_the_size_of_one_file(hf_ortho_command, saved, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_graph_that_computes_something_else_is_not_kept(hf_ortho_command, saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [0.1, float("nan")])
+def test_a_graph_that_computes_something_else_is_not_kept(hf_ortho_command, saved, tmp_path, monkeypatch, value):
     write = hf_ortho.export.graph.write_graph
 
     def spoiled(model, signature, file):
-        bias = model.classifier.bias
-        with torch.no_grad():
-            bias += 0.1
-            opset = write(model, signature, file)
-            bias -= 0.1
-        return opset
+        model = copy.deepcopy(model)
+        torch.nn.init.constant_(model.classifier.bias, value)
+        return write(model, signature, file)
 
     monkeypatch.setattr("hf_ortho.export.onnx_folder.write_graph", spoiled)
     sentence = hf_ortho_command("export", saved("classes"), "-o", tmp_path / "graph").error
@@ -170,5 +177,43 @@ def test_other_graphs_beside_the_weights_are_left_out_of_a_push(saved, tmp_path)
     folder = shutil.copytree(saved("gpt2"), tmp_path / "model")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"")
-    found = contents_of(folder)
-    assert (found.graph, found.left_out) == (False, ["onnx/"])
+    assert contents_of(folder).left_out == ["onnx/"]
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # weights too, but those of a pickle
+    with pytest.raises(CheckpointError, match=r"it has a config but neither model\.safetensors nor"):
+        contents_of(folder)
+
+
+@pytest.mark.parametrize("command", ["convert", "evaluate", "export", "finetune", "inspect", "plot"])
+def test_a_graph_is_no_input(hf_ortho_command, saved, text_file, tmp_path, command):
+    folder = shutil.copytree(saved("gpt2"), tmp_path / "graph")
+    (folder / "onnx").mkdir()
+    (folder / "model.safetensors").rename(folder / "onnx" / "model.onnx")
+    flags = {
+        "evaluate": [folder, "--dataset", text_file],
+        "finetune": ["--model", folder, "--dataset", text_file, "--output-dir", tmp_path / "out"],
+        "inspect": [folder],
+        "plot": [folder, "-o", tmp_path / "out.png"],
+    }
+    ran = hf_ortho_command(command, *flags.get(command, [folder, "-o", tmp_path / "out"]))
+    sentence = f"{folder} has only an ONNX graph (onnx/model.onnx): give the model that it was exported from"
+    assert (ran.code, ran.error) == (2, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged(hf_ortho_command, saved, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(saved("classes"))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    ran = hf_ortho_command("export", tmp_path / "adapter", "-o", tmp_path / "graph")
+    assert ran.code == 0, ran.err
+    ids = torch.arange(5, 12)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    session = onnxruntime.InferenceSession(tmp_path / "graph" / "onnx" / "model.onnx")
+    feed = {each.name: np.zeros(ids.shape, np.int64) for each in session.get_inputs()}
+    feed |= {name: value.numpy() for name, value in inputs.items()}
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**inputs).logits.numpy()
+    found, expected = session.run(None, feed)[0], model(**inputs).logits.detach().numpy()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max() < 1e-2 * np.abs(base - expected).max()
+    assert f"- merged adapter: {tmp_path / 'adapter'}" in (tmp_path / "graph" / "README.md").read_text()

@@ -14,7 +14,7 @@ import hf_ortho
 from hf_ortho.conversion.distill import Distillation
 from hf_ortho.errors import CheckpointError
 from hf_ortho.hub import DataSource, Results, TrainingDetails, card_of, write_card
-from hf_ortho.hub.record import Record
+from hf_ortho.hub.record import Graph, Record
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 EVIL = [
@@ -87,6 +87,7 @@ def converted(tmp_path_factory, make_gpt2):
         results=[Results(values, data, "command", "machine", 3, "note")],
         data=[data],
         command="c",
+        graph=Graph(20, True, 1e-6, "engine"),
     )
     (folder / "README.md").unlink()
     return folder
@@ -121,6 +122,7 @@ def put(evil):
         values = {evil: {evil: 1.0}, "b": {evil: 2.0}}
         result = {"values": values, "data": data, "command": evil, "hardware": evil, "note": evil, "seed": 1}
         plain["results"] = [result]
+        plain["graph"]["engine"] = evil
 
     return config, record
 
@@ -206,6 +208,10 @@ def test_the_title_and_the_training_are_text(converted, tmp_path):
         "commands",
         "commands 0",
         "data 0",
+        "graph",
+        "graph opset",
+        "graph difference",
+        "graph engine",
     ],
 )
 def test_a_record_of_other_types_is_refused_or_shown(converted, tmp_path, path):
@@ -223,7 +229,7 @@ def test_a_record_of_other_types_is_refused_or_shown(converted, tmp_path, path):
             card_of(tmp_path, repo_id="me/x", remote_code=False)
         except CheckpointError as error:
             errors.append(str(error))
-    assert errors or key in ("name", "revision", "module", 0)
+    assert errors or key in ("name", "revision", "module", "engine", 0)
     for error in errors:
         assert error.startswith(f"{tmp_path / 'conversion.json'} was not written by hf-ortho (")
         assert "\n" not in error

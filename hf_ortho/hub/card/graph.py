@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...checkpoints.listing import GRAPH, GRAPH_DATA
+from ...checkpoints.place import GRAPH, GRAPH_DATA
 from ...checkpoints.processors import IMAGE_FILES, TOKENIZER_FILES
 from ...errors import CheckpointError
 from ...files import json_object
 from ...tasks import head_of
 from ...tasks.causal_lm import CAUSAL_LM
+from ...tasks.text_classification import TEXT_CLASSIFICATION
 from ...text import Markdown, code, code_block
-from .loading import architecture, marked
+from .loading import architecture, marked, named_classes
 
 TEXT = "Once upon a time"
 RUN = "outputs = session.run(None, {each.name: inputs[each.name] for each in session.get_inputs()})"
 # Both continue a text of shape (1, length) by the most likely token. ``inputs`` has more than the graph takes.
 WITH_CACHE = """\
 names = [each.name for each in session.get_inputs()]
-past = {{each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in session.get_inputs() \
-if "past" in each.name}}
+past = {{}}
+for each in session.get_inputs():
+    if "past" in each.name:
+        past[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
 {text}
 new = text
 for _ in range(32):
@@ -56,7 +59,8 @@ def graph_loading(config: dict, place: str, folder: Path, on_hub: bool) -> Markd
     imports += ["from huggingface_hub import snapshot_download"] if on_hub else []
     imports += ["from transformers import AutoTokenizer"] if texts else []
     imports += ["from transformers import AutoImageProcessor"] if images else []
-    lines = ["# pip install onnxruntime transformers", *imports, ""]
+    packages = dict.fromkeys(line.split()[1] for line in imports[2:])
+    lines = [f"# pip install {' '.join(['onnxruntime', *packages])}", *imports, ""]
     lines += [f"folder = {f'snapshot_download({json.dumps(place)})' if on_hub else json.dumps(place)}"]
     lines += [f'session = onnxruntime.InferenceSession(f"{{folder}}/{GRAPH}")']
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"] if texts else []
@@ -79,7 +83,9 @@ def graph_loading(config: dict, place: str, folder: Path, on_hub: bool) -> Markd
     data = f" and {code(GRAPH_DATA)}" if (folder / GRAPH_DATA).is_file() else ""
     note = f"The model is an ONNX graph in float32, {code(GRAPH)}{data}. It contains the formulas of its activations:"
     note += " it needs neither hf_ortho nor PyTorch. Names of inputs and outputs are those of Optimum."
-    return marked(f"{note}\n\n{code_block(chr(10).join(lines), 'python')}")
+    parts = [note, code_block("\n".join(lines), "python")]
+    parts += [named_classes(config.get("id2label"))] if head is TEXT_CLASSIFICATION else []
+    return marked("\n\n".join(filter(None, parts)))
 
 
 def _pads(folder: Path) -> bool:

@@ -69,7 +69,7 @@ def model_loading(config: dict, place: str, remote_code: bool, sentence: str | N
             f"This model requires hf_ortho: without the import, transformers does not know {code(activation)} and "
             "fails to load."
         )
-    if auto == "AutoModelForSequenceClassification" and (names := _class_names(config.get("id2label"))):
+    if auto == "AutoModelForSequenceClassification" and (names := named_classes(config.get("id2label"))):
         parts.append(names)
     return marked("\n\n".join(parts))
 
@@ -97,7 +97,7 @@ def adapter_loading(config: dict, place: str, tokenizer: bool = False) -> Markdo
     recorded = (config.get("auto_mapping") or {}).get("base_model_class") or ""  # by peft, without a task_type
     cls = head_of(task).auto_class if task else recorded if recorded.isidentifier() else "AutoModel"
     classes, before, labels = cls, "", config.get("id2label")
-    named, texts = _class_names(labels), head_of(task or recorded).auto_class == "AutoModelForSequenceClassification"
+    named, texts = named_classes(labels), head_of(task or recorded).auto_class == "AutoModelForSequenceClassification"
     if labels:  # the adapter has a separate head
         before = f"classes = {labels}\n" if named else ""
         at += ", id2label=classes" if named else f", num_labels={len(labels)}"
@@ -116,7 +116,7 @@ def adapter_loading(config: dict, place: str, tokenizer: bool = False) -> Markdo
     return marked("\n\n".join(part for part in (*parts, code_block(lines, "python"), names) if part))
 
 
-def _class_names(labels: Any) -> Markdown:
+def named_classes(labels: Any) -> Markdown:
     """A sentence with the names of classes by their index; empty for those that transformers gives, or for many."""
     names = [str(name) for name in labels.values()] if isinstance(labels, dict) else []
     if not 1 < len(names) <= MOST_CLASSES or any(name == f"LABEL_{i}" for i, name in enumerate(names)):

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
 from ...checkpoints.adapter import ADAPTER_CONFIG, LABELS, labels_in
-from ...checkpoints.listing import has_graph
+from ...checkpoints.place import has_graph
 from ...checkpoints.processors import TOKENIZER_FILES
 from ...conversion import ConversionReport
 from ...errors import CheckpointError
