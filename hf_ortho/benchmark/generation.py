@@ -51,6 +51,7 @@ def vllm(results: BenchResults, settings: Settings) -> None:
         prompt = [{"prompt_token_ids": _prompt(settings)[0].tolist()}]
         options: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch."), "seed": settings.seed}
         options |= {"skip_tokenizer_init": True, "disable_log_stats": True, "enable_prefix_caching": False}
+        options |= {"use_tqdm_on_load": False}
         options |= {"enforce_eager": not settings.compiled}
         options |= {"gpu_memory_utilization": 0.4}  # on CUDA the two models share the memory
         calls: dict[str, Call] = {}
