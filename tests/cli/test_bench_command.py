@@ -44,6 +44,7 @@ def nothing_measured(monkeypatch):
     monkeypatch.setattr(hf_ortho.cli.bench, "measure", fail)
 
 
+@pytest.mark.slow
 def test_figures(quick):
     _, found, _ = quick
     absent = {entry["case"] for entry in found["not_run"] if "not installed" in entry["reason"]} & {"vllm"}
@@ -57,6 +58,7 @@ def test_figures(quick):
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.slow
 def test_every_target_has_a_figure_or_a_reason(quick):
     _, found, _ = quick
     known = {(figure["case"], figure["row"], figure["measure"]) for figure in found["figures"]}
@@ -67,6 +69,7 @@ def test_every_target_has_a_figure_or_a_reason(quick):
             assert target.over is None or (target.case, target.over, target.measure) in known
 
 
+@pytest.mark.slow
 def test_saved_by_known_functions(quick):
     _, found, _ = quick
     saved = {(f["case"], f["row"]): f for f in found["figures"] if f["measure"] == "saved"}
@@ -75,6 +78,7 @@ def test_saved_by_known_functions(quick):
             assert (saved[case, row]["value"], saved[case, row]["ratio"]) == (4 * tensors, tensors)
 
 
+@pytest.mark.slow
 def test_kept_by_gpt2(quick):
     """A layer keeps four tensors of (tokens, 4 d) for gelu_new, and its output for the projection that follows."""
     _, found, _ = quick
@@ -85,6 +89,7 @@ def test_kept_by_gpt2(quick):
     assert peak["value"] > kept["value"]
 
 
+@pytest.mark.slow
 def test_settings_and_environment(quick, hf_ortho_command):
     _, found, _ = quick
     assert found["settings"] == json.loads(json.dumps(QUICK.to_dict()))
@@ -95,6 +100,7 @@ def test_settings_and_environment(quick, hf_ortho_command):
     assert found["seconds"].keys() == SECTIONS["cpu"].keys()
 
 
+@pytest.mark.slow
 def test_printed(quick):
     ran, found, folder = quick
     lines = ran.out.splitlines()
@@ -111,6 +117,7 @@ def test_printed(quick):
     assert f"Wrote {folder / 'bench.json'}" in lines
 
 
+@pytest.mark.slow
 def test_plot(quick):
     _, _, folder = quick
     assert imread(folder / "bench.png").std() > 0

@@ -75,7 +75,7 @@ def assert_close(ours, theirs, tolerance):
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * max(1.0, theirs.abs().max().item()))
 
 
-@pytest.mark.parametrize("degree", [1, 3, 8, 12])
+@pytest.mark.parametrize("degree", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 12))])
 @pytest.mark.parametrize("family", WITH_TRITON)
 def test_value_and_gradients_follow_the_formula(interpreter, family, degree):
     module = random_module(f"{family}_{degree}")
@@ -88,6 +88,7 @@ def test_value_and_gradients_follow_the_formula(interpreter, family, degree):
         assert_close(gradient, theirs[name], 4e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WITH_TRITON)
 def test_the_highest_degree_takes_several_passes(interpreter, family):
     module = random_module(f"{family}_32")
@@ -236,6 +237,7 @@ def test_a_compiler_calls_the_kernels(interpreter, family):
         assert_close(gradient, theirs[name], 4e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "gradients"),  # tropical_rational has four parameters
     [("hermite", list(itertools.product((True, False), repeat=3))), ("tropical_rational", [(True, True, True)])],
