@@ -26,8 +26,9 @@ DRAFT = ".hf_ortho-"
 
 
 def explain(error: BaseException) -> str:
-    """The first non-empty line of an exception's message, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first non-empty line of an exception's message, with the next if it ends in a colon; or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def read_text(file: str | os.PathLike) -> str:

@@ -150,9 +150,10 @@ def _extend_class(model_class: Any) -> None:
     def __init__(self, *args, **kwargs):
         make(self, *args, **kwargs)
         names = _names(getattr(self, "config", None))  # not of vllm_config, which a draft shares with its target
-        if names and not _activations(self):
+        activations = _activations(self)
+        if names and not activations:
             raise _refusal(self, f"does not use {names[0]}")
-        for activation in _activations(self):
+        for activation in activations:
             activation.float()  # the Transformers backend makes all parameters of the model's dtype
 
     @functools.wraps(load)

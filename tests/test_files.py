@@ -7,7 +7,7 @@ import os
 import pytest
 
 from hf_ortho.errors import OutputError
-from hf_ortho.files import check_file, written
+from hf_ortho.files import check_file, explain, written
 from hf_ortho.folders import OutputFolder
 
 
@@ -94,3 +94,16 @@ def test_the_umask_counts_for_files(tmp_path, umask):
     assert write_privately() == 0o666 & ~umask
     (tmp_path / "file").chmod(0o640)
     assert write_privately() == 0o640
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("\n  first\nsecond"), "first"),
+        (ValueError("these differ:\n\n  a and b\nc"), "these differ: a and b"),
+        (ValueError("nothing follows:"), "nothing follows:"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_an_explanation_is_the_first_line_that_says_something(error, expected):
+    assert explain(error) == expected

@@ -6,10 +6,9 @@ import functools
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
@@ -44,15 +43,14 @@ def vllm(results: BenchResults, settings: Settings) -> None:
     if importlib.util.find_spec("vllm") is None:
         results.not_run.append(NotRun("vllm", "", "vLLM is not installed"))
         return
-    with tempfile.TemporaryDirectory() as folder, _environment(settings.device):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _environment(settings.device)):
         import vllm  # reads the environment
 
         sampling = vllm.SamplingParams(temperature=0, max_tokens=settings.tokens, ignore_eos=True, detokenize=False)
         prompt = [{"prompt_token_ids": _prompt(settings)[0].tolist()}]
         options: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch."), "seed": settings.seed}
         options |= {"skip_tokenizer_init": True, "disable_log_stats": True, "enable_prefix_caching": False}
-        options |= {"use_tqdm_on_load": False}
-        options |= {"enforce_eager": not settings.compiled}
+        options |= {"use_tqdm_on_load": False, "enforce_eager": not settings.compiled}
         options |= {"gpu_memory_utilization": 0.4}  # on CUDA the two models share the memory
         calls: dict[str, Call] = {}
         for name, model in _models(settings).items():
@@ -79,15 +77,9 @@ def _measure(results: BenchResults, settings: Settings, case: str, calls: dict[s
     results.add_speeds(case, settings.tokens, times)
 
 
-@contextmanager
-def _environment(device: str) -> Iterator[None]:
+def _environment(device: str) -> dict[str, str]:
     """On the CPU, one thread for each engine, on any core, and 1 GiB for its cache; no log of its own."""
-    before = dict(os.environ)
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    variables = {"VLLM_LOGGING_LEVEL": "ERROR"}
     if device == "cpu":
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return variables

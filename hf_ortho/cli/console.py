@@ -141,6 +141,11 @@ def add_model_flags(parser: Parser) -> None:
         metavar="NAME_OR_FOLDER",
         help="Tokenizer: a folder, a Hub model, or bytes. Default: the one of the model.",
     )
+    add_trust_flag(parser)
+
+
+def add_trust_flag(parser: Parser) -> None:
+    """The flag that permits to run a model's own code."""
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import Parser, console
+from .console import Parser, add_trust_flag, console
 from .network import check_hub
 
 REQUIRED = ("onnx", "onnxscript", "onnxruntime")
@@ -29,11 +28,7 @@ def parser() -> Parser:
         "the whole text.",
     )
     p.add_argument("--revision", help="Branch, tag or commit of the Hub model.")
-    p.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Run the code in the repository of a model that needs it; read it first. Default: refuse such a model.",
-    )
+    add_trust_flag(p)
     p.add_argument("--overwrite", action="store_true", help="Replace earlier output of hf_ortho in the output folder.")
     return p
 
@@ -46,6 +41,7 @@ def run(argv: list[str]) -> None:
     check_hub([(args.model, args.revision)])
 
     from ..checkpoints.load import load_checkpoint
+    from ..checkpoints.place import GRAPH
     from ..checkpoints.provenance import Provenance
     from ..export.onnx_folder import write_onnx
     from ..hub import TrainingDetails, command_line, write_card
@@ -72,8 +68,8 @@ def run(argv: list[str]) -> None:
             training=training,
             graph=graph,
         )
-        size = sum(file.stat().st_size for file in (draft / "onnx").iterdir())
+        size = sum(file.stat().st_size for file in (draft / GRAPH).parent.iterdir())
     console.print(
-        f"Wrote {args.output} ({os.path.join('onnx', 'model.onnx')}, {size / 1e6:.1f} MB; largest difference from the "
+        f"Wrote {args.output} ({GRAPH}, {size / 1e6:.1f} MB; largest difference from the "
         f"model in {graph.engine}: {graph.difference:.1e} of the largest output)"
     )

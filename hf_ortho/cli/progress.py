@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ..logs import logging_at
 from ..text import one_line
 from .console import console
 
@@ -35,15 +36,13 @@ class Announcements(logging.Handler):
 def announced() -> Iterator[None]:
     """Within the block, print what hf_ortho logs with ``logger.info``. Afterwards no progress bar is left open."""
     logger, handler = logging.getLogger("hf_ortho"), Announcements()
-    level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
-        yield
+        with logging_at(logging.INFO, "hf_ortho"):
+            yield
     finally:
         open_bars.close()
         logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

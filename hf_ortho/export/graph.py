@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import CheckpointError
 from ..files import explain
+from ..logs import logging_at
 from .signature import Exportable, Signature, cache_of
 
 SINGLE_FILE = 1.8 * 2**30  # bytes of weights; a protobuf file holds 2 GiB
@@ -65,8 +66,7 @@ def write_graph(model: PreTrainedModel, signature: Signature, file: Path) -> int
                 verbose=False,
             )
     except Exception as error:  # whatever the tracer and the translation raise
-        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else explain(error)
+        reason = explain(error.__cause__ or error)
         hint = "; --no-cache may help" if signature.cached else ""
         raise CheckpointError(f"torch.onnx cannot export {type(model).__name__}: {reason}{hint}") from error
     assert program is not None
@@ -89,14 +89,7 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+    loggers = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+    with logging_at(logging.ERROR, *loggers), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -116,19 +116,20 @@ def signature_of(checkpoint: Checkpoint, cache: bool) -> Signature:
     model = checkpoint.model
     _check_kind(model)
     accepted = inspect.signature(model.forward).parameters
+    generates = head_of(model) is CAUSAL_LM
     if model.main_input_name == "pixel_values":
         signature = Signature(("pixel_values",), image=_image_shape(checkpoint))
     else:
-        generates = head_of(model) is CAUSAL_LM
         names = ["input_ids", "attention_mask", "position_ids" if generates else "token_type_ids"]
         if not _has_token_types(checkpoint):
             names = [name for name in names if name != "token_type_ids"]
         signature = Signature(tuple(name for name in names if name in accepted), **_tokens(checkpoint))
-        cache = cache and generates
+    cache = cache and generates
+    options = {"use_cache": True} if cache else {}
     try:
         with torch.no_grad():
-            found = model(**signature.sample(2, 6))
-            pairs = cache_of(model(**signature.sample(2, 6), use_cache=True)) if cache and not signature.image else []
+            found = model(**signature.sample(2, 6), **options)
+        pairs = cache_of(found) if cache else []
     except Exception as error:  # whatever the model raises without its other inputs
         raise CheckpointError(
             f"{type(model).__name__} cannot be exported, it fails on {', '.join(signature.inputs)} alone "
@@ -137,7 +138,7 @@ def signature_of(checkpoint: Checkpoint, cache: bool) -> Signature:
     outputs = [name for name, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()]
     if "last_hidden_state" in outputs:  # a pooler may be untrained, and Optimum leaves it out too
         outputs = [name for name in outputs if name != "pooler_output"]
-    if cache and not signature.image and not pairs:
+    if cache and not pairs:
         logger.warning(f"note: the cache of {type(model).__name__} is not one of keys and values; exported without it")
     return dataclasses.replace(signature, outputs=tuple(outputs), cached=bool(pairs), layers=len(pairs))
 

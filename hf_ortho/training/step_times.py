@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 from torch import nn
 
+from ..logs import logging_at
 from ..profiling.memory import kept_bytes, measure_each
 from ..profiling.timing import Times, interleave
 from .arguments import Comparison, Recipe
 from .assemble import assemble, build_trainer
 from .compare import member
-
-logger = logging.getLogger("hf_ortho")
 
 
 def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times], dict[str, float]]:
@@ -28,21 +26,10 @@ def measure_steps(comparison: Comparison, rounds: int) -> tuple[dict[str, Times]
     arguments, steps, forwards = comparison.training, {}, {}
     for name in comparison.compare.activations:
         recipe = member(comparison, name, comparison.compare.seeds[0], Path(str(arguments.output_dir)))
-        with _silent():
+        with logging_at(logging.ERROR, "hf_ortho"):  # the runs have logged the announcements and notes
             steps[name], forwards[name] = _step(recipe)
     device = arguments.device.type
     return interleave(steps, rounds=rounds, device=device), measure_each(kept_bytes, forwards, device)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Leave out the announcements and notes, which the runs have logged."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _step(recipe: Recipe) -> tuple[Callable[[], None], Callable[[], object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ...checkpoints.listing import MODULES
 from ...checkpoints.place import GRAPH, GRAPH_DATA
 from ...checkpoints.processors import IMAGE_FILES, TOKENIZER_FILES
 from ...errors import CheckpointError
@@ -107,7 +108,7 @@ def _result(masks_tokens: bool, folder: Path) -> list[str]:
 def _modules(folder: Path) -> list[str]:
     """The classes of the modules of sentence-transformers if they pool by the mean; empty otherwise."""
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
         pooling = json_object(folder / modules[kinds.index("Pooling")]["path"] / "config.json")
     except (CheckpointError, OSError, ValueError, LookupError, TypeError):
