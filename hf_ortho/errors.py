@@ -17,6 +17,10 @@ class ActivationNameError(HfOrthoError, ValueError):
     """An activation name has an unknown family, degree or initialization."""
 
 
+class WidthError(HfOrthoError, ValueError):
+    """The channels of an input cannot be divided into the groups of an activation."""
+
+
 class FitError(HfOrthoError, ValueError):
     """A function cannot be fitted: not element-wise, not finite, or without asymptotic slopes."""
 

@@ -82,8 +82,8 @@ def gated(name: str) -> LearnableActivation:
         torch.Size([2, 3])
     """
     cls: Any
-    cls, degree = parse(name)
-    return _gated_class(cls)(degree)
+    cls, degree, groups = parse(name)
+    return _gated_class(cls)(degree, groups=groups)
 
 
 def _extend_registries(activation: Any) -> None:

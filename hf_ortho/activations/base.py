@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -24,8 +24,9 @@ from ..fitting.options import FitOptions
 from ..fitting.report import FitReport
 from ..fitting.source import Source
 from ..kernels import cpu, dispatch, formula
+from ..kernels.groups import broadcasting, joined
 from ..partitioned import gathered, is_partitioned
-from .registry import MAX_DEGREE
+from .registry import MAX_DEGREE, MAX_GROUPS
 
 logger = logging.get_logger("hf_ortho")
 
@@ -44,6 +45,9 @@ class LearnableActivation(nn.Module):
     domain [-inf, inf] gives the paper's pure series. The parameters of the series are float32 vectors, shared over all
     positions and channels.
 
+    With N groups, the last dimension of the input is split into N groups of consecutive channels, and each has its own
+    function: the domain and the parameters get a leading dimension of N; ``tail_slopes`` are common to all.
+
     The input may have any shape and floating dtype; the output has the same. Arithmetic is at least float32, and the
     parameters stay float32 under ``.half()`` and ``.to(torch.bfloat16)`` (``.double()`` makes them float64). A library
     that assigns ``p.data = p.data.to(torch.bfloat16)`` rounds them; the next ``.to(...)`` or ``.float()`` of the model
@@ -58,9 +62,11 @@ class LearnableActivation(nn.Module):
     Args:
         degree: 1 to 32; None for the family's default.
         init: ``"paper"`` (arXiv 2502.01247, section 3) or ``"unit"``, scaled to E[f(x)^2] = 1 for x ~ N(0, 1).
+        groups: the number of groups of channels.
 
     Raises:
-        ActivationNameError: the degree or the initialization does not exist.
+        ActivationNameError: the degree, the initialization or the number of groups does not exist.
+        WidthError: in ``forward``: the last dimension of the input is not a multiple of ``groups``.
 
     Example:
         >>> from hf_ortho.activations import Hermite, LearnableActivation
@@ -83,15 +89,18 @@ class LearnableActivation(nn.Module):
     domain: nn.Parameter
     tail_slopes: nn.Parameter
 
-    def __init__(self, degree: int | None = None, *, init: str = "paper"):
+    def __init__(self, degree: int | None = None, *, init: str = "paper", groups: int = 1):
         super().__init__()
         degree = self.default_degree if degree is None else degree
         if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= MAX_DEGREE:
             raise ActivationNameError(f"degree {degree!r} of {self.family}: must be an integer from 1 to {MAX_DEGREE}")
         if init not in INITIALIZATIONS:
             raise ActivationNameError(f"init {init!r} of {self.family}: must be one of {', '.join(INITIALIZATIONS)}")
+        if isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= MAX_GROUPS:
+            raise ActivationNameError(f"groups {groups!r} of {self.family}: must be an integer from 1 to {MAX_GROUPS}")
         self.degree = degree
         self.init = init
+        self.groups = groups
         self._create(self.initial_parameters(degree, init))
 
     def _create(self, initial: dict[str, list[float]]) -> None:
@@ -101,7 +110,8 @@ class LearnableActivation(nn.Module):
         self._initial |= {"domain": [-math.inf, math.inf], "tail_slopes": [0.0, 0.0]}
         # An explicit float32 keeps float32 on every load path of transformers.
         for name, values in self._initial.items():
-            empty = torch.empty(len(values), dtype=torch.float32)
+            shape = (len(values),) if self.groups == 1 or name == "tail_slopes" else (self.groups, len(values))
+            empty = torch.empty(shape, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=name not in SHARED))
         self._initialized = False
         if not self.domain.is_meta:
@@ -131,7 +141,7 @@ class LearnableActivation(nn.Module):
     @property
     def name(self) -> str:
         """The name in ``ACT2FN``, for example ``hermite_8``."""
-        return f"{self.family}_{self.degree}"
+        return f"{self.family}_{self.degree}" + (f"_g{self.groups}" if self.groups > 1 else "")
 
     def forward(self, x: Tensor) -> Tensor:
         return dispatch.activation(type(self), x, *self._tensors())
@@ -140,13 +150,14 @@ class LearnableActivation(nn.Module):
     def formula(cls, x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> Tensor:
         """f(x) in plain operations: the reference for the kernels, and the form that exporters see."""
         dtype = cls.compute_dtype(x)
-        return formula.value(cls.series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters))).to(x.dtype)
+        tensors = broadcasting(*(t.to(dtype) for t in (x, domain, tail_slopes, *parameters)))
+        return joined(formula.value(cls.series, *tensors), domain).to(x.dtype)
 
     def derivative(self, x: Tensor) -> Tensor:
         """f'(x) in closed form: S' on [lo, hi], s_lo below, s_hi above. Same shape and dtype as ``x``."""
         dtype = self.compute_dtype(x)
-        tensors = (t.to(dtype) for t in (x, *self._tensors()))
-        return formula.slope(self.series_derivative, *tensors).to(x.dtype)
+        tensors = broadcasting(*(t.to(dtype) for t in (x, *self._tensors())))
+        return joined(formula.slope(self.series_derivative, *tensors), self.domain).to(x.dtype)
 
     def _tensors(self) -> list[Tensor]:
         """The domain, the tail slopes and the parameters of the series."""
@@ -157,12 +168,37 @@ class LearnableActivation(nn.Module):
     def whole(self) -> LearnableActivation:
         """A copy on the CPU, with all values also if the parameters are sharded over processes (FSDP2, tensor
         parallelism, DeepSpeed ZeRO-3). Then all processes must call it."""
-        copied = type(self)(self.degree, init=self.init)
+        copied = type(self)(self.degree, init=self.init, groups=self.groups)
         with gathered(self._tensors()):
             for name, value in zip(self._names, self._tensors(), strict=True):
                 value = value.full_tensor() if hasattr(value, "full_tensor") else value
                 getattr(copied, name).data = value.to("cpu", torch.promote_types(value.dtype, torch.float32), copy=True)
         return copied.train(self.training)
+
+    @torch.no_grad()
+    def members(self) -> list[LearnableActivation]:
+        """The function of each group, as a new activation without groups; only itself without groups."""
+        if self.groups == 1:
+            return [self]
+        found = []
+        for i in range(self.groups):
+            member = type(self)(self.degree, init=self.init)
+            for name, value in zip(self._names, self._tensors(), strict=True):
+                row = value if name == "tail_slopes" else value[i]
+                getattr(member, name).data = row.detach().clone()
+            found.append(member)
+        return found
+
+    @torch.no_grad()
+    def set_members(self, members: Sequence[LearnableActivation]) -> None:
+        """Copy the tensors of one activation without groups per group; a single one sets all groups."""
+        if len(members) not in (1, self.groups):
+            raise ValueError(f"{self.name} has {self.groups} groups, got {len(members)} activations")
+        for name, stored in zip(self._names, self._tensors(), strict=True):
+            rows = [dict(zip(m._names, m._tensors(), strict=True))[name] for m in members]
+            value = rows[0] if len(members) == 1 or name == "tail_slopes" else torch.stack(rows)
+            stored.copy_(value)
+        self._initialized = True
 
     def check_present(self) -> None:
         """Raise ProcessError if this process holds only a part of the parameters."""
@@ -173,14 +209,18 @@ class LearnableActivation(nn.Module):
             )
 
     def gain(self, sigma: float = 1.0) -> tuple[float, float]:
-        """(E[f(x)^2], E[f'(x)^2]) for x ~ N(0, sigma^2), by float64 quadrature (arXiv 2502.01247, section 3)."""
+        """(E[f(x)^2], E[f'(x)^2]) for x ~ N(0, sigma^2), by float64 quadrature (arXiv 2502.01247, section 3); averages
+        over the groups."""
         if not sigma > 0:
             raise FitError(f"sigma {sigma!r}: must be a positive standard deviation")
         self.check_present()
 
-        value, slope = (functools.partial(self.evaluate, fn) for fn in (self.forward, self.derivative))
-        with torch.no_grad():
-            return gaussian_moments(value, slope, sigma, self.breaks())
+        moments = []
+        for member in self.members():
+            value, slope = (functools.partial(member.evaluate, fn) for fn in (member.forward, member.derivative))
+            moments.append(gaussian_moments(value, slope, sigma, member.breaks()))
+        second, of_slope = np.mean(moments, axis=0).tolist()
+        return second, of_slope
 
     def fit(
         self,
@@ -220,6 +260,13 @@ class LearnableActivation(nn.Module):
             True
         """
         self.check_present()
+        if self.groups > 1:
+            whole = type(self)(self.degree, init=self.init)
+            report = whole.fit(
+                fn, histogram=histogram, domain=domain, derivative_weight=derivative_weight, tails=tails, name=name
+            )
+            self.set_members([whole])
+            return dataclasses.replace(report, activation=self.name)
         weight = self.default_derivative_weight if derivative_weight is None else derivative_weight
         options = FitOptions(weight, domain, tails)
         source = Source.of(fn, name)
@@ -305,9 +352,15 @@ class LearnableActivation(nn.Module):
 
     def extra_repr(self) -> str:
         if self.domain.is_meta or is_partitioned(self.domain):
-            return f"degree={self.degree}"
-        lo, hi = self.domain.tolist()
+            return f"degree={self.degree}" + (f", groups={self.groups}" if self.groups > 1 else "")
         s_lo, s_hi = self.tail_slopes.tolist()
+        if self.groups > 1:
+            lo, hi = self.domain.amin(0)[0].item(), self.domain.amax(0)[1].item()
+            return (
+                f"degree={self.degree}, groups={self.groups}, domains within [{lo:.4g}, {hi:.4g}], "
+                f"tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
+            )
+        lo, hi = self.domain.tolist()
         return f"degree={self.degree}, domain=[{lo:.4g}, {hi:.4g}], tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
 
     # ---- initialization, also through from_pretrained --------------------------------------------------------------
@@ -320,7 +373,7 @@ class LearnableActivation(nn.Module):
     def _write_initial_values(self, copy) -> None:
         for key, values in self._initial.items():
             stored = getattr(self, key)
-            value = torch.tensor(values, dtype=stored.dtype, device=stored.device)
+            value = torch.tensor(values, dtype=stored.dtype, device=stored.device).expand(stored.shape)
             if hasattr(stored, "placements"):  # a DTensor, under FSDP2 or tensor parallelism
                 from torch.distributed.tensor import distribute_tensor
 

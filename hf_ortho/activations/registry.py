@@ -10,7 +10,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ActivationNameError
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .base import LearnableActivation
 
 MAX_DEGREE = 32
+MAX_GROUPS = 65536
+# Numbers of groups with entries in ``ACT2CLS`` and ``ACT2FN``; others are built by ``ACT2FN`` on demand.
+USUAL_GROUPS = tuple(2**k for k in range(1, 13))
 
 
 class _Families(Mapping[str, type["LearnableActivation"]]):
@@ -50,19 +53,54 @@ FAMILIES = _Families(
 )
 
 
-def parse(name: str) -> tuple[type[LearnableActivation], int]:
-    """Split a name into family class and degree. A family name without degree gives the default degree.
+class ParsedName(NamedTuple):
+    """The class of the family, the degree, and the number of groups of channels (1 for one function per layer)."""
+
+    cls: type[LearnableActivation]
+    degree: int
+    groups: int
+
+    @property
+    def family(self) -> str:
+        """The name of the family."""
+        return self.cls.family
+
+    @property
+    def name(self) -> str:
+        """The name in ``ACT2FN``, for example ``hermite_3_g16``."""
+        return f"{self.family}_{self.degree}" + (f"_g{self.groups}" if self.groups > 1 else "")
+
+    def build(self, init: str = "paper") -> LearnableActivation:
+        """A new activation."""
+        return self.cls(self.degree, init=init, groups=self.groups)
+
+
+def parse(name: str) -> ParsedName:
+    """Split a name into family class, degree and groups. A family name without degree gives the default degree.
 
     Raises:
-        ActivationNameError: the family is unknown, or the degree is not an integer from 1 to 32.
+        ActivationNameError: the family is unknown, the degree is not an integer from 1 to 32, or the number of groups
+            is not an integer from 2 to 65536.
 
     Example:
-        >>> cls, degree = hf_ortho.activations.parse("hermite_8")
-        >>> cls.family, degree
-        ('hermite', 8)
+        >>> cls, degree, groups = hf_ortho.activations.parse("hermite_3_g16")
+        >>> cls.family, degree, groups
+        ('hermite', 3, 16)
     """
     if name in FAMILIES:
-        return FAMILIES[name], FAMILIES[name].default_degree
+        return ParsedName(FAMILIES[name], FAMILIES[name].default_degree, 1)
+    plain, marked, number = str(name).rpartition("_g")
+    if marked and number[:1].isdecimal():
+        if not re.fullmatch("[1-9][0-9]{0,4}", number) or not 2 <= int(number) <= MAX_GROUPS:
+            raise ActivationNameError(
+                f"groups {number!r:.80} of {plain:.80}: must be an integer from 2 to {MAX_GROUPS}"
+            )
+        if plain in FAMILIES:
+            raise ActivationNameError(
+                f"{name!r:.80} lacks a degree: names with groups are FAMILY_DEGREE_gN, for example "
+                f"{plain}_{FAMILIES[plain].default_degree}_g{number}"
+            )
+        return parse(plain)._replace(groups=int(number))
     family, _, degree = str(name).rpartition("_")
     if family not in FAMILIES:
         closest = difflib.get_close_matches(family or str(name), FAMILIES, n=1)
@@ -70,11 +108,11 @@ def parse(name: str) -> tuple[type[LearnableActivation], int]:
         hint = f"; did you mean {meant}?" if closest else ""
         raise ActivationNameError(
             f"unknown activation {name!r:.80}: names are FAMILY_DEGREE with FAMILY one of {', '.join(FAMILIES)} and "
-            f"DEGREE from 1 to {MAX_DEGREE}, for example hermite_8{hint}"
+            f"DEGREE from 1 to {MAX_DEGREE}, for example hermite_8, or FAMILY_DEGREE_gN with N groups of channels{hint}"
         )
     if not re.fullmatch("[1-9][0-9]?", degree) or int(degree) > MAX_DEGREE:
         raise ActivationNameError(f"degree {degree!r:.80} of {family}: must be an integer from 1 to {MAX_DEGREE}")
-    return FAMILIES[family], int(degree)
+    return ParsedName(FAMILIES[family], int(degree), 1)
 
 
 def is_learnable(name: str) -> bool:
@@ -94,27 +132,35 @@ def check_name(name: str) -> None:
         parse(name)
 
 
-def named(family: str, degree: str | int | None = None) -> str:
-    """The name of a family at a degree; None for the family's default degree.
+def named(family: str, degree: str | int | None = None, groups: int | None = None) -> str:
+    """The name of a family at a degree, with groups of channels. ``family`` may also be a whole name.
+
+    Args:
+        family: a family, or a name such as ``hermite_8`` or ``hermite_3_g16``.
+        degree: None for the degree in the name, or the default degree of the family.
+        groups: None for the groups in the name, or 1.
 
     Raises:
-        ActivationNameError: as for ``parse``.
+        ActivationNameError: as for ``parse``, or ``family`` already names the degree or the groups.
 
     Example:
-        >>> hf_ortho.activations.named("hermite", 4), hf_ortho.activations.named("hermite")
-        ('hermite_4', 'hermite_8')
+        >>> hf_ortho.activations.named("hermite", 4), hf_ortho.activations.named("hermite", 3, groups=16)
+        ('hermite_4', 'hermite_3_g16')
     """
-    if degree is None:
-        cls, default = parse(family)
-        return f"{cls.family}_{default}"
-    if family not in FAMILIES and family.rpartition("_")[0] in FAMILIES:
-        raise ActivationNameError(
-            f"{family!r} already names a degree: give the family {family.rpartition('_')[0]!r} with degree {degree!r}"
-        )
-    cls, _ = parse(f"{family}_{degree}" if family in FAMILIES else family)
-    if cls.family != family:
+    found = parse(family)
+    for key, article, given, present in (
+        ("degree", "a", degree, family not in FAMILIES),
+        ("groups", "its", groups, found.groups > 1),
+    ):
+        if given is not None and present:
+            raise ActivationNameError(
+                f"{family!r} already names {article} {key}: give the family {found.family!r} with {key} {given!r}"
+            )
+    name = found.name if degree is None else f"{family}_{degree}"
+    parsed = parse(name if groups in (None, 1) else f"{name}_g{groups}")
+    if (parsed.family, parsed.groups) != (found.family, groups or found.groups):
         raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")
-    return f"{family}_{degree}"
+    return parsed.name
 
 
 def build(name: str, init: str = "paper") -> LearnableActivation:
@@ -124,23 +170,33 @@ def build(name: str, init: str = "paper") -> LearnableActivation:
         >>> hf_ortho.activations.build("fourier_6", init="unit")
         Fourier(degree=6, domain=[-inf, inf], tail_slopes=[0, 0])
     """
-    cls, degree = parse(name)
-    return cls(degree, init=init)
+    return parse(name).build(init)
 
 
 def register() -> None:
     """Add every family name, with and without a degree, to ``ACT2FN`` and ``ACT2CLS``.
 
-    The entries take no arguments: some models call ``ACT2CLS[name]()``, which fails for (class, kwargs) entries.
+    Names with groups are in both for powers of two up to 4096; ``ACT2FN`` builds all others on demand. The entries take
+    no arguments: some models call ``ACT2CLS[name]()``, which fails for (class, kwargs) entries.
 
     Example:
         >>> from transformers.activations import ACT2FN
         >>> hf_ortho.activations.register()  # import hf_ortho does this too
-        >>> ACT2FN["tropical_4"].name
-        'tropical_4'
+        >>> ACT2FN["tropical_4"].name, ACT2FN["tropical_4_g12"].name
+        ('tropical_4', 'tropical_4_g12')
     """
     from transformers.activations import ACT2CLS, ACT2FN
 
     for family in FAMILIES:
-        for name in (family, *(f"{family}_{n}" for n in range(1, MAX_DEGREE + 1))):
+        degrees = [f"{family}_{n}" for n in range(1, MAX_DEGREE + 1)]
+        for name in (family, *degrees, *(f"{name}_g{groups}" for name in degrees for groups in USUAL_GROUPS)):
             ACT2FN[name] = ACT2CLS[name] = functools.partial(build, name)
+    mapping: Any = type(ACT2FN)
+    mapping.__missing__ = _missing
+
+
+def _missing(mapping: dict, name: str) -> functools.partial:
+    """The entry of a learnable activation that ``ACT2FN`` does not list."""
+    if not isinstance(name, str) or not is_learnable(name):
+        raise KeyError(name)
+    return functools.partial(build, name)

@@ -130,8 +130,8 @@ def _degrees(axes: Axes, results: BenchResults) -> None:
     curves: dict[str, list[tuple[int, Figure]]] = {}
     for row, measures in results.of("degree").items():
         if row != REFERENCE and "forward + backward" in measures:
-            cls, degree = parse(row)
-            curves.setdefault(cls.family, []).append((degree, measures["forward + backward"]))
+            name = parse(row)
+            curves.setdefault(name.family, []).append((name.degree, measures["forward + backward"]))
     for (family, points), marker in zip(curves.items(), MARKERS, strict=False):
         x = [degree for degree, _ in points]
         spread = np.array([figure.spread or 0.0 for _, figure in points]) / 2

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..activations import FAMILIES, LearnableActivation, parse
 from ..activations.base import MAX_DEGREE, SHARED
+from ..activations.registry import ParsedName
 from ..errors import ActivationNameError, CheckpointError, ConfigError
 from ..files import explain, json_object
 from ..path_patterns import thin
@@ -95,7 +96,7 @@ def load_activations(name: str, *, revision: str | None = None, most: int = sys.
     if not tensors:
         raise ConfigError(f"{name} has no learnable activations; convert it first with hf-ortho convert")
     modules = {}
-    at_field: dict[str, list[tuple[str, int]]] = {}
+    at_field: dict[str, list[ParsedName]] = {}
     for path in chosen:
         shapes = {key: tuple(value.shape) for key, value in tensors[path].items()}
         field = provenance.layer(path).field
@@ -186,18 +187,17 @@ def _natural(path: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 
-def _names(config: Any) -> Iterator[tuple[str, int]]:
-    """(family, degree) of each learnable activation named in the config, also after a prefix such as ``gated-``."""
+def _names(config: Any) -> Iterator[ParsedName]:
+    """The name of each learnable activation named in the config, also after a prefix such as ``gated-``."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key != "hf_ortho":
                 yield from _names(value)
     elif isinstance(config, str):
         try:
-            cls, degree = parse(config.rpartition("-")[2])
+            yield parse(config.rpartition("-")[2])
         except ActivationNameError:
             return
-        yield cls.family, degree
 
 
 def _at(config: Any, field: str) -> Any:
@@ -207,22 +207,23 @@ def _at(config: Any, field: str) -> Any:
 
 
 @functools.cache
-def _shapes(family: str, degree: int) -> dict[str, tuple[int, ...]]:
-    parameters = FAMILIES[family].initial_parameters(degree, "paper")
-    lengths = {key: len(values) for key, values in parameters.items()} | dict.fromkeys(SHARED, 2)
-    return {key: (length,) for key, length in lengths.items()}
+def _shapes(name: ParsedName) -> dict[str, tuple[int, ...]]:
+    lengths = {key: len(values) for key, values in name.cls.initial_parameters(name.degree, "paper").items()}
+    lead = (name.groups,) if name.groups > 1 else ()
+    return {key: (*lead, length) for key, length in (lengths | {"domain": 2}).items()} | {"tail_slopes": (2,)}
 
 
-def _build(named: list[list[tuple[str, int]]], shapes: dict[str, tuple[int, ...]], where: str) -> LearnableActivation:
+def _build(named: list[list[ParsedName]], shapes: dict[str, tuple[int, ...]], where: str) -> LearnableActivation:
     """The activation with tensors of these names and shapes: the one named in the config, or the only match."""
-    everything = [(family, degree) for family in FAMILIES for degree in range(1, MAX_DEGREE + 1)]
+    domain = shapes.get("domain", ())
+    groups = domain[0] if len(domain) == 2 else 1
+    everything = [ParsedName(cls, degree, groups) for cls in FAMILIES.values() for degree in range(1, MAX_DEGREE + 1)]
     for candidates in (*named, everything):
-        matches = sorted({entry for entry in candidates if _shapes(*entry) == shapes})
+        matches = {entry.name: entry for entry in candidates if _shapes(entry) == shapes}
         if len(matches) == 1:
-            family, degree = matches[0]
-            return FAMILIES[family](degree)
+            return next(iter(matches.values())).build()
         if matches:
-            names = " or ".join(f"{family}_{degree}" for family, degree in matches)
+            names = " or ".join(sorted(matches))
             raise CheckpointError(f"the tensors of {where} match {names}: the config does not say which one it is")
     listing = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
     raise CheckpointError(f"the tensors of {where} ({listing}) match none of the families {', '.join(FAMILIES)}")

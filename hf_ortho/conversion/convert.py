@@ -37,6 +37,7 @@ def convert(
     activation: str = "hermite",
     *,
     degree: int | str | None = None,
+    groups: int | None = None,
     tolerance: float = 1e-3,
     calibration: Iterable | None = None,
     weights: str = "fisher",
@@ -56,9 +57,12 @@ def convert(
     Args:
         model: any transformers model whose config names its activation; also quantized, or wrapped by
             ``torch.compile``, but not offloaded, sharded, or with peft adapters attached.
-        activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``; or a family,
-            with ``degree`` or its default degree.
+        activation: ``FAMILY_DEGREE``, for example ``hermite_8``, ``fourier_6``, ``tropical_rational_6``;
+            ``FAMILY_DEGREE_gN`` with one function for each of N groups of channels; or a family, with ``degree`` or its
+            default degree.
         degree: 1 to 32, or ``"auto"``: the smallest degree with an error of at most ``tolerance``.
+        groups: the number of groups N, which must divide the width of the inputs of all activations; by default the N
+            in ``activation``, or 1.
         tolerance: for ``degree="auto"``. With Fisher weights: the largest divergence of the model, as predicted by the
             weights and the errors of all layers (see ``ConversionReport.fidelity`` for the measured one): the KL
             divergence per prediction in nats, or for a model without classes the relative squared error of its output.
@@ -101,7 +105,8 @@ def convert(
         'hermite_8'
     """
     start = time.perf_counter()
-    family, n = activations.parse(activations.named(activation, 1 if degree == "auto" else degree))
+    name = activations.named(activation, 1 if degree == "auto" else degree, groups)
+    family = activations.parse(name)
     options = FitOptions(derivative_weight, domain, tails)
     if not tolerance > 0:
         raise FitError(f"tolerance {tolerance!r}: must be positive")
@@ -118,7 +123,7 @@ def convert(
         if degree == "auto":
             degrees, fitted = fit_smallest(model, sites, family, source.histograms, options, tolerance)
         else:
-            degrees = {site.field: n for site in sites}
+            degrees = {site.field: family.degree for site in sites}
             fitted = fit_sites(model, sites, family, degrees, source.histograms, options)
         compared = sites if calibration is not None and tails else []
         without_data = fit_sites(model, compared, family, degrees, {}, options)
@@ -131,7 +136,7 @@ def convert(
             weights=source.weights,
             notes=[source.note] if source.note else [],
         )
-        names = {field: f"{family.family}_{n}" for field, n in degrees.items()}
+        names = {field: family._replace(degree=n).name for field, n in degrees.items()}
         sources = {path: module for path, (_, module, _) in report.modules.items()}
         replaced = False  # by the fit without data
         restore = replace_modules(model, sites, {path: module for path, (module, _) in fitted.items()}, names)

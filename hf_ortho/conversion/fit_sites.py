@@ -10,7 +10,7 @@ import torch.distributed
 from transformers import PreTrainedModel
 
 from ..activations import FitReport, LearnableActivation
-from ..activations.base import MAX_DEGREE
+from ..activations.registry import MAX_DEGREE, ParsedName
 from ..errors import FitError
 from ..fitting.histogram import Histogram
 from ..fitting.options import FitOptions
@@ -24,7 +24,7 @@ Fitted = dict[str, tuple[LearnableActivation, LayerReport]]
 def fit_sites(
     model: PreTrainedModel,
     sites: Iterable[Site],
-    family: type[LearnableActivation],
+    family: ParsedName,
     degrees: Mapping[str, int],
     histograms: Mapping[str, Histogram],
     options: FitOptions,
@@ -46,7 +46,7 @@ def fit_sites(
 def fit_smallest(
     model: PreTrainedModel,
     sites: list[Site],
-    family: type[LearnableActivation],
+    family: ParsedName,
     histograms: Mapping[str, Histogram],
     options: FitOptions,
     tolerance: float,
@@ -124,7 +124,7 @@ def _fits(
     model: PreTrainedModel,
     paths: Iterable[str],
     site: Site,
-    family: type[LearnableActivation],
+    family: ParsedName,
     degree: int,
     histograms: Mapping[str, Histogram],
     options: FitOptions,
@@ -134,7 +134,7 @@ def _fits(
     for path in paths:
         source, histogram = model.get_submodule(path), histograms.get(path)
         plain = next(source.parameters(), None) is None
-        new = family(degree)
+        new = family._replace(degree=degree).build()
         if plain and id(histogram) in done:
             equal, fit = done[id(histogram)]
             new.load_state_dict(equal.state_dict())

@@ -69,14 +69,14 @@ LEARNABLE_ACTIVATION = '''\
     has the same. Arithmetic and parameters are at least float32.
     """
 
-    def __init__(self, degree: int):
+    def __init__(self, degree: int, groups: int):
         super().__init__()
-        self.degree, self.init = degree, "paper"
-        self._create(INITIAL_PARAMETERS[self.name])
+        self.degree, self.init, self.groups = degree, "paper", groups
+        self._create(INITIAL_PARAMETERS[f"{self.family}_{degree}"])
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = (x, *self._tensors())
-        plain = torch.compiler.is_compiling() or x.device.type != "cpu" or self.cpu_series is None
+        plain = torch.compiler.is_compiling() or x.device.type != "cpu" or self.cpu_series is None or self.groups > 1
         if plain or _transformed(tensors):
             return self.formula(*tensors)
         return Evaluated.apply(type(self), *tensors)
@@ -265,10 +265,10 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
         parts.add(cpu, helper)
     builds, initial = [], {}
     for name in names:
-        family, degree = parse(name)
-        parts.add(sys.modules[family.__module__], family.__name__)
-        builds.append(f'"{name}": functools.partial({family.__name__}, {degree})')
-        initial[f"{family.family}_{degree}"] = family.initial_parameters(degree, "paper")
+        cls, degree, groups = parse(name)
+        parts.add(sys.modules[cls.__module__], cls.__name__)
+        builds.append(f'"{name}": functools.partial({cls.__name__}, {degree}, {groups})')
+        initial[f"{cls.family}_{degree}"] = cls.initial_parameters(degree, "paper")
     header = HEADER.format(
         activations=", ".join(names),
         version=version("hf_ortho"),

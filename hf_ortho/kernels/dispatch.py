@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from . import cpu, formula
 from .family import Family
+from .groups import is_grouped
 from .sums import split, totals
 
 logger = logging.get_logger("hf_ortho")
@@ -46,6 +47,8 @@ def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *
         parameters: the parameters of the series, in the order of ``family.initial_parameters``.
     """
     tensors = (x, domain, tail_slopes, *parameters)
+    if is_grouped(domain):
+        return family.formula(*tensors)
     if torch.compiler.is_compiling():
         if not _compiles(family) or tail_slopes.requires_grad:
             return family.formula(*tensors)

@@ -93,8 +93,7 @@ class OrthoConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HF_ORTHO
-        family, degree = activations.parse(self.activation)
-        self.activation = activations.named(family.family, degree)
+        self.activation = activations.parse(self.activation).name
         self.report: ConversionReport | None = None
         try:
             _ = self.options

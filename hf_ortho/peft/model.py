@@ -186,11 +186,11 @@ def _fit(
     model: PreTrainedModel, sites: list[Site], config: OrthoConfig, histograms: dict[str, Histogram]
 ) -> dict[str, LearnableActivation]:
     """New activations by path, fitted to the activations of ``model``; records the fits in ``config``."""
-    family, degree = parse(config.activation)
-    if next(family(degree).parameters()).is_meta:
+    family = parse(config.activation)
+    if next(family.build().parameters()).is_meta:
         raise AdapterError("low_cpu_mem_usage works only for a saved adapter: fitting a new one needs real parameters")
     start = time.perf_counter()
-    fitted = fit_sites(model, sites, family, {site.field: degree for site in sites}, histograms, config.options)
+    fitted = fit_sites(model, sites, family, {site.field: family.degree for site in sites}, histograms, config.options)
     weights = None
     if histograms:
         weights = "fisher" if any(h.importance is not None for h in histograms.values()) else "density"

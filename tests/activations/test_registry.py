@@ -42,8 +42,9 @@ def test_the_activations_of_transformers_are_left_alone():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parse_and_build(family):
-    assert parse(family) == (FAMILIES[family], FAMILIES[family].default_degree)
-    assert parse(f"{family}_7") == (FAMILIES[family], 7)
+    assert parse(family) == (FAMILIES[family], FAMILIES[family].default_degree, 1)
+    assert parse(f"{family}_7") == (FAMILIES[family], 7, 1)
+    assert parse(f"{family}_7_g12") == (FAMILIES[family], 7, 12)
     module = build(f"{family}_7", init="unit")
     assert (type(module), module.degree, module.init) == (FAMILIES[family], 7, "unit")
 

@@ -123,7 +123,7 @@ def torchortho(model: PreTrainedModel, paths: list[str], activation: str, seed: 
     """The activations of the package torchortho, which fits a function given as ``act_init``; each function once."""
     import torchortho
 
-    family, degree = parse(activation)
+    family, degree, _ = parse(activation)
     modules: dict[str, nn.Module] = {}
     fitted: dict[type, nn.Module] = {}
     start = time.perf_counter()

@@ -157,7 +157,8 @@ class Fourier(LearnableActivation):
 
 
 def _factorials(like: Tensor) -> Tensor:
-    return torch.tensor([math.factorial(k) for k in range(1, len(like) + 1)], dtype=like.dtype, device=like.device)
+    factorials = [math.factorial(k) for k in range(1, len(like) + 1)]
+    return torch.tensor(factorials, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 def _second_moment(offset: float, degree: int) -> float:

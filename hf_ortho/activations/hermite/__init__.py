@@ -19,6 +19,13 @@ from .cpu import HORNER_MAX_DEGREE, MONOMIALS, make_hermite_series
 ROUNDING = 2.0**-25, 2e-6  # of float32: the relative error, and an absolute error that is always acceptable
 
 
+def to_monomials(coefficients: Tensor) -> Tensor:
+    """The coefficients of x^j from those of He_k/k! in the first dimension, up to degree 8."""
+    table = torch.tensor(MONOMIALS[len(coefficients) - 1], dtype=coefficients.dtype, device=coefficients.device)
+    # not a matmul, which autocast would run in low precision
+    return (table.view(*table.shape, *[1] * (coefficients.ndim - 1)) * coefficients).sum(1)
+
+
 def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
     """sum_k c_k He_k(x)/k!: Horner in monomials up to degree 8, Clenshaw above.
 
@@ -26,8 +33,7 @@ def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
     """
     degree = coefficients.shape[0] - 1
     if degree <= HORNER_MAX_DEGREE:
-        table = torch.tensor(MONOMIALS[degree], dtype=x.dtype, device=x.device)
-        *rest, y = (table * coefficients).sum(1)  # not a matmul, which autocast would run in low precision
+        *rest, y = to_monomials(coefficients)
         y = y.expand_as(x)
         for m in reversed(rest):
             y = torch.addcmul(m, y, x)
