@@ -32,7 +32,8 @@ def register() -> None:
     """Let vLLM load converted checkpoints.
 
     - Its own classes find the activations by name, also those that otherwise support only SiLU, such as Llama.
-    - If a class has fewer of them than the checkpoint, CheckpointError is raised instead of computing another function.
+    - If a class has fewer of them than the checkpoint, or tensor parallelism would split the channels of an activation
+      with groups, CheckpointError is raised instead of computing another function.
     - The parameters of activations are float32 in a model of any dtype, also with ``--model-impl transformers``.
 
     Other models are left to vLLM.
@@ -153,6 +154,8 @@ def _extend_class(model_class: Any) -> None:
         activations = _activations(self)
         if names and not activations:
             raise _refusal(self, f"does not use {names[0]}")
+        parallel = getattr(kwargs.get("vllm_config"), "parallel_config", None)
+        _check_groups(activations, getattr(parallel, "tensor_parallel_size", 1))
         for activation in activations:
             activation.float()  # the Transformers backend makes all parameters of the model's dtype
 
@@ -173,6 +176,15 @@ def _extend_class(model_class: Any) -> None:
         return loaded
 
     model_class.__init__, model_class.load_weights = __init__, load_weights
+
+
+def _check_groups(activations: list[LearnableActivation], processes: int) -> None:
+    """Each process sees a part of the channels, and would split it into all groups."""
+    if name := next((activation.name for activation in activations if processes > 1 and activation.groups > 1), ""):
+        raise CheckpointError(
+            f"{name} has groups of channels, which --tensor-parallel-size {processes} would split: serve it with "
+            "--tensor-parallel-size 1, several copies with --data-parallel-size"
+        )
 
 
 def _refusal(model: nn.Module, reason: str) -> CheckpointError:

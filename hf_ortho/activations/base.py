@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,21 +10,19 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from transformers import initialization
 from transformers.utils import logging
 
 from ..errors import ActivationNameError, FitError, ProcessError
-from ..fitting.density import DATA_FREE, Density, gaussian_moments
-from ..fitting.least_squares import Target
-from ..fitting.nodes import Nodes
+from ..fitting.density import Density, gaussian_moments
+from ..fitting.least_squares import Balanced, Target
 from ..fitting.options import FitOptions
 from ..fitting.report import FitReport
-from ..fitting.source import Source
 from ..kernels import cpu, dispatch, formula
 from ..kernels.groups import broadcasting, joined
 from ..partitioned import gathered, is_partitioned
+from .fit import Function, fit, measure
 from .registry import MAX_DEGREE, MAX_GROUPS
 
 logger = logging.get_logger("hf_ortho")
@@ -124,8 +121,11 @@ class LearnableActivation(nn.Module):
         """Name and initial value of each parameter vector, in the order of ``named_parameters``."""
         raise NotImplementedError
 
-    def fit_parameters(self, target: Target) -> tuple[dict[str, np.ndarray], str]:
-        """Values of the parameters (including ``domain``) fitted to ``target``, and a note for the report."""
+    def fit_parameters(
+        self, target: Target, near: Balanced | None = None
+    ) -> tuple[dict[str, np.ndarray], str, Balanced]:
+        """Values of the parameters (including ``domain``) fitted to ``target``, a note for the report, and the start
+        ``near`` for a fit to similar data."""
         raise NotImplementedError
 
     def natural_units(self) -> dict[str, list[float]]:
@@ -177,9 +177,14 @@ class LearnableActivation(nn.Module):
 
     @torch.no_grad()
     def members(self) -> list[LearnableActivation]:
-        """The function of each group, as a new activation without groups; only itself without groups."""
+        """The function of each group, as a new activation without groups; only itself without groups.
+
+        Raises:
+            ProcessError: this process holds only a part of the parameters.
+        """
         if self.groups == 1:
             return [self]
+        self.check_present()
         found = []
         for i in range(self.groups):
             member = type(self)(self.degree, init=self.init)
@@ -224,7 +229,7 @@ class LearnableActivation(nn.Module):
 
     def fit(
         self,
-        fn: str | Callable[[Tensor], Tensor],
+        fn: Function | Sequence[Function],
         *,
         histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
@@ -241,13 +246,15 @@ class LearnableActivation(nn.Module):
         weight 0.005, or 0.0002 if the data have Fisher weights.
 
         Args:
-            fn: a name in ``ACT2FN``, an element-wise torch callable, or a module.
+            fn: a name in ``ACT2FN``, an element-wise torch callable, or a module; with groups also a list of one per
+                group, with the same slopes far out.
             histogram: ``conversion.Histogram`` of pre-activations for the weights: the importance of each bin, or its
-                count. Without a histogram, the weight is the density of N(-0.5, 1.5^2).
-            domain: the interval [lo, hi]; None to search for it.
+                count. If it has groups, each group of the activation is fitted to its own; without, to that of the
+                layer. Without a histogram, the weight is the density of N(-0.5, 1.5^2).
+            domain: the interval [lo, hi]; None to search for it, in each group.
             derivative_weight: lambda >= 0; by default 0.03, or 0 for the piecewise-linear families.
             tails: False for the pure series on the whole real line. It is fitted on ``domain``, by default the range
-                of the data. All data must lie in it; outside, the series is wrong.
+                of the data of all groups. All data must lie in it; outside, the series is wrong.
             name: the name of ``fn`` in the report.
 
         Raises:
@@ -259,46 +266,11 @@ class LearnableActivation(nn.Module):
             >>> report.sup_error < 0.01
             True
         """
-        self.check_present()
-        if self.groups > 1:
-            whole = type(self)(self.degree, init=self.init)
-            report = whole.fit(
-                fn, histogram=histogram, domain=domain, derivative_weight=derivative_weight, tails=tails, name=name
-            )
-            self.set_members([whole])
-            return dataclasses.replace(report, activation=self.name)
-        weight = self.default_derivative_weight if derivative_weight is None else derivative_weight
-        options = FitOptions(weight, domain, tails)
-        source = Source.of(fn, name)
-        density = DATA_FREE if histogram is None else histogram
-        nodes = density.nodes(source)
-        if not tails:
-            options = dataclasses.replace(options, domain=self._domain_of_data(nodes, options.domain))
-            nodes = density.nodes(source, options.domain)
-        target = Target.of(source, nodes, options)
-        # For matrices this small, a threaded BLAS can be 50 times slower on a busy machine.
-        with threadpool_limits(limits=1, user_api="blas"):
-            try:
-                values, note = self.fit_parameters(target)
-            except np.linalg.LinAlgError as error:
-                raise FitError(f"{self.name} could not be fitted to {source.name}: {error}") from error
-        values = {"tail_slopes": np.array(source.slopes)} | values
-        if not tails:
-            values |= {"domain": np.array([-math.inf, math.inf]), "tail_slopes": np.zeros(2)}
-        with np.errstate(over="ignore"):
-            finite = all(np.isfinite(v.astype(np.float32)).all() for k, v in values.items() if k != "domain")
-        if not finite:
-            raise FitError(f"{self.name} could not be fitted to {source.name}: the solution is not finite in float32")
-        with torch.no_grad():
-            for key, value in values.items():
-                stored = getattr(self, key)
-                stored.copy_(torch.as_tensor(value, dtype=stored.dtype))
-        self._initialized = True
-        return FitReport.measure(self, target, note)
+        return fit(self, fn, histogram, FitOptions(derivative_weight, domain, tails), name)
 
     def measure(
         self,
-        fn: str | Callable[[Tensor], Tensor],
+        fn: Function | Sequence[Function],
         *,
         histogram: Density | None = None,
         domain: tuple[float, float] | None = None,
@@ -309,28 +281,7 @@ class LearnableActivation(nn.Module):
         Raises:
             FitError: ``fn`` is unknown, or has no straight asymptotes.
         """
-        self.check_present()
-        source = Source.of(fn, name)
-        nodes = (DATA_FREE if histogram is None else histogram).nodes(source, domain)
-        return FitReport.measure(self, Target.of(source, nodes, FitOptions(domain=domain)))
-
-    def _domain_of_data(self, nodes: Nodes, domain: tuple[float, float] | None) -> tuple[float, float]:
-        """The interval of a fit without tails: all data must lie in it."""
-        if nodes.minimum is None or nodes.maximum is None:
-            if domain is None:
-                raise FitError(
-                    f"{self.name} without tails needs calibration data or a domain: it is valid only on an interval"
-                )
-            return domain
-        if domain is None:
-            domain = nodes.minimum, nodes.maximum
-        if not domain[0] < domain[1]:
-            raise FitError(f"{self.name} without tails: all data equal {domain[0]:g}; give a domain")
-        if nodes.minimum < domain[0] or nodes.maximum > domain[1]:
-            raise FitError(
-                f"{self.name} without tails on {domain}: the data range from {nodes.minimum:.4g} to {nodes.maximum:.4g}"
-            )
-        return domain
+        return measure(self, fn, histogram, domain, name)
 
     @torch.no_grad()
     def evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:

@@ -109,9 +109,15 @@ class PolynomialActivation(LearnableActivation):
 
         Raises:
             PolynomialError: the interval is not finite (a module without tails needs ``domain``), it extends beyond
-                the module's domain, where the activation is a straight line, or a coefficient is not finite.
+                the module's domain, where the activation is a straight line, a coefficient is not finite, or the module
+                has groups of channels: each of its ``members()`` is a polynomial.
         """
         self.check_present()
+        if self.groups > 1:
+            raise PolynomialError(
+                f"{self.name} is {self.groups} polynomials, one per group of channels: call to_polynomial of each of "
+                "its members()"
+            )
         module_domain = self.domain.tolist()
         lo, hi = map(float, module_domain if domain is None else domain)
         if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):

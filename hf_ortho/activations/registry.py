@@ -147,6 +147,10 @@ def named(family: str, degree: str | int | None = None, groups: int | None = Non
         >>> hf_ortho.activations.named("hermite", 4), hf_ortho.activations.named("hermite", 3, groups=16)
         ('hermite_4', 'hermite_3_g16')
     """
+    if groups is not None and not 1 <= groups <= MAX_GROUPS:
+        raise ActivationNameError(f"groups {groups!r} of {family}: must be an integer from 1 to {MAX_GROUPS}")
+    if family in FAMILIES and degree is not None:
+        parse(f"{family}_{degree}")  # refuses a degree before the class is imported
     found = parse(family)
     for key, article, given, present in (
         ("degree", "a", degree, family not in FAMILIES),
@@ -176,8 +180,8 @@ def build(name: str, init: str = "paper") -> LearnableActivation:
 def register() -> None:
     """Add every family name, with and without a degree, to ``ACT2FN`` and ``ACT2CLS``.
 
-    Names with groups are in both for powers of two up to 4096; ``ACT2FN`` builds all others on demand. The entries take
-    no arguments: some models call ``ACT2CLS[name]()``, which fails for (class, kwargs) entries.
+    Names with groups are in both for powers of two up to 4096; ``ACT2FN`` contains and builds all others on demand. The
+    entries take no arguments: some models call ``ACT2CLS[name]()``, which fails for (class, kwargs) entries.
 
     Example:
         >>> from transformers.activations import ACT2FN
@@ -192,11 +196,15 @@ def register() -> None:
         for name in (family, *degrees, *(f"{name}_g{groups}" for name in degrees for groups in USUAL_GROUPS)):
             ACT2FN[name] = ACT2CLS[name] = functools.partial(build, name)
     mapping: Any = type(ACT2FN)
-    mapping.__missing__ = _missing
+    mapping.__missing__, mapping.__contains__ = _missing, _contains
 
 
 def _missing(mapping: dict, name: str) -> functools.partial:
     """The entry of a learnable activation that ``ACT2FN`` does not list."""
-    if not isinstance(name, str) or not is_learnable(name):
+    if name not in mapping:
         raise KeyError(name)
     return functools.partial(build, name)
+
+
+def _contains(mapping: dict, name: object) -> bool:
+    return dict.__contains__(mapping, name) or (isinstance(name, str) and is_learnable(name))

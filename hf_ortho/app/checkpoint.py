@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoints.activations import load_activations
 from ..checkpoints.adapter import ADAPTER_CONFIG, adapter_config, base_revision
-from ..conversion.summary import examine
+from ..conversion.summary import OVER_GROUPS, examine
 from ..errors import CheckpointError
 from ..files import explain
 from ..path_patterns import split_shared
@@ -65,6 +65,8 @@ def shapes(name: str, revision: str = "", *, public: bool = False) -> Shapes:
     pattern, rows = split_shared(list(stored.modules))
     count = len(layers) + stored.left_out
     title = f"{count} activations at {pattern}, source {', '.join(sorted({x.source or 'unknown' for x in layers}))}"
+    if any(layer.module.groups > 1 for layer in layers):
+        notes = [OVER_GROUPS, *notes]
     if stored.left_out:
         notes = [f"{len(layers)} of {count} are shown, evenly spaced", *notes]
     if stored.commit:

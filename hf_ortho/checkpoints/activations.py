@@ -86,8 +86,8 @@ def load_activations(name: str, *, revision: str | None = None, most: int = sys.
         chosen = [paths[i] for i in thin(len(paths), most)]
         tensors = _read(name, revision, {path: places[path] for path in chosen})
         if adapter is not None and "activation" in adapter:
-            for layer in map(provenance.layer, chosen):
-                tensors[layer.module] |= fixed_tensors(layer)
+            for path in chosen:
+                tensors[path] |= fixed_tensors(provenance, path)
         everywhere = list(_names(config))
     except CheckpointError:
         raise

@@ -12,11 +12,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import cached_file
 
+from ..activations import parse
 from ..activations.base import SHARED
 from ..errors import CheckpointError
 from ..files import explain, json_object
 from . import weights
-from .provenance import LayerProvenance, Provenance, optional_text, unexpected
+from .provenance import Provenance, optional_text, unexpected
 from .stored import stored_file
 from .values import check_values
 
@@ -115,9 +116,16 @@ def labels_in(file: str | Path) -> dict[int, str]:
     return {int(i): name for i, name in labels.items()}
 
 
-def fixed_tensors(layer: LayerProvenance) -> dict[str, Tensor]:
-    """Domain and tail slopes of an activation, which an adapter stores in its config."""
-    return {"domain": tensor(layer.domain), "tail_slopes": tensor(layer.tail_slopes)}
+def fixed_tensors(provenance: Provenance, module: str) -> dict[str, Tensor]:
+    """The tensors of an activation that an adapter stores in its config: the tail slopes, and the domain.
+
+    The domains of groups of channels are among the adapter's weights instead: text takes more than twice the bytes.
+    """
+    layer = provenance.layer(module)
+    fixed = {"domain": tensor(layer.domain), "tail_slopes": tensor(layer.tail_slopes)}
+    if parse(str(provenance.activation)).groups > 1:
+        del fixed["domain"]
+    return fixed
 
 
 def adapter_keys(name: str, revision: str | None) -> dict[str, dict[str, str]]:
@@ -146,7 +154,7 @@ def has_safetensors(name: str, revision: str | None) -> bool:
 def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[str, dict[str, Tensor]]:
     """The tensors of an adapter by the path of their module in the base model.
 
-    For an ``OrthoConfig`` adapter they include the domain and the tail slopes from its config.
+    For an ``OrthoConfig`` adapter they include the tensors from its config.
 
     Raises:
         CheckpointError: the adapter is incomplete, or a value of an activation is not valid.
@@ -154,10 +162,11 @@ def adapter_tensors(name: str, config: Mapping, revision: str | None) -> dict[st
     values = weights.tensors(str(cached_file(name, ADAPTER_WEIGHTS, revision=revision)))
     keys = adapter_keys(name, revision)
     tensors = {path: {leaf: values[key] for leaf, key in by_leaf.items()} for path, by_leaf in keys.items()}
-    for layer in Provenance.of_adapter(config, f"{ADAPTER_CONFIG} of {name}").layers:
+    provenance = Provenance.of_adapter(config, f"{ADAPTER_CONFIG} of {name}")
+    for layer in provenance.layers:
         if layer.module not in tensors:
             raise CheckpointError(f"{name} is incomplete: {ADAPTER_WEIGHTS} has no tensors for {layer.module}")
-        tensors[layer.module] |= fixed_tensors(layer)
+        tensors[layer.module] |= fixed_tensors(provenance, layer.module)
     for path, by_key in tensors.items():
         if all(key in by_key for key in SHARED):
             check_values(by_key, f"{path} of {name}")

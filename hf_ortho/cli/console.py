@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from wrapt import register_post_import_hook
 
+from ..activations import FAMILIES
 from ..errors import ConfigError
 from ..tasks.arguments import DataArguments
 from ..text import one_line, suggestion, visible
@@ -91,6 +92,23 @@ def dashed(arg: str) -> str:
     """Replace underscores with dashes in a flag, but not in its value."""
     flag, *value = arg.split("=", 1)
     return "=".join([flag.replace("_", "-"), *value]) if arg.startswith("--") else arg
+
+
+def add_activation_flags(parser: Parser, degrees: str) -> None:
+    """``--family``, ``--degree`` and ``--groups``."""
+    parser.add_argument(
+        "--family",
+        default="hermite",
+        help=f"Activation family: {', '.join(FAMILIES)}; or a whole name, such as hermite_3_g16.",
+    )
+    parser.add_argument("--degree", help=f"Degree: {degrees}. Default: the default of the family.")
+    parser.add_argument(
+        "--groups",
+        type=int,
+        metavar="N",
+        help="Split the channels into N groups of consecutive channels with one function each; N must divide the width "
+        "of the inputs of all activations. Default: one function for all channels.",
+    )
 
 
 def add_calibration_flags(parser: Parser, purpose: str) -> None:

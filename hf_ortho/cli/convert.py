@@ -6,11 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..activations import FAMILIES, named
+from ..activations import named
 from ..errors import ConfigError
 from ..fitting.options import WEIGHTS
 from ..folders import OutputFolder
-from .console import DTYPES, Parser, add_calibration_flags, add_model_flags, calibration_options, console, show_report
+from .console import (
+    DTYPES,
+    Parser,
+    add_activation_flags,
+    add_calibration_flags,
+    add_model_flags,
+    calibration_options,
+    console,
+    show_report,
+)
 from .device import add_device_flag, chosen_device
 from .network import check_hub, hub_tokenizer
 
@@ -22,8 +31,7 @@ def parser() -> Parser:
     )
     p.add_argument("model", help="Folder or Hub model, such as openai-community/gpt2.")
     p.add_argument("-o", "--output", required=True, help="Output folder.")
-    p.add_argument("--family", default="hermite", help=f"Activation family: {', '.join(FAMILIES)}.")
-    p.add_argument("--degree", help="Degree: 1 to 32, or auto. Default: the default of the family.")
+    add_activation_flags(p, "1 to 32, or auto")
     p.add_argument(
         "--tolerance",
         type=float,
@@ -87,7 +95,7 @@ def run(argv: list[str]) -> None:
         args.output, overwrite=args.overwrite, keep=[args.model, args.tokenizer, args.calibration_data]
     )
     check_hub([(args.model, args.revision), hub_tokenizer(args.tokenizer)], [args.calibration_data])
-    named(args.family, None if args.degree == "auto" else args.degree)
+    named(args.family, None if args.degree == "auto" else args.degree, args.groups)
     device = chosen_device(args.device)
 
     import torch
@@ -114,6 +122,7 @@ def run(argv: list[str]) -> None:
             checkpoint.model,
             args.family,
             degree=args.degree,
+            groups=args.groups,
             tolerance=args.tolerance,
             calibration=calibration,
             weights=args.weights,

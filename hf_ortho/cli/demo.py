@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..activations import FAMILIES, named
+from ..activations import named
 from ..errors import ConfigError
 from ..folders import OutputFolder
-from .console import Parser
+from .console import Parser, add_activation_flags
 
 
 def parser() -> Parser:
@@ -19,8 +19,7 @@ def parser() -> Parser:
         choices=["text", "vision"],
         help="text (a byte-level GPT-2 on English) or vision (a ConvNeXt on handwritten digits).",
     )
-    p.add_argument("--family", default="hermite", help=f"Activation family: {', '.join(FAMILIES)}.")
-    p.add_argument("--degree", help="Degree: 1 to 32. Default: the default of the family.")
+    add_activation_flags(p, "1 to 32")
     p.add_argument("-o", "--output", help="Output folder. Default: demo-TASK.")
     p.add_argument("--overwrite", action="store_true", help="Replace earlier output of hf_ortho in the output folder.")
     p.add_argument("--steps", type=int, help="Number of pretraining steps. Default: depends on the task.")
@@ -34,7 +33,7 @@ def run(argv: list[str]) -> None:
     for flag, value in (("--steps", args.steps), ("--tune-steps", args.tune_steps)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value}: must be at least 1")
-    name = named(args.family, args.degree)
+    name = named(args.family, args.degree, args.groups)
     folder = f"demo-{args.task}" if args.output is None else args.output
     output = OutputFolder(folder, overwrite=args.overwrite)
 

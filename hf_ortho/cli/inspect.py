@@ -32,7 +32,7 @@ def run(argv: list[str]) -> None:
     check_hub([(args.model, args.revision)])
 
     from ..checkpoints.activations import load_activations
-    from ..conversion.summary import examine
+    from ..conversion.summary import OVER_GROUPS, examine
     from ..fitting.density import DATA_FREE
     from ..path_patterns import by_kind
 
@@ -52,12 +52,18 @@ def run(argv: list[str]) -> None:
         table(f"{len(rows)} activations at {one_line(place)}, source {one_line(sources)}", columns, cells)
     where = "over the real line" if stored.provenance.has_tails else "on the domain"
     console.print(f"E under N(0, 1); sup {where} and rms under {DATA_FREE}, from the source activation")
+    if any(layer.module.groups > 1 for layer in layers):
+        console.print(textwrap.fill(f"{OVER_GROUPS}; parameters: their extremes and medians; --json prints all", WIDTH))
     for note in notes:
         console.print(f"no distance: {one_line(note)}")
     for layer in layers:
         console.print(f"\n{one_line(layer.path)} {layer.module.name}", style="bold")
-        for name, values in layer.vectors().items():
-            console.print(_vector(name, values))
+        for name, values in layer.parameters().items():
+            if values.ndim == 1:
+                console.print(_vector(name, values.tolist()))
+                continue
+            for kind, row in (("min", values.amin(0)), ("median", values.median(0).values), ("max", values.amax(0))):
+                console.print(_vector(f"{name} {kind}", row.tolist()))
 
 
 def _provenance(name: str, stored: StoredActivations) -> list[str]:

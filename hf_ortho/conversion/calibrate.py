@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.verify import evaluating
-from ..errors import CalibrationError
+from ..errors import CalibrationError, WidthError
 from ..files import explain
 from ..fitting.histogram import Histogram
 from ..fitting.options import WEIGHTS
@@ -44,7 +44,14 @@ class Calibration:
     note: str = ""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, sites: Iterable[Site], batches: Iterable | None, weights: str) -> Calibration:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        sites: Iterable[Site],
+        batches: Iterable | None,
+        weights: str,
+        groups: int = 1,
+    ) -> Calibration:
         """Run ``model`` over ``batches``, except for the second of every four, which is held out; raises as
         ``collect``. Tied modules have one histogram of the inputs of all of them."""
         if batches is None:
@@ -64,11 +71,11 @@ class Calibration:
                     yield where, batch
 
         sites = list(sites)
-        histograms, note = _collect(model, [p for site in sites for p in site.modules], fitted(), weights)
+        histograms, note = _collect(model, [p for site in sites for p in site.modules], fitted(), weights, groups)
         tied = {path: source for site in sites for path, source in site.tied}
         for path, source in tied.items():
             if path in histograms:
-                histograms.setdefault(source, Histogram()).add(histograms[path])
+                histograms.setdefault(source, Histogram(groups)).add(histograms[path])
         histograms |= {path: histograms[source] for path, source in tied.items() if source in histograms}
         alone = any_process(torch.tensor(not held_out, device=collective_device(torch.device("cpu"))))
         used = "density" if note else weights
@@ -89,6 +96,7 @@ def collect(
     batches: Iterable,
     *,
     weights: str = "fisher",
+    groups: int = 1,
     distributed: bool = True,
 ) -> dict[str, Histogram]:
     """Run ``model`` over ``batches``, and return the histograms of the inputs of ``modules``, by path, without modules
@@ -98,10 +106,12 @@ def collect(
         weights: ``"fisher"`` to give each bin an importance, the sum over its inputs of the second derivative of the
             divergence of the model's predictions by an error of the activation there; ``"density"`` for only counts. If
             the model has no backward pass, its histograms have only counts.
+        groups: the number of groups of channels that each histogram tells apart.
         distributed: under ``torch.distributed`` each process passes its own batches and gets the sums over all
             processes. False runs in this process alone.
 
     Raises:
+        WidthError: the inputs of a module cannot be divided into ``groups``.
         CalibrationError: there are no batches, the model rejects a batch, or pre-activations are not finite.
         ProcessError: another process does not call this too.
         torch.OutOfMemoryError: a batch does not fit in the memory of the GPU.
@@ -114,7 +124,7 @@ def collect(
     """
     check_batches(batches)
     with together(distributed, "hf_ortho.conversion.collect"):
-        return _collect(model, modules, _named(batches), weights)[0]
+        return _collect(model, modules, _named(batches), weights, groups)[0]
 
 
 def _named(batches: Iterable) -> Iterator[tuple[str, Any]]:
@@ -123,11 +133,11 @@ def _named(batches: Iterable) -> Iterator[tuple[str, Any]]:
 
 
 def _collect(
-    model: PreTrainedModel, paths: Iterable[str], batches: Iterable[tuple[str, Any]], weights: str
+    model: PreTrainedModel, paths: Iterable[str], batches: Iterable[tuple[str, Any]], weights: str, groups: int
 ) -> tuple[dict[str, Histogram], str]:
     """``collect``; also the reason for missing Fisher weights, or an empty string."""
     check_weights(weights)
-    histograms = {path: Histogram() for path in paths}
+    histograms = {path: Histogram(groups) for path in paths}
     sums = _Run(model, histograms)
     if weights == "fisher" and not has_gradients(model):
         sums.failure = f"no Fisher weights, since {type(model).__name__} was loaded under torch.inference_mode"
@@ -201,19 +211,22 @@ class _Run:
             nonlocal mask
             mask = None if self.model.config.is_encoder_decoder else kwargs.get("attention_mask")
 
-        def count(module: nn.Module, args: tuple, histogram: Histogram) -> None:
+        def count(module: nn.Module, args: tuple, path: str, histogram: Histogram) -> None:
             if counting:  # not in a backward pass that computes the activations again
-                histogram.update(unmasked(args[0], mask))
+                try:
+                    histogram.update(unmasked(args[0], mask))
+                except WidthError as error:
+                    raise WidthError(f"{path}: {error}") from None
 
         def weigh(x: Tensor, gradient: Tensor, histogram: Histogram) -> None:
             histogram.weigh(unmasked(x, mask), unmasked(gradient, mask))
 
-        seen = {path: Histogram() for path in self.histograms}
-        modules = [(self.model.get_submodule(path), histogram) for path, histogram in seen.items()]
+        seen = {path: Histogram(total.groups) for path, total in self.histograms.items()}
+        modules = {path: self.model.get_submodule(path) for path in seen}
         with contextlib.ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(note_mask, with_kwargs=True).remove)
-            for module, histogram in modules:
-                hook = functools.partial(count, histogram=histogram)
+            for path, module in modules.items():
+                hook = functools.partial(count, path=path, histogram=seen[path])
                 stack.callback(module.register_forward_pre_hook(hook).remove)
             if not fisher:
                 stack.enter_context(torch.no_grad())
@@ -223,7 +236,7 @@ class _Run:
             stack.enter_context(inputs_only(self.model))
             stack.enter_context(recomputing(self.model))
             stack.enter_context(
-                watched((module, functools.partial(weigh, histogram=histogram)) for module, histogram in modules)
+                watched((module, functools.partial(weigh, histogram=seen[path])) for path, module in modules.items())
             )
             prediction = predict(self.model, batch, where)
             counting = False

@@ -21,12 +21,13 @@ from .calibrate import Calibration, check_weights, is_held_out
 from .distill import check_steps
 from .distill import distill as distill_activations
 from .fidelity import Fidelity, measure
-from .fit_sites import Fitted, fit_sites, fit_smallest
+from .fit_sites import Fitted, fit_sites, fit_smallest, sources_of_groups
 from .inputs import check_batches
 from .replace import replace_modules
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites
 from .states import plain_model
+from .widths import check_groups
 
 ROUNDING = 1e-10  # differences of divergences below it are noise in float32
 
@@ -91,6 +92,7 @@ def convert(
     Raises:
         ActivationNameError: the family or degree does not exist.
         SiteError: the config drives no activation, or ``model`` is in another state; the error names what to convert.
+        WidthError: the channels of an activation cannot be divided into the groups.
         CalibrationError: the calibration data is empty, of the wrong kind, or not finite, or ``distill`` has none.
         FitError: an activation of the model cannot be fitted, or no degree reaches ``tolerance``.
         CheckpointError: the entry ``hf_ortho`` in the config of the model is invalid.
@@ -117,8 +119,9 @@ def convert(
     model = plain_model(model)
     sites, left_alone = find_sites(model, fields)
     Provenance.of(model.config)  # raises on an invalid entry before any work is done
+    check_groups(model, [path for site in sites for path in site.modules], family.groups)
     with together(distributed and calibration is not None, "hf_ortho.convert with calibration"):
-        source = Calibration.of(model, sites, calibration, weights)
+        source = Calibration.of(model, sites, calibration, weights, family.groups)
         fitting = time.perf_counter()
         if degree == "auto":
             degrees, fitted = fit_smallest(model, sites, family, source.histograms, options, tolerance)
@@ -197,7 +200,8 @@ def _measured_again(report: ConversionReport, tails: bool) -> list[LayerReport]:
     for layer in report.layers:
         module, source, histogram = report.modules[layer.module]
         domain = None if tails else layer.fit.domain
-        fit = module.measure(source, histogram=histogram, domain=domain, name=layer.fit.source)
+        sources = sources_of_groups(source, module.groups)
+        fit = module.measure(sources, histogram=histogram, domain=domain, name=layer.fit.source)
         layers.append(dataclasses.replace(layer, fit=dataclasses.replace(fit, note=layer.fit.note)))
     return layers
 

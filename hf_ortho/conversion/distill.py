@@ -129,8 +129,10 @@ def _distilled(module: LearnableActivation) -> dict[str, nn.Parameter]:
 def _scales(module: LearnableActivation, source: nn.Module) -> list[Tensor]:
     """The step of each ``_distilled`` parameter that changes f by its error against the source, under ``DATA_FREE``."""
     x = DATA_FREE.mean + DATA_FREE.deviation * torch.special.ndtri((torch.arange(256.0) + 0.5) / 256)
-    x = x.to(module.domain.device)
+    x = x.to(module.domain.device).unsqueeze(1).expand(-1, module.groups)
     state = _distilled(module)
-    slopes = torch.func.jacrev(lambda values: torch.func.functional_call(module, values, (x,)))(state)
-    miss = (module(x) - source(x)).square().mean().sqrt()
+    total = torch.func.grad(lambda values, row: torch.func.functional_call(module, values, (row,)).sum())
+    slopes = torch.func.vmap(total, in_dims=(None, 0))(state, x)  # of the sum over groups: each has its own parameters
+    miss = (module(x) - source(x)).square().mean(0).sqrt()
+    miss = miss.unsqueeze(1) if module.groups > 1 else miss
     return [miss / slope.square().mean(0).sqrt().clamp(min=1e-3) for slope in slopes.values()]

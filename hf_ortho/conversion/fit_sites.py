@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..activations import FitReport, LearnableActivation
 from ..activations.registry import MAX_DEGREE, ParsedName
-from ..errors import FitError
+from ..errors import FitError, SiteError
 from ..fitting.histogram import Histogram
 from ..fitting.options import FitOptions
 from ..processes import several_processes
@@ -140,13 +141,31 @@ def _fits(
             new.load_state_dict(equal.state_dict())
         else:
             try:
-                fit = new.fit(source, histogram=histogram, name=site.source, **vars(options))
+                sources = sources_of_groups(source, new.groups)
+                fit = new.fit(sources, histogram=histogram, name=site.source, **vars(options))
             except FitError as error:
                 raise FitError(f"{path}: {error}") from error
             if plain:
                 done[id(histogram)] = new, fit
         agree(new)
         yield new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
+
+
+def check_refit(source: nn.Module, groups: int) -> None:
+    """Raise SiteError if ``source`` has a number of groups that does not divide ``groups``."""
+    if isinstance(source, LearnableActivation) and groups % source.groups:
+        raise SiteError(
+            f"{source.name} has {source.groups} groups of channels, and can only be refitted with a multiple of these, "
+            f"not with {groups}: revert the model first, or use groups={source.groups}"
+        )
+
+
+def sources_of_groups(source: nn.Module, groups: int) -> list[nn.Module]:
+    """The function that each of ``groups`` is fitted to; each function of ``source`` is that of an equal number of
+    consecutive groups. Raises as ``check_refit``."""
+    check_refit(source, groups)
+    members = source.members() if isinstance(source, LearnableActivation) else [source]
+    return [member for member in members for _ in range(groups // len(members))]
 
 
 def agree(module: LearnableActivation) -> None:

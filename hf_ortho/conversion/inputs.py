@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, WidthError
 from ..files import explain
 
 CAUSAL_LMS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -164,7 +164,7 @@ def forward(model: PreTrainedModel, inputs: dict, where: str):
     try:
         with _uncompiled():
             return model(**inputs)
-    except torch.OutOfMemoryError:  # not the fault of the batch
+    except (torch.OutOfMemoryError, WidthError):  # not the fault of the batch
         raise
     except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
         raise CalibrationError(f"{where}: {type(model).__name__} fails on it: {explain(error)}") from error

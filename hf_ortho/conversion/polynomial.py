@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
+from typing import cast
 
 import numpy as np
 from sympy import QQ, Poly, Rational, symbols
@@ -15,8 +16,8 @@ from ..checkpoints.provenance import Provenance
 from ..errors import PolynomialError
 
 
-def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
-    """The polynomial of every activation of ``model``, by module path.
+def polynomials(model: nn.Module) -> dict[str, PolynomialForm | list[PolynomialForm]]:
+    """The polynomial of every activation of ``model``, by module path; with groups of channels, a list of one per group.
 
     If the domain of a module is infinite, the interval is the ``domain`` of its entry in
     ``model.config.hf_ortho["layers"]``. Outside its domain an activation is a straight line. Other parts of a model,
@@ -32,15 +33,16 @@ def polynomials(model: nn.Module) -> dict[str, PolynomialForm]:
         4
     """
     provenance = Provenance.of(getattr(model, "config", None))
-    forms: dict[str, PolynomialForm] = {}
+    forms: dict[str, PolynomialForm | list[PolynomialForm]] = {}
     for path, module in model.named_modules():
         if not isinstance(module, LearnableActivation):
             continue
         if not isinstance(module, PolynomialActivation):
             raise PolynomialError(f"{path} is {module.name}, which is not a polynomial: convert to hermite_n")
-        finite = module.domain.isfinite().all()
+        domain = None if module.domain.isfinite().all() else provenance.layer(path).domain
         try:
-            forms[path] = module.to_polynomial(None if finite else provenance.layer(path).domain)
+            found = [cast(PolynomialActivation, member).to_polynomial(domain) for member in module.members()]
+            forms[path] = found if module.groups > 1 else found[0]
         except PolynomialError as error:
             raise PolynomialError(f"{path}: {error}") from None
     if not forms:
@@ -68,8 +70,8 @@ def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = F
         It is exact for the stored values of the parameters, without rounding.
 
     Raises:
-        PolynomialError: the stack contains another module, widths do not match, a parameter is not finite, an
-            activation has tails, or there are C(n_in + degree, degree) > ``max_terms`` monomials.
+        PolynomialError: the stack contains another module, widths do not match each other or the groups of channels of
+            an activation, a parameter is not finite, an activation has tails, or there are C(n_in + degree, degree) > ``max_terms`` monomials.
 
     Example:
         >>> square = hf_ortho.activations.Hermite(2)
@@ -83,7 +85,9 @@ def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = F
     n_in = next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
     if n_in is None:
         raise PolynomialError(f"{type(network).__name__} has no nn.Linear: the number of inputs is unknown")
-    degree = math.prod(max(len(layer) - 1, 1) for layer in layers if not isinstance(layer, nn.Linear))
+    degree = math.prod(
+        max(1, *(len(member) - 1 for member in layer)) for layer in layers if not isinstance(layer, nn.Linear)
+    )
     terms = math.comb(n_in + degree, degree)
     if terms > max_terms:
         raise PolynomialError(
@@ -94,13 +98,13 @@ def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = F
     inputs = symbols(f"x:{n_in}")
     values = [Poly(x, *inputs, domain=QQ) for x in inputs]
     for layer in layers:
-        values = _affine(layer, values) if isinstance(layer, nn.Linear) else [_horner(layer, v) for v in values]
+        values = _affine(layer, values) if isinstance(layer, nn.Linear) else _activated(layer, values)
     return values
 
 
-def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarray]:
-    """The layers in order, checked; activations as their exact monomial coefficients."""
-    layers: list[nn.Linear | np.ndarray] = []
+def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | list[np.ndarray]]:
+    """The layers in order, checked; activations as the exact monomial coefficients of each group of channels."""
+    layers: list[nn.Linear | list[np.ndarray]] = []
     width = None
     for path, module in network.named_modules(remove_duplicate=False):
         where = f"module {path}" if path else "the network"
@@ -118,12 +122,12 @@ def _layers(network: nn.Module, ignore_tails: bool) -> list[nn.Linear | np.ndarr
             layers.append(module)
         elif isinstance(module, PolynomialActivation):
             if not (ignore_tails or module.domain.isinf().all()):
-                lo, hi = module.domain.tolist()
+                lo, hi = module.members()[0].domain.tolist()
                 raise PolynomialError(
                     f"{where} is a straight line outside its domain [{lo:g}, {hi:g}], so it is not a polynomial: pass "
                     "ignore_tails=True if every pre-activation stays inside"
                 )
-            layers.append(module.exact_monomials())
+            layers.append([cast(PolynomialActivation, member).exact_monomials() for member in module.members()])
         elif type(module) is not nn.Sequential:
             raise PolynomialError(
                 f"{where} is {type(module).__name__}: expected an nn.Sequential of nn.Linear and polynomial activations"
@@ -140,6 +144,15 @@ def _affine(layer: nn.Linear, values: list[Poly]) -> list[Poly]:
             total += value * Rational(w)
         out.append(total)
     return out
+
+
+def _activated(members: list[np.ndarray], values: list[Poly]) -> list[Poly]:
+    if len(values) % len(members):
+        raise PolynomialError(
+            f"an activation with {len(members)} groups of channels gets {len(values)} values: the width must be a "
+            f"multiple of {len(members)}"
+        )
+    return [_horner(members[i * len(members) // len(values)], value) for i, value in enumerate(values)]
 
 
 def _horner(coefficients: np.ndarray, value: Poly) -> Poly:

@@ -27,21 +27,42 @@ NOT_CALIBRATED = (
     "--calibration-data to hf-ortho convert"
 )
 COLUMNS = ("domain", "sup f", "rms f", "sup f'", "rms f'", "outside", "seen")
+COLUMNS_OF_GROUPS = ("domains", "sup f", "rms f", "worst group", "median group", "outside", "seen")
 WEIGHTS = {"fisher": "calibrated, Fisher weights", "density": "calibrated, density weights"}
 
 
+def columns(report: ConversionReport) -> tuple[str, ...]:
+    """The columns of a table of fits, besides the divergence."""
+    return COLUMNS if all(layer.fit.groups == 1 for layer in report.layers) else COLUMNS_OF_GROUPS
+
+
 def cells(layer: LayerReport) -> list[str]:
-    """The cells of ``COLUMNS`` for one layer."""
+    """The cells of ``columns`` for one layer."""
     fit = layer.fit
-    errors = (fit.sup_error, fit.rms_error, fit.sup_derivative_error, fit.rms_derivative_error)
+    errors = [f"{fit.sup_derivative_error:.1e}", f"{fit.rms_derivative_error:.1e}"]
+    if fit.worst_group is not None and fit.median_group is not None:
+        errors = [f"{index}: {error:.1e}" for index, error in (fit.worst_group, fit.median_group)]
     return [
         "..".join(number(end, ".2f") for end in fit.domain),
-        *(f"{error:.1e}" for error in errors),
+        f"{fit.sup_error:.1e}",
+        f"{fit.rms_error:.1e}",
+        *errors,
         f"{fit.mass_outside:.2%}",
         "-"
         if fit.minimum is None or fit.maximum is None
         else f"{number(fit.minimum, '.1f')}..{number(fit.maximum, '.1f')}",
     ]
+
+
+def groups_legend(report: ConversionReport) -> str:
+    """What the columns about groups are; empty without groups."""
+    if columns(report) == COLUMNS:
+        return ""
+    error = f"part of the {divergence_name(report)}" if divergence_legend(report) else "rms f"
+    return (
+        f"domains: from the least lo to the largest hi of all groups of channels; worst and median group: number, from "
+        f"0, and {error}"
+    )
 
 
 def divergence_name(report: ConversionReport) -> str:
@@ -164,7 +185,7 @@ def _table(
         min_width=max(map(len, title.splitlines())),
     )
     table.add_column("*", overflow="fold")
-    for column in ([divergence_name(report)] if fisher else []) + list(COLUMNS):
+    for column in ([divergence_name(report)] if fisher else []) + list(columns(report)):
         table.add_column(column, justify="right", no_wrap=True)
     for row, values in shown.items():
         table.add_row(row, *values)
@@ -183,10 +204,11 @@ def _effect(layer: LayerReport) -> str:
 def summary(report: ConversionReport) -> list[str]:
     """The lines below the tables."""
     weight = f"{DATA_FREE}" if report.weights is None else "the data"
-    legend = [effect] if (effect := divergence_legend(report)) else []
+    legend = [divergence_legend(report)]
     legend += ["f, f': errors of the activation and its derivative, the largest (sup) and root mean square (rms)"]
+    legend += [groups_legend(report)]
     legend += [f"outside: beyond the domain, where f is straight; rms and outside are weighted by {weight}"]
-    return ["; ".join(legend), *([NOT_CALIBRATED] if report.weights is None else []), *remarks(report)]
+    return ["; ".join(filter(None, legend)), *([NOT_CALIBRATED] if report.weights is None else []), *remarks(report)]
 
 
 def remarks(report: ConversionReport) -> list[str]:

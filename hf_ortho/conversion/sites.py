@@ -277,3 +277,12 @@ def _difference(original: PreTrainedModel, twin: PreTrainedModel, sites: tuple[s
     expected, actual = outline(original), outline(twin)
     differing = (name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
     return next((name or type(original).__name__ for name in differing), "")
+
+
+def norm_layers(model: nn.Module) -> list[str]:
+    """Paths of the layers with parameters whose class name contains "norm"."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and next(module.parameters(recurse=False), None) is not None
+    ]

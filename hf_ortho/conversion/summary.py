@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from ..activations import FitReport, LearnableActivation
 from ..activations.base import SHARED
 from ..checkpoints.activations import StoredActivations
 from ..errors import FitError
+
+OVER_GROUPS = (
+    "with groups of channels, domain: the smallest that contains all of them; E and rms: means; sup: the largest"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +26,9 @@ class Layer:
     source: str | None
     fit: FitReport | None
 
-    def vectors(self) -> dict[str, list[float]]:
-        """The parameters of the series."""
-        return {name: value.tolist() for name, value in self.module.named_parameters() if name not in SHARED}
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of the series; with groups of channels, one row per group."""
+        return {name: value.detach() for name, value in self.module.named_parameters() if name not in SHARED}
 
     def to_dict(self) -> dict:
         """As JSON values."""
@@ -35,19 +41,22 @@ class Layer:
             "activation": self.module.name,
             "family": self.module.family,
             "degree": self.module.degree,
+            "groups": self.module.groups,
             "domain": self.module.domain.tolist(),
             "tail_slopes": self.module.tail_slopes.tolist(),
             "gain": dict(zip(("value", "derivative"), self.gain, strict=True)),
             "source": self.source,
             "distance": measured,
-            "parameters": self.vectors(),
+            "parameters": {name: value.tolist() for name, value in self.parameters().items()},
         }
 
     def cells(self) -> list[str]:
-        fit = self.fit
+        """One row of text: name, domain, tail slopes, gain, sup and rms; see ``OVER_GROUPS``."""
+        fit, ends = self.fit, self.module.domain.detach().reshape(-1, 2)
+        domain = (ends[:, 0].min().item(), ends[:, 1].max().item()) if fit is None else fit.domain
         return [
             self.module.name,
-            "{:.2f}..{:.2f}".format(*(self.module.domain.tolist() if fit is None else fit.domain)),
+            "{:.2f}..{:.2f}".format(*domain),
             "{:.3g}, {:.3g}".format(*self.module.tail_slopes.tolist()),
             *(f"{moment:.4g}" for moment in self.gain),
             *(("-", "-") if fit is None else (f"{fit.sup_error:.1e}", f"{fit.rms_error:.1e}")),

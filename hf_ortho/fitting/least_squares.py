@@ -33,6 +33,7 @@ GRID = 2.0**-10
 # A non-linear fit runs in legs: evaluations per leg, tolerance, and the weight of staying near the start of the leg, in
 # units of the root mean square of the residual there.
 LEG, TOLERANCE, PROXIMITY = 15, 1e-5, 0.01
+NEAR_ROUNDS = 3  # of ``balance`` from the result for similar data
 
 
 def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -145,11 +146,12 @@ class Balanced:
     after: Target
 
 
-def balance(solve, target: Target, rounds: int) -> Balanced:
+def balance(solve, target: Target, rounds: int, near: Balanced | None = None) -> Balanced:
     """Minimize ``Nodes.score`` by least squares with changing weights (Lawson's iteration).
 
     ``solve(target, start)`` returns the solution for fixed weights and f - g at the nodes; ``start`` is the solution of
-    the previous round.
+    the previous round. With ``near``, the result for similar data, its solution and weights are the start, and
+    ``NEAR_ROUNDS`` are enough.
     """
     # The square of the largest error is a sum of squares with the right weights: s^2 = max_u sum_i u_i error_i^2 over
     # all weights u of sum 1, attained by weights located where |error| is largest. Each round solves the least squares
@@ -157,6 +159,8 @@ def balance(solve, target: Target, rounds: int) -> Balanced:
     # the next solution lowers these, and at a fixed point all peaks are equally high. Scores do not decrease steadily,
     # so the best round is returned.
     best, solution = None, None
+    if near is not None:
+        solution, target, rounds = near.solution, target.at(target.nodes.continued(near.target.nodes)), NEAR_ROUNDS
     for _ in range(rounds):
         solution, error = solve(target, solution)
         score = target.nodes.score(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -20,6 +21,9 @@ GUARD_OF_EFFECT = 2e-4
 LEAST_FACTOR = 0.03  # of a weight in one Lawson step: where the error is near 0, it is mostly rounding
 
 
+_gauss = functools.cache(np.polynomial.legendre.leggauss)
+
+
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
     """Composite Gauss-Legendre nodes and weights on ``[lo, hi]``, split at ``breaks`` (float64)."""
     inner = sorted(b for b in breaks if lo < b < hi)
@@ -30,7 +34,7 @@ def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float
         ]
         + [[hi]]
     )
-    t, w = np.polynomial.legendre.leggauss(order)
+    t, w = _gauss(order)
     half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
     return (middle + half * t).ravel(), (half * w).ravel()
 
@@ -113,4 +117,12 @@ class Nodes:
         most = float(np.max(size[~self.data]))
         w = np.where(self.data, self.w, self.w * np.maximum(size, LEAST_FACTOR * most))
         w[~self.data] *= self.guard / w[~self.data].sum()
+        return dataclasses.replace(self, w=w)
+
+    def continued(self, other: Nodes) -> Nodes:
+        """The same data, with the weights of ``other`` on the line, if these are weights of the same points."""
+        if not np.array_equal(self.x[~self.data], other.x[~other.data]):
+            return self
+        w = self.w.copy()
+        w[~self.data] = other.w[~other.data] * (self.guard / other.guard)
         return dataclasses.replace(self, w=w)

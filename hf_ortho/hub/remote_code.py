@@ -69,7 +69,7 @@ LEARNABLE_ACTIVATION = '''\
     has the same. Arithmetic and parameters are at least float32.
     """
 
-    def __init__(self, degree: int, groups: int):
+    def __init__(self, degree: int, groups: int = 1):
         super().__init__()
         self.degree, self.init, self.groups = degree, "paper", groups
         self._create(INITIAL_PARAMETERS[f"{self.family}_{degree}"])
@@ -82,6 +82,14 @@ LEARNABLE_ACTIVATION = '''\
         return Evaluated.apply(type(self), *tensors)
 
 '''
+
+# In place of ``kernels.groups``, in a file without groups of channels.
+WITHOUT_GROUPS = {
+    "is_grouped": "def is_grouped(domain):\n    return False",
+    "check_width": "def check_width(x, groups):\n    pass",
+    "broadcasting": "def broadcasting(*tensors):\n    return tensors",
+    "joined": "def joined(y, domain):\n    return y",
+}
 
 EVALUATED = '''
 
@@ -150,8 +158,8 @@ def add_remote_code(folder: str | Path) -> dict[str, bytes]:
     Returns:
         Name and content of each file to add or replace: ``modeling_hf_ortho.py``, which contains the families in use
         and only requires torch and transformers, and ``config.json`` with ``auto_map``. On the CPU, the
-        outputs are bit-equal to the outputs with hf_ortho. Elsewhere, and under ``torch.compile``, the formula is the
-        same.
+        outputs are bit-equal to the outputs with hf_ortho, with groups of channels equal to rounding. Elsewhere, and
+        under ``torch.compile``, the formula is the same.
 
     Raises:
         CheckpointError: there is no config.json, or no ``AutoModel...`` class loads the model.
@@ -247,7 +255,8 @@ def _auto_classes(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
 
 
 def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
-    parts = Standalone()
+    found = [parse(name) for name in names]
+    parts = Standalone({} if any(one.groups > 1 for one in found) else WITHOUT_GROUPS)
     for place, name in IMPORTS:
         parts.need(place, name)
     if any(issubclass(cls, GenerationMixin) for cls in classes):
@@ -264,10 +273,10 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
     for helper in ("_prepare", "_flat", "GRAIN", "CHUNK", "LARGE"):
         parts.add(cpu, helper)
     builds, initial = [], {}
-    for name in names:
-        cls, degree, groups = parse(name)
+    for name, (cls, degree, groups) in zip(names, found, strict=True):
         parts.add(sys.modules[cls.__module__], cls.__name__)
-        builds.append(f'"{name}": functools.partial({cls.__name__}, {degree}, {groups})')
+        arguments = f"{degree}, {groups}" if groups > 1 else str(degree)
+        builds.append(f'"{name}": functools.partial({cls.__name__}, {arguments})')
         initial[f"{cls.family}_{degree}"] = cls.initial_parameters(degree, "paper")
     header = HEADER.format(
         activations=", ".join(names),

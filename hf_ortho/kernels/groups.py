@@ -40,6 +40,15 @@ def broadcasting(x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Te
     return split_channels(x, len(domain)), columns(domain), tail_slopes, *map(columns, parameters)
 
 
+def with_ends(x: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A view of ``x`` and the ends lo and hi of the domains, which broadcast against it."""
+    if not is_grouped(domain):
+        lo, hi = domain
+        return x, lo, hi
+    lo, hi = columns(domain)
+    return split_channels(x, len(domain)), lo, hi
+
+
 def joined(y: Tensor, domain: Tensor) -> Tensor:
     """A result for ``broadcasting`` tensors in the shape of the input."""
     return y.flatten(-2) if is_grouped(domain) else y

@@ -35,14 +35,16 @@ class OrthoConfig(PeftConfig):
 
     Each learnable activation is initialized by a weighted least-squares fit to the activation that it replaces. Only
     the parameters of its series are trained. Its domain and tail slopes are fixed, and saved in ``layers``, not among
-    the adapter's weights.
+    the adapter's weights; with groups of channels, the domains are among the weights.
 
     Args:
-        activation: ``FAMILY_DEGREE``, for example ``hermite_8``, or a family with its default degree.
+        activation: ``FAMILY_DEGREE``, for example ``hermite_8``; ``FAMILY_DEGREE_gN`` with one function for each of N
+            groups of channels; or a family with its default degree.
         target_modules: names, suffixes of names, or a regular expression of the activations to replace; all by default.
         fields: the config fields whose activations are replaced, for example ``["text_config.hidden_act"]``; all by
             default.
         modules_to_save: other modules to train and save, for example ``["score"]``.
+        norms: also train and save the normalization layers of the model. They are added to ``modules_to_save``.
         derivative_weight, domain: options of the fits, as in ``hf_ortho.convert``.
 
     Attributes (set by the fit; leave them out of a new config):
@@ -56,7 +58,7 @@ class OrthoConfig(PeftConfig):
 
     Raises:
         ActivationNameError: the family or degree does not exist.
-        AdapterError: ``derivative_weight`` or ``domain`` is out of range.
+        AdapterError: ``derivative_weight``, ``domain`` or ``norms`` is out of range.
 
     Example:
         >>> import peft
@@ -75,6 +77,7 @@ class OrthoConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and save, for example a new head."}
     )
+    norms: bool = field(default=False, metadata={"help": "Also train and save the normalization layers."})
     derivative_weight: float | None = field(
         default=None, metadata={"help": "Weight of the derivative in the fits, at least 0; by default of the family."}
     )
@@ -94,6 +97,8 @@ class OrthoConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = HF_ORTHO
         self.activation = activations.parse(self.activation).name
+        if not isinstance(self.norms, bool):
+            raise AdapterError(f"norms {self.norms!r} of the OrthoConfig: must be True or False")
         self.report: ConversionReport | None = None
         try:
             _ = self.options

@@ -44,10 +44,12 @@ class OrthoLayer(nn.Module, BaseTunerLayer):
         return getattr(self, ATTRIBUTE)
 
     def update_layer(self, adapter_name: str, activation: LearnableActivation, fixed: dict[str, Tensor]) -> None:
-        """Add an adapter. ``fixed`` holds its domain and tail slopes, which are saved in the config, not here."""
+        """Add an adapter. ``fixed`` holds its tail slopes and, without groups, its domain, which are saved in the
+        config, not here."""
         for name in SHARED:
+            value = getattr(activation, name).detach()
             delattr(activation, name)
-            activation.register_buffer(name, fixed[name], persistent=False)
+            activation.register_buffer(name, fixed.get(name, value), persistent=name not in fixed)
         self.activations[adapter_name] = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
@@ -26,8 +27,9 @@ from ..checkpoints.provenance import LayerProvenance, Provenance
 from ..conversion import ConversionReport, Histogram, Site, collect, find_sites
 from ..conversion.convert import driving_values
 from ..conversion.fit_sites import device_of, fit_sites
-from ..conversion.sites import set_field
+from ..conversion.sites import norm_layers, set_field
 from ..conversion.states import check_not_partitioned
+from ..conversion.widths import check_groups
 from ..errors import AdapterError, SiteError
 from ..processes import together
 from .config import OrthoConfig
@@ -45,6 +47,7 @@ class OrthoModel(BaseTuner):
 
     Raises:
         SiteError: the config drives no activation, or ``target_modules`` selects other modules.
+        WidthError: the channels of an activation cannot be divided into the groups.
         FitError: an activation of the model cannot be fitted.
         AdapterError: a saved adapter does not match the activations of the model.
         In every case the model is unchanged.
@@ -66,6 +69,8 @@ class OrthoModel(BaseTuner):
         config = cast(OrthoConfig, copy.deepcopy(self.peft_config[adapter_name]))
         with unwrapped(model):
             sites = targeted_sites(model, config)
+            if config.norms:
+                config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *norm_paths(model)]))
             if config.layers is None:
                 with together(False, "an OrthoConfig"):  # without data
                     self._new = _fit(model, sites, config, {})
@@ -92,9 +97,7 @@ class OrthoModel(BaseTuner):
             layer = OrthoLayer(target).train(target.training)
             self._replace_module(parent, target_name, layer, target)
         device = device_of(self.model, current_key)
-        fixed = {
-            name: value.to(device) for name, value in fixed_tensors(peft_config.provenance.layer(current_key)).items()
-        }
+        fixed = {name: value.to(device) for name, value in fixed_tensors(peft_config.provenance, current_key).items()}
         layer.update_layer(adapter_name, self._new[current_key], fixed)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -108,6 +111,7 @@ class OrthoModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if not merge:
+            _choose(self.model, [])
             return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         names = adapter_names or self.active_adapters
         if len(names) != 1:
@@ -126,6 +130,7 @@ class OrthoModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, OrthoLayer):
                 module.check_merge(names, safe_merge)  # check all layers before replacing the first
+        _choose(model, names)
         model = super()._unload_and_optionally_merge(True, progressbar, safe_merge, names)
         provenance = Provenance.of_conversion(
             model.config, config.activation, driving_values(sites), layers, calibrated=config.calibrated, tails=True
@@ -177,6 +182,26 @@ def targeted_sites(model: PreTrainedModel, config: OrthoConfig) -> list[Site]:
     return [site for site in narrowed if site.modules]
 
 
+def _choose(model: nn.Module, names: list[str]) -> None:
+    """Activate the copies in ``modules_to_save`` of adapters: peft unloads those that are active."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([name for name in names if name in module.modules_to_save])
+
+
+def norm_paths(model: nn.Module) -> list[str]:
+    """The normalization layers of a model, which adapters may have wrapped.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    paths = (path for path in norm_layers(model) if ".modules_to_save." not in path)
+    found = [path.removesuffix(".original_module") for path in paths]
+    if not found:
+        raise AdapterError(f"norms of the OrthoConfig: {type(model).__name__} has no normalization layers")
+    return found
+
+
 def _some(paths: Iterable[str]) -> str:
     first, *rest = sorted(paths)
     return f"{first} and {len(rest)} more" if rest else first
@@ -189,6 +214,7 @@ def _fit(
     family = parse(config.activation)
     if next(family.build().parameters()).is_meta:
         raise AdapterError("low_cpu_mem_usage works only for a saved adapter: fitting a new one needs real parameters")
+    check_groups(model, [path for site in sites for path in site.modules], family.groups)
     start = time.perf_counter()
     fitted = fit_sites(model, sites, family, {site.field: family.degree for site in sites}, histograms, config.options)
     weights = None
@@ -293,7 +319,8 @@ def calibrate(
     check_not_partitioned(base)
     with unwrapped(base), together(distributed, "hf_ortho.peft.calibrate"):
         sites = targeted_sites(base, config)
-        histograms = collect(base, [path for site in sites for path in site.modules], batches, weights=weights)
+        paths, groups = [path for site in sites for path in site.modules], parse(config.activation).groups
+        histograms = collect(base, paths, batches, weights=weights, groups=groups)
         fitted = _fit(base, sites, config, histograms)
     report = cast(ConversionReport, config.report)
     for path, new in fitted.items():

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ..activations import LearnableActivation
 from ..fitting.source import Source
-from .layout import BLACK, Grid, interval, mark_domain
+from .layout import BLACK, Grid, draw_curve, interval, mark_domain, values
 from .shapes import POINTS, STYLES
 
 PANEL = 2.9, 2.0  # inches; for one column of a page
@@ -33,18 +33,18 @@ def draw_fit(
     """
     lo, hi = ends or interval([module], -5.0, 4.0)
     x = np.linspace(lo, hi, POINTS)
-    kinds = (("f", module.forward, source.value), ("derivative f'", module.derivative, source.derivative))
+    kinds = (("f", "forward", source.value), ("derivative f'", "derivative", source.derivative))
     drawn = []
-    for title, learned, expected in kinds:
+    for title, method, expected in kinds:
         grid = Grid([title], "", "difference", panel=PANEL, dpi=DPI)
-        y, g = module.evaluate(learned, x), expected(x)
+        y, g = values(module, x, method), expected(x)
         (top,), (below,) = grid.upper, grid.lower
         grid.set_interval(0, lo, hi)
-        top.plot(x, y, label=module.name, zorder=3, **STYLES[0])
+        draw_curve(top, x, y, label=module.name, zorder=3, **STYLES[0])
         top.plot(x, g, color=BLACK, ls="--", lw=1.0, label=source.name, zorder=4)
         top.set_ylabel("")  # it is in the title
         below.axhline(0, color=BLACK, lw=0.6)
-        below.plot(x, y - g, **(STYLES[0] | {"lw": 1.0}))
+        draw_curve(below, x, y - g, **(STYLES[0] | {"lw": 1.0}))
         for axes in (top, below):
             mark_domain(axes, module)
         grid.finish()

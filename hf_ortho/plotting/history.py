@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from ..activations import LearnableActivation
 from ..files import written
 from ..path_patterns import thin
-from .layout import BLACK, MAX_PANELS, VERMILION, Grid, interval, mark_domain, values
+from .layout import BLACK, MAX_PANELS, SKY, VERMILION, Grid, difference, draw_bands, interval, mark_domain, values
 
 POINTS = 401
 FRAMES_PER_SECOND = 3
@@ -49,7 +49,7 @@ class Snapshot:
 
 
 class _History:
-    """The figure without curves, and the values of all snapshots in each panel."""
+    """The figure without curves, and the values of all snapshots in each panel; of groups of channels the medians."""
 
     def __init__(self, snapshots: Sequence[Snapshot], title: str):
         paths = list(snapshots[0].modules)
@@ -61,27 +61,28 @@ class _History:
         if self.grid.compact:
             intervals = [(min(lo for lo, _ in intervals), max(hi for _, hi in intervals))] * len(chosen)
         self.x = [np.linspace(lo, hi, POINTS) for lo, hi in intervals]
-        self.y = [
-            np.stack([values(module, x) for module in modules]) for modules, x in zip(by_path, self.x, strict=True)
-        ]
+        self.y: list[list[np.ndarray]] = []  # per panel the functions and their changes, each a row per snapshot
         for panel, (modules, ends) in enumerate(zip(by_path, intervals, strict=True)):
             self.grid.set_interval(panel, *ends)
-            for axes in (self.grid.upper[panel], self.grid.lower[panel]):
+            x = self.x[panel]
+            both = [values(module, x) for module in modules], [difference(module, modules[0], x) for module in modules]
+            self.y.append([np.stack([np.median(rows, axis=0) for rows in each]) for each in both])
+            for axes, each in zip((self.grid.upper[panel], self.grid.lower[panel]), both, strict=True):
                 mark_domain(axes, modules[-1], "domain [lo, hi] at the end")
+                draw_bands(axes, x, each[-1], SKY, "at the end; lines: medians")
 
     def curve(self, panel: int, snapshot: int, **style) -> tuple:
         """Draw one snapshot in one panel. Returns the lines of the shape and of its change since the first snapshot."""
-        x, y = self.x[panel], self.y[panel]
-        (shape,) = self.grid.upper[panel].plot(x, y[snapshot], **style)
-        (change,) = self.grid.lower[panel].plot(x, y[snapshot] - y[0], **style)
-        return shape, change
+        both = zip((self.grid.upper[panel], self.grid.lower[panel]), self.y[panel], strict=True)
+        return tuple(axes.plot(self.x[panel], y[snapshot], **style)[0] for axes, y in both)
 
 
 def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "") -> None:
     """Write a PNG with one panel per activation: one curve per snapshot, colored by step, and the change below.
 
-    The change is relative to the first snapshot, which is dashed. A final model has a separate color. Panels are laid
-    out as in ``plot_activations``.
+    The change is relative to the first snapshot, which is dashed. A final model has a separate color. Of groups of
+    channels, the medians are drawn, and the last snapshot also with bands. Panels are laid out as in
+    ``plot_activations``.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -136,8 +137,8 @@ def animate_history(snapshots: Sequence[Snapshot], path: str | Path, title: str 
     for panel in range(len(history.x)):
         history.curve(panel, 0, color=BLACK, ls="--", lw=1.0, label=f"{snapshots[0].label}, the first", zorder=4)
         moving.append(history.curve(panel, 0, color=VERMILION, lw=1.4, label="the step in the title"))
-        x, y = history.x[panel], history.y[panel]
-        for axes, frames in ((grid.upper[panel], y), (grid.lower[panel], y - y[0])):
+        x = history.x[panel]
+        for axes, frames in zip((grid.upper[panel], grid.lower[panel]), history.y[panel], strict=True):
             axes.update_datalim([(x[0], frames.min()), (x[0], frames.max())])
             axes.autoscale_view(scalex=False)
     grid.finish()
@@ -150,7 +151,7 @@ def animate_history(snapshots: Sequence[Snapshot], path: str | Path, title: str 
     with written(path) as draft, writer.saving(grid.figure, draft, grid.figure.dpi):
         for i, snapshot in enumerate(snapshots):
             grid.set_heading(snapshot.label)
-            for lines, y in zip(moving, history.y, strict=True):
-                for line, data in zip(lines, (y[i], y[i] - y[0]), strict=True):
-                    line.set_ydata(data)
+            for lines, both in zip(moving, history.y, strict=True):
+                for line, y in zip(lines, both, strict=True):
+                    line.set_ydata(y[i])
             writer.grab_frame()

@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,26 +157,50 @@ def interval(modules: Sequence[LearnableActivation], lo: float, hi: float) -> tu
     """[lo, hi], widened to include every finite end of a domain with a margin."""
     for module in modules:
         module.check_present()
-    ends = [end for module in modules for end in module.domain.tolist() if math.isfinite(end)]
+    ends = [end for module in modules for end in module.domain.flatten().tolist() if math.isfinite(end)]
     margin = 0.08 * (max([hi, *ends]) - min([lo, *ends]))
     return min([lo, *(end - margin for end in ends)]), max([hi, *(end + margin for end in ends)])
 
 
-def values(module: nn.Module, x: np.ndarray) -> np.ndarray:
-    """f(x) in float64, on the CPU: some devices have no float64."""
+def values(module: nn.Module, x: np.ndarray, method: str = "forward") -> np.ndarray:
+    """f(x) in float64, or another method, one row per group of channels. On the CPU: some devices have no float64."""
     tensor = next(module.parameters(), torch.empty(0))
     on_cpu = module if tensor.device.type == "cpu" else copy.deepcopy(module).cpu()
+    points = torch.as_tensor(x, dtype=torch.float64)[:, None].repeat(1, getattr(module, "groups", 1))
     with torch.no_grad():
-        return on_cpu(torch.as_tensor(x, dtype=torch.float64)).numpy()
+        return getattr(on_cpu, method)(points).numpy().T
+
+
+def difference(module: nn.Module, reference: nn.Module, x: np.ndarray) -> np.ndarray:
+    """The difference of two functions, one row for each part of the channels that has one group in both."""
+    y, g = values(module, x), values(reference, x)
+    rows = math.lcm(len(y), len(g))
+    return np.repeat(y, rows // len(y), axis=0) - np.repeat(g, rows // len(g), axis=0)
+
+
+def draw_curve(axes: Axes, x: np.ndarray, rows: np.ndarray, **style: Any) -> None:
+    """Draw a function, or of one per group of channels the median in its bands."""
+    draw_bands(axes, x, rows, style["color"], "line: median")
+    axes.plot(x, np.median(rows, axis=0), **style)
+
+
+def draw_bands(axes: Axes, x: np.ndarray, rows: np.ndarray, color: str, note: str) -> None:
+    """Shade bands that hold 90 % and all of the rows, one per group of channels; nothing without groups."""
+    for kind, outside, alpha in (("all", 0.0, 0.18), ("90 % of", 0.05, 0.3)) if len(rows) > 1 else ():
+        band = np.quantile(rows, (outside, 1 - outside), axis=0)
+        label = f"{kind} groups ({note})"
+        axes.fill_between(x, *band, color=color, alpha=alpha, lw=0, zorder=2, label=label)
 
 
 def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [lo, hi]") -> None:
-    """Shade [lo, hi], with a dotted line at each finite end."""
-    ends = module.domain.tolist()
-    finite = [end for end in ends if math.isfinite(end)]
+    """Shade [lo, hi], with a dotted line at each finite end; with groups, from the first lo to the last hi, with lines at
+    the first and the last of all lo and of all hi."""
+    ends = module.domain.detach().reshape(-1, 2).aminmax(dim=0)
+    (lo, *_), (*_, hi) = ends.min.tolist(), ends.max.tolist()
+    finite = sorted({end for end in torch.cat(ends).tolist() if math.isfinite(end)})
     if not finite:
         return
     left, right = axes.get_xlim()
-    axes.axvspan(max(ends[0], left), min(ends[1], right), color=GRAY, alpha=0.12, lw=0, label=label)
+    axes.axvspan(max(lo, left), min(hi, right), color=GRAY, alpha=0.12, lw=0, label=label)
     for end in finite:
         axes.axvline(end, color=GRAY, lw=0.9, ls=":")

@@ -18,7 +18,7 @@ from ..checkpoints.activations import StoredActivations
 from ..files import written
 from ..fitting.histogram import Histogram
 from ..path_patterns import thin
-from .layout import BLACK, BLUE, MAX_PANELS, SKY, VERMILION, Grid, interval, mark_domain, values
+from .layout import BLACK, BLUE, MAX_PANELS, SKY, VERMILION, Grid, difference, draw_curve, interval, mark_domain, values
 
 POINTS = 801
 STYLES: list[dict[str, Any]] = [
@@ -128,8 +128,9 @@ def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "
     """Draw, per activation, the learned shape, its source (dashed), the data behind and the difference below.
 
     Up to 12 activations have separate axes; more share their axes in a compact grid. Of more than 64 activations, 64
-    evenly spaced ones are drawn, with a note in the title. The domain is shaded. The difference is relative to the
-    source, or to ``Panel.other`` if no source is known.
+    evenly spaced ones are drawn, with a note in the title. The domain is shaded. Of an activation with groups of
+    channels, the median over the groups is drawn, in bands that hold 90 % and all of them. The difference is relative
+    to the source, or to ``Panel.other`` if no source is known.
 
     Args:
         panels: one per activation, at least one.
@@ -145,9 +146,9 @@ def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "
     chosen = [panels[i] for i in thin(len(panels), MAX_PANELS)]
     by_source = any(panel.source is not None for panel in chosen)
     by_other = not by_source and any(panel.other is not None for panel in chosen)
-    difference = "difference\nfrom source" if by_source else "difference\nfrom other" if by_other else ""
+    below = "difference\nfrom source" if by_source else "difference\nfrom other" if by_other else ""
     labels = [_label("learned", [panel.learned for panel in chosen]), _label(other, [panel.other for panel in chosen])]
-    grid = Grid([panel.title for panel in chosen], title, difference, len(panels))
+    grid = Grid([panel.title for panel in chosen], title, below, len(panels))
     intervals = [_interval(panel) for panel in chosen]
     if grid.compact:
         intervals = [(min(lo for lo, _ in intervals), max(hi for _, hi in intervals))] * len(chosen)
@@ -169,9 +170,9 @@ def _label(prefix: str, modules: Sequence[LearnableActivation | None]) -> str:
 
 def _draw_shapes(axes: Axes, panel: Panel, x: np.ndarray, labels: list[str]) -> None:
     for module, label, style in zip(panel.modules, labels, STYLES, strict=False):
-        axes.plot(x, values(module, x), label=label, zorder=3, **style)
+        draw_curve(axes, x, values(module, x), label=label, zorder=3, **style)
     if panel.source is not None:
-        axes.plot(x, values(panel.source, x), color=BLACK, ls="--", lw=1.0, label="source", zorder=4)
+        axes.plot(x, np.median(values(panel.source, x), axis=0), color=BLACK, ls="--", lw=1.0, label="source", zorder=4)
     mark_domain(axes, panel.learned)
 
 
@@ -207,4 +208,4 @@ def _draw_differences(axes: Axes, panel: Panel, x: np.ndarray, reference: nn.Mod
     axes.axhline(0, color=BLACK, lw=0.6)
     for module, style in zip(panel.modules, STYLES, strict=False):
         if module is not reference:
-            axes.plot(x, values(module, x) - values(reference, x), **(style | {"lw": 1.0}))
+            draw_curve(axes, x, difference(module, reference, x), **(style | {"lw": 1.0}))

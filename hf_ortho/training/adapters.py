@@ -12,16 +12,17 @@ from transformers import PreTrainedModel, set_seed
 
 from ..activations import LearnableActivation
 from ..checkpoints.load import Checkpoint
-from ..conversion.sites import rebuild
+from ..conversion.sites import norm_layers, rebuild
 from ..errors import ConfigError
 from ..files import explain
 from ..peft import OrthoConfig, calibrate
 from ..tasks import head_of
 from .arguments import LoraArguments, ModelArguments
 from .distributed import fits_agree
-from .policies import NO_ACTIVATIONS, freeze_domains, norm_layers
+from .policies import NO_ACTIVATIONS, freeze_domains
 
-ADAPTERS = ("activations", "norms", "lora", "lora+activations")
+ADAPTERS = ("activations", "activations+norms", "norms", "lora", "lora+activations")
+FITTED = ADAPTERS[:2]  # with new activations, so that the model is not converted
 
 
 def add_lora(
@@ -108,7 +109,7 @@ def add_adapter(
     options["modules_to_save"] = head or None
     if policy == "norms":
         return _wrap(model, LNTuningConfig(target_modules=norm_layers(model), **options))
-    config = OrthoConfig(activation=str(arguments.activation), **options)
+    config = OrthoConfig(activation=str(arguments.activation), norms=policy == "activations+norms", **options)
     if resume is not None:
         fitted = OrthoConfig.from_pretrained(resume)
         for key in ("layers", "source_activations", "calibrated", "base_commit", "hf_ortho_version"):
@@ -134,8 +135,8 @@ def check_adapter(arguments: ModelArguments) -> None:
         )
     if arguments.init == "scratch":
         raise ConfigError("adapter: requires a pretrained model, not init scratch")
-    if arguments.train == "activations" and not arguments.activation:
-        raise ConfigError("adapter: train 'activations' requires --activation, such as hermite_8")
+    if arguments.train in FITTED and not arguments.activation:
+        raise ConfigError(f"adapter: train {arguments.train!r} requires --activation, such as hermite_8")
 
 
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

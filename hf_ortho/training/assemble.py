@@ -26,7 +26,7 @@ from ..tasks import TASKS, named, of
 from ..tasks.samples import batches, load_splits
 from ..tasks.stream import Stream
 from ..tasks.tokenizer import use_tokenizer
-from .adapters import add_adapter, add_lora
+from .adapters import FITTED, add_adapter, add_lora
 from .arguments import ModelArguments, OptimizerArguments, Recipe
 from .augment import Epochs, augment, check_augmentation
 from .distributed import fits_agree, fsdp_version
@@ -65,7 +65,7 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
     with contextlib.nullcontext() if recipe.data.tokenize else first:
         seed = training.seed if training.data_seed is None else training.data_seed
         train, held_back = load_splits(checkpoint, recipe.data, seed)
-    if arguments.init != "scratch" and not (arguments.adapter and arguments.train == "activations"):
+    if arguments.init != "scratch" and not (arguments.adapter and arguments.train in FITTED):
         report = _convert_first(checkpoint, arguments, train)
     return checkpoint, train, held_back, report
 
@@ -190,7 +190,7 @@ def _use_channels_last(model: Any, training: TrainingArguments) -> None:
 def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream, resume: str | None) -> PeftModel:
     arguments, seed = recipe.model, recipe.training.seed
     if arguments.adapter:
-        if arguments.train == "activations":
+        if arguments.train in FITTED:
             logger.info(f"Adding an adapter of {arguments.activation}{_calibrated(arguments)}")
         samples = _calibration(checkpoint, arguments, train)
         return add_adapter(checkpoint, arguments, recipe.lora, seed, samples, resume)

@@ -7,6 +7,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
+from ..kernels.groups import with_ends
 from ..partitioned import gathered
+from ..path_patterns import thin
 from ..processes import collective_device, max_over_processes, sum_over_processes
 from . import history
 from .paths import activations_by_path
+
+GROUPS = 16  # most groups of an activation whose gains are computed
 
 
 class ActivationLogger(TrainerCallback):
@@ -33,8 +38,8 @@ class ActivationLogger(TrainerCallback):
 
     It records for each activation:
 
-    - all parameters except the tail slopes;
-    - ``gain``, ``gain_derivative``: E[f^2] and E[f'^2] under N(0, 1);
+    - all parameters except the tail slopes; with groups of channels, the minimum, median and maximum over the groups;
+    - ``gain``, ``gain_derivative``: E[f^2] and E[f'^2] under N(0, 1), averaged over at most 16 groups;
     - statistics of the pre-activations in the batch, over all processes and including padding: ``minimum``,
       ``maximum``, ``mean``, ``std``, and ``outside``, the fraction outside the domain.
 
@@ -108,14 +113,14 @@ class ActivationLogger(TrainerCallback):
             return
         statistics = {}
         for i, (path, module) in enumerate(modules.items()):
-            gain, gain_derivative = module.gain()
+            gain, gain_derivative = _gain(module)
             statistics[path] = {"gain": gain, "gain_derivative": gain_derivative} | (moments[i] if moments else {})
         history.write_step(args.output_dir, state.global_step, modules, statistics)
         scalars = {f"activations/{p}.{key}": value for p, values in statistics.items() for key, value in values.items()}
         for path, module in modules.items():
             for name, values in module.named_parameters():
                 if name != "tail_slopes":
-                    scalars |= {f"activations/{path}.{name}.{i}": v for i, v in enumerate(values.tolist())}
+                    scalars |= _entries(f"activations/{path}.{name}", values.detach())
         finite = {key: value for key, value in scalars.items() if math.isfinite(value)}  # domains may be infinite
         for integration in self._integrations:
             integration.on_log(args, state, control, model=model, logs=dict(finite))
@@ -138,6 +143,22 @@ class ActivationLogger(TrainerCallback):
             plot_history([Snapshot(history.read_step(file)[0], step) for step, file in (steps[0], steps[-1])], path)
             for viewer in viewers:
                 _send_picture(viewer, path, imread(path), state.global_step)
+
+
+def _gain(module: LearnableActivation) -> tuple[float, float]:
+    """``module.gain()``, over evenly spaced groups if there are many."""
+    members = module.members()
+    gains = [members[i].gain() for i in thin(len(members), GROUPS)]
+    value, derivative = map(fmean, zip(*gains, strict=True))
+    return value, derivative
+
+
+def _entries(name: str, values: Tensor) -> dict[str, float]:
+    """The entries of a parameter as scalars; with groups, their extremes and median over the groups."""
+    if values.ndim == 1:
+        return {f"{name}.{i}": value for i, value in enumerate(values.tolist())}
+    over = {"minimum": values.amin(0), "median": values.median(0).values, "maximum": values.amax(0)}
+    return {f"{name}.{i}.{key}": value for key, row in over.items() for i, value in enumerate(row.tolist())}
 
 
 def _send_picture(viewer: TrainerCallback, path: str, pixels, step: int) -> None:
@@ -164,8 +185,8 @@ class _Moments:
     @torch.no_grad()
     def _update(self, module: LearnableActivation, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float()
-        lo, hi = module.domain
-        outside = ((x < lo) | (x > hi)).sum()
+        split, lo, hi = with_ends(x, module.domain)
+        outside = ((split < lo) | (split > hi)).sum()
         count = torch.tensor(float(x.numel()), device=x.device)
         self.sums.append(torch.stack([count, x.sum(), x.square().sum(), outside.float()]))
         low, high = x.aminmax()

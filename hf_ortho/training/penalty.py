@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..activations import LearnableActivation
 from ..errors import ConfigError
 from ..fitting.options import is_interval
+from ..kernels.groups import with_ends
 from ..partitioned import gathered
 from .paths import activations_by_path
 
@@ -35,7 +36,8 @@ class DomainPenalty:
     Args:
         model: any unwrapped module with learnable activations.
         weight: weight per squared unit of the pre-activation, at least 0.
-        interval: (lo, hi) with lo < hi for all activations; default: the ``domain`` of each activation.
+        interval: (lo, hi) with lo < hi for all activations; default: the ``domain`` of each activation,
+            or of each of its groups of channels.
 
     Raises:
         ConfigError: the model has no learnable activations, a value is out of range, or ``interval`` is None and the
@@ -60,8 +62,9 @@ class DomainPenalty:
         given = modules if interval is None else {}
         with gathered(module.domain for module in given.values()):
             for path, module in given.items():
-                if not all(map(math.isfinite, ends := module.domain.tolist())):
-                    raise ConfigError(f"DomainPenalty: the domain of {path} is {ends}; give an interval")
+                for ends in module.domain.reshape(-1, 2).tolist():
+                    if not all(map(math.isfinite, ends)):
+                        raise ConfigError(f"DomainPenalty: the domain of {path} is {ends}; give an interval")
         self.weight = weight
         self.interval = interval
         self._share = 1 / len(modules)
@@ -118,8 +121,8 @@ class DomainPenalty:
     def _observe(self, module: LearnableActivation, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not module.training:
             return
-        lo, hi = module.domain.detach() if self.interval is None else self.interval
-        term = _SquaredDistance.apply(args[0], lo, hi)
+        bounded = with_ends(args[0], module.domain.detach()) if self.interval is None else (args[0], *self.interval)
+        term = _SquaredDistance.apply(*bounded)
         if self._running:  # not when gradient checkpointing recomputes the forward
             if not torch.is_grad_enabled():
                 raise ConfigError("DomainPenalty: reentrant checkpointing drops the gradient; set use_reentrant=False")

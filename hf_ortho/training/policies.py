@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..activations import LearnableActivation
 from ..activations.base import SHARED
+from ..conversion.sites import norm_layers
 from ..errors import ConfigError
 from ..partitioned import full_size
 from .arguments import POLICIES
@@ -92,11 +93,6 @@ def _head(model: PreTrainedModel) -> list[nn.Parameter]:
     )
     output = model.get_output_embeddings()
     return parameters + (list(output.parameters()) if output is not None else [])
-
-
-def norm_layers(model: nn.Module) -> list[str]:
-    """Paths of layers whose class name contains "norm"."""
-    return [path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()]
 
 
 def _norms(model: nn.Module) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..files import TRAINING_RECIPE, json_object
 from ..tasks.stream import Stream
 from ..tasks.tokens import BLOCK
+from .adapters import FITTED
 from .arguments import Recipe
 
 logger = logging.getLogger("hf_ortho")
@@ -37,7 +38,7 @@ def record_of(recipe: Recipe, model: PreTrainedModel, train: Dataset | Stream) -
     """The settings that determine the weights after a training, as JSON values, and a digest of some samples."""
     optimizer = recipe.optimizer_arguments()
     names = {source for _, _, source in activation_fields(model.config)}
-    if recipe.model.adapter and recipe.model.train == "activations":  # the model is not converted
+    if recipe.model.adapter and recipe.model.train in FITTED:  # the model is not converted
         names = {str(recipe.model.activation)}
     record: dict[str, Any] = {
         "activation": ", ".join(sorted(map(_canonical, names))),

@@ -29,6 +29,7 @@ from ..checkpoints.provenance import Provenance
 from ..checkpoints.revision import model_commit
 from ..conversion import ConversionReport, convert
 from ..conversion.sites import find_sites, set_field
+from ..conversion.widths import check_groups
 from ..errors import CheckpointError, ConfigError
 from ..files import explain
 from ..tasks import SUPPORTED, TASKS, Task, data, head_of, named
@@ -118,9 +119,13 @@ def build_model(
         set_seed(seed)
         try:
             with torch.device(device):
-                return cls(config)
+                model = cls(config)
         except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"{cls.__name__} cannot be built with this config: {explain(error)}") from error
+        for path, module in model.named_modules():
+            if isinstance(module, LearnableActivation):
+                check_groups(model, [path], module.groups)
+        return model
 
     if activation is None:
         return fresh(), None

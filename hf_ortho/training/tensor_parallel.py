@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from ..activations import LearnableActivation
+from ..errors import ConfigError
 
 
 def sharding() -> dict[str, Any]:
@@ -28,6 +29,9 @@ def reduce_activation_gradients(model: PreTrainedModel) -> int:
     partial. The ``replicated_with_grad_allreduce`` plan of transformers sums accumulated gradients, so it is only
     correct for one backward per step. This is correct for any number. Call it once, after the last change of modules.
 
+    Raises:
+        ConfigError: an activation with groups of channels is between sharded layers.
+
     Example:
         >>> _ = hf_ortho.convert(model, "hermite_3")
         >>> hf_ortho.training.reduce_activation_gradients(model)  # no layer is sharded
@@ -39,6 +43,11 @@ def reduce_activation_gradients(model: PreTrainedModel) -> int:
             siblings = model.get_submodule(path.rpartition(".")[0]).children()
             weights = [getattr(sibling, "weight", None) for sibling in siblings]
             meshes = [w.device_mesh for w in weights if isinstance(w, DTensor)]
+            if meshes and module.groups > 1:
+                raise ConfigError(
+                    f"{path}: {module.name} cannot be combined with tensor parallelism, where each process sees a part "
+                    "of the channels; use multi_gpu or fsdp2"
+                )
             for parameter in module.parameters(recurse=False) if meshes else ():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda gradient, mesh=meshes[0]: _summed(gradient, mesh))

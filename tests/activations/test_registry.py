@@ -78,3 +78,13 @@ def test_unknown_families_name_the_closest(name, closest):
 def test_unknown_families(name):
     with pytest.raises(ActivationNameError, match="hermite, fourier, tropical, tropical_rational"):
         parse(name)
+
+
+def test_any_number_of_groups_is_in_the_map():
+    assert "hermite_3_g12" in ACT2FN
+    assert "hermite_3_g12" not in list(ACT2FN)
+    assert (ACT2FN["hermite_3_g12"].name, ACT2FN["hermite_3_g12"].groups) == ("hermite_3_g12", 12)
+    for name in ("hermit_3_g12", "hermite_3_g0", "hermite_3_g65537", "hermite_g4", 7):
+        assert name not in ACT2FN
+        with pytest.raises(KeyError):
+            ACT2FN[name]

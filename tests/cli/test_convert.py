@@ -73,17 +73,18 @@ def written_losses(folder):
 # ---- what it writes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("groups", [None, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_data_free_equals_the_library(convert, gpt2_folder, output, family):
-    ran = convert(gpt2_folder, "--family", family, "--degree", "4")
+def test_data_free_equals_the_library(convert, gpt2_folder, output, family, groups):
+    ran = convert(gpt2_folder, "--family", family, "--degree", "4", *(["--groups", "4"] if groups else []))
     assert (ran.code, ran.err) == (0, "")
     assert "reloaded with from_pretrained" in ran.out
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in output.iterdir()}
     assert list(output.parent.iterdir()) == [output]
     expected = AutoModelForCausalLM.from_pretrained(gpt2_folder)
-    report = hf_ortho.convert(expected, f"{family}_4")
+    report = hf_ortho.convert(expected, family, degree=4, groups=groups)
     found = AutoModelForCausalLM.from_pretrained(output)
-    assert found.config.activation_function == f"{family}_4"
+    assert found.config.activation_function == f"{family}_4" + ("_g4" if groups else "")
     assert found.config.hf_ortho["source_model"] == str(gpt2_folder)
     assert found.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(v, expected.state_dict()[k]) for k, v in found.state_dict().items())
@@ -269,6 +270,11 @@ def test_names_are_printed_as_they_are(hf_ortho_command, gpt2_folder, tmp_path, 
         (["--degree", "2.5"], "2.5"),
         (["--degree", ""], "must be an integer from 1 to 32"),
         (["--family", "tropical", "--degree", "rational_6"], "rational_6"),
+        (["--groups", "0"], "groups 0 of hermite: must be an integer from 1 to 65536"),
+        (["--groups", "-4"], "groups -4 of hermite"),
+        (["--groups", "2.5"], "--groups: invalid int value: '2.5'"),
+        (["--family", "hermite_3_g16", "--groups", "4"], "'hermite_3_g16' already names its groups"),
+        (["--family", "hermite_3_g16", "--degree", "4"], "'hermite_3_g16' already names a degree"),
         (["--dgree", "4"], r"unknown flag --dgree; did you mean --degree\?"),
         (["--deg", "4"], r"unknown flag --deg; did you mean --degree\?"),
         (["surplus"], "unexpected argument 'surplus'"),

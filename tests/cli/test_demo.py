@@ -165,6 +165,7 @@ def test_a_full_disk_leaves_the_old_folder(demo, tiny_text, tmp_path, monkeypatc
         (["--degree", "33"], "degree '33' of hermite"),
         (["--degree", "-1"], "degree"),
         (["--degree", "two"], "degree 'two' of hermite"),
+        (["--groups", "0"], "groups 0 of hermite"),
         (["--steps", "0"], "--steps 0"),
         (["--tune-steps", "-2"], "--tune-steps -2"),
         (["--steps", "1.5"], "--steps"),

@@ -159,3 +159,35 @@ def test_names_from_files_cannot_pass_for_output(converted, tmp_path, hf_ortho_c
 @pytest.mark.parametrize("name", ["/no\n\x1b[31msuch/\tfolder", "a" * 5000, "/a\0b"], ids=["controls", "long", "null"])
 def test_a_strange_name_is_refused_in_one_line(hf_ortho_command, name):
     assert hf_ortho_command("inspect", name).error.isprintable()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_channels(hf_ortho_command, make_gpt2, tmp_path, family):
+    """All numbers in JSON; in text one row per activation, and three per parameter."""
+    model, _ = make_gpt2()
+    hf_ortho.convert(model, f"{family}_3_g4")
+    path = "transformer.h.0.mlp.act"
+    module = model.get_submodule(path)
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            if parameter.ndim == 2:
+                parameter += torch.linspace(-0.02, 0.02, 4)[:, None] * (i + 1)
+    model.save_pretrained(tmp_path)
+    ran = hf_ortho_command("inspect", tmp_path, "--json")
+    layer = json.loads(ran.out)["layers"][0]
+    assert (layer["activation"], layer["degree"], layer["groups"]) == (f"{family}_3_g4", 3, 4)
+    stored = layer["parameters"] | {key: layer[key] for key in ("domain", "tail_slopes")}
+    state = module.state_dict()
+    assert stored == json.loads(json.dumps({key: state[key].tolist() for key in stored}))
+    expected = np.mean([moments(member) for member in module.members()], axis=0)
+    assert [layer["gain"]["value"], layer["gain"]["derivative"]] == pytest.approx(expected.tolist(), rel=2e-4)
+    ran = hf_ortho_command("inspect", tmp_path)
+    lines = ran.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    lo, hi = module.domain[:, 0].min().item(), module.domain[:, 1].max().item()
+    assert f"{lo:.2f}..{hi:.2f}" in ran.out
+    name = next(iter(layer["parameters"]))
+    for kind, row in (("min", state[name].amin(0)), ("max", state[name].amax(0))):
+        found = next(line for line in lines if line.split()[:2] == [name, kind]).split()[2:]
+        assert [float(value) for value in found] == pytest.approx(row.tolist(), rel=1e-3, abs=1e-4)
+    assert any(line.startswith("with groups of channels") for line in lines)

@@ -75,6 +75,29 @@ def test_interval_of_a_pure_polynomial_from_the_config(gpt2):
     }
 
 
+def grouped(degree, groups, seed=0):
+    """Polynomials of ``groups`` groups of channels, without domains."""
+    module = Hermite(degree, groups=groups)
+    torch.nn.init.normal_(module.coefficients, generator=torch.Generator().manual_seed(seed))
+    return module
+
+
+def test_one_polynomial_per_group_of_channels(gpt2, ids):
+    model = gpt2(scale=60)
+    hf_ortho.convert(model, "hermite_4_g8", calibration=[ids])
+    forms = hf_ortho.polynomials(model)
+    for path, per_group in forms.items():
+        module = model.get_submodule(path)
+        assert len(per_group) == 8
+        with pytest.raises(PolynomialError, match="hermite_4_g8 is 8 polynomials, one per group of channels: call to_"):
+            module.to_polynomial()
+        for i, form in enumerate(per_group):
+            assert form.domain == tuple(module.domain[i].tolist())
+            x = np.linspace(*form.domain, 50)
+            y = module(torch.from_numpy(x)[:, None].expand(-1, 8)).detach().numpy()[:, i]
+            np.testing.assert_allclose(form.chebyshev(x), y, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("family", [f for f, cls in FAMILIES.items() if not issubclass(cls, PolynomialActivation)])
 def test_other_families_are_not_polynomials(family, gpt2):
     model = gpt2(activation_function=f"{family}_3")
@@ -120,6 +143,17 @@ def test_expansion_equals_the_network(widths, degree, total):
     assert len(polys) == widths[-1]
     assert [p.total_degree() for p in polys] == [total] * widths[-1]
     assert_equal(polys, network, np.random.default_rng(0).uniform(-2, 2, (5, widths[0])))
+
+
+def test_groups_of_channels():
+    """Before and after an affine map: 4 channels in 2 groups, 6 in 3."""
+    torch.manual_seed(0)
+    network = nn.Sequential(grouped(2, 2), nn.Linear(4, 6), grouped(2, 3, seed=1), nn.Linear(6, 1))
+    polys = hf_ortho.expand(network)
+    assert polys[0].total_degree() == 4
+    assert_equal(polys, network, np.random.default_rng(0).uniform(-2, 2, (5, 4)))
+    with pytest.raises(PolynomialError, match="5 groups of channels gets 6 values: the width must be a multiple of 5"):
+        hf_ortho.expand(nn.Sequential(nn.Linear(2, 6), grouped(2, 5)))
 
 
 def test_one_module_at_two_places():

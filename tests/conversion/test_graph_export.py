@@ -18,6 +18,20 @@ def case(architecture, gpt2, convnext, ids, pixels):
     return convnext(scale=4, **sizes), "pixel_values", pixels
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_channels_with_a_free_batch_size(family):
+    module = hf_ortho.activations.build(f"{family}_3_g4")
+    module.fit("gelu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter += torch.linspace(-0.1, 0.1, 4)[:, None]
+    x = 3 * torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(module, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    parts = [member(part) for member, part in zip(module.members(), x.split(2, dim=-1), strict=True)]
+    torch.testing.assert_close(program.module()(x), torch.cat(parts, dim=-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "family"), CASES)
 def test_same_logits_as_the_module(family, case):

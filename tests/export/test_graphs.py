@@ -53,9 +53,8 @@ def generated(session, ids, steps):
     return text[0].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(exported, saved, family):
-    activation = f"{family}_4"
+@pytest.mark.parametrize("activation", [*(f"{family}_4" for family in FAMILIES), "hermite_4_g8"])
+def test_every_family(exported, saved, activation):
     session, model = session_of(exported("bert", activation)[0]), load_checkpoint(str(saved("bert", activation))).model
     ids = ids_of(model, 3, 30)
     feed = {"input_ids": ids.numpy(), "attention_mask": np.ones((3, 30), np.int64)}

@@ -548,3 +548,10 @@ def test_a_command_is_quoted_and_keeps_no_token(monkeypatch, flag):
     ]
     argv += ["hf_mine", "--hub_model_id=hf_mine"]
     assert command_line("convert", argv) == "hf-ortho convert me/gpt2 -o 'my folder' --token_file=x --seed 1"
+
+
+def test_groups_of_channels(card, make_gpt2):
+    model, _ = make_gpt2()
+    report = hf_ortho.convert(model, "fourier_3_g8")
+    text = section(card(model, report=report).text, "What was converted")
+    assert "with 10 parameters and a domain for each of 8 groups of consecutive channels (`fourier_3_g8`)," in text

@@ -158,6 +158,7 @@ class Case:
 CASES = {
     **{f"{family}_3": Case(gpt2, (f"{family}_3",), thorough=False) for family in FAMILIES},
     **{f"{family}_12": Case(gpt2, (f"{family}_12",)) for family in FAMILIES},
+    **{f"{family}_3_g4": Case(gpt2, (f"{family}_3_g4",), thorough=family == "hermite") for family in FAMILIES},
     "native": Case(gpt2, ("hermite",), native=True),
     "convnext": Case(convnext, ("fourier_2",), "AutoModelForImageClassification", PIXELS),
     "llava": Case(llava, ("hermite_9",), "AutoModelForImageTextToText"),
@@ -195,7 +196,7 @@ def models():
 def values():
     """Inputs of single activations."""
     generator = torch.Generator().manual_seed(2)
-    shapes = {"small": (3, 37), "large": (3, 300, 300)}  # below and above where chunks and tables begin
+    shapes = {"small": (3, 36), "large": (3, 300, 300)}  # below and above where chunks and tables begin
     drawn = {size: 2 * torch.randn(shape, generator=generator) for size, shape in shapes.items()}
     return {
         f"{size} {kind}": x.to(getattr(torch, kind)) for size, x in drawn.items() for kind in ("float32", "bfloat16")
@@ -237,7 +238,11 @@ def test_same_bits_without_hf_ortho(name, root, models, values, said):
         expected = {f"{path} {key}": m(value) for path, m in modules.items() for key, value in values.items()}
         expected["logits"] = output(models[name], CASES[name].inputs)
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+        if "_g" in name:  # without the kernel for groups: its operations are rounded in another order
+            least = {"rtol": 1e-2, "atol": 1e-2} if "bfloat16" in key else {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(found[key], value, **least)
+        else:
+            assert torch.equal(found[key], value), key
     assert said[name]["class"] == next(c.__name__ for c in type(models[name]).__mro__ if "transformers" in c.__module__)
     assert said[name]["place"].endswith(".modeling_hf_ortho")
     assert said[name]["missing"] == []
@@ -295,6 +300,8 @@ def test_the_code_holds_what_is_in_use_and_nothing_else(root):
     assert "SPDX-License-Identifier: Apache-2.0" in header
     assert "class Hermite(" in source
     assert "Fourier" not in source
+    assert "WidthError" not in source
+    assert "WidthError" in (root / "hermite_3_g4" / "modeling_hf_ortho.py").read_text()
     assert "class Fourier(" not in (root / "clip" / "modeling_hf_ortho.py").read_text()
     assert (root / "again" / "clip" / "modeling_hf_ortho.py").read_text().count("class TropicalRational(") == 1
     assert get_imports(root / "clip" / "modeling_hf_ortho.py") == sorted(STANDARD | {"numpy", "torch", "transformers"})

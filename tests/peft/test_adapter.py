@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_ortho
 from hf_ortho.activations import FAMILIES, build
-from hf_ortho.errors import ActivationNameError, AdapterError, CalibrationError, SiteError
+from hf_ortho.checkpoints.activations import load_activations
+from hf_ortho.errors import ActivationNameError, AdapterError, CalibrationError, CheckpointError, SiteError
 from hf_ortho.peft import OrthoConfig, OrthoLayer, calibrate
 from hf_ortho.training.optimizer import activations_by_path
 
@@ -23,6 +25,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # transformers' second adapter
 ]
 PATHS = ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
+NORMS = ["transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.h.1.ln_1", "transformer.h.1.ln_2"]
+NORMS.append("transformer.ln_f")
+KINDS = [*FAMILIES, *(f"{family}, 4 groups" for family in FAMILIES), "hermite, norms"]
 
 
 @pytest.fixture
@@ -32,13 +37,20 @@ def base(gpt2_folder):
 
 @pytest.fixture(scope="module")
 def saved(gpt2_folder, tmp_path_factory, logits, nudge):
-    """For each family a saved adapter with moved parameters, and its logits."""
+    """For each of ``KINDS`` a saved adapter with moved parameters, and its logits."""
     found = {}
-    for family in FAMILIES:
+    for kind in KINDS:
+        family, _, what = kind.partition(", ")
         base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
-        model = nudge(get_peft_model(base, OrthoConfig(activation=f"{family}_3", task_type=TaskType.CAUSAL_LM)))
-        found[family] = tmp_path_factory.mktemp(family), logits(model)
-        model.save_pretrained(found[family][0])
+        name = f"{family}_3" + ("_g4" if "groups" in what else "")
+        config = OrthoConfig(activation=name, norms=what == "norms", task_type=TaskType.CAUSAL_LM)
+        model = nudge(get_peft_model(base, config))
+        if "groups" in what:  # other domains, as of fits to the data of each group
+            with torch.no_grad():
+                for path in PATHS:
+                    base.get_submodule(path).hf_ortho_act["default"].domain *= torch.linspace(0.2, 1, 4)[:, None]
+        found[kind] = tmp_path_factory.mktemp("saved"), logits(model)
+        model.save_pretrained(found[kind][0])
     return found
 
 
@@ -63,10 +75,10 @@ def test_a_new_adapter_is_a_fit_and_trains_only_its_series(base, logits, capsys)
     assert repr(model.get_base_model().transformer.h[0].mlp.act).startswith("hf_ortho.OrthoLayer(")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["peft", "trainable", "low_cpu_mem_usage", "transformers", "auto", "folder"])
-def test_a_saved_adapter_reloads_bit_equal(way, family, saved, base, logits):
-    folder, expected = saved[family]
+def test_a_saved_adapter_reloads_bit_equal(way, kind, saved, base, logits):
+    folder, expected = saved[kind]
     if way == "transformers":
         model = base
         model.load_adapter(folder)
@@ -99,6 +111,81 @@ def test_the_file_holds_one_tensor_per_parameter_and_the_config_the_rest(saved, 
     assert config["layers"][0]["domain"] == alone.domain.tolist()
     assert config["layers"][0]["tail_slopes"] == [0.0, 1.0]
     assert config["layers"][0]["sup_error"] == fit.sup_error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_domains_of_groups_are_among_the_weights(family, saved):
+    folder, _ = saved[f"{family}, 4 groups"]
+    weights = load_file(folder / "adapter_model.safetensors")
+    series = build(f"{family}_3_g4").initial_parameters(3, "paper")
+    expected = {key: (4, len(values)) for key, values in series.items()} | {"domain": (4, 2)}
+    assert {key: tuple(value.shape) for key, value in weights.items()} == {
+        f"base_model.model.{path}.hf_ortho_act.{key}": shape for path in PATHS for key, shape in expected.items()
+    }
+    modules = load_activations(str(folder)).modules
+    for path in PATHS:
+        assert torch.equal(modules[path].domain, weights[f"base_model.model.{path}.hf_ortho_act.domain"])
+        assert modules[path].tail_slopes.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ([[-1.0, 1.0], [2.0, 1.0], [-1.0, 1.0], [-1.0, 1.0]], r"domain.* is \[2.0, 1.0\]; expected an interval"),
+        ([[-1.0, 1.0], [float("nan"), 1.0], [-1.0, 1.0], [-1.0, 1.0]], r"domain.* is \[nan, 1.0\]"),
+        ([[-1.0, 1.0]] * 3, "match none of the families"),
+        (None, "match none of the families"),
+    ],
+)
+def test_invalid_domains_of_groups_are_refused(domain, message, saved, tmp_path):
+    folder = shutil.copytree(saved["hermite, 4 groups"][0], tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = f"base_model.model.{PATHS[1]}.hf_ortho_act.domain"
+    weights |= {key: torch.tensor(domain)} if domain else {}
+    save_file({k: v for k, v in weights.items() if domain or k != key}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_activations(str(folder))
+
+
+def test_norms_are_trained_saved_and_switched_with_the_activations(saved, base, logits, tmp_path):
+    folder, expected = saved["hermite, norms"]
+    before, plain = logits(base), {name: p.clone() for name, p in base.named_parameters()}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["norms"], config["modules_to_save"]) == (True, NORMS)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {k for k in weights if ".ln_" in k} == {
+        f"base_model.model.{path}.{key}" for path in NORMS for key in ("weight", "bias")
+    }
+    model = PeftModel.from_pretrained(base, folder, adapter_name="one")
+    model.add_adapter("two", OrthoConfig(activation="hermite_4", norms=True, task_type=TaskType.CAUSAL_LM))
+    assert model.peft_config["two"].modules_to_save == NORMS
+    model.set_adapter("two")
+    width = base.config.n_embd
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 2 * 5 + 5 * 2 * width
+    assert (logits(model) - before).abs().max() < 5e-2  # the fits; the norms start as they are
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    merged = model.merge_and_unload(adapter_names=["one"])  # although the other is active
+    assert torch.equal(logits(merged), expected)
+    moved = [name for name, p in merged.named_parameters() if name in plain and not torch.equal(p, plain[name])]
+    assert moved == [f"{path}.{key}" for path in NORMS for key in ("weight", "bias")]
+
+
+def test_unloading_restores_the_norms(saved, base, logits):
+    before = logits(base)
+    model = PeftModel.from_pretrained(base, saved["hermite, norms"][0])
+    assert torch.equal(logits(model.unload()), before)
+
+
+def test_a_model_without_norms_is_refused(make_gpt2):
+    model = make_gpt2()[0]
+    for path in NORMS:
+        model.set_submodule(path, torch.nn.Identity())
+    with pytest.raises(AdapterError, match="GPT2LMHeadModel has no normalization layers"):
+        get_peft_model(model, OrthoConfig(activation="hermite_3", norms=True))
+    with pytest.raises(AdapterError, match="norms 'all' of the OrthoConfig: must be True or False"):
+        OrthoConfig(norms="all")
 
 
 def test_the_commit_of_a_base_model_from_the_hub_is_kept(base):
@@ -181,12 +268,12 @@ def test_adapters_on_the_transformers_model_itself(base, logits, nudge, tmp_path
     assert list(base.peft_config) == ["b"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merging_gives_a_converted_model(family, saved, base, logits, tmp_path):
-    folder, expected = saved[family]
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_gives_a_converted_model(kind, saved, base, logits, tmp_path):
+    folder, expected = saved[kind]
     merged = PeftModel.from_pretrained(base, folder).merge_and_unload(safe_merge=True)
     assert torch.equal(logits(merged), expected)
-    assert merged.config.activation_function == f"{family}_3"
+    assert merged.config.activation_function == f"{kind.partition(',')[0]}_3" + ("_g4" if "groups" in kind else "")
     merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), expected)
@@ -345,12 +432,13 @@ def test_a_converted_model_takes_a_new_adapter(base, logits, tmp_path, nudge):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
-def test_calibration_fits_to_the_data_as_a_conversion_does(gpt2_folder, ids, logits, tmp_path):
+@pytest.mark.parametrize("name", ["hermite_3", "hermite_3_g4"])
+def test_calibration_fits_to_the_data_as_a_conversion_does(name, gpt2_folder, ids, logits, tmp_path):
     one, two = (AutoModelForCausalLM.from_pretrained(gpt2_folder) for _ in range(2))
-    model = get_peft_model(one, OrthoConfig(activation="hermite_3"))
+    model = get_peft_model(one, OrthoConfig(activation=name, norms=True))
     parameters = list(model.parameters())
     report = calibrate(model, [ids])
-    expected = hf_ortho.convert(two, "hermite_3", calibration=[ids])
+    expected = hf_ortho.convert(two, name, calibration=[ids])
     assert [layer.fit for layer in report.layers] == [layer.fit for layer in expected.layers]
     assert torch.equal(logits(model), logits(two))
     assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))

@@ -109,3 +109,15 @@ def test_a_folder_that_is_missing(tmp_path, draw, name):
     with pytest.raises(OutputError, match="cannot be written"):
         draw(history(end=False), tmp_path / "none" / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_of_channels_are_drawn_by_their_median(figure_of):
+    modules = [build("hermite_3_g5") for _ in range(2)]
+    with torch.no_grad():
+        modules[1].coefficients[:, 1] += torch.tensor([0.1, 0.2, 0.4, 0.5, 0.9])  # times He_1(x) = x
+    snapshots = [Snapshot({"act": module}, step=i) for i, module in enumerate(modules)]
+    upper, lower = figure_of(plot_history, snapshots).axes[:2]
+    x, y = curves(lower)[1].get_data()
+    np.testing.assert_allclose(y, 0.4 * x, atol=1e-6)
+    labels = {band.get_label() for band in upper.collections}
+    assert labels == {f"{kind} groups (at the end; lines: medians)" for kind in ("all", "90 % of")}

@@ -232,3 +232,59 @@ def test_names_are_drawn_as_they_are(figure_of):
     assert {r"\$\frac{\$", r"\$x\$\\$1", r"h.\x1b[31m.act", "a_{b}^c"} <= texts
     assert not any(is_math_text(text) for text in texts)
     assert max(map(len, texts)) < 400
+
+
+def in_groups(name, seed=0):
+    """An activation whose groups have parameters and domains of their own."""
+    module = fitted(name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if key != "tail_slopes":
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def bands(axes):
+    """The lower and the upper edge of each shaded band of groups, by its label."""
+    found = {}
+    for band in axes.collections:
+        if "groups" in band.get_label():
+            x, y = band.get_paths()[0].vertices.T
+            found[band.get_label().partition(" (")[0]] = np.array([[y[x == v].min(), y[x == v].max()] for v in set(x)])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_channels_are_bands_around_their_median(drawn, family):
+    module = in_groups(f"{family}_4_g6")
+    (((lines, below, axes),), _) = drawn(Panel("act", module, nn.GELU()))
+    x, median = lines[f"learned ({module.name})"]
+    points = torch.tensor(x)
+    with torch.no_grad():
+        each = np.stack([member(points).numpy() for member in module.members()])
+        source = F.gelu(points).numpy()
+    np.testing.assert_allclose(median, np.median(each, axis=0), atol=1e-12)
+    found = bands(axes)
+    assert found.keys() == {"all groups", "90 % of groups"}
+    np.testing.assert_allclose([found["all groups"].min(), found["all groups"].max()], [each.min(), each.max()])
+    widths = {kind: np.sort(np.diff(edges).ravel()) for kind, edges in found.items()}
+    np.testing.assert_allclose(widths["all groups"], np.sort(np.ptp(each, axis=0)), atol=1e-12)
+    assert (widths["90 % of groups"] <= widths["all groups"]).all()
+    (change,) = (line.get_ydata() for line in below.lines if len(line.get_xdata()) == len(x))
+    np.testing.assert_allclose(change, np.median(each - source, axis=0), atol=1e-12)
+    lo, hi = module.domain.detach().numpy().T
+    marks = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert marks == [end for end in (lo.min(), lo.max(), hi.min(), hi.max()) if np.isfinite(end)]
+
+
+def test_groups_against_other_groups(drawn):
+    """Of 2 and of 3 groups: their difference has 6 parts."""
+    ours, other = in_groups("hermite_3_g2"), in_groups("hermite_3_g3", seed=1)
+    (((lines, below, _),), _) = drawn(Panel("act", ours, other=other))
+    x = torch.tensor(lines["learned (hermite_3_g2)"][0])
+    with torch.no_grad():
+        pairs = [(ours.members()[i // 3], other.members()[i // 2]) for i in range(6)]
+        expected = np.median([(a(x) - b(x)).numpy() for a, b in pairs], axis=0)
+    (change,) = (line.get_ydata() for line in below.lines if len(line.get_xdata()) == len(x))
+    np.testing.assert_allclose(change, expected, atol=1e-12)

@@ -27,7 +27,7 @@ from hf_ortho.hub import hardware
 from hf_ortho.text import change, json_values
 
 from .inputs import Inputs
-from .measure import Result, results, torchortho_installed
+from .measure import WAYS, Result, results, torchortho_installed
 
 ACTIVATIONS = ["hermite_3", "hermite_8", "hermite_12", "hermite_16", "fourier_6", "tropical_rational_6"]
 
@@ -54,6 +54,7 @@ def _parser() -> Parser:
         "--other", action="append", default=[], metavar="FILE", help="Plain text of another domain; may be repeated."
     )
     parser.add_argument("--activations", nargs="+", default=ACTIVATIONS, metavar="NAME")
+    parser.add_argument("--fits", nargs="+", choices=WAYS, default=list(WAYS), help="What the fits are weighted by.")
     parser.add_argument("--calibration-blocks", type=int, default=4, help="Blocks in the fits.")
     parser.add_argument("--test-blocks", type=int, default=6)
     parser.add_argument("--other-blocks", type=int, default=2, help="Blocks of each other domain.")
@@ -110,7 +111,7 @@ def _model(
     try:
         for name in args.activations:
             print(f"{folder}: {name} after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            found += results(model, inputs, name, baseline=baseline, seed=args.seed)
+            found += results(model, inputs, name, args.fits, baseline=baseline, seed=args.seed)
             plain |= {"seconds": time.perf_counter() - start, "results": [result.to_dict() for result in found]}
             save()
     finally:  # also what an interrupted run has measured

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,11 @@ class Result:
         return conversion | plain
 
 
-def results(model: PreTrainedModel, inputs: Inputs, activation: str, *, baseline: bool, seed: int) -> list[Result]:
-    """Convert copies of ``model`` to ``activation`` in each way, and measure them all."""
-    made = list(conversions(model, inputs, activation))
+def results(
+    model: PreTrainedModel, inputs: Inputs, activation: str, ways: list[str], *, baseline: bool, seed: int
+) -> list[Result]:
+    """Convert copies of ``model`` to ``activation`` in each of ``ways``, and measure them all."""
+    made = list(conversions(model, inputs, activation, ways))
     if baseline:
         made += torchortho(model, list(made[0].modules), activation, seed)
     sources = {path: model.get_submodule(path) for path in made[0].modules}
@@ -106,8 +108,9 @@ def results(model: PreTrainedModel, inputs: Inputs, activation: str, *, baseline
     ]
 
 
-def conversions(model: PreTrainedModel, inputs: Inputs, activation: str) -> Iterator[Conversion]:
-    for way, weights in WAYS.items():
+def conversions(model: PreTrainedModel, inputs: Inputs, activation: str, ways: Iterable[str]) -> Iterator[Conversion]:
+    for way in ways:
+        weights = WAYS[way]
         options = {"calibration": inputs.calibration, "weights": weights} if weights else {}
         report = hf_ortho.convert(copy.deepcopy(model), activation, **options)
         modules = {path: learned for path, (learned, _, _) in report.modules.items()}

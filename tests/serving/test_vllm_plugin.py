@@ -28,6 +28,21 @@ def test_the_gated_activation_has_the_tensors_and_values_of_the_plain_one(family
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64; slices may take another kernel
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_groups_of_a_gated_activation_are_those_of_the_gate(family):
+    gated = vllm.gated(f"{family}_3_g2")
+    with torch.no_grad():
+        for parameter in gated.parameters():
+            if parameter.ndim == 2:
+                parameter += torch.tensor([[0.0], [0.125]])
+    gate, up = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).unbind()
+    plain = build(f"{family}_3_g2")
+    plain.load_state_dict(gated.state_dict())
+    first, second = plain.members()
+    expected = torch.cat([first(gate[:, :3]), second(gate[:, 3:])], dim=1) * up
+    torch.testing.assert_close(gated(torch.cat([gate, up], dim=1)), expected)
+
+
 def test_vllm_finds_the_plugin():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     _, _, section = project.partition('[project.entry-points."vllm.general_plugins"]\n')
@@ -139,7 +154,7 @@ class Bfloat16Model(CheckedModel):
 def new_model(monkeypatch):
     """``new_model("CheckedModel", "hermite_8")`` builds a stand-in as vLLM builds a model of its own."""
 
-    def new(name, activation, place="stand_in"):
+    def new(name, activation, place="stand_in", processes=1):
         module = ModuleType(vllm.MODELS + place)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         exec(STAND_IN, vars(module))
@@ -148,7 +163,9 @@ def new_model(monkeypatch):
         model_config = SimpleNamespace(hf_config=LlamaConfig(hidden_act=activation), name=name)
         model_class, _ = loader.get_model_architecture(model_config)
         assert loader.get_model_architecture(model_config) == (model_class, name)  # classes are extended once
-        return model_class(vllm_config=SimpleNamespace(model_config=model_config, draft_config=LlamaConfig()))
+        parallel = SimpleNamespace(tensor_parallel_size=processes)
+        config = SimpleNamespace(model_config=model_config, draft_config=LlamaConfig(), parallel_config=parallel)
+        return model_class(vllm_config=config)
 
     return new
 
@@ -172,6 +189,15 @@ def test_layers_that_support_only_silu_get_learnable_activations(family, new_mod
     weights = checkpoint(f"{family}_4")
     assert model.load_weights(iter(weights)) == {name for name, _ in weights}
     assert all(layer.act_fn.tail_slopes.tolist() == [0.25, 0.25] for layer in model.layers)
+
+
+def test_tensor_parallelism_would_split_groups_of_channels(new_model):
+    """A process with half of the channels would split them into all groups."""
+    assert new_model("CheckedModel", "hermite_8_g2").layers[0].act_fn.groups == 2
+    new_model("CheckedModel", "hermite_8", processes=2)
+    message = "^hermite_8_g2 has groups of channels, which --tensor-parallel-size 2 would split: serve it with"
+    with pytest.raises(CheckpointError, match=message):
+        new_model("CheckedModel", "hermite_8_g2", processes=2)
 
 
 def test_other_models_are_left_to_vllm(new_model):

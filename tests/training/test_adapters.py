@@ -54,13 +54,18 @@ def logits(model, *inputs):
         return model.eval()(*inputs).logits
 
 
+@pytest.mark.parametrize(
+    ("policy", "groups"), [("activations", ""), ("activations", "_g4"), ("activations+norms", "_g4")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations(train, gpt2_folder, ids, family):
-    result, folder = train(gpt2_folder, train="activations", activation=f"{family}_3", calibration_samples=2)
+def test_activations(train, gpt2_folder, ids, family, policy, groups):
+    result, folder = train(gpt2_folder, train=policy, activation=f"{family}_3{groups}", calibration_samples=2)
     assert not (folder / "config.json").exists()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(gpt2_folder)
     assert result.conversion.weights == "fisher"
     assert result.trainable == sum(p.numel() for p in result.checkpoint.model.parameters() if p.requires_grad)
+    trained_norms = any(".ln_" in name for name in load_file(folder / "adapter_model.safetensors"))
+    assert trained_norms == (policy == "activations+norms")
     base = AutoModelForCausalLM.from_pretrained(gpt2_folder)
     before = logits(base, ids)
     loaded = PeftModel.from_pretrained(base, folder)
@@ -110,8 +115,9 @@ def test_a_head_for_new_classes_is_trained_and_saved(train, convnext_folder, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train": "all"}, "adapter: train 'all' has no adapter; use activations, norms, lora"),
+        ({"train": "all"}, r"adapter: train 'all' has no adapter; use activations, activations\+norms, norms, lora"),
         ({"train": "activations"}, "'activations' requires --activation, such as hermite_8"),
+        ({"train": "activations+norms"}, r"'activations\+norms' requires --activation, such as hermite_8"),
         ({"train": "norms", "init": "scratch"}, "adapter: requires a pretrained model"),
         ({"train": "lora+activations", "activation": "hermite_3"}, "has gelu_new; convert it with hf-ortho convert"),
         ({"train": "lora+activations"}, r"'lora\+activations': the model has no learnable activations"),
@@ -128,9 +134,12 @@ def test_an_adapter_on_an_adapter_is_refused(train, gpt2_folder):
         train(first, out="second", train="lora")
 
 
-def test_resuming_takes_the_domains_of_the_checkpoint(train, gpt2_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "activation"), [("activations", "hermite_3"), ("activations+norms", "hermite_3_g4")]
+)
+def test_resuming_takes_the_domains_of_the_checkpoint(train, gpt2_folder, tmp_path, policy, activation):
     """Whatever the second command says of calibration: the coefficients belong to them."""
-    options = {"train": "activations", "activation": "hermite_3"}
+    options = {"train": policy, "activation": activation}
     _, whole = train(
         gpt2_folder, calibration_samples=2, training={"save_strategy": "steps", "save_steps": 1}, **options
     )

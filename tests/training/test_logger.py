@@ -117,6 +117,41 @@ def test_what_is_recorded(converted, rows, tmp_path, stand_in, monkeypatch, caps
     assert [len(m._forward_pre_hooks) for m in trainer.model.modules() if isinstance(m, LearnableActivation)] == [1, 1]
 
 
+def test_groups_are_recorded_by_their_extremes_and_median(make_gpt2, rows, tmp_path, stand_in):
+    model = make_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)[0]
+    hf_ortho.convert(model, "hermite_3_g4")
+    seen = []
+    with torch.no_grad():
+        for path in LAYERS:
+            domain = model.get_submodule(path).domain
+            domain.copy_(torch.tensor([[-0.1, 0.1], [-0.1, 0.05], [-0.05, 0.1], [-0.2, 0.0]]))
+
+    class Watch(hf_ortho.ActivationLogger):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.get_submodule(LAYERS[0]).register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
+            super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    trainer = train(model, rows, tmp_path, Watch(2), report_to="mlflow", max_steps=2)
+    modules, statistics = history.read_step(history.recorded_steps(tmp_path)[-1][1])
+    module = trainer.model.get_submodule(LAYERS[0])
+    assert modules[LAYERS[0]].name == "hermite_3_g4"
+    assert torch.equal(modules[LAYERS[0]].coefficients, module.coefficients)
+    ends = zip(seen[-1].chunk(4, -1), module.domain.tolist(), strict=True)
+    outside = np.mean([((part < lo) | (part > hi)).double().mean().item() for part, (lo, hi) in ends])
+    assert 0.1 < outside < 0.9
+    assert statistics[LAYERS[0]]["outside"] == pytest.approx(outside, abs=1e-6)
+    gains = np.mean([member.gain() for member in module.members()], axis=0)
+    assert [statistics[LAYERS[0]][key] for key in ("gain", "gain_derivative")] == pytest.approx(gains.tolist())
+    logs = next(logs for step, logs in stand_in.sent if step == 2 and any("coefficients" in key for key in logs))
+    found = {key: value for key, value in logs.items() if f"{LAYERS[0]}.coefficients" in key}
+    values = np.sort(module.coefficients.detach().numpy(), axis=0)
+    assert found == {
+        f"activations/{LAYERS[0]}.coefficients.{i}.{key}": pytest.approx(float(values[row, i]))
+        for i in range(4)
+        for key, row in (("minimum", 0), ("median", 1), ("maximum", 3))
+    }
+
+
 def test_training_is_the_same_and_the_interval_that_of_the_logs(converted, rows, tmp_path):
     logged = train(converted, rows, tmp_path / "a", hf_ortho.ActivationLogger())
     plain = train(converted, rows, tmp_path / "b", TrainerCallback())

@@ -172,11 +172,12 @@ def stepped(net, cls, **options):
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+@pytest.mark.parametrize("groups", ["", "_g3"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_natural_steps_are_those_of_a_model_in_natural_units(family, cls):
-    net = build(f"{family}_6", init="unit")
+def test_natural_steps_are_those_of_a_model_in_natural_units(family, groups, cls):
+    net = build(f"{family}_6{groups}", init="unit")
     units = {"hermite": [math.sqrt(math.factorial(k)) for k in range(7)], "fourier": [1, 2, 6, 24, 120, 720]}
-    units = {name: torch.ones(len(p)) for name, p in net.named_parameters()} | (
+    units = {name: torch.ones(p.shape[-1]) for name, p in net.named_parameters()} | (
         {"coefficients": torch.tensor(units[family])} if family in units else {}
     )
     scaled = {n: nn.Parameter(p.detach() / units[n]) for n, p in net.named_parameters() if p.requires_grad}

@@ -22,7 +22,8 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 8), build(f"{f}_3", init="unit"), nn.Linear(8, 6)) for f in FAMILIES
+            nn.Sequential(nn.Linear(6, 8), build(name, init="unit"), nn.Linear(8, 6))
+            for name in (*(f"{family}_3" for family in FAMILIES), "hermite_3_g4")
         )
 
     def forward(self, x):
@@ -148,7 +149,7 @@ def test_records_are_those_of_one_process(folder, alone, engine):
     assert [step for step, _ in recorded] == [step for step, _ in expected] == [1, 2, 3]
     for (_, one), (_, other) in zip(recorded, expected, strict=True):
         (modules, statistics), (wanted, wanted_statistics) = history.read_step(one), history.read_step(other)
-        assert len(modules) == len(FAMILIES)
+        assert len(modules) == len(FAMILIES) + 1
         for path, module in wanted.items():
             assert statistics[path] == pytest.approx(wanted_statistics[path], rel=1e-4, abs=1e-5)
             torch.testing.assert_close(modules[path].state_dict(), module.state_dict(), rtol=1e-4, atol=1e-5)

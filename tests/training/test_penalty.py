@@ -13,10 +13,10 @@ from hf_ortho.training import ActivationTrainer, LoraArguments, add_lora
 INTERVAL = (-0.05, 0.03)
 
 
-@pytest.fixture(scope="module")
-def converted(make_gpt2):
+@pytest.fixture(scope="module", params=["hermite_3", "hermite_3_g4"])
+def converted(make_gpt2, request):
     model = make_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)[0]
-    hf_ortho.convert(model, "hermite_3")
+    hf_ortho.convert(model, request.param)
     return model
 
 
@@ -41,8 +41,10 @@ def formula(model, inputs, interval=None):
         handle.remove()
     terms = []
     for module, x in seen:
-        lo, hi = module.domain.tolist() if interval is None else interval
-        terms.append((torch.relu(lo - x) ** 2 + torch.relu(x - hi) ** 2).mean())
+        domains = module.domain.reshape(-1, 2).tolist() if interval is None else [interval] * module.groups
+        parts = zip(x.chunk(module.groups, -1), domains, strict=True)
+        distances = [(torch.relu(lo - part) ** 2 + torch.relu(part - hi) ** 2).mean() for part, (lo, hi) in parts]
+        terms.append(torch.stack(distances).mean())
     return torch.stack(terms).mean(), outputs
 
 
@@ -80,6 +82,7 @@ def test_loss_and_gradients_are_those_of_the_formula(model, ids, interval):
         for module in model.modules():
             if isinstance(module, LearnableActivation):
                 module.domain.copy_(torch.tensor([-0.02, 0.01]))
+                module.domain.reshape(-1, 2)[0] *= 2  # of the first group
     loss, penalty, expected = expected_of(copy.deepcopy(model).train(), ids, 3.0, interval)
     assert penalty > 1e-4
     hooked = hf_ortho.DomainPenalty(model.train(), 3.0, interval)

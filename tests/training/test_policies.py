@@ -6,15 +6,22 @@ import torch
 from transformers import GPT2Model, TrainingArguments
 
 from hf_ortho import convert
-from hf_ortho.activations import LearnableActivation
+from hf_ortho.activations import LearnableActivation, build
 from hf_ortho.errors import ConfigError
-from hf_ortho.training import POLICIES, ActivationTrainer, activation_parameters, set_trainable
+from hf_ortho.training import (
+    POLICIES,
+    ActivationTrainer,
+    activation_parameters,
+    reduce_activation_gradients,
+    set_trainable,
+    tensor_parallel,
+)
 from hf_ortho.training.adapters import add_lora, merge_lora
 from hf_ortho.training.arguments import LoraArguments
 from hf_ortho.training.policies import LEARNABLE
 
 
-@pytest.fixture(params=["hermite_3", "fourier_2", "tropical_2", "tropical_rational_2"])
+@pytest.fixture(params=["hermite_3", "hermite_3_g4", "fourier_2", "tropical_2", "tropical_rational_2"])
 def activation(request):
     return request.param
 
@@ -185,6 +192,15 @@ def test_lora_without_adapters(make_gpt2):
 def arguments(folder, **options):
     defaults = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
     return TrainingArguments(output_dir=folder, weight_decay=0.5, learning_rate=0.01, **(defaults | options))
+
+
+def test_groups_are_refused_between_layers_that_are_sharded_by_channels(monkeypatch):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), build("hermite_3_g4"))
+    assert reduce_activation_gradients(net) == 0
+    monkeypatch.setattr(tensor_parallel, "DTensor", torch.Tensor)
+    net[0].weight.device_mesh = None
+    with pytest.raises(ConfigError, match="1: hermite_3_g4 cannot be combined with tensor parallelism"):
+        reduce_activation_gradients(net)
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if not p.startswith("lora")])

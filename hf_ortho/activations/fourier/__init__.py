@@ -84,10 +84,10 @@ class Fourier(LearnableActivation):
         """k! for a_k, since the series divides a_k by k!."""
         return {"coefficients": [float(math.factorial(k)) for k in range(1, self.degree + 1)]}
 
-    def fit_parameters(self, target: Target):
+    def fit_parameters(self, target, near=None):
         """Variable projection over frequencies and [lo, hi]; cosine and sine amplitudes are linear."""
-        balanced = balance(self._solve, target, rounds=ROUNDS)
-        target, theta = balanced.target, balanced.solution
+        balanced = balance(self._solve, target, ROUNDS, near)
+        target, theta = balanced.target, balanced.solution.copy()
         n = self.degree
         theta[:n] = np.sort(theta[:n])
         theta = theta.astype(np.float32).astype(np.float64)
@@ -95,13 +95,17 @@ class Fourier(LearnableActivation):
         cosine, sine = linear[1 : n + 1], linear[n + 1 :]
         phases = np.arctan2(sine, cosine)
         factorials = np.array([math.factorial(k) for k in range(1, n + 1)], dtype=float)
-        return {
-            "offset": linear[:1],
-            "coefficients": np.hypot(cosine, sine) * factorials,
-            "frequencies": theta[:n],
-            "phases": np.where(phases < HALF_TURN - 2 * math.pi, phases + 2 * math.pi, phases),
-            "domain": np.array(theta[n:] if target.domain is None else target.domain),
-        }, ""
+        return (
+            {
+                "offset": linear[:1],
+                "coefficients": np.hypot(cosine, sine) * factorials,
+                "frequencies": theta[:n],
+                "phases": np.where(phases < HALF_TURN - 2 * math.pi, phases + 2 * math.pi, phases),
+                "domain": np.array(theta[n:] if target.domain is None else target.domain),
+            },
+            "",
+            balanced,
+        )
 
     def _solve(self, target: Target, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Frequencies (and lo and hi unless given) for fixed weights, and f - g at the nodes."""

@@ -10,7 +10,6 @@ import torch
 from numpy.polynomial import hermite_e
 from torch import Tensor, nn
 
-from ...fitting.least_squares import Target
 from ...fitting.polynomial import fit_polynomial
 from ..polynomial import PolynomialActivation, fractions_of
 from . import compiled
@@ -93,14 +92,14 @@ class Hermite(PolynomialActivation):
         factorials = [math.factorial(k) for k in range(self.degree + 1)]
         return hermite_e.herme2poly(fractions_of(self.coefficients.tolist()) / np.array(factorials, dtype=object))
 
-    def fit_parameters(self, target: Target):
+    def fit_parameters(self, target, near=None):
         """Closed form for the coefficients given [lo, hi]; Nelder-Mead over the two ends.
 
         If float32 rounding at the full degree costs more than the degree gains (high degrees around a kink), the
         highest coefficients stay 0.
         """
         for n in range(self.degree, 0, -1):
-            fit = fit_polynomial(target, n)
+            fit = fit_polynomial(target, n, near)
             c = chebyshev_to_hermite(fit.series, fit.lo, fit.hi)
             # Estimate of the float32 error, up to a factor of 4: each term c_k He_k/k! has a relative error of 2^-25.
             # Unlike a measurement in float32, the estimate gives the same degree on every processor.
@@ -112,7 +111,7 @@ class Hermite(PolynomialActivation):
             if n < self.degree
             else ""
         )
-        return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([fit.lo, fit.hi])}, note
+        return {"coefficients": np.pad(c, (0, self.degree - n)), "domain": np.array([fit.lo, fit.hi])}, note, fit.start
 
 
 def _factorials(n: int) -> np.ndarray:

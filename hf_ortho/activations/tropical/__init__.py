@@ -110,9 +110,9 @@ class Tropical(LearnableActivation):
     def breaks(self):
         return _breaks(self, self._lines(self.coefficients.cpu().double()))
 
-    def fit_parameters(self, target: Target):
+    def fit_parameters(self, target, near=None):
         """In the equivalent form S(x) = offset + (sqrt(2)/n) sum_{k=1..n} max(x - b_k, 0)."""
-        source, hinges = target.source, fit_hinges(target, self.degree)
+        source, (hinges, balanced) = target.source, fit_hinges(target, self.degree, near)
         grid = np.linspace(-8.0, 8.0, 1601)
         slopes = source.derivative(grid)
         fall = float(np.max(np.maximum.accumulate(slopes) - slopes))
@@ -124,7 +124,7 @@ class Tropical(LearnableActivation):
             )
         # Line k meets line k - 1 at b_k: a_k = a_{k-1} - b_k.
         lines = hinges.offset / line_scale(self.degree) - np.concatenate([[0.0], np.cumsum(hinges.breaks)])
-        return {"coefficients": lines, "domain": hinges.domain}, note
+        return {"coefficients": lines, "domain": hinges.domain}, note, balanced
 
 
 class TropicalRational(LearnableActivation):
@@ -188,14 +188,15 @@ class TropicalRational(LearnableActivation):
         numerator = self.numerator_slopes, self.numerator_intercepts
         return _breaks(self, numerator, (self.denominator_slopes, self.denominator_intercepts))
 
-    def fit_parameters(self, target: Target):
+    def fit_parameters(self, target, near=None):
         """Free-knot least squares: exact for piecewise-linear sources, otherwise variable projection over the knots.
 
         The tails are exact lines, so ``domain`` stays infinite unless one is requested.
         """
-        knots, values = balance(self._solve, target, rounds=ROUNDS).solution
+        balanced = balance(self._solve, target, ROUNDS, near)
+        knots, values = balanced.solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
-        return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, ""
+        return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, "", balanced
 
     def _solve(self, target: Target, start: tuple[np.ndarray, np.ndarray] | None):
         knots, values = fit_knots(target, self.degree, None if start is None else start[0])

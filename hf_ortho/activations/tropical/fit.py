@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
-from ...fitting.least_squares import Target, balance, clearly_less, variable_projection, width_bounds
+from ...fitting.least_squares import Balanced, Target, balance, clearly_less, variable_projection, width_bounds
 from .cpu import line_scale
 
 ROUNDS = 12
@@ -26,14 +26,15 @@ class Hinges(NamedTuple):
     domain: np.ndarray
 
 
-def fit_hinges(target: Target, n: int) -> Hinges:
-    """The best sum of n hinges of slope sqrt(2)/n each."""
-    theta = balance(lambda target, start: _solve(target, n, start), target, rounds=ROUNDS).solution
+def fit_hinges(target: Target, n: int, near: Balanced | None = None) -> tuple[Hinges, Balanced]:
+    """The best sum of n hinges of slope sqrt(2)/n each, and the start ``near`` of a fit to similar data."""
+    balanced = balance(lambda target, start: _solve(target, n, start), target, ROUNDS, near)
+    theta = balanced.solution
     breaks = np.sort(theta[1 : n + 1])
     domain = np.array(theta[n + 1 :] if target.domain is None else target.domain)
     if target.domain is None and target.source.slopes[0] == 0 and domain[0] <= breaks[0]:
         domain[0] = -width_bounds(n)[0][1]  # the series and the tail are the same constant there
-    return Hinges(theta[0], breaks, domain)
+    return Hinges(theta[0], breaks, domain), balanced
 
 
 def _solve(target: Target, n: int, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

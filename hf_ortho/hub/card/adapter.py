@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, base_revision, provenance_of
+from ...checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, SUFFIX, base_revision, provenance_of
 from ...checkpoints.weights import shapes
 from ...tasks import head_of
 from ...text import Markdown, code
@@ -25,6 +25,8 @@ def adapter_parts(config: dict[str, Any], folder: Path | None) -> CardParts:
     weights = None if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() else folder / ADAPTER_WEIGHTS
     modules: dict[str, int] = defaultdict(int)
     for key, shape in (shapes(weights) if weights else {}).items():
+        if key.endswith(f"{SUFFIX}.domain"):  # of groups: it is not trained
+            continue
         modules[key.removeprefix(PREFIX).rpartition(".")[0]] += math.prod(shape)
     sizes: dict[int, list[str]] = defaultdict(list)
     for path, count in modules.items():

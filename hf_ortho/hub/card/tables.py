@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...activations import FAMILIES
+from ...activations import FAMILIES, parse
 from ...checkpoints.provenance import LayerProvenance, families_in
 from ...conversion import ConversionReport
-from ...conversion.report_text import COLUMNS, cells, divergence_legend, divergence_name
+from ...conversion.report_text import cells, columns, divergence_legend, divergence_name, groups_legend
 from ...fitting.density import DATA_FREE
 from ...path_patterns import by_kind
 from ...text import Markdown, code, markdown_table, number
@@ -25,7 +25,7 @@ def layer_table(report: ConversionReport) -> Markdown:
         effect = [f"{fit.divergence:.1e}" if fit.divergence is not None else ""] if fisher else []
         slopes = ", ".join(number(slope, ".3g") for slope in fit.tail_slopes)
         rows.append((layer.module, [fit.source, slopes, *effect, *cells(layer)]))
-    header = ["activation", "source", "tail slopes", *([divergence_name(report)] if fisher else []), *COLUMNS]
+    header = ["activation", "source", "tail slopes", *([divergence_name(report)] if fisher else []), *columns(report)]
     return folded(header, _grouped(rows), "activations")
 
 
@@ -42,20 +42,30 @@ def stored_table(layers: Sequence[LayerProvenance]) -> Markdown:
 
 
 def formulas(activation: str) -> Markdown:
-    """The formula of each family in a string such as ``hermite_8, hermite_9``, as indented code."""
-    return Markdown("\n\n".join(f"    {FAMILIES[name].equation}" for name in families_in(activation)))
+    """The formula of each family in a string such as ``hermite_8, hermite_9``, as indented code, and the groups of
+    channels."""
+    parts = [f"    {FAMILIES[name].equation}" for name in families_in(activation)]
+    for cls, degree, groups in map(parse, activation.split(", ") if activation else ()):
+        if groups > 1:
+            count = sum(map(len, cls.initial_parameters(degree, "paper").values()))
+            parts.append(
+                f"with {count} parameters and a domain for each of {groups} groups of consecutive channels "
+                f"({code(f'{cls.family}_{degree}_g{groups}')}),"
+            )
+    return Markdown("\n\n".join(parts))
 
 
 def legend(calibrated: bool | None, report: ConversionReport | None = None) -> str:
     """What the columns of a table of fits are."""
     weight = "the calibration data" if calibrated else f"the density of {DATA_FREE}, without data"
-    columns = [
+    parts = [
         divergence_legend(report) if report else "",
+        groups_legend(report) if report else "",
         "sup: largest error on the real line",
         f"rms and outside (share of values beyond the domain): weighted by {weight}",
         "seen: range of the pre-activations" if report and calibrated else "",
     ]
-    return "; ".join(filter(None, columns))
+    return "; ".join(filter(None, parts))
 
 
 def paths_list(paths: Sequence[str]) -> list[Markdown]:

@@ -1,0 +1,140 @@
+"""Fits of each group of channels to its own data."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_ortho.activations import FAMILIES, FitReport, build
+from hf_ortho.conversion import Histogram
+from hf_ortho.errors import FitError
+
+CENTERS = (-1.5, 0.3, 1.5)  # of the data of each group
+
+
+def samples(centers, count=4000, width=0.7):
+    """Pre-activations (count, channels), one channel per group, and squares of gradients that differ in size."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    x = torch.tensor(centers, dtype=torch.float64) + width * noise
+    return x, torch.linspace(0.5, 1.0, len(centers), dtype=torch.float64) * torch.ones_like(x)
+
+
+def histogram_of(x, gradient=None, groups=None):
+    histogram = Histogram(x.shape[-1] if groups is None else groups)
+    histogram.update(x)
+    if gradient is not None:
+        histogram.weigh(x, gradient)
+    return histogram
+
+
+def square_errors(module, x, fn=nn.functional.gelu):
+    """The mean squared error of each channel."""
+    with torch.no_grad():
+        return (module(x) - fn(x)).square().mean(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_group_follows_its_own_data_better_than_the_layer(family):
+    x, gradient = samples(CENTERS)
+    histogram = histogram_of(x, gradient)
+    layer, groups = build(f"{family}_3"), build(f"{family}_3_g3")
+    whole, report = (module.fit("gelu", histogram=histogram) for module in (layer, groups))
+    # Bins are 2 % wide, and each group also counts some data of the layer: 1 % for squared errors.
+    ratios = square_errors(groups, x) / square_errors(layer, x)
+    assert (ratios < 1.01).all()
+    assert ratios.min() < 0.7  # groups differ, so one function cannot be best for all
+    assert report.divergence < whole.divergence
+    assert (report.groups, whole.groups, whole.worst_group) == (3, 1, None)
+    assert torch.equal(groups.tail_slopes, layer.tail_slopes)
+
+
+def test_coefficients_on_a_given_interval_are_those_of_least_squares():
+    # With little weight on the line, the fit of each group is ordinary weighted least squares of a cubic on its data.
+    x, gradient = samples((-0.8, 0.1, 0.6), width=0.3)
+    module = build("hermite_3_g3")
+    module.fit("gelu", histogram=histogram_of(x, gradient), domain=(-4.0, 4.0), derivative_weight=0.0)
+    near = square_errors(module, x)
+    for i in range(3):
+        points = x[:, i].numpy()
+        target = nn.functional.gelu(x[:, i]).numpy()
+        fitted = np.polynomial.Polynomial.fit(points, target, 3)
+        best = np.mean((fitted(points) - target) ** 2)
+        assert near[i] >= 0.999 * best  # float32 coefficients cannot be better than the best ones
+        layer = build("hermite_3")
+        layer.fit("gelu", histogram=histogram_of(x, gradient), domain=(-4.0, 4.0), derivative_weight=0.0)
+        assert near[i] <= square_errors(layer, x)[i]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_groups_have_equal_functions(family):
+    x, gradient = samples((0.2, 0.2))
+    module, layer = build(f"{family}_3_g2"), build(f"{family}_3")
+    report = module.fit("silu", histogram=histogram_of(x, 0 * gradient + 1))
+    layer.fit("silu", histogram=histogram_of(x, 0 * gradient + 1))
+    for one, other in zip(*(member.parameters() for member in module.members()), strict=True):
+        assert torch.equal(one, other)
+    both = square_errors(layer, x, nn.functional.silu)
+    assert (square_errors(module, x, nn.functional.silu) <= 1.01 * both).all()
+    assert report.worst_group[1] == pytest.approx(report.median_group[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_data_all_groups_have_the_function_of_the_layer(family):
+    module, layer = build(f"{family}_3_g4"), build(f"{family}_3")
+    report, whole = module.fit("gelu"), layer.fit("gelu")
+    for member in module.members():
+        for ours, theirs in zip(member.parameters(), layer.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert report.rms_error == pytest.approx(whole.rms_error, rel=1e-9)
+    assert report.sup_error == pytest.approx(whole.sup_error, rel=1e-3)  # on fewer points
+    assert (report.domain, report.mass_outside) == (whole.domain, pytest.approx(whole.mass_outside))
+
+
+def test_the_report_of_groups_adds_up_the_reports_of_each():
+    x, gradient = samples(CENTERS)
+    histogram = histogram_of(x, gradient)
+    module = build("hermite_4_g3")
+    report = module.fit("gelu", histogram=histogram)
+    parts = [m.measure("gelu", histogram=histogram.group(i)) for i, m in enumerate(module.members())]
+    assert report.divergence == pytest.approx(sum(part.divergence for part in parts), rel=1e-9)
+    assert report.rms_error**2 == pytest.approx(np.mean([part.rms_error**2 for part in parts]), rel=1e-9)
+    assert report.mass_outside == pytest.approx(np.mean([part.mass_outside for part in parts]), rel=1e-9)
+    assert report.sup_error == pytest.approx(max(part.sup_error for part in parts), rel=1e-3)  # on fewer points
+    assert report.domain == (min(part.domain[0] for part in parts), max(part.domain[1] for part in parts))
+    ranked = sorted(range(3), key=lambda i: parts[i].divergence)
+    assert (report.median_group[0], report.worst_group[0]) == (ranked[1], ranked[2])
+    assert report.worst_group[1] == pytest.approx(parts[ranked[2]].divergence, rel=1e-9)
+    assert FitReport.from_dict(report.to_dict()) == report
+    assert module.measure("gelu", histogram=histogram) == report
+    old = {key: value for key, value in parts[0].to_dict().items() if "group" not in key}
+    assert FitReport.from_dict(old) == parts[0]
+
+
+def test_a_function_for_each_group():
+    module = build("tropical_rational_2_g2")
+    report = module.fit([nn.ReLU(), nn.ReLU6()])
+    assert report.sup_error < 1e-5  # both are piecewise linear
+    x = torch.tensor([[3.0, 3.0], [9.0, 9.0], [-2.0, -2.0]])
+    torch.testing.assert_close(module(x), torch.tensor([[3.0, 3.0], [9.0, 6.0], [0.0, 0.0]]), rtol=0, atol=1e-5)
+
+
+def test_refused():
+    module = build("hermite_3_g2")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(FitError, match="needs one function, or one for each group; got 3"):
+        module.fit(["gelu"] * 3)
+    with pytest.raises(FitError, match="differ in their slopes far out"):
+        module.fit(["relu", "tanh"])
+    with pytest.raises(FitError, match="hermite_3_g2 has 2 groups, but the histogram has 3"):
+        module.fit("gelu", histogram=histogram_of(samples(CENTERS)[0]))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_without_tails_all_groups_are_fitted_on_the_interval_of_all_data():
+    x, _ = samples(CENTERS)
+    module = build("hermite_4_g3")
+    report = module.fit("gelu", histogram=histogram_of(x), tails=False)
+    assert report.domain == (pytest.approx(float(x.min())), pytest.approx(float(x.max())))
+    assert torch.isinf(module.domain).all()
+    assert report.mass_outside == 0.0
