@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from . import cpu, formula
 from .family import Family
-from .groups import is_grouped
+from .groups import broadcasting, is_grouped, joined
 from .sums import split, totals
 
 logger = logging.get_logger("hf_ortho")
@@ -47,19 +47,22 @@ def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *
         parameters: the parameters of the series, in the order of ``family.initial_parameters``.
     """
     tensors = (x, domain, tail_slopes, *parameters)
-    if is_grouped(domain):
+    if is_grouped(domain) and not (_plain(tensors) and _has_triton(family, x)):
         return family.formula(*tensors)
     if torch.compiler.is_compiling():
         if not _compiles(family) or tail_slopes.requires_grad:
             return family.formula(*tensors)
-        plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)  # Dynamo of torch 2.8 knows no frozenset
-        return _Compiled.apply(family, plain and _has_triton(family, x), *tensors)
+        return _Compiled.apply(family, _plain(tensors) and _has_triton(family, x), *tensors)
     backend = None if _transformed(tensors) else _backend(family, x)
     if backend is None:
         return family.formula(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return Recomputed.apply(backend, family, *tensors)
     return backend.forward(family, x, parameters, domain, tail_slopes)
+
+
+def _plain(tensors) -> bool:
+    return all(type(t) in (Tensor, nn.Parameter) for t in tensors)  # Dynamo of torch 2.8 knows no frozenset
 
 
 def _transformed(tensors) -> bool:
@@ -138,7 +141,8 @@ class _Compiled(torch.autograd.Function):
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
         dtype = family.compute_dtype(x)
         series = getattr(family.compiled, "value", family.series)
-        y = formula.value(series, *(t.to(dtype) for t in (x, domain, tail_slopes, *parameters)))
+        tensors = broadcasting(*(t.to(dtype) for t in (x, domain, tail_slopes, *parameters)))
+        y = joined(formula.value(series, *tensors), domain)
         # Dynamo of torch 2.11 loses the gradients if the last operation returns its input.
         return y if y.dtype == x.dtype else y.to(x.dtype)
 

@@ -26,7 +26,9 @@ def totals(summands: Sequence[Tensor]) -> Tensor:
 def split(
     gx: Tensor, sums: Tensor, parameters: Sequence[Tensor], domain: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
-    """The gradients of x, of each parameter and of the domain, from those of x and one vector with all others."""
+    """The gradients of x, of each parameter and of the domain, from those of x and one vector with all others; with
+    groups, a matrix with one row per group."""
     of_x, of_parameters, of_domain = needs
-    *of_each, at_domain = sums.split([p.numel() if of_parameters else 0 for p in parameters] + [2 if of_domain else 0])
+    sizes = [p.shape[-1] if of_parameters else 0 for p in parameters] + [2 if of_domain else 0]
+    *of_each, at_domain = sums.split(sizes, -1)
     return gx if of_x else None, of_each if of_parameters else None, at_domain.to(domain.dtype) if of_domain else None

@@ -56,7 +56,7 @@ def side_by_side(pieces, LANES: tl.constexpr, WIDTH: tl.constexpr):
             pair = tl.join(pieces[2 * i], pieces[2 * i + 1])
             joined = joined + (tl.reshape(pair, [LANES, 2 << level]),)
         pieces = joined
-    return pieces[0]
+    return tl.reshape(pieces[0], [LANES, WIDTH])
 
 
 @triton.jit

@@ -29,8 +29,9 @@ def test_nothing_but_the_gradient_of_x_has_its_size(pretended, name):
     assert [dtype for shape, dtype in buffers if torch.Size(shape).numel() > 20 * rows] == ["bfloat16"]
 
 
+@pytest.mark.parametrize("groups", ["", "_g16"])
 @pytest.mark.parametrize("name", [name for name in COMPILED if FAMILIES[name.rpartition("_")[0]].triton])
-def test_with_triton_the_backward_pass_is_one_operator(pretended, name):
-    program = pretended(inductor_cuda.program, name, triton=True)
+def test_with_triton_the_backward_pass_is_one_operator(pretended, name, groups):
+    program = pretended(inductor_cuda.program, name + groups, triton=True)
     assert program.count("torch.ops.hf_ortho.activation_backward.default(") == 1
     assert "@triton" not in program

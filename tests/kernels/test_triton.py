@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.activations.base import SHARED
+from hf_ortho.errors import WidthError
 
 triton = pytest.importorskip("triton")  # on Linux only
 
@@ -42,6 +43,8 @@ def random_module(name, domain=DOMAIN, tail_slopes=TAIL_SLOPES):
             value += 0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
             value.copy_(value.float())
         module.domain.copy_(torch.tensor(domain))
+        if module.groups > 1:
+            module.domain *= 1 + torch.arange(module.groups)[:, None] / 8
         module.tail_slopes.copy_(torch.tensor(tail_slopes))
     module.domain.requires_grad_()
     return module
@@ -251,3 +254,115 @@ def test_the_operator_is_registered_completely(interpreter, family, gradients):
 
 def test_the_probe_runs(interpreter):
     assert interpreter(interpreted.copied, 0.75) == 0.75
+
+
+# ---- Groups of channels ------------------------------------------------------------------------------------------
+
+
+def assert_groups_follow_the_formula(interpreter, name, x, g, tolerance, programs):
+    module = random_module(name)
+    y, gradients = interpreter(interpreted.evaluate, module.family, x, g, *arguments(module), programs=programs)
+    expected, theirs = autograd(module, x, g)
+    assert_close(y, expected, tolerance)
+    for key, gradient in gradients.items():
+        assert gradient.shape == theirs[key].shape
+        assert_close(gradient, theirs[key], 4e-6)
+
+
+# One channel, loads of 1, 4 and 8 elements; one, several and fewer programs than groups.
+@pytest.mark.parametrize(
+    ("rows", "groups", "width", "programs"),
+    [(1101, 2, 1, 4), (513, 2, 5, 4), (33, 4, 16, 1), (33, 2, 24, 1024), (3, 9, 2, 4)],
+)
+def test_groups_follow_the_formula(interpreter, rows, groups, width, programs):
+    x, g = normal(rows, groups * width, scale=2.0), normal(rows, groups * width, seed=2)
+    assert_groups_follow_the_formula(interpreter, f"hermite_3_g{groups}", x, g, 1e-6, programs)
+
+
+@pytest.mark.parametrize("degree", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 13, 32))])
+@pytest.mark.parametrize("family", WITH_TRITON)
+def test_groups_of_every_family(interpreter, family, degree):
+    x, g = normal(2, 7, 3 * 4, scale=2.0), normal(2, 7, 3 * 4, seed=2)
+    assert_groups_follow_the_formula(interpreter, f"{family}_{degree}_g3", x, g, 4e-6, 1024)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", WITH_TRITON)
+def test_a_group_is_like_its_own_activation(interpreter, family, dtype):
+    module = random_module(f"{family}_2_g2")
+    x, g = normal(41, 2 * 8, scale=2.0).to(dtype), normal(41, 2 * 8, seed=2).to(dtype)
+    y, gradients = interpreter(interpreted.evaluate, family, x, g, *arguments(module))
+    for i, member in enumerate(module.members()):
+        of_group = slice(8 * i, 8 * i + 8)
+        tensors = x[:, of_group].contiguous(), g[:, of_group].contiguous(), *arguments(member)
+        alone, gradients_alone = interpreter(interpreted.evaluate, family, *tensors)
+        assert torch.equal(y[:, of_group], alone)
+        assert torch.equal(gradients["x"][:, of_group], gradients_alone["x"])
+        for key in gradients.keys() - {"x"}:
+            torch.testing.assert_close(gradients[key][i], gradients_alone[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "contiguous"),
+    [
+        (torch.empty(0, 3, 4), True),
+        (normal(4), True),
+        (normal(3, 5, 4).transpose(0, 1), False),
+        (normal(4, 5, 3).transpose(0, 2), True),
+        (normal(3, 8)[:, ::2], True),
+        (normal(1, 4).expand(3, 4), True),
+    ],
+    ids=["empty", "one_row", "rows_transposed", "channels_transposed", "strided", "expanded"],
+)
+def test_layouts_with_groups(interpreter, x, contiguous):
+    module = random_module("tropical_2_g2")
+    g = torch.tensor(0.75).expand_as(x)
+    y, gradients = interpreter(interpreted.evaluate, "tropical", x, g, *arguments(module))
+    expected, theirs = autograd(module, x, g)
+    assert y.stride() == (x.contiguous().stride() if contiguous else x.stride())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.double(), theirs[name], rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("wanted", ["x", "parameters", "parameters.1", "domain"])
+def test_gradients_of_groups_only_where_asked_for(interpreter, wanted):
+    module = random_module("fourier_2_g3")
+    x, g = normal(11, 6, scale=2.0), normal(11, 6, seed=2)
+    complete = interpreter(interpreted.evaluate, "fourier", x, g, *arguments(module))[1]
+    gradients = interpreter(interpreted.evaluate, "fourier", x, g, *arguments(module), wanted=(wanted,))[1]
+    for name, gradient in gradients.items():
+        if wanted in (name, name.partition(".")[0]):
+            assert torch.equal(gradient, complete[name])
+        else:
+            assert gradient is None
+
+
+def test_the_width_must_be_a_multiple_of_the_groups():
+    from hf_ortho.kernels import triton as kernels
+
+    module = random_module("hermite_3_g4")
+    with pytest.raises(WidthError, match=r"\[5, 6\] cannot be split into 4 groups"):
+        kernels.forward(type(module), normal(5, 6), *arguments(module))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WITH_TRITON)
+def test_a_compiler_calls_the_kernels_for_groups(interpreter, family):
+    module = random_module(f"{family}_3_g3")
+    x, g = normal(2, 7, 15, scale=2.0), normal(2, 7, 15, seed=2)
+    y, gradients, launches = interpreter(interpreted.evaluate_compiled, family, x, g, *arguments(module))
+    assert launches == 1
+    expected, theirs = autograd(module, x, g)
+    assert_close(y, expected, 1e-6)
+    for name, gradient in gradients.items():
+        assert_close(gradient, theirs[name], 4e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x", [normal(5, 6), normal(6, 5).T], ids=["contiguous", "transposed"])
+def test_the_operator_is_registered_for_groups(interpreter, x):
+    tensors = arguments(random_module("hermite_2_g3"))
+    gradients = list(itertools.product((True, False), repeat=3))
+    results = interpreter(interpreted.check_registration, "hermite", x, *tensors, gradients)
+    assert set(results) == {"SUCCESS"}

@@ -44,11 +44,12 @@ def signature_of(value):
     return "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
 
 
-def launches_of(kernel, name, dtype, elements=2**22):
+def launches_of(kernel, name, dtype, elements=2**22, channels=None):
     """The arguments with which forward and backward launch a kernel."""
     module = build(name)
     parameters = [value for key, value in module.named_parameters() if key not in SHARED]
-    x = torch.zeros(elements, dtype=dtype, requires_grad=True)
+    shape = elements if channels is None else (elements // channels, channels)
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
         recorders = {each: Recorder() for each in ("forward_kernel", "backward_kernel", "sum_kernel")}
         for each, recorder in recorders.items():
@@ -63,8 +64,8 @@ def compiled(monkeypatch, tmp_path):
     """``compiled(kernel, name, dtype, capability)``: a kernel as a call of the activation would compile it."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
-    def compile_for(kernel, name, dtype, capability, n=None):
-        values, options = launches_of(kernel, name, dtype)[0]
+    def compile_for(kernel, name, dtype, capability, n=None, **shape):
+        values, options = launches_of(kernel, name, dtype, **shape)[0]
         kernel = getattr(kernels, kernel)
         if n is not None:
             values = [n if key == "n" else v for key, v in zip(kernel.arg_names, values, strict=False)]
@@ -92,6 +93,38 @@ def resources(binary, tmp_path):
     return registers, stack + local
 
 
+def assert_efficient(binary, tmp_path, access):
+    """``access``: the width of the loads and stores of a thread."""
+    ptx = binary.asm["ptx"]
+    registers, spilled = resources(binary, tmp_path)
+    assert spilled == 0
+    assert registers <= 128  # four programs of 128 threads on a multiprocessor
+    assert "fma.rn.f32" in ptx
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    assert f"ld.global.{access}" in ptx
+    assert f"st.global.{access}" in ptx
+    loop = ptx[ptx.index(access) :].partition("\tshfl.")[0]  # until the sums of the threads are added up
+    assert not re.search(r"(ld|st)\.shared|bar\.sync", loop)  # threads exchange nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+@pytest.mark.parametrize(
+    ("name", "channels", "access"),
+    [
+        *((f"{name}_g64", 64 * 48, {torch.bfloat16: "v4.b32", torch.float32: "v4.b32"}) for name in USUAL),
+        ("hermite_3_g64", 64 * 172, {torch.bfloat16: "v2.b32", torch.float32: "v4.b32"}),  # no multiple of 8
+        ("hermite_3_g16", 16 * 5, {torch.bfloat16: "b16", torch.float32: "b32"}),
+    ],
+)
+def test_groups_are_read_in_pieces_as_wide_as_divide_their_channels(
+    compiled, tmp_path, name, channels, access, kernel, dtype
+):
+    binary = compiled(kernel, name, dtype, 90, channels=channels, elements=1024 * channels)
+    assert_efficient(binary, tmp_path, access[dtype])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TRITON_TYPES, ids=str)
 @pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
@@ -99,15 +132,7 @@ def resources(binary, tmp_path):
 def test_usual_degrees_on_hopper(compiled, tmp_path, name, kernel, dtype):
     binary = compiled(kernel, name, dtype, 90)
     ptx = binary.asm["ptx"]
-    registers, spilled = resources(binary, tmp_path)
-    assert spilled == 0
-    assert registers <= 128  # four programs of 128 threads on a multiprocessor
-    assert "fma.rn.f32" in ptx
-    assert not re.search(r"\b(atom|red)\.", ptx)
-    assert re.search(r"ld\.global\.v4\.b32", ptx)  # 16 bytes per thread
-    assert re.search(r"st\.global\.v4\.b32", ptx)
-    loop = ptx[ptx.index("v4.b32") :].partition("\tshfl.")[0]  # until the sums of the threads are added up
-    assert not re.search(r"(ld|st)\.shared|bar\.sync", loop)  # threads exchange nothing
+    assert_efficient(binary, tmp_path, "v4.b32")
     if dtype == torch.bfloat16:
         assert "cvt.rn.bf16" in ptx
         assert ("cos.approx" in ptx) == (name == "fourier_6")
@@ -174,6 +199,8 @@ def random_module(name):
             if key not in SHARED:
                 value += 0.1 * torch.randn(value.shape, generator=generator)
         module.domain.copy_(torch.tensor([-2.0, 2.5]))
+        if module.groups > 1:
+            module.domain *= 1 + torch.arange(module.groups)[:, None] / (4 * module.groups)
         module.tail_slopes.copy_(torch.tensor([0.0, 1.0]))
     module.domain.requires_grad_()
     return module
@@ -204,6 +231,19 @@ def away_from_kinks(module, x, g):
     return torch.where(smooth, g, 0.0)
 
 
+def assert_follows_the_formula(module, x, g, y, gx, sums):
+    value, slope, *summands = exact(module, x, g)
+    rounding = 4 * torch.finfo(x.dtype).eps
+    torch.testing.assert_close(y.double(), value, rtol=rounding, atol=rounding)
+    assert (gx.double() - slope).norm() <= max(rounding, 1e-5) * slope.norm()
+    # Rounding errors of the summands, of either sign, add up like the summands' own norm. A gradient that is the
+    # difference of neighboring sums has the rounding errors of these.
+    norms = torch.stack([summand.norm() for summand in summands])
+    exactly = torch.stack([summand.sum() for summand in summands])
+    errors = (torch.cat(sums) - exactly).abs() / (3e-5 * norms + 1e-6 * norms.max())
+    assert errors.max() <= 1
+
+
 class TestOnGPU:
     pytestmark = on_gpu
 
@@ -217,16 +257,52 @@ class TestOnGPU:
         g = away_from_kinks(module, x, g).to(dtype)
         (y, gx, *sums), again = (on_the_gpu(name, x, g)[1] for _ in range(2))
         assert all(map(torch.equal, (y, gx, *sums), again))
-        value, slope, *summands = exact(module, x, g)
-        rounding = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(y.double(), value, rtol=rounding, atol=rounding)
-        assert (gx.double() - slope).norm() <= max(rounding, 1e-5) * slope.norm()
-        # Rounding errors of the summands, of either sign, add up like the summands' own norm. A gradient that is the
-        # difference of neighboring sums has the rounding errors of these.
-        norms = torch.stack([summand.norm() for summand in summands])
-        exactly = torch.stack([summand.sum() for summand in summands])
-        errors = (torch.cat(sums) - exactly).abs() / (3e-5 * norms + 1e-6 * norms.max())
-        assert errors.max() <= 1
+        assert_follows_the_formula(module, x, g, y, gx, sums)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(
+        ("name", "width"),
+        [
+            *((f"{name}_g3", 48) for name in USUAL),
+            *(("hermite_3_g3", width) for width in (1, 5, 12)),
+            ("hermite_3_g2048", 2),
+            ("tropical_rational_16_g2", 8),  # two passes
+        ],
+    )
+    def test_groups_follow_the_formula_bit_equal_on_repetition(self, name, width, dtype):
+        module = random_module(name).cuda()
+        shape = 1 + 600_000 // (module.groups * width), module.groups * width
+        generator = torch.Generator("cuda").manual_seed(0)
+        x = 2 * torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        g = torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        g = away_from_kinks(module, x, g).to(dtype)
+        (y, gx, *sums), again = (on_the_gpu(name, x, g)[1] for _ in range(2))
+        assert all(map(torch.equal, (y, gx, *sums), again))
+        members = module.members()
+        for i in {0, module.groups - 1}:
+            of_group = slice(i * width, (i + 1) * width)
+            found = y[:, of_group], gx[:, of_group], [each[i] for each in sums]
+            assert_follows_the_formula(members[i], x[:, of_group], g[:, of_group], *found)
+
+    @pytest.mark.parametrize("name", ["hermite_8_g64", "tropical_rational_6_g16"])
+    def test_groups_compiled_and_in_the_memory_of_one_tensor(self, name):
+        x = torch.randn(4096, 3072, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        g = torch.randn_like(x)
+        module = random_module(name).cuda()
+        wanted = [x, *module._tensors()[:1], *module._tensors()[2:]]
+        module(x).backward(g)  # compiles the kernels
+        x.grad = None
+        eager, peaks = [], []
+        for step in (lambda: eager.append(module(x)), lambda: eager.extend(torch.autograd.grad(eager[0], wanted, g))):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        size = x.numel() * x.element_size()
+        assert all(size <= peak < 1.1 * size for peak in peaks)
+        y = torch.compile(module, fullgraph=True)(x)
+        for ours, theirs in zip([y, *torch.autograd.grad(y, wanted, g)], eager, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1.6e-2, atol=1e-2)
 
     @pytest.mark.parametrize("n", [2**31 + 2**20, 2**31 + 12_345])
     def test_more_than_2_to_the_31_elements(self, n):
