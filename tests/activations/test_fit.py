@@ -104,6 +104,7 @@ def test_heavy_tails_do_not_spoil_a_fit(family, fn, freedom):
     assert errors(module, ACT2FN[fn], line(-50.0, 50.0))[0].max() <= 1.01 * report.sup_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("center", [-2.0, 0.0, 2.0])
 def test_an_importance_that_is_narrow_leaves_the_rest_of_the_line_close(family, center):
@@ -207,6 +208,7 @@ def test_a_straight_line(family):
     assert all(torch.isfinite(p).all() for name, p in module.named_parameters() if name != "domain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degree", [5, 9, 16, 32])
 def test_hermite_around_a_kink(degree):
     cubic = fitted("hermite_3", "relu")[1]

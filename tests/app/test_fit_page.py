@@ -55,6 +55,7 @@ def test_figures_of_hermite():
     assert [float(end) for end in shown["domain [lo, hi]"]] == pytest.approx([lo, hi], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tails", "ends"), [(True, None), (False, (-3, 2.5))])
 def test_the_shown_code_makes_the_shown_fit(family, tails, ends):

@@ -73,6 +73,7 @@ def written_losses(folder):
 # ---- what it writes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [None, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_data_free_equals_the_library(convert, gpt2_folder, output, family, groups):

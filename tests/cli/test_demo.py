@@ -87,6 +87,7 @@ def test_the_text_demo(text_demo):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_the_vision_demo(vision_demo):
     ran, folder = vision_demo
     assert ran.code == 0, ran.err

@@ -110,6 +110,7 @@ def test_a_training_without_a_checkpoint_says_so(hf_ortho_command, flags, interr
     assert ran.code == 0, ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False)])
 def test_a_launched_training_names_the_command_that_launched_it(
     hf_ortho_command, flags, interrupt, tmp_path, monkeypatch, rank, printed

@@ -86,6 +86,7 @@ def test_the_network_computes_nearly_the_same(case, family, calibrated, dtype, r
     assert relative_error(hidden(model, batch), before) < 3 * rms + noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_report_against_torch_on_the_real_pre_activations(case, family, inputs_of):
     name, model, batch = case
@@ -210,6 +211,7 @@ def test_save_and_reload_are_bit_equal(case, family, dtype, options, tmp_path, a
     assert torch.equal(before.loss, after.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config(case, family, tmp_path):
     name, model, batch = case

@@ -95,6 +95,7 @@ def by_class(z, kind):
     return torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1).flatten(1) if kind == "binary" else z.log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_against_both_models_in_float64(case):
     model, batch, kind = case
     (z, before), source = outputs(model, batch), copy.deepcopy(model)
@@ -133,6 +134,7 @@ def error_and_cosine(before, after):
     return float((h - g).norm() / g.norm()), float(F.cosine_similarity(g, h, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labeled", [True, False])
 def test_gradients_against_autograd(case, labeled):
     model, batch, _ = case

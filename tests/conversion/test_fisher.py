@@ -137,6 +137,7 @@ def every_direction(monkeypatch):
     return taken
 
 
+@pytest.mark.slow
 def test_importance_is_the_second_derivative_of_the_divergence(case, every_direction):
     model, batch, kind, mask = case
     expected = second_derivatives(model, batch, kind, mask)
@@ -152,6 +153,7 @@ def test_importance_is_the_second_derivative_of_the_divergence(case, every_direc
         assert found[path].counts.sum() == count * len(x)
 
 
+@pytest.mark.slow
 def test_random_directions_have_that_importance_on_average(case):
     model, batch, kind, mask = case
     expected = second_derivatives(model, batch, kind, mask)

@@ -135,6 +135,7 @@ def test_without_data_there_is_no_comparison(gpt2):
     assert "KL" not in str(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fisher", "density"])
 def test_the_five_layers_with_the_largest_errors(gpt2, ids, weights):
     report = hf_ortho.convert(gpt2(n_layer=7, scale=20), "tropical_2", calibration=[ids], weights=weights)

@@ -391,6 +391,7 @@ def test_refused_unless_a_transformers_model(model):
         hf_ortho.convert(model, "hermite_8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [llava, t5_gated, bert])
 def test_many_kinds_reload_bit_equal(build, tmp_path):
     model = build()

@@ -184,6 +184,7 @@ def checkpointing(model):
     return model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [quantized, new_head, more_tokens, more_modules, other_forward, checkpointing, nn.Module.half],

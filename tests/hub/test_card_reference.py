@@ -36,6 +36,7 @@ def skeleton(text):
     return re.sub(NUMBER, "#", text), [float(number) for number in re.findall(NUMBER, text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), COMMITTED)
 def test_the_committed_cards_are_those_of_the_recipe(recipe, name, family):
     folder = folder_of(name, family)

@@ -32,6 +32,7 @@ def tables(monkeypatch):
     monkeypatch.setattr(cpu, "LARGE", 51)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degree", [4, 6, 8])
 @pytest.mark.parametrize("source", ["gelu", "silu", "tanh"])
 def test_fits(source, degree, measured, reference, assert_near, tables):

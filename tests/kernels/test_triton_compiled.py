@@ -138,6 +138,7 @@ def test_usual_degrees_on_hopper(compiled, tmp_path, name, kernel, dtype):
         assert ("cos.approx" in ptx) == (name == "fourier_6")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel", "sum_kernel"])
 @pytest.mark.parametrize("family", WITH_TRITON)
 def test_every_kernel_compiles_for_ampere(compiled, tmp_path, family, kernel):

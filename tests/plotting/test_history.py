@@ -31,6 +31,7 @@ def curves(axes):
     return [line for line in axes.lines if len(line.get_xdata()) > 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_curves(figure_of, family):
     snapshots = history(f"{family}_4")

@@ -54,6 +54,7 @@ def language(gpt2, text_file, numbers):
     return run(gpt2, text_file, "--other", numbers, "--other-blocks", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["data-free", "density", "fisher"])
 def test_table_of_a_language_model(language, gpt2, text_file, numbers, make_gpt2, way):
     _, tokenizer = make_gpt2()

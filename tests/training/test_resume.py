@@ -21,6 +21,7 @@ def colored_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["all", "activations"])
 @pytest.mark.parametrize(("task", "by"), [("text", "true"), ("text", "path"), ("images", "true")])
 def test_three_steps_and_three_more_are_six(request, hf_ortho_command, tmp_path, task, policy, by):

@@ -138,6 +138,7 @@ def test_a_finite_stream_ends_with_its_buffer():
         assert (found == rows) == (size == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shuffle_blocks", [1, 8])
 def test_the_order_is_that_of_the_seed(splits, corpus, other, workers, shuffle_blocks):
@@ -270,6 +271,7 @@ def test_streamed_images_without_classes(make_convnext, image_folder):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_steps_and_three_more_are_six(hf_ortho_command, tmp_path, gpt2_folder, workers):
     """Dropout, the place in the corpus, in its second pass by then, and what remains of its documents all continue."""
