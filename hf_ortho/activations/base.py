@@ -52,9 +52,10 @@ class LearnableActivation(nn.Module):
 
     A subclass must define ``family``, ``equation``, ``default_degree``, ``initial_parameters``, ``series``,
     ``series_derivative`` and ``fit_parameters``, and needs a line in ``registry.FAMILIES``. Optional are
-    ``natural_units``, ``breaks`` (if f' jumps inside the domain) and the faster kernels ``cpu_series``, ``compiled``
-    and ``triton``; without them, the formula is used. If you override the ``series`` of a family, reset all three to
-    None. A polynomial family derives from ``polynomial.PolynomialActivation``.
+    ``natural_units``, ``breaks`` (if f' jumps inside the domain) and the faster kernels ``cpu_series`` (with
+    groups also ``cpu_rows``), ``compiled`` and ``triton``; without them, the formula is used. If you override the
+    ``series`` of a family, reset ``cpu_series``, ``compiled`` and ``triton`` to None. A polynomial family derives from
+    ``polynomial.PolynomialActivation``.
 
     Args:
         degree: 1 to 32; None for the family's default.
@@ -79,6 +80,7 @@ class LearnableActivation(nn.Module):
     default_degree: ClassVar[int]
     default_derivative_weight: ClassVar[float] = 0.03  # lambda of a fit
     cpu_series: ClassVar[Callable[..., cpu.Series] | None] = None  # CPU kernel: makes a Series
+    cpu_rows: ClassVar[Callable[..., cpu.Series] | None] = None  # the same for groups of channels, see cpu.Series
     compiled: ClassVar[type | None] = None  # explicit gradients for torch.compile, see dispatch._Compiled
     triton: ClassVar[str | None] = None  # CUDA kernel: module:NAME of DeviceFunctions, imported lazily
     series: ClassVar[Callable[..., Tensor]]  # (x, *parameters) to S(x), all of one dtype

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..activations import FAMILIES
+from ..activations import FAMILIES, build
 from ..activations.base import MAX_DEGREE
 from ..files import explain
 from ..profiling.memory import measure_each, peak_bytes, saved_bytes
@@ -26,6 +26,7 @@ Modules = Mapping[str, nn.Module]
 Makers = Mapping[str, Callable[[], nn.Module]]
 HERMITE_DEGREES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, MAX_DEGREE)
 DEGREES = (3, 8, MAX_DEGREE)
+GROUPS = (16, 64)
 ROOM = 128  # assumed bytes per element until measured at a smaller size
 UNCACHED = 4  # the inputs take this many times the L2 cache
 
@@ -199,6 +200,19 @@ def degree(results: BenchResults, settings: Settings) -> None:
     modules = _ready(results, "degree", makers, load)
     _add_times(results, "degree", modules, load, settings, settings.sample)
     _add_saved(results, "degree", modules, load)
+
+
+def groups(results: BenchResults, settings: Settings) -> None:
+    """Activations with groups of channels over the same without groups, in rows such as ``hermite_3_g16 2048x1536``."""
+    names = dict.fromkeys(["hermite_3", *(f"{family}_{cls.default_degree}" for family, cls in FAMILIES.items())])
+    for shape in settings.groups:
+        load = Load.uncached(shape, settings)
+        for name in names:
+            rows = {f"{row} {shape[0]}x{shape[1]}": row for row in (name, *(f"{name}_g{n}" for n in GROUPS))}
+            makers = {row: functools.partial(build, made, init="unit") for row, made in rows.items()}
+            modules = _ready(results, "groups", makers, load)
+            _add_times(results, "groups", modules, load, settings, settings.sample)
+            _add_saved(results, "groups", modules, load)
 
 
 def decode(results: BenchResults, settings: Settings) -> None:

@@ -11,7 +11,14 @@ from .run import Section
 from .settings import Settings
 from .targets import Outcome
 
-PER_ELEMENT = ("sequence", "image", "libraries", "elements", "degree")  # standalone activations: memory per element
+PER_ELEMENT = (
+    "sequence",
+    "image",
+    "libraries",
+    "elements",
+    "degree",
+    "groups",
+)  # standalone activations: memory per element
 MOVED = {"forward": 2, "forward + backward": 5}  # tensors read and written
 MEMORY = ("saved", "kept", "peak")
 TITLES = {
@@ -20,6 +27,7 @@ TITLES = {
     "libraries": "other libraries, on {libraries}",
     "elements": "over the number of elements",
     "degree": "over the degree, {degree_elements} elements",
+    "groups": "groups of channels, over the same activation without",
     "decode": "host time of one call on {decode}, without and with gradient",
     "gpt2": "{gpt2}: training step on {gpt2_batch}, no optimizer",
     "gpt2_eager": "{gpt2}: training step on {gpt2_batch}, with AdamW",

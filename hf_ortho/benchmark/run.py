@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from . import gpt2_case
-from .activation_cases import decode, degree, elements, image, libraries, sequence
+from .activation_cases import decode, degree, elements, groups, image, libraries, sequence
 from .generation import generation, vllm
 from .model_cases import convnext, gpt2
 from .results import BenchResults
@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, Section]] = {
         "elements": Section(elements, 60),
         "image": Section(image, 180),
         "degree": Section(degree, 15),
+        "groups": Section(groups, 60),
         "generation": Section(generation, 10),
         "convnext": Section(convnext, 15),
         "libraries": Section(libraries, 5),
@@ -43,6 +44,7 @@ SECTIONS: dict[str, dict[str, Section]] = {
         "elements": Section(elements, 15),
         "image": Section(image, 25),
         "degree": Section(degree, 80),
+        "groups": Section(groups, 60),
         "generation": Section(generation, 15),
         "convnext": Section(convnext, 20),
         "libraries": Section(libraries, 5),

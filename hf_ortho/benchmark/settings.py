@@ -24,6 +24,7 @@ class Settings:
         libraries: input shape for other libraries, which are slow.
         elements: sizes of the sweep over elements.
         degree_elements: size of the sweep over the degree.
+        groups: input shapes for groups of channels.
         compiled: whether to also measure ``torch.compile``, and to let vLLM compile.
         gpt2, gpt2_batch: options of ``GPT2Config``, and (sequences, tokens).
         convnext, convnext_batch: options of ``ConvNextConfig``, and the number of images.
@@ -46,6 +47,7 @@ class Settings:
     libraries: tuple[int, ...] = (1, 256, 3072)
     elements: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8)
     degree_elements: int = 10**6
+    groups: tuple[tuple[int, int], ...] = ((2048, 1536), (8192, 3072))
     decode: tuple[int, ...] = (1, 1, 3072)
     compiled: bool = True
     gpt2: dict[str, Any] = dataclasses.field(
@@ -92,6 +94,7 @@ QUICK = Settings(
     libraries=(1, 64, 256),
     elements=(10**4, 10**5),
     degree_elements=10**4,
+    groups=((16, 128),),
     compiled=False,
     gpt2={"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64, "vocab_size": 100},
     gpt2_batch=(2, 64),

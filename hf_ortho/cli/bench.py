@@ -34,8 +34,8 @@ def parser() -> Parser:
         "--sections",
         nargs="+",
         metavar="NAME",
-        help="Sections to run. On both devices: sequence, decode, elements, image, degree, generation, convnext, "
-        "libraries, vllm; on cpu also gpt2; on cuda also gpt2_eager, gpt2_compiled. Default: all.",
+        help="Sections to run. On both devices: sequence, decode, elements, image, degree, groups, generation, "
+        "convnext, libraries, vllm; on cpu also gpt2; on cuda also gpt2_eager, gpt2_compiled. Default: all.",
     )
     p.add_argument(
         "--budget",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, WidthError
 from ..kernels.groups import check_width
 from ..processes import max_over_processes, sum_over_processes
 from .density import LINE, PRE_ACTIVATIONS
@@ -18,7 +18,7 @@ from .source import Source
 BINS = 1024
 LANES = 64  # partial sums per bin: fewer rounding errors in float32, and less contention on a GPU
 CELLS = 2**20  # most bins of all groups together
-PRIOR = 256  # values of the whole layer that each group has besides its own
+PRIOR = 32  # values of the whole layer that each group has besides its own; more blur a fit of high degree
 ASINH_RANGE = math.asinh(2.0**16)
 
 
@@ -28,8 +28,8 @@ class Histogram:
     Uses constant memory, on the device of the data. ``minimum`` and ``maximum`` are exact. With ``weigh``, each bin
     also has an importance, which replaces the count as the weight of a fit.
 
-    All attributes are those of all data. With ``groups``, ``group`` gives the data of each group of consecutive
-    channels of the last dimension.
+    All attributes are those of all data. With N ``groups``, the last dimension of the data is split into N groups of
+    consecutive channels, and ``group`` gives the data of each.
 
     Example:
         >>> histogram = hf_ortho.Histogram()
@@ -39,6 +39,8 @@ class Histogram:
     """
 
     def __init__(self, groups: int = 1):
+        if not isinstance(groups, int) or not 1 <= groups <= CELLS:
+            raise WidthError(f"groups {groups!r} of a histogram: must be an integer from 1 to {CELLS}")
         self.groups = groups
         # Beyond 1024 groups, several bins are one cell of a group. Tables of all data and of the groups, flat:
         self._each = 2 ** (min(BINS, CELLS // groups).bit_length() - 1)
@@ -103,7 +105,14 @@ class Histogram:
 
     def group(self, i: int) -> Histogram:
         """The data of group ``i``, mixed with ``PRIOR`` values distributed as those of all groups. ``minimum`` and
-        ``maximum`` are those of its own data."""
+        ``maximum`` are those of its own data.
+
+        Example:
+            >>> histogram = hf_ortho.Histogram(groups=2)
+            >>> histogram.update(torch.tensor([[-2.0, 0.5], [1.0, 3.0]]))
+            >>> histogram.group(1).minimum, histogram.minimum
+            (0.5, -2.0)
+        """
         # All groups see the same number n of values. Let p = PRIOR / (PRIOR + n). The mixture is 1 - p times the own
         # table plus p times the mean over all groups, for counts and importance alike: the sum over the groups is the
         # table of the layer, and the divergences of the groups add up to the one of the layer. A cell of several bins

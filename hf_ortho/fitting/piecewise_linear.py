@@ -13,10 +13,13 @@ WIDEST = 0.1  # half the width of the widest interval that a node stands for
 INACTIVE = 1.0  # how far below the maximum an unused line starts; close enough for training to activate it
 
 
-def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def fit_knots(
+    target: Target, n: int, start: np.ndarray | None = None, search: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Knots and values of the best continuous piecewise-linear function with at most n kinks of either sign.
 
-    ``start`` holds knots to refine, for example the knots found for other weights.
+    ``start`` holds knots to refine, for example the knots found for other weights. If these get too many kinks, others
+    are searched for, or without ``search`` the flattest kinks are dropped.
     """
     source = target.source
     if source.piecewise_linear and source.kinks:
@@ -26,6 +29,8 @@ def fit_knots(target: Target, n: int, start: np.ndarray | None = None) -> tuple[
             return knots, values
     if start is not None and len(start) > 1:
         knots, values, _ = _refine(target, start, legs=1)  # the next round goes on
+        while not search and len(drop := _excess(_bends(knots, values, source.slopes), n)):
+            knots, values, _ = _refine(target, np.delete(knots, drop), legs=1)
         if not len(_excess(_bends(knots, values, source.slopes), n)):
             return knots, values
     # The error has local minima in the knots, so the start matters. For the best interpolant, each interval between

@@ -9,14 +9,17 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+
+from .groups import check_width, is_grouped
 
 if TYPE_CHECKING:
     from .family import Family
@@ -30,7 +33,7 @@ MAX_THREADS = 16  # with more, Python's global lock is the limit
 within = torch.ops.aten.hardtanh_backward.grad_input  # (g, x, lo, hi): g where lo < x < hi, else 0
 above = torch.ops.aten.threshold_backward.grad_input  # (g, x, start): g where x > start, else 0
 
-Vectors = tuple[tuple[float, ...], ...]
+Vectors = tuple[tuple[Any, ...], ...]  # of numbers, or with groups of channels of tuples with one number per group
 Scratch = Sequence[Tensor | None]
 
 
@@ -39,6 +42,10 @@ class Series(Protocol):
 
     ``scratch`` holds ``scratch_rows`` buffers of the chunk's length, contiguous in memory. If a buffer or ``out`` is
     None, the operation allocates its result. ``x`` and ``g`` are not modified.
+
+    A series for groups of channels (``cpu_rows`` of the family) is made with arrays of shape (k, C) in place of vectors
+    of length k. Its chunks and scratch buffers have the shape (rows, C), and its sums are vectors of length C. The
+    helpers ``tensors``, ``factors``, ``add_scaled`` and ``total`` serve both.
     """
 
     scratch_rows: int
@@ -46,45 +53,94 @@ class Series(Protocol):
     def value(self, x: Tensor, out: Tensor | None, scratch: Scratch) -> Tensor:
         """S(x)."""
 
-    def backward_chunk(self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, reduce: bool) -> list:
         """Write g S'(x) to ``out`` unless it is None; returns sums over the chunk if ``reduce``."""
 
-    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list) -> list[list]:
         """The gradient of each parameter vector, from the sums over all chunks."""
 
 
+def rounded(values, dtype: torch.dtype) -> np.ndarray:
+    """Numbers rounded to ``dtype``. Those too large become infinite: torch rejects a factor out of range."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float64 if dtype == torch.float64 else np.float32)
+
+
+def tensors(values, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Each number, or each row of numbers per channel, as a tensor that broadcasts against a chunk."""
+    return torch.tensor(np.asarray(values), dtype=dtype, device=device).unbind()
+
+
+def factors(values, dtype: torch.dtype, device: torch.device) -> list:
+    """The same for factors: a number remains one, since ATen multiplies by it in the same pass."""
+    array = rounded(values, dtype)
+    return array.tolist() if array.ndim == 1 else list(tensors(array, dtype, device))
+
+
+def add_scaled(term: Tensor, x: Tensor, factor: float | Tensor, out: Tensor | None) -> Tensor:
+    """term + factor x."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(term, x, factor, out=out)
+    return torch.add(term, x, alpha=factor, out=out)
+
+
+def total(summand: Tensor) -> float | Tensor:
+    """The sum over a chunk, or for rows of channels over the rows."""
+    return summand.sum().item() if summand.ndim == 1 else summand.sum(0)
+
+
 class Activation:
-    """f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0), with fixed parameters."""
+    """f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0), with fixed parameters.
+
+    With groups of channels, the numbers in ``parameters`` and ``domain`` are tuples of one number per group, and
+    ``width`` is the number of channels; 0 without groups.
+    """
 
     def __init__(
         self,
         make_series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device, bool], Series],
         parameters: Vectors,
-        domain: tuple[float, float],
+        domain: tuple,
         slopes: tuple[float, float],
         dtype: torch.dtype,
         device: torch.device,
         large: bool,
+        width: int = 0,
     ):
-        parameters = tuple(tuple(rounded(vector, dtype)) for vector in parameters)
+        arrays = [rounded(vector, dtype).astype(np.float64) for vector in parameters]
+        per_channel: Any = arrays
+        limits, ends = domain, rounded(domain, dtype)
+        if width:
+            groups = ends.shape[1]
+            per_channel = [v.repeat(width // groups, 1) for v in arrays]
+            limits = tensors(ends.repeat(width // groups, 1), dtype, device)
         self.make_series = make_series
-        self.series = make_series(parameters, domain, dtype, device, large)
+        vectors: Any = arrays
+        if not width:
+            vectors = per_channel = tuple(tuple(v.tolist()) for v in arrays)
+        self.parameters = vectors
+        self.series = make_series(per_channel, domain, dtype, device, large)
         self.domain = domain
+        self.limits = limits
         self.slopes = slopes
-        ends = np.array(domain, dtype=np.float64 if dtype == torch.float64 else np.float32)
-        self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
-        self.pure = domain == (-torch.inf, torch.inf) and slopes == (0.0, 0.0)
+        self.width = width
+        self.open = bool(np.isinf(ends).any())
+        if width:  # of x - clamp(x, lo, hi); the least normal number also if the processor flushes smaller ones to 0
+            self.ends, self.bounds = (0.0, 0.0), (-torch.finfo(dtype).tiny, torch.finfo(dtype).tiny)
+        else:
+            self.ends = domain
+            self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
+        self.pure = bool(np.isinf(ends).all()) and slopes == (0.0, 0.0)
         rows = self.series.scratch_rows
         self.scratch_rows = rows if self.pure else max(rows, 1) + 1  # one for the clamped x, one for the tails
         self.no_scratch = (None,) * self.scratch_rows
         self.dtype = dtype
-        self.parameters = parameters
 
     def value(self, x: Tensor, out: Tensor | None, scratch: Scratch) -> Tensor:
         if self.pure:
             return self.series.value(x, out, scratch)
-        (lo, hi), (s_lo, s_hi) = self.domain, self.slopes
-        inside = torch.clamp(x, lo, hi, out=scratch[0])
+        s_lo, s_hi = self.slopes
+        inside = torch.clamp(x, *self.limits, out=scratch[0])
         y = self.series.value(inside, out, scratch[1:])
         if s_lo or s_hi:
             beyond = torch.sub(x, inside, out=inside)
@@ -96,45 +152,61 @@ class Activation:
 
     def backward_chunk(
         self, x: Tensor, g: Tensor, out: Tensor | None, scratch: Scratch, parameters: bool, domain: bool
-    ) -> list[float]:
+    ) -> list:
         """Write g f'(x) to ``out`` unless it is None; returns the sums for ``parameters`` and ``domain`` if needed."""
         if self.pure:
-            return self.series.backward_chunk(x, g, out, scratch, parameters) + [0.0, 0.0] * domain
+            zero = torch.zeros(self.width, dtype=self.dtype, device=x.device) if self.width and domain else 0.0
+            return self.series.backward_chunk(x, g, out, scratch, parameters) + [zero, zero] * domain
         s_lo, s_hi = self.slopes
-        inside = torch.clamp(x, *self.domain, out=scratch[0])
+        inside = torch.clamp(x, *self.limits, out=scratch[0])
         sums = self.series.backward_chunk(inside, g, out, scratch[1:], parameters)
+        if self.width:  # ATen's masks compare with one number
+            x = torch.sub(x, inside, out=inside)
+            if self.open:
+                x.nan_to_num_(0.0)  # an infinite x at an infinite end
         if out is not None:
             within(out, x, *self.bounds, grad_input=out)
         for slope, outside in ((s_lo, self._below), (s_hi, self._above)):
             if domain or (slope and out is not None):
                 part = outside(x, g, scratch[1])
                 if domain:
-                    sums.append(part.sum().item())
+                    sums.append(total(part))
                 if slope and out is not None:
                     out.add_(part, alpha=slope)
         return sums
 
     def _above(self, x: Tensor, g: Tensor, row: Tensor | None) -> Tensor:
-        return above(g, x, self.domain[1], grad_input=row)
+        return above(g, x, self.ends[1], grad_input=row)
 
     def _below(self, x: Tensor, g: Tensor, row: Tensor | None) -> Tensor:
         return torch.sub(g, above(g, x, self.bounds[0], grad_input=row), out=row)
 
-    def domain_gradient(self, sums: list[float]) -> list[float]:
+    def by_group(self, sums: list) -> list:
+        """Sums over a chunk, added up over the channels of each group, in float64."""
+        if not self.width or not sums:
+            return sums
+        rows = torch.stack(sums).view(len(sums), np.shape(self.domain)[1], -1)
+        return list(rows.sum(2).cpu().double().numpy())
+
+    def parameter_gradients(self, sums: list) -> list:
+        series = self._exact_series() if self.width else self.series
+        return series.parameter_gradients(sums)
+
+    def _exact_series(self) -> Series:
+        """In float64 and with one channel per group."""
+        return self.make_series(self.parameters, self.domain, torch.float64, torch.device("cpu"), False)
+
+    def domain_gradient(self, sums: list) -> np.ndarray:
         """df/dlo = S'(lo) - s_lo where x < lo, and likewise hi; an infinite end gets 0."""
         # In float64, since S' and the slope of the tail nearly cancel after a good fit.
         ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
-        series = self.make_series(self.parameters, self.domain, ends.dtype, ends.device, False)
-        series.backward_chunk(ends, torch.ones_like(ends), slopes, list(ends.new_empty(series.scratch_rows, 2)), False)
-        pairs = zip(sums, slopes.tolist(), self.slopes, self.domain, strict=True)
-        return [0.0 if abs(end) == torch.inf else total * (s - tail) for total, s, tail, end in pairs]
-
-
-def rounded(values, dtype: torch.dtype) -> list[float]:
-    """Numbers rounded to ``dtype``. Those too large become infinite: torch rejects a factor out of range."""
-    with np.errstate(over="ignore"):
-        return np.asarray(values, np.float64 if dtype == torch.float64 else np.float32).tolist()
+        series = self._exact_series()
+        scratch = list(ends.new_empty(series.scratch_rows, *ends.shape))
+        series.backward_chunk(ends, torch.ones_like(ends), slopes, scratch, False)
+        with np.errstate(invalid="ignore", over="ignore"):
+            rise = (slopes.numpy().T - self.slopes).T
+            return np.where(np.isinf(self.domain), 0.0, np.asarray(sums) * rise)
 
 
 # Keyed by values: no update of a parameter, however it is made, can leave a stale entry.
@@ -142,22 +214,39 @@ _activation = functools.lru_cache(maxsize=512)(Activation)
 
 
 def _prepare(make_series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
-    vectors = tuple([tuple(p.tolist()) for p in parameters])
+    width = 0
+    if is_grouped(domain):
+        check_width(x, len(domain))
+        width = x.shape[-1]
+    vectors = tuple([_values(p) for p in parameters])
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     large = x.numel() >= LARGE
-    tails = tuple(domain.tolist()), tuple(tail_slopes.tolist())
-    return _activation(make_series, vectors, *tails, dtype, x.device, large)
+    tails = _values(domain), _values(tail_slopes)
+    return _activation(make_series, vectors, *tails, dtype, x.device, large, width)
+
+
+def _values(vector: Tensor) -> tuple:
+    values = tuple(vector.tolist())
+    return values if vector.ndim == 1 else tuple(zip(*values, strict=True))
+
+
+def _maker(family: Family, domain: Tensor) -> Callable[..., Series] | None:
+    return family.cpu_rows if is_grouped(domain) else family.cpu_series
 
 
 def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
-    """f(x), in the shape, strides and dtype of ``x``."""
-    activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
+    """f(x), in the shape and dtype of ``x``; also in its strides if rows of channels are contiguous."""
+    activation = _prepare(_maker(family, domain), x, parameters, domain, tail_slopes)
+    width = activation.width
     if x.numel() <= GRAIN:
         converts = x.dtype != activation.dtype
-        y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_scratch)
+        source = x.reshape(math.prod(x.shape[:-1]), width) if width else x
+        y = activation.value(source.to(activation.dtype) if converts else source, None, activation.no_scratch)
+        y = y.view(x.shape) if width else y
         return y.to(x.dtype) if converts else y
-    y = torch.empty_like(x)
-    source, out = _flat(x, y.stride()), _flat(y, y.stride())
+    stride = _stride(x, width)
+    y = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
+    source, out = _flat(x, stride, width), _flat(y, stride, width)
 
     def body(scratch: list[Tensor], span: slice) -> None:
         if x.dtype == activation.dtype:
@@ -180,35 +269,38 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
     """The gradients of x, of each parameter and of the domain; None where ``needs`` is False."""
     needs_x, needs_parameters, needs_domain = needs
-    activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
-    gx = torch.empty_like(x) if needs_x else None
-    stride = dense_stride(x)
-    source, upstream, out = _flat(x, stride), _flat(g, stride), None if gx is None else _flat(gx, stride)
+    activation = _prepare(_maker(family, domain), x, parameters, domain, tail_slopes)
+    width = activation.width
+    stride = _stride(x, width)
+    gx = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device) if needs_x else None
+    source, upstream = _flat(x, stride, width), _flat(g, stride, width)
+    out = None if gx is None else _flat(gx, stride, width)
 
-    def body(scratch: list[Tensor], span: slice) -> list[float]:
+    def body(scratch: list[Tensor], span: slice) -> list:
         if x.dtype == activation.dtype:
             target = None if out is None else out[span]
-            return activation.backward_chunk(
+            sums = activation.backward_chunk(
                 source[span], upstream[span], target, scratch, needs_parameters, needs_domain
             )
+            return activation.by_group(sums)
         inputs, target = (scratch[0].copy_(source[span]), scratch[1].copy_(upstream[span])), scratch[2]
         sums = activation.backward_chunk(*inputs, target, scratch[3:], needs_parameters, needs_domain)
         if out is not None:
             out[span] = target
-        return sums
+        return activation.by_group(sums)
 
     by_chunk = _run(body, x, activation, 3)
     sums = [sum(column, np.float64(0.0)) for column in zip(*by_chunk, strict=True)]  # in float64, in a fixed order
     at_domain = _gradient(activation.domain_gradient(sums[-2:]), domain) if needs_domain else None
     at_parameters = None
     if needs_parameters:
-        vectors = activation.series.parameter_gradients(sums[:-2] if needs_domain else sums)
+        vectors = activation.parameter_gradients(sums[:-2] if needs_domain else sums)
         at_parameters = [_gradient(v, p) for v, p in zip(vectors, parameters, strict=True)]
     return gx, at_parameters, at_domain
 
 
-def _gradient(values: list[float], parameter: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=parameter.dtype, device=parameter.device)
+def _gradient(values, parameter: Tensor) -> Tensor:
+    return torch.tensor(np.asarray(values).T, dtype=parameter.dtype, device=parameter.device)
 
 
 # ---- chunks and threads ----------------------------------------------------------------------------------------------
@@ -223,6 +315,12 @@ def dense_stride(x: Tensor) -> tuple[int, ...]:
     return torch.empty_like(x, device="meta").stride()
 
 
+def _stride(x: Tensor, width: int) -> tuple[int, ...]:
+    """``dense_stride``, or those of a contiguous tensor if the channels of a row are not next to each other."""
+    stride = dense_stride(x)
+    return stride if not width or stride[-1] == 1 else torch.empty(x.shape, device="meta").stride()
+
+
 def arranged(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """``x`` if it has these strides, otherwise a copy with them."""
     if x.stride() == stride:
@@ -230,9 +328,11 @@ def arranged(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _flat(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The elements in memory order of a dense tensor with these strides; a view if ``x`` has them."""
-    return arranged(x, stride).as_strided((x.numel(),), (1,))
+def _flat(x: Tensor, stride: tuple[int, ...], width: int = 0) -> Tensor:
+    """The elements in memory order of a dense tensor with these strides, or its rows of ``width`` channels; a view if
+    ``x`` has the strides."""
+    flat = arranged(x, stride).as_strided((x.numel(),), (1,))
+    return flat.view(x.numel() // width, width) if width else flat
 
 
 def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) -> list:
@@ -244,10 +344,12 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
     # rows and reuses them for each chunk, so they stay in its cache. Results are returned per chunk, not per thread,
     # and are added up in the order of the chunks: the bits do not depend on the number of threads. Python threads are
     # enough, since ATen releases the interpreter's lock inside each operation.
-    n, size = x.numel(), _chunk_size(x)
+    width = activation.width or 1
+    n, size = x.numel() // width, max(_chunk_size(x) // width, 1)
     chunks = max(-(-n // size), 1)
     inference = torch.is_inference_mode_enabled()
-    shape = activation.scratch_rows + (conversions if x.dtype != activation.dtype else 0), min(size, n + n % 2)
+    rows = activation.scratch_rows + (conversions if x.dtype != activation.dtype else 0)
+    shape = rows, min(size, n + n % 2), *([width] if activation.width else [])
 
     def work(first: int, last: int) -> list:
         # Grad and inference modes are per thread. Tensors created in inference mode can only be written to inside it.
@@ -259,7 +361,7 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
             return [*results, body([row[:rest] for row in scratch], spans[-1])]
 
     threads = min(torch.get_num_threads(), MAX_THREADS)
-    if threads == 1 or n <= GRAIN or x.device.type != "cpu":
+    if threads == 1 or x.numel() <= GRAIN or x.device.type != "cpu":
         return work(0, chunks)
     ends = [chunks * t // threads for t in range(threads + 1)]
     jobs = [_submit(threads, work, *span) for span in itertools.pairwise(ends) if span[0] < span[1]]

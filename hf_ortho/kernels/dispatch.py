@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from . import cpu, formula
 from .family import Family
-from .groups import broadcasting, is_grouped, joined
+from .groups import broadcasting, by_group, check_width, is_grouped, joined
 from .sums import split, totals
 
 logger = logging.get_logger("hf_ortho")
@@ -47,13 +47,14 @@ def activation(family: Family, x: Tensor, domain: Tensor, tail_slopes: Tensor, *
         parameters: the parameters of the series, in the order of ``family.initial_parameters``.
     """
     tensors = (x, domain, tail_slopes, *parameters)
-    if is_grouped(domain) and not (_plain(tensors) and _has_triton(family, x)):
-        return family.formula(*tensors)
+    grouped = is_grouped(domain)
+    if grouped:
+        check_width(x, len(domain))
     if torch.compiler.is_compiling():
         if not _compiles(family) or tail_slopes.requires_grad:
             return family.formula(*tensors)
         return _Compiled.apply(family, _plain(tensors) and _has_triton(family, x), *tensors)
-    backend = None if _transformed(tensors) else _backend(family, x)
+    backend = None if _transformed(tensors) else _backend(family, x, grouped)
     if backend is None:
         return family.formula(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -81,12 +82,12 @@ def _transformed(tensors) -> bool:
     )
 
 
-def _backend(family: Family, x: Tensor) -> ModuleType | None:
+def _backend(family: Family, x: Tensor, grouped: bool = False) -> ModuleType | None:
     if _has_triton(family, x):
         from . import triton
 
         return triton
-    return cpu if family.cpu_series else None
+    return cpu if family.cpu_series and (family.cpu_rows or not grouped) else None
 
 
 def _has_triton(family: Family, x: Tensor) -> bool:
@@ -158,18 +159,23 @@ class _Compiled(torch.autograd.Function):
             gx, at_parameters, at_domain = split(found[0], found[1], parameters, domain, needs)
             return None, None, gx, at_domain, None, *(at_parameters or (None for _ in parameters))
         dtype = family.compute_dtype(g)
-        x, domain, tail_slopes, *parameters = (t.to(dtype) for t in ctx.saved_tensors)
-        upstream = g.to(dtype)
+        grouped = is_grouped(ctx.saved_tensors[1])
+        x, domain, tail_slopes, *parameters = broadcasting(*(t.to(dtype) for t in ctx.saved_tensors))
+        upstream = g.to(dtype).view(x.shape)
         gx, *gradients = family.compiled.gradients(torch.clamp(x, domain[0], domain[1]), upstream, *parameters)
         gx = formula.splice(x, gx, domain, tail_slopes, upstream)
         at_domain = None
         if needs_domain:
-            outside = totals([torch.where(x < domain[0], upstream, 0), torch.where(x > domain[1], upstream, 0)])
+            below, above = torch.where(x < domain[0], upstream, 0), torch.where(x > domain[1], upstream, 0)
+            outside = totals([below, above], domain[0])
             # S' and the tail's slope nearly cancel; MPS has no float64
             wide = torch.float32 if x.device.type == "mps" else torch.float64
             ends, *exact = (t.to(wide) for t in (domain, *parameters))
-            rise = family.series_derivative(ends, *exact) - tail_slopes
+            rise = family.series_derivative(ends, *exact) - tail_slopes.view(2, *[1] * (ends.ndim - 1))
             at_domain = torch.where(domain.isfinite(), outside * rise, 0)
+        if grouped:
+            gx, at_domain = gx.flatten(-2), None if at_domain is None else by_group(at_domain)
+            gradients = [by_group(v) for v in gradients]
         results: list[Tensor | None] = [gx, at_domain, None, *gradients]
         return None, None, *(v if v is None else v.to(t.dtype) for v, t in zip(results, ctx.saved_tensors, strict=True))
 

@@ -41,6 +41,10 @@ class Family(Protocol):
         """CPU kernel: (parameters, domain, dtype, device, large) to a ``Series``."""
 
     @property
+    def cpu_rows(self) -> Callable[..., Series] | None:
+        """The same for groups of channels."""
+
+    @property
     def compiled(self) -> type | None:
         """Explicit gradients for ``torch.compile``, see ``dispatch._Compiled``."""
 

@@ -32,6 +32,11 @@ def columns(rows: Tensor) -> Tensor:
     return rows.movedim(-1, 0).unsqueeze(-1)
 
 
+def by_group(columns: Tensor) -> Tensor:
+    """The inverse of ``columns``."""
+    return columns.squeeze(-1).movedim(0, -1)
+
+
 def broadcasting(x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """All tensors of an activation such that ``domain[0]`` or ``coefficients[k]`` broadcasts against x; as they are
     without groups. ``tail_slopes`` always has shape (2,)."""

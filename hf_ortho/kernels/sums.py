@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 
-def totals(summands: Sequence[Tensor]) -> Tensor:
-    """The sum of each tensor, as one vector. All tensors have one shape, dtype and device.
+def totals(summands: Sequence[Tensor], entry: Tensor) -> Tensor:
+    """The sum of each tensor in the shape of one entry of a parameter, which broadcasts against it: of all elements, or
+    for ``entry`` of shape (N, 1) of each group of channels. All tensors have one shape, dtype and device.
 
     Example:
-        >>> totals([torch.ones(2, 3), torch.zeros(2, 3)])
+        >>> totals([torch.ones(2, 3), torch.zeros(2, 3)], torch.tensor(1.0))
         tensor([6., 0.])
     """
     # Inductor writes the summand of a complete reduction to the memory of a GPU first, in float32: one more pass over
     # memory for every coefficient. Row sums are part of the loop that computes the summand. On the CPU it fuses
     # complete sums, and row sums only add work.
+    if entry.ndim:
+        rows = torch.stack([s.sum(-1) for s in summands])
+        return rows.reshape(len(summands), -1, len(entry)).sum(1).unsqueeze(-1)
     if summands[0].device.type == "cpu" or summands[0].ndim < 2:
         return torch.stack([s.sum() for s in summands])
     return torch.stack([s.sum(-1) for s in summands]).flatten(1).sum(1)

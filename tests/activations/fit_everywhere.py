@@ -13,17 +13,18 @@ from hf_ortho.conversion import Histogram
 
 FITS = {
     "free": ("gelu", {}),
-    "data": ("silu", {"histogram": None}),
+    "data": ("silu", {"histogram": 1}),
+    "groups": ("gelu", {"histogram": 2}),
     "slope": ("tanh", {"derivative_weight": 0.1, "domain": (-3.0, 3.0)}),
     "no tails": ("gelu", {"tails": False, "domain": (-4.0, 5.0)}),
 }
 
 
-def histogram():
+def histogram(groups):
     """Pre-activations in the middle of their bins, where no other arcsinh moves them to the next one."""
     width = 2 * np.arcsinh(2.0**16) / 1024
-    bins = np.random.default_rng(0).normal(-0.7, 0.9, 20_000) // width
-    found = Histogram()
+    bins = np.random.default_rng(0).normal(-0.7, 0.9, (20_000, 1)) // width + 60 * np.arange(groups)
+    found = Histogram(groups)
     found.update(torch.from_numpy(np.sinh((bins + 0.5) * width)))
     return found
 
@@ -33,15 +34,17 @@ def fit_everywhere(degrees):
     found = {}
     for name in (f"{family}_{n}" for family in FAMILIES for n in degrees[family]):
         for fit, (source, options) in FITS.items():
-            module = build(name).double()
-            options = options | ({"histogram": histogram()} if "histogram" in options else {})
+            groups = options.get("histogram", 1)
+            module = build(f"{name}_g{groups}" if groups > 1 else name).double()
+            options = options | ({"histogram": histogram(groups)} if "histogram" in options else {})
             module.fit(source, **options)
             units = module.natural_units()
             for key, value in module.state_dict().items():
                 found[f"{name}/{fit}/{key}"] = value.numpy() / units.get(key, 1.0)
             lo, hi = options["domain"] if fit == "no tails" else (-12.0, 12.0)
             with torch.no_grad():
-                found[f"{name}/{fit}/f"] = module(torch.linspace(lo, hi, 501, dtype=torch.float64)).numpy()
+                x = torch.linspace(lo, hi, 501, dtype=torch.float64).unsqueeze(1).expand(-1, groups)
+                found[f"{name}/{fit}/f"] = module(x).numpy()
     return found
 
 

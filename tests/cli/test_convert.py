@@ -650,6 +650,7 @@ def test_auto_tails_and_distillation(hf_ortho_command, gpt2_folder, text_file, t
     [
         (["--degree", "auto", "--tolerance", "-1"], "tolerance -1"),
         (["--degree", "some"], "degree 'some'"),
+        (["--family", "hermite_3_g24"], "64 channels, which cannot be divided into 24 groups: use groups=16 or 32"),
         (["--no-tails"], "needs calibration data or a domain"),
         (["--domain", "2", "1"], "domain"),
         (["--distill", "5"], "--distill 5 requires --calibration-data"),

@@ -147,6 +147,12 @@ def test_non_finite_values_of_one_group_are_reported(bad):
         histogram.check("h.3.mlp.act")
 
 
+@pytest.mark.parametrize("groups", [0, -2, 2.0, 2**20 + 1])
+def test_groups_that_cannot_be(groups):
+    with pytest.raises(WidthError, match="from 1 to 1048576"):
+        Histogram(groups)
+
+
 def test_a_width_that_is_no_multiple():
     histogram = Histogram(5)
     for method in (histogram.update, lambda x: histogram.weigh(x, x)):

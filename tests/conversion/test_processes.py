@@ -41,16 +41,18 @@ for case, options in {"density": {"weights": "density"}, "fisher": {}, "distille
 
 from hf_ortho.conversion import Histogram
 found = {}
-for case in ("both", "second"):
-    x = torch.linspace(-3, 3, 100) + rank
-    histogram = Histogram()
-    if rank or case == "both":
+for case, groups in {"both": 1, "second": 1, "groups": 4, "groups of the second": 4}.items():
+    x = torch.linspace(-3, 3, 100).view(5, 20) + rank
+    histogram = Histogram(groups)
+    if rank or "second" not in case:
         histogram.update(x)
         histogram.weigh(x, x / 10)
     histogram.reduce(torch.device("cpu"))
     found[f"{case}.counts"] = torch.from_numpy(histogram.counts)
     found[f"{case}.importance"] = torch.from_numpy(histogram.importance)
     found[f"{case}.extremes"] = torch.tensor([histogram.minimum, histogram.maximum])
+    members = [histogram.group(i) for i in range(groups)]
+    found[f"{case}.members"] = torch.tensor([(v.minimum, v.maximum, v.counts.sum()) for v in members])
 save_file(found, f"{sys.argv[2]}/{rank}.histogram.safetensors")
 
 model = build_gpt2(scale=20)
@@ -107,17 +109,20 @@ def test_the_fit_is_that_of_all_batches(ranks, weights, gpt2, ids):
             assert (other(x) - module(x)).abs().max() < {"density": 2e-3, "fisher": 2e-2}[weights]
 
 
-@pytest.mark.parametrize("case", ["both", "second"])
+@pytest.mark.parametrize("case", ["both", "second", "groups", "groups of the second"])
 def test_histograms_of_all_processes_are_summed(ranks, case):
     found, _ = ranks["histogram"]
     x = torch.linspace(-3, 3, 100)
-    x = torch.cat([x, x + 1]) if case == "both" else x + 1
+    x = x + 1 if "second" in case else torch.cat([x, x + 1])
     edges = np.linspace(-np.arcsinh(2.0**16), np.arcsinh(2.0**16), 1025)
     g = torch.cat([part / 10 for part in x.split(100)]).double().numpy()
     importance, _ = np.histogram(np.arcsinh(x.double().numpy()), edges, weights=g**2)
     assert found[f"{case}.counts"].sum() == len(x)
     np.testing.assert_allclose(found[f"{case}.importance"].numpy(), importance, rtol=1e-5, atol=1e-12)
     assert found[f"{case}.extremes"].tolist() == [x.min().item(), x.max().item()]
+    members = x.view(-1, 20).tensor_split(4 if "groups" in case else 1, dim=1)
+    expected = [[v.min().item(), v.max().item(), v.numel()] for v in members]
+    np.testing.assert_allclose(found[f"{case}.members"], expected, rtol=1e-6)
 
 
 def test_all_processes_use_densities_if_one_has_no_backward_pass(ranks):

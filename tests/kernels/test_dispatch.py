@@ -19,8 +19,12 @@ def names(has=lambda cls: True):
     return [f"{family}_{degree}" for family, cls in FAMILIES.items() if has(cls) for degree in (3, 9)]
 
 
-with_cpu_series = pytest.mark.parametrize("module", names(lambda cls: cls.cpu_series), indirect=True)
-with_compiled = pytest.mark.parametrize("module", names(lambda cls: cls.compiled), indirect=True)
+def and_groups(found):
+    return [*found, *(f"{name}_g2" for name in found)]
+
+
+with_cpu_series = pytest.mark.parametrize("module", and_groups(names(lambda cls: cls.cpu_series)), indirect=True)
+with_compiled = pytest.mark.parametrize("module", and_groups(names(lambda cls: cls.compiled)), indirect=True)
 TAILS = (-1.5, 1.8)
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own imports, and its tracer
 

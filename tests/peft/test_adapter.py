@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, Ll
 import hf_ortho
 from hf_ortho.activations import FAMILIES, build
 from hf_ortho.checkpoints.activations import load_activations
-from hf_ortho.errors import ActivationNameError, AdapterError, CalibrationError, CheckpointError, SiteError
+from hf_ortho.errors import (
+    ActivationNameError,
+    AdapterError,
+    CalibrationError,
+    CheckpointError,
+    SiteError,
+    WidthError,
+)
 from hf_ortho.peft import OrthoConfig, OrthoLayer, calibrate
 from hf_ortho.training.optimizer import activations_by_path
 
@@ -366,6 +373,14 @@ def test_other_targets_are_refused_and_the_model_is_untouched(options, message, 
     before = logits(base)
     with pytest.raises(SiteError, match=message):
         get_peft_model(base, OrthoConfig(activation="hermite_3", **options))
+    assert not any(isinstance(module, OrthoLayer) for module in base.modules())
+    assert torch.equal(logits(base), before)
+
+
+def test_groups_that_do_not_divide_the_width_are_refused(base, logits):
+    before = logits(base)
+    with pytest.raises(WidthError, match=r"^transformer\.h\.0\.mlp\.act has 64 channels.* 24 groups"):
+        get_peft_model(base, OrthoConfig(activation="hermite_3_g24"))
     assert not any(isinstance(module, OrthoLayer) for module in base.modules())
     assert torch.equal(logits(base), before)
 

@@ -1,12 +1,13 @@
 import json
 import math
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_ortho.activations import FAMILIES, LearnableActivation, build
-from hf_ortho.errors import CheckpointError, ConfigError, HfOrthoError
+from hf_ortho.errors import CheckpointError, ConfigError, HfOrthoError, WidthError
 from hf_ortho.tasks.tokenizer import bpe_tokenizer, byte_tokenizer
 from hf_ortho.training import DataArguments, ModelArguments
 from hf_ortho.training.scratch import scratch_checkpoint
@@ -165,6 +166,11 @@ def test_a_padded_vocabulary_is_not_generated(text_file, tmp_path):
         ({"config_overrides": {"n_layers": 2}}, ConfigError, "no 'n_layers'; did you mean n_layer"),
         ({"activation": "hermit_3"}, HfOrthoError, "unknown activation 'hermit_3'"),
         ({"activation": "hermite_3", "activation_init": "best"}, ConfigError, "'best': must be one of paper, unit"),
+        *(
+            ({"activation_init": init, "activation": "hermite_3_g24"}, WidthError, "64 channels.*groups=16 or 32")
+            for init in ("paper", "unit", "gelu")
+        ),
+        ({"config_overrides": SIZES | {"activation_function": "hermite_3_g24"}}, WidthError, "64 channels.* 24 groups"),
         ({"tokenizer": None}, ConfigError, "tokenizer is missing"),
         ({"tokenizer": "bpe", "vocab_size": 256}, ConfigError, "vocab_size 256"),
         ({"tokenizer": "/no/such"}, CheckpointError, "/no/such"),
@@ -201,6 +207,14 @@ def test_pretrain(hf_ortho_command, text_file, tmp_path, activation, init):
     assert "trained from scratch" in card
     assert "converted from" not in card
     assert ("import hf_ortho" in card) == (activation != "gelu")
+
+
+def test_groups_that_do_not_divide_the_width(hf_ortho_command, text_file, tmp_path):
+    flags = ["--model_type", "gpt2", "--config_overrides", json.dumps(SIZES), "--tokenizer", "bytes", "--use_cpu"]
+    flags += ["--dataset", text_file, "--output_dir", tmp_path / "out", "--activation", "hermite_3_g24"]
+    ran = hf_ortho_command("pretrain", *flags, "--max_steps", 3)
+    assert re.fullmatch(r"transformer\.h\.0\.mlp\.act has 64 channels.* 24 groups: use groups=16 or 32", ran.error)
+    assert not (tmp_path / "out").exists()
 
 
 def test_init_must_be_known(hf_ortho_command, text_file, tmp_path):

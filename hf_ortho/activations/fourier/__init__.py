@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...fitting.least_squares import Target, balance, variable_projection, width_bounds
 from ..base import LearnableActivation
 from . import compiled
+from .cpu import make_cosine_series
 from .taylor import make_fourier_series
 
 MIN_FREQUENCY, MAX_FREQUENCY = 0.1, 60.0
@@ -43,7 +44,7 @@ class Fourier(LearnableActivation):
     family = "fourier"
     equation = "S(x) = a_0 + sum_{k=1..n} a_k cos(w_k x - p_k) / k!"
     default_degree = 6
-    cpu_series = staticmethod(make_fourier_series)
+    cpu_series, cpu_rows = staticmethod(make_fourier_series), staticmethod(make_cosine_series)
     compiled = compiled.Fourier
     triton = "hf_ortho.activations.fourier.triton:KERNELS"
     offset: nn.Parameter

@@ -32,7 +32,7 @@ class Fourier:
             amplitudes.append(a / math.factorial(k))
             slope = slope - amplitudes[-1] * w * sine
             terms += [g * cosine / math.factorial(k), moment * sine, g * sine]
-        sums, amplitude = totals(terms), torch.stack(amplitudes)
+        sums, amplitude = totals(terms, offset[0]), torch.stack(amplitudes)
         return g * slope, sums[:1], sums[1::3], -amplitude * sums[2::3], amplitude * sums[3::3]
 
 

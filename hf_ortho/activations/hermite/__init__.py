@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from ...fitting.polynomial import fit_polynomial
 from ..polynomial import PolynomialActivation, fractions_of
 from . import compiled
-from .cpu import HORNER_MAX_DEGREE, MONOMIALS, make_hermite_series
+from .cpu import HORNER_MAX_DEGREE, make_hermite_series, to_monomials
 
 ROUNDING = 2.0**-25, 2e-6  # of float32: the relative error, and an absolute error that is always acceptable
-
-
-def to_monomials(coefficients: Tensor) -> Tensor:
-    """The coefficients of x^j from those of He_k/k! in the first dimension, up to degree 8."""
-    table = torch.tensor(MONOMIALS[len(coefficients) - 1], dtype=coefficients.dtype, device=coefficients.device)
-    # not a matmul, which autocast would run in low precision
-    return (table.view(*table.shape, *[1] * (coefficients.ndim - 1)) * coefficients).sum(1)
 
 
 def hermite_sum(x: Tensor, coefficients: Tensor) -> Tensor:
@@ -62,7 +55,7 @@ class Hermite(PolynomialActivation):
     family = "hermite"
     equation = "S(x) = sum_{k=0..n} c_k He_k(x) / k!,    S'(x) = sum_{k=1..n} c_k He_{k-1}(x) / (k-1)!"
     default_degree = 8
-    cpu_series = staticmethod(make_hermite_series)
+    cpu_series = cpu_rows = staticmethod(make_hermite_series)
     compiled = compiled.Hermite
     triton = "hf_ortho.activations.hermite.triton:KERNELS"
     coefficients: nn.Parameter

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.sums import totals
-from .cpu import HORNER_MAX_DEGREE, MONOMIALS
+from .cpu import HORNER_MAX_DEGREE, from_powers, to_monomials
 
 
 class Hermite:
@@ -16,13 +16,12 @@ class Hermite:
     def gradients(x: Tensor, g: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         degree = len(coefficients) - 1
         horner = degree <= HORNER_MAX_DEGREE
-        table = torch.tensor(MONOMIALS[degree], dtype=x.dtype, device=x.device) if horner else None
-        c = coefficients if table is None else (table * coefficients).sum(1)  # not a matmul, which autocast rounds
+        c = to_monomials(coefficients) if horner else coefficients
         gx, before, now = torch.zeros_like(g), torch.zeros_like(g), g
         terms = [g]
         for k in range(degree):
             gx = gx + c[k + 1] * (k + 1 if horner else 1) * now
             before, now = now, now * x if horner else (x * now - before) / (k + 1)
             terms.append(now)
-        gradient = totals(terms)
-        return gx, gradient if table is None else (table.T * gradient).sum(1)
+        gradient = totals(terms, coefficients[0])
+        return gx, from_powers(gradient) if horner else gradient

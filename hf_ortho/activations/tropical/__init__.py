@@ -78,7 +78,7 @@ class Tropical(LearnableActivation):
     equation = "S(x) = (sqrt(2)/n) max_{k=0..n} (k x + a_k)"
     default_degree = 6
     default_derivative_weight = 0.0  # steps cannot follow a slope: it only moves the knots
-    cpu_series = TropicalSeries
+    cpu_series = cpu_rows = TropicalSeries
     compiled = compiled.Tropical
     triton = "hf_ortho.activations.tropical.triton:TROPICAL"
     coefficients: nn.Parameter
@@ -150,7 +150,7 @@ class TropicalRational(LearnableActivation):
     equation = "S(x) = max_k (p_k x + a_k) - max_k (q_k x + b_k)"
     default_degree = 6
     default_derivative_weight = 0.0  # steps cannot follow a slope: it only moves the knots
-    cpu_series = TropicalRationalSeries
+    cpu_series = cpu_rows = TropicalRationalSeries
     compiled = compiled.TropicalRational
     triton = "hf_ortho.activations.tropical.triton:RATIONAL"
     numerator_slopes: nn.Parameter
@@ -193,11 +193,12 @@ class TropicalRational(LearnableActivation):
 
         The tails are exact lines, so ``domain`` stays infinite unless one is requested.
         """
-        balanced = balance(self._solve, target, ROUNDS, near)
+
+        def solve(target: Target, start):
+            knots, values = fit_knots(target, self.degree, None if start is None else start[0], search=near is None)
+            return (knots, values), interpolate(target.nodes.x, knots, values, target.source.slopes) - target.g
+
+        balanced = balance(solve, target, ROUNDS, near)
         knots, values = balanced.solution
         domain = np.array([-math.inf, math.inf] if target.domain is None else target.domain)
         return lines_through(knots, values, target.source.slopes, self.degree) | {"domain": domain}, "", balanced
-
-    def _solve(self, target: Target, start: tuple[np.ndarray, np.ndarray] | None):
-        knots, values = fit_knots(target, self.degree, None if start is None else start[0])
-        return (knots, values), interpolate(target.nodes.x, knots, values, target.source.slopes) - target.g

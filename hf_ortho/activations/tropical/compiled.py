@@ -17,7 +17,7 @@ class Tropical:
         lines = len(coefficients)
         scale = line_scale(lines - 1)
         index = _winner(x, [scale * k for k in range(lines)], scale * coefficients)[0]
-        return scale * index * g, scale * _per_line(index, g, lines)
+        return scale * index * g, scale * _per_line(index, g, coefficients)
 
 
 class TropicalRational:
@@ -26,9 +26,9 @@ class TropicalRational:
     @staticmethod
     def gradients(x: Tensor, g: Tensor, p: Tensor, a: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         (above, p_above), (below, q_below) = _winner(x, p, a), _winner(x, q, b)
-        lines, moment = len(p), g * x
-        top = _per_line(above, moment, lines), _per_line(above, g, lines)
-        return (p_above - q_below) * g, *top, -_per_line(below, moment, lines), -_per_line(below, g, lines)
+        moment = g * x
+        top = _per_line(above, moment, a), _per_line(above, g, a)
+        return (p_above - q_below) * g, *top, -_per_line(below, moment, b), -_per_line(below, g, b)
 
 
 def _winner(x: Tensor, slopes, intercepts: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,5 +43,5 @@ def _winner(x: Tensor, slopes, intercepts: Tensor) -> tuple[Tensor, Tensor]:
     return index, slope
 
 
-def _per_line(index: Tensor, values: Tensor, lines: int) -> Tensor:
-    return totals([torch.where(index == k, values, 0.0) for k in range(lines)])
+def _per_line(index: Tensor, values: Tensor, intercepts: Tensor) -> Tensor:
+    return totals([torch.where(index == k, values, 0.0) for k in range(len(intercepts))], intercepts[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.cpu import above, rounded
+from ...kernels.cpu import above, add_scaled, factors, tensors, total
 
 
 def line_scale(degree: int) -> float:
@@ -53,9 +55,9 @@ class Maximum:
         else:
             self.hull = [(k, -math.inf) for k in range(self.count)]  # NaN must reach the output
         self.slopes = [slopes[k] for k, _ in self.hull]
-        self.rises = rounded([b - a for a, b in itertools.pairwise([0.0, *self.slopes])], dtype)
-        *self.floors, last = rounded([intercepts[k] for k, _ in self.hull], dtype)
-        self.intercepts = torch.tensor([*self.floors, last], dtype=dtype, device=device).unbind()
+        self.rises = factors([b - a for a, b in itertools.pairwise([0.0, *self.slopes])], dtype, device)
+        *self.floors, last = factors([intercepts[k] for k, _ in self.hull], dtype, device)
+        self.intercepts = tensors([*self.floors, last], dtype, device)
         self.last = self.intercepts[-1]
         self.short = len(self.hull) <= 2
 
@@ -66,9 +68,9 @@ class Maximum:
 
     def lines(self, x: Tensor, out, row) -> Tensor:
         """Line by line. Each line is rounded once, so a maximum with x itself, as in ReLU, is exact."""
-        y = torch.add(self.intercepts[0], x, alpha=self.slopes[0], out=out)
+        y = add_scaled(self.intercepts[0], x, self.slopes[0], out)
         for slope, intercept in zip(self.slopes[1:], self.intercepts[1:], strict=True):
-            torch.maximum(y, torch.add(intercept, x, alpha=slope, out=row), out=y)  # propagates NaN
+            torch.maximum(y, add_scaled(intercept, x, slope, row), out=y)  # propagates NaN
         return y
 
     def horner(self, x: Tensor, out, least_slope: float | None) -> Tensor:
@@ -85,9 +87,7 @@ class Maximum:
         y.clamp_(min=self.floors[0])
         return y.add_(x, alpha=first) if first else y
 
-    def add_gradient(
-        self, x: Tensor, g: Tensor, out, scratch, reduce: bool, moments: bool, sign: float = 1.0
-    ) -> list[float]:
+    def add_gradient(self, x: Tensor, g: Tensor, out, scratch, reduce: bool, moments: bool, sign: float = 1.0) -> list:
         """Add sign g f'(x) to ``out``. Returns, per line of the envelope, the sum of g to the right of its start,
         followed by the sum of g x if ``moments``."""
         if not self.defined and out is not None:
@@ -95,43 +95,95 @@ class Maximum:
         sums, right = [], g
         for i, (rise, (_, start)) in enumerate(zip(self.rises, self.hull, strict=True)):
             if i > 0:
-                right = above(right, x, start, grad_input=scratch[0])
-            if out is not None and rise:
-                out.add_(right, alpha=sign * rise)
+                right = self.beyond(right, x, start, scratch)
+            if out is not None and (isinstance(rise, Tensor) or rise):
+                add_scaled(out, right, sign * rise, out)
             if reduce:
-                sums.append(right.sum().item())
+                sums.append(total(right))
             if reduce and moments:
-                sums.append(torch.mul(right, x, out=scratch[1]).sum().item())
+                sums.append(total(torch.mul(right, x, out=scratch[1])))
         return sums
 
-    def per_line(self, sums: list[float]) -> list[float]:
+    def beyond(self, g: Tensor, x: Tensor, start, scratch) -> Tensor:
+        """g where x > start, else 0."""
+        return above(g, x, start, grad_input=scratch[0])
+
+    @np.errstate(invalid="ignore")  # a sum may have overflowed
+    def per_line(self, sums: list) -> list:
         """The sum over the interval of each line, from the sums to the right of each start; 0 off the envelope."""
-        total = [0.0] * self.count
+        of_line = [0.0] * self.count
         for (k, _), here, after in zip(self.hull, sums, [*sums[1:], 0.0], strict=True):
-            total[k] = here - after
-        return total
+            of_line[k] = here - after
+        return of_line
+
+
+class MaximumPerChannel(Maximum):
+    """The same with arrays of shape (lines, C): each channel has its own upper envelope."""
+
+    # In every channel the lines in order of slope are the same list, in which a line off the envelope repeats the one
+    # before it: it adds no slope, and between its start and that of the one before lies nothing.
+
+    def __init__(self, slopes, intercepts, dtype: torch.dtype, device: torch.device):
+        intercepts = np.array(intercepts, float)
+        slopes = (np.zeros_like(intercepts).T + np.transpose(slopes)).T
+        self.order = np.lexsort((-intercepts, slopes), axis=0)
+        s, a = (np.take_along_axis(v, self.order, 0) for v in (slopes, intercepts))
+        start, end = np.full_like(s, -np.inf), np.full_like(s, np.inf)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            for j in range(len(s) - 1):
+                meet = (a[j] - a[j + 1 :]) / (s[j + 1 :] - s[j])
+                meet[np.isnan(meet)] = np.inf  # lines that coincide
+                np.maximum(start[j + 1 :], meet, out=start[j + 1 :])
+                end[j] = meet.min(0)
+        seen = start < end
+        undefined = ~(np.isfinite(s) & (a < np.inf) | (a == -np.inf)).all(0) | (a == -np.inf).all(0)
+        s[:, undefined] = np.nan
+        before = np.maximum.accumulate(np.where(seen, np.arange(len(s))[:, None], -1))
+        index = np.where(before < 0, seen.argmax(0), before)
+        index = index[[i for i in range(len(s)) if i == 0 or (index[i] != index[i - 1]).any()]]
+        s, a, start, self.order = (np.take_along_axis(v, index, 0) for v in (s, a, start, self.order))
+        self.count, self.defined, self.short = len(slopes), True, True
+        self.slopes, self.intercepts = factors(s, dtype, device), tensors(a, dtype, device)
+        self.rises = factors(np.diff(s, axis=0, prepend=0.0), dtype, device)
+        starts: Any = tensors(start, dtype, device)
+        self.hull = list(enumerate(starts))
+
+    def beyond(self, g: Tensor, x: Tensor, start: Tensor, scratch) -> Tensor:
+        return torch.mul(g, torch.gt(x, start, out=scratch[1]), out=scratch[0])
+
+    @np.errstate(invalid="ignore")  # a sum may have overflowed
+    def per_line(self, sums: list) -> list:
+        here, of_line = np.array(sums), np.zeros((self.count, self.order.shape[1]))
+        within = here - np.append(here[1:], np.zeros_like(here[:1]), 0)
+        np.add.at(of_line, (self.order, np.arange(self.order.shape[1])), within)
+        return list(of_line)
+
+
+def maximum(slopes, intercepts, dtype: torch.dtype, device: torch.device) -> Maximum:
+    """max_k (slopes_k x + intercepts_k), of numbers or of rows of channels."""
+    return (Maximum if np.ndim(intercepts) == 1 else MaximumPerChannel)(slopes, intercepts, dtype, device)
 
 
 class TropicalSeries:
     """S(x) = (sqrt(2)/n) max_k (k x + a_k)."""
 
-    scratch_rows = 1
+    scratch_rows = 2
 
     def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device, large: bool):
         (a,) = parameters
         self.scale = line_scale(len(a) - 1)
         slopes = [self.scale * k for k in range(len(a))]
-        self.maximum = Maximum(slopes, [self.scale * v for v in a], dtype, device)
+        self.maximum = maximum(slopes, [self.scale * v for v in a], dtype, device)
 
     def value(self, x: Tensor, out, scratch) -> Tensor:
         return self.maximum.value(x, out, scratch[0])
 
-    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list:
         if out is not None:
             out.zero_()
         return self.maximum.add_gradient(x, g, out, scratch, reduce, moments=False)
 
-    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list) -> list:
         return [[self.scale * v for v in self.maximum.per_line(sums)]]
 
 
@@ -142,7 +194,7 @@ class TropicalRationalSeries:
 
     def __init__(self, parameters, domain, dtype: torch.dtype, device: torch.device, large: bool):
         p, a, q, b = parameters
-        self.top, self.bottom = Maximum(p, a, dtype, device), Maximum(q, b, dtype, device)
+        self.top, self.bottom = maximum(p, a, dtype, device), maximum(q, b, dtype, device)
         self.least_slope = self.top.rises[0] - self.bottom.rises[0]
 
     def value(self, x: Tensor, out, scratch) -> Tensor:
@@ -150,13 +202,13 @@ class TropicalRationalSeries:
         y = self.top.value(x, out, scratch[0], None if exact else self.least_slope)
         return y.sub_(self.bottom.value(x, scratch[0], scratch[1], None if exact else 0.0))
 
-    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list[float]:
+    def backward_chunk(self, x: Tensor, g: Tensor, out, scratch, reduce: bool) -> list:
         if out is not None:
             out.zero_()
         sums = self.top.add_gradient(x, g, out, scratch, reduce, moments=True)
         return sums + self.bottom.add_gradient(x, g, out, scratch, reduce, moments=True, sign=-1.0)
 
-    def parameter_gradients(self, sums: list[float]) -> list[list[float]]:
+    def parameter_gradients(self, sums: list) -> list:
         cut = 2 * len(self.top.hull)
         top, bottom = sums[:cut], [-v for v in sums[cut:]]
         return [
