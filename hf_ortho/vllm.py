@@ -155,8 +155,13 @@ def _extend_class(model_class: Any) -> None:
         if names and not activations:
             raise _refusal(self, f"does not use {names[0]}")
         parallel = getattr(kwargs.get("vllm_config"), "parallel_config", None)
-        _check_groups(activations, getattr(parallel, "tensor_parallel_size", 1))
+        processes = getattr(parallel, "tensor_parallel_size", 1)
         for activation in activations:
+            if processes > 1 and activation.groups > 1:  # each process would split its part of the channels into all
+                raise CheckpointError(
+                    f"{activation.name} has groups of channels, which --tensor-parallel-size {processes} would split: "
+                    "serve it with --tensor-parallel-size 1, several copies with --data-parallel-size"
+                )
             activation.float()  # the Transformers backend makes all parameters of the model's dtype
 
     @functools.wraps(load)
@@ -176,15 +181,6 @@ def _extend_class(model_class: Any) -> None:
         return loaded
 
     model_class.__init__, model_class.load_weights = __init__, load_weights
-
-
-def _check_groups(activations: list[LearnableActivation], processes: int) -> None:
-    """Each process sees a part of the channels, and would split it into all groups."""
-    if name := next((activation.name for activation in activations if processes > 1 and activation.groups > 1), ""):
-        raise CheckpointError(
-            f"{name} has groups of channels, which --tensor-parallel-size {processes} would split: serve it with "
-            "--tensor-parallel-size 1, several copies with --data-parallel-size"
-        )
 
 
 def _refusal(model: nn.Module, reason: str) -> CheckpointError:

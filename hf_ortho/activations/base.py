@@ -22,7 +22,7 @@ from ..fitting.report import FitReport
 from ..kernels import cpu, dispatch, formula
 from ..kernels.groups import broadcasting, joined
 from ..partitioned import gathered, is_partitioned
-from .fit import Function, fit, measure
+from .fit import Function, fit, report_of, targets_of
 from .registry import MAX_DEGREE, MAX_GROUPS
 
 logger = logging.get_logger("hf_ortho")
@@ -91,12 +91,11 @@ class LearnableActivation(nn.Module):
     def __init__(self, degree: int | None = None, *, init: str = "paper", groups: int = 1):
         super().__init__()
         degree = self.default_degree if degree is None else degree
-        if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= MAX_DEGREE:
-            raise ActivationNameError(f"degree {degree!r} of {self.family}: must be an integer from 1 to {MAX_DEGREE}")
+        for name, value, most in (("degree", degree, MAX_DEGREE), ("groups", groups, MAX_GROUPS)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ActivationNameError(f"{name} {value!r} of {self.family}: must be an integer from 1 to {most}")
         if init not in INITIALIZATIONS:
             raise ActivationNameError(f"init {init!r} of {self.family}: must be one of {', '.join(INITIALIZATIONS)}")
-        if isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= MAX_GROUPS:
-            raise ActivationNameError(f"groups {groups!r} of {self.family}: must be an integer from 1 to {MAX_GROUPS}")
         self.degree = degree
         self.init = init
         self.groups = groups
@@ -187,24 +186,19 @@ class LearnableActivation(nn.Module):
         if self.groups == 1:
             return [self]
         self.check_present()
-        found = []
-        for i in range(self.groups):
-            member = type(self)(self.degree, init=self.init)
-            for name, value in zip(self._names, self._tensors(), strict=True):
-                row = value if name == "tail_slopes" else value[i]
+        found = [type(self)(self.degree, init=self.init) for _ in range(self.groups)]
+        for name, value in zip(self._names, self._tensors(), strict=True):
+            rows = value.expand(self.groups, 2) if name == "tail_slopes" else value
+            for member, row in zip(found, rows, strict=True):
                 getattr(member, name).data = row.detach().clone()
-            found.append(member)
         return found
 
     @torch.no_grad()
     def set_members(self, members: Sequence[LearnableActivation]) -> None:
-        """Copy the tensors of one activation without groups per group; a single one sets all groups."""
-        if len(members) not in (1, self.groups):
-            raise ValueError(f"{self.name} has {self.groups} groups, got {len(members)} activations")
+        """The inverse of ``members``."""
         for name, stored in zip(self._names, self._tensors(), strict=True):
-            rows = [dict(zip(m._names, m._tensors(), strict=True))[name] for m in members]
-            value = rows[0] if len(members) == 1 or name == "tail_slopes" else torch.stack(rows)
-            stored.copy_(value)
+            rows = [getattr(member, name) for member in members]
+            stored.copy_(rows[0] if self.groups == 1 or name == "tail_slopes" else torch.stack(rows))
         self._initialized = True
 
     def check_present(self) -> None:
@@ -268,7 +262,8 @@ class LearnableActivation(nn.Module):
             >>> report.sup_error < 0.01
             True
         """
-        return fit(self, fn, histogram, FitOptions(derivative_weight, domain, tails), name)
+        weight = self.default_derivative_weight if derivative_weight is None else derivative_weight
+        return fit(self, *targets_of(self, fn, histogram, FitOptions(weight, domain, tails), name))
 
     def measure(
         self,
@@ -283,7 +278,7 @@ class LearnableActivation(nn.Module):
         Raises:
             FitError: ``fn`` is unknown, or has no straight asymptotes.
         """
-        return measure(self, fn, histogram, domain, name)
+        return report_of(self, targets_of(self, fn, histogram, FitOptions(domain=domain), name, domain)[1])
 
     @torch.no_grad()
     def evaluate(self, fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
@@ -304,17 +299,12 @@ class LearnableActivation(nn.Module):
         return torch.promote_types(x.dtype, torch.float32)
 
     def extra_repr(self) -> str:
+        shape = f"degree={self.degree}" + (f", groups={self.groups}" if self.groups > 1 else "")
         if self.domain.is_meta or is_partitioned(self.domain):
-            return f"degree={self.degree}" + (f", groups={self.groups}" if self.groups > 1 else "")
-        s_lo, s_hi = self.tail_slopes.tolist()
-        if self.groups > 1:
-            lo, hi = self.domain.amin(0)[0].item(), self.domain.amax(0)[1].item()
-            return (
-                f"degree={self.degree}, groups={self.groups}, domains within [{lo:.4g}, {hi:.4g}], "
-                f"tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
-            )
-        lo, hi = self.domain.tolist()
-        return f"degree={self.degree}, domain=[{lo:.4g}, {hi:.4g}], tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
+            return shape
+        (lo, hi), (s_lo, s_hi) = self.domain.unbind(-1), self.tail_slopes.tolist()
+        domain = "domain=" if self.groups == 1 else "domains within "
+        return f"{shape}, {domain}[{lo.min():.4g}, {hi.max():.4g}], tail_slopes=[{s_lo:.4g}, {s_hi:.4g}]"
 
     # ---- initialization, also through from_pretrained --------------------------------------------------------------
 

@@ -115,8 +115,7 @@ class PolynomialActivation(LearnableActivation):
         self.check_present()
         if self.groups > 1:
             raise PolynomialError(
-                f"{self.name} is {self.groups} polynomials, one per group of channels: call to_polynomial of each of "
-                "its members()"
+                f"{self.name} is {self.groups} polynomials: call to_polynomial of each of its members()"
             )
         module_domain = self.domain.tolist()
         lo, hi = map(float, module_domain if domain is None else domain)

@@ -89,30 +89,26 @@ def parse(name: str) -> ParsedName:
     """
     if name in FAMILIES:
         return ParsedName(FAMILIES[name], FAMILIES[name].default_degree, 1)
-    plain, marked, number = str(name).rpartition("_g")
-    if marked and number[:1].isdecimal():
-        if not re.fullmatch("[1-9][0-9]{0,4}", number) or not 2 <= int(number) <= MAX_GROUPS:
-            raise ActivationNameError(
-                f"groups {number!r:.80} of {plain:.80}: must be an integer from 2 to {MAX_GROUPS}"
-            )
-        if plain in FAMILIES:
-            raise ActivationNameError(
-                f"{name!r:.80} lacks a degree: names with groups are FAMILY_DEGREE_gN, for example "
-                f"{plain}_{FAMILIES[plain].default_degree}_g{number}"
-            )
-        return parse(plain)._replace(groups=int(number))
-    family, _, degree = str(name).rpartition("_")
+    plain, _, groups = str(name).rpartition("_g")
+    if not groups[:1].isdecimal():
+        plain, groups = str(name), ""
+    family, _, degree = (plain, "", "") if plain in FAMILIES else plain.rpartition("_")
     if family not in FAMILIES:
-        closest = difflib.get_close_matches(family or str(name), FAMILIES, n=1)
-        meant = f"{closest[0]}_{degree}" if closest and family and degree.isdecimal() else "".join(closest)
-        hint = f"; did you mean {meant}?" if closest else ""
+        closest = difflib.get_close_matches(family or plain, FAMILIES, n=1)
+        rest = str(name).removeprefix(family) if family and degree.isdecimal() else ""
+        hint = f"; did you mean {closest[0]}{rest}?" if closest else ""
         raise ActivationNameError(
             f"unknown activation {name!r:.80}: names are FAMILY_DEGREE with FAMILY one of {', '.join(FAMILIES)} and "
             f"DEGREE from 1 to {MAX_DEGREE}, for example hermite_8, or FAMILY_DEGREE_gN with N groups of channels{hint}"
         )
     if not re.fullmatch("[1-9][0-9]?", degree) or int(degree) > MAX_DEGREE:
-        raise ActivationNameError(f"degree {degree!r:.80} of {family}: must be an integer from 1 to {MAX_DEGREE}")
-    return ParsedName(FAMILIES[family], int(degree), 1)
+        example = f"{family}_3" + (f"_g{groups:.20}" if groups else "")
+        raise ActivationNameError(
+            f"degree {degree!r:.80} of {family}: must be an integer from 1 to {MAX_DEGREE}, as in {example}"
+        )
+    if groups and not (re.fullmatch("[1-9][0-9]{0,4}", groups) and 2 <= int(groups) <= MAX_GROUPS):
+        raise ActivationNameError(f"groups {groups!r:.80} of {plain}: must be an integer from 2 to {MAX_GROUPS}")
+    return ParsedName(FAMILIES[family], int(degree), int(groups or 1))
 
 
 def is_learnable(name: str) -> bool:
@@ -147,24 +143,18 @@ def named(family: str, degree: str | int | None = None, groups: int | None = Non
         >>> hf_ortho.activations.named("hermite", 4), hf_ortho.activations.named("hermite", 3, groups=16)
         ('hermite_4', 'hermite_3_g16')
     """
-    if groups is not None and not 1 <= groups <= MAX_GROUPS:
-        raise ActivationNameError(f"groups {groups!r} of {family}: must be an integer from 1 to {MAX_GROUPS}")
-    if family in FAMILIES and degree is not None:
-        parse(f"{family}_{degree}")  # refuses a degree before the class is imported
-    found = parse(family)
-    for key, article, given, present in (
-        ("degree", "a", degree, family not in FAMILIES),
-        ("groups", "its", groups, found.groups > 1),
-    ):
-        if given is not None and present:
+    if groups is not None and (type(groups) is not int or not 1 <= groups <= MAX_GROUPS):
+        raise ActivationNameError(f"groups {groups!r:.80} of {family}: must be an integer from 1 to {MAX_GROUPS}")
+    bare = family in FAMILIES
+    found = parse(f"{family}_{degree}" if bare and degree is not None else family)
+    if bare and degree is not None and (found.family, str(found.degree)) != (family, str(degree)):
+        raise ActivationNameError(f"degree {degree!r:.80} of {family}: must be an integer from 1 to {MAX_DEGREE}")
+    for key, given, allowed in (("degree", degree, bare), ("groups", groups, found.groups == 1)):
+        if given is not None and not allowed:
             raise ActivationNameError(
-                f"{family!r} already names {article} {key}: give the family {found.family!r} with {key} {given!r}"
+                f"{family!r} already names its {key}: give the family {found.family!r} with {key} {given!r}"
             )
-    name = found.name if degree is None else f"{family}_{degree}"
-    parsed = parse(name if groups in (None, 1) else f"{name}_g{groups}")
-    if (parsed.family, parsed.groups) != (found.family, groups or found.groups):
-        raise ActivationNameError(f"degree {degree!r} of {family}: must be an integer from 1 to {MAX_DEGREE}")
-    return parsed.name
+    return found._replace(groups=groups or found.groups).name
 
 
 def build(name: str, init: str = "paper") -> LearnableActivation:

@@ -11,14 +11,8 @@ from .run import Section
 from .settings import Settings
 from .targets import Outcome
 
-PER_ELEMENT = (
-    "sequence",
-    "image",
-    "libraries",
-    "elements",
-    "degree",
-    "groups",
-)  # standalone activations: memory per element
+# standalone activations: memory per element
+PER_ELEMENT = ("sequence", "image", "libraries", "elements", "degree", "groups")
 MOVED = {"forward": 2, "forward + backward": 5}  # tensors read and written
 MEMORY = ("saved", "kept", "peak")
 TITLES = {

@@ -122,10 +122,8 @@ def fixed_tensors(provenance: Provenance, module: str) -> dict[str, Tensor]:
     The domains of groups of channels are among the adapter's weights instead: text takes more than twice the bytes.
     """
     layer = provenance.layer(module)
-    fixed = {"domain": tensor(layer.domain), "tail_slopes": tensor(layer.tail_slopes)}
-    if parse(str(provenance.activation)).groups > 1:
-        del fixed["domain"]
-    return fixed
+    domain = {} if parse(str(provenance.activation)).groups > 1 else {"domain": tensor(layer.domain)}
+    return domain | {"tail_slopes": tensor(layer.tail_slopes)}
 
 
 def adapter_keys(name: str, revision: str | None) -> dict[str, dict[str, str]]:

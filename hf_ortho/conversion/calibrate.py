@@ -45,12 +45,7 @@ class Calibration:
 
     @classmethod
     def of(
-        cls,
-        model: PreTrainedModel,
-        sites: Iterable[Site],
-        batches: Iterable | None,
-        weights: str,
-        groups: int = 1,
+        cls, model: PreTrainedModel, sites: Iterable[Site], batches: Iterable | None, weights: str, groups: int = 1
     ) -> Calibration:
         """Run ``model`` over ``batches``, except for the second of every four, which is held out; raises as
         ``collect``. Tied modules have one histogram of the inputs of all of them."""

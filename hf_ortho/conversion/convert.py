@@ -107,8 +107,7 @@ def convert(
         'hermite_8'
     """
     start = time.perf_counter()
-    name = activations.named(activation, 1 if degree == "auto" else degree, groups)
-    family = activations.parse(name)
+    family = activations.parse(activations.named(activation, 1 if degree == "auto" else degree, groups))
     options = FitOptions(derivative_weight, domain, tails)
     if not tolerance > 0:
         raise FitError(f"tolerance {tolerance!r}: must be positive")
@@ -187,8 +186,9 @@ def _closer(
     report.layers, report.distillation = _measured_again(report, tails=True), None
     report.notes = [note for note in report.notes if note == calibration.note]
     report.notes += dict.fromkeys(layer.fit.note for _, layer in without_data.values() if layer.fit.note)
+    where = " for all groups" if any(module.groups > 1 for module, _ in without_data.values()) else ""
     report.notes.append(
-        "a fit without the calibration data is closer to the source model, and is used: divergence "
+        f"a fit without the calibration data is closer to the source model, and is used{where}: divergence "
         f"{free:.1e} instead of {with_data:.1e}"
     )
     return measure(model, sources, calibration.batches, held_out=calibration.held_out)[0], True

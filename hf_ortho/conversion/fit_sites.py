@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -37,10 +38,7 @@ def fit_sites(
     """
     fits: Fitted = {}
     for site in sites:
-        fits |= {
-            layer.module: (module, layer)
-            for module, layer in _fits(model, site.modules, site, family, degrees[site.field], histograms, options)
-        }
+        fits |= _fits(model, family, histograms, options, site, site.modules, degrees[site.field])
     return fits
 
 
@@ -60,7 +58,8 @@ def fit_smallest(
     Raises:
         FitError: no degree reaches it, or an activation of the model cannot be fitted.
     """
-    fields = {site.field: _Smallest(model, site, family, histograms, options, tolerance) for site in sites}
+    make = functools.partial(_fits, model, family, histograms, options)
+    fields = {site.field: _Smallest(make, site, family.family, tolerance) for site in sites}
     while (total := sum(field.divergence for field in fields.values())) > tolerance:
         rising = [field for field in fields.values() if field.degree < MAX_DEGREE]
         if not rising:
@@ -78,9 +77,8 @@ def fit_smallest(
 class _Smallest:
     """The smallest degree of one field at which it reaches the tolerance alone."""
 
-    def __init__(self, model, site: Site, family, histograms, options, tolerance: float):
-        self.site, self.tolerance, self.family = site, tolerance, family
-        self.arguments = model, family, histograms, options
+    def __init__(self, make, site: Site, family: str, tolerance: float):
+        self.make, self.site, self.family, self.tolerance = make, site, family, tolerance
         self.degree, self.divergence = 0, math.inf
         self.fits: Fitted = {}
         self.worst, self.least = "", math.inf
@@ -93,29 +91,25 @@ class _Smallest:
                 self.degree = degree
                 return
         raise FitError(
-            f"tolerance {self.tolerance:g}: {self.family.family} up to degree {MAX_DEGREE} has an error of at least "
+            f"tolerance {self.tolerance:g}: {self.family} up to degree {MAX_DEGREE} has an error of at least "
             f"{self.least:.1e} against {self.site.source}, most of it at {self.worst}; raise the tolerance or choose "
             "another family"
         )
 
     def _reaches(self, degree: int) -> bool:
-        model, family, histograms, options = self.arguments
         # The module with the largest error at the previous degree comes first: it will most likely miss again.
         paths = sorted(self.site.modules, key=lambda path: path != self.worst)
         fits: Fitted = {}
         total, most = 0.0, -math.inf
-        counted: set[int] = set()  # tied modules share a histogram
-        for module, layer in _fits(model, paths, self.site, family, degree, histograms, options):
-            fits[layer.module] = module, layer
-            divergence, rms = layer.fit.divergence, layer.fit.rms_error
-            error = rms if divergence is None else divergence
-            if error > most:
-                self.worst, most = layer.module, error
-            if id(histograms.get(layer.module)) not in counted:
-                total += divergence or 0.0
-                counted.add(id(histograms.get(layer.module)))
-            if not (rms if divergence is None else total) <= self.tolerance:
-                self.least = min(self.least, rms if divergence is None else total)
+        tied = dict(self.site.tied)  # they share a histogram with another module
+        for path, (module, layer) in self.make(self.site, paths, degree):
+            fits[path] = module, layer
+            if layer.fit.error > most:
+                self.worst, most = path, layer.fit.error
+            total += 0.0 if path in tied else layer.fit.divergence or 0.0
+            error = layer.fit.rms_error if layer.fit.divergence is None else total
+            if not error <= self.tolerance:
+                self.least = min(self.least, error)
                 return False
         self.fits, self.divergence = {path: fits[path] for path in self.site.modules}, total
         return True
@@ -123,13 +117,13 @@ class _Smallest:
 
 def _fits(
     model: PreTrainedModel,
-    paths: Iterable[str],
-    site: Site,
     family: ParsedName,
-    degree: int,
     histograms: Mapping[str, Histogram],
     options: FitOptions,
-) -> Iterator[tuple[LearnableActivation, LayerReport]]:
+    site: Site,
+    paths: Iterable[str],
+    degree: int,
+) -> Iterator[tuple[str, tuple[LearnableActivation, LayerReport]]]:
     """Fit the modules of ``site`` at ``paths`` one after the other; equal fits are computed once."""
     done: dict[int, tuple[LearnableActivation, FitReport]] = {}  # by the histogram, which tied modules share
     for path in paths:
@@ -148,23 +142,23 @@ def _fits(
             if plain:
                 done[id(histogram)] = new, fit
         agree(new)
-        yield new.to(device_of(model, path)).train(source.training), LayerReport(path, site.field, fit)
-
-
-def check_refit(source: nn.Module, groups: int) -> None:
-    """Raise SiteError if ``source`` has a number of groups that does not divide ``groups``."""
-    if isinstance(source, LearnableActivation) and groups % source.groups:
-        raise SiteError(
-            f"{source.name} has {source.groups} groups of channels, and can only be refitted with a multiple of these, "
-            f"not with {groups}: revert the model first, or use groups={source.groups}"
-        )
+        new = new.to(device_of(model, path)).train(source.training)
+        yield path, (new, LayerReport(path, site.field, fit))
 
 
 def sources_of_groups(source: nn.Module, groups: int) -> list[nn.Module]:
     """The function that each of ``groups`` is fitted to; each function of ``source`` is that of an equal number of
-    consecutive groups. Raises as ``check_refit``."""
-    check_refit(source, groups)
+    consecutive groups.
+
+    Raises:
+        SiteError: ``source`` has a number of groups that does not divide ``groups``.
+    """
     members = source.members() if isinstance(source, LearnableActivation) else [source]
+    if groups % len(members):
+        raise SiteError(
+            f"{source.name} has {len(members)} groups of channels, and can only be refitted with a multiple of these, "
+            f"not with {groups}: revert the model first, or use groups={len(members)}"
+        )
     return [member for member in members for _ in range(groups // len(members))]
 
 

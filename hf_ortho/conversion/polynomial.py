@@ -17,7 +17,7 @@ from ..errors import PolynomialError
 
 
 def polynomials(model: nn.Module) -> dict[str, PolynomialForm | list[PolynomialForm]]:
-    """The polynomial of every activation of ``model``, by module path; with groups of channels, a list of one per group.
+    """The polynomial of every activation of ``model``, by module path; with groups, a list of one per group.
 
     If the domain of a module is infinite, the interval is the ``domain`` of its entry in
     ``model.config.hf_ortho["layers"]``. Outside its domain an activation is a straight line. Other parts of a model,
@@ -70,8 +70,9 @@ def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = F
         It is exact for the stored values of the parameters, without rounding.
 
     Raises:
-        PolynomialError: the stack contains another module, widths do not match each other or the groups of channels of
-            an activation, a parameter is not finite, an activation has tails, or there are C(n_in + degree, degree) > ``max_terms`` monomials.
+        PolynomialError: the stack contains another module, widths do not match each other or the groups of an
+            activation, a parameter is not finite, an activation has tails, or there are C(n_in + degree, degree) >
+            ``max_terms`` monomials.
 
     Example:
         >>> square = hf_ortho.activations.Hermite(2)
@@ -85,9 +86,7 @@ def expand(network: nn.Module, *, max_terms: int = 5_000, ignore_tails: bool = F
     n_in = next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
     if n_in is None:
         raise PolynomialError(f"{type(network).__name__} has no nn.Linear: the number of inputs is unknown")
-    degree = math.prod(
-        max(1, *(len(member) - 1 for member in layer)) for layer in layers if not isinstance(layer, nn.Linear)
-    )
+    degree = math.prod(max(len(layer[0]) - 1, 1) for layer in layers if not isinstance(layer, nn.Linear))
     terms = math.comb(n_in + degree, degree)
     if terms > max_terms:
         raise PolynomialError(

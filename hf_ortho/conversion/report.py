@@ -152,7 +152,7 @@ class ConversionReport:
             relative = fit.rms_error_outside / fit.rms_error if fit.rms_error else math.inf
             mostly_outside = fit.mass_outside * relative * relative > 0.5
             if fit.mass_outside > 1e-3 and mostly_outside and fit.rms_error_outside > 1e-3:
-                where = f"the domain [{lo:.2f}, {hi:.2f}]" if fit.groups == 1 else "the domains of their groups"
+                where = f"the domain [{lo:.2f}, {hi:.2f}]" if fit.worst_group is None else "the domains of their groups"
                 lines.append(
                     f"{layer.module}: {fit.mass_outside:.2%} of {fit.density} lie outside {where}, with an rms error "
                     f"there of {fit.rms_error_outside:.1e}"

@@ -33,19 +33,17 @@ WEIGHTS = {"fisher": "calibrated, Fisher weights", "density": "calibrated, densi
 
 def columns(report: ConversionReport) -> tuple[str, ...]:
     """The columns of a table of fits, besides the divergence."""
-    return COLUMNS if all(layer.fit.groups == 1 for layer in report.layers) else COLUMNS_OF_GROUPS
+    return COLUMNS if all(layer.fit.worst_group is None for layer in report.layers) else COLUMNS_OF_GROUPS
 
 
 def cells(layer: LayerReport) -> list[str]:
     """The cells of ``columns`` for one layer."""
     fit = layer.fit
-    errors = [f"{fit.sup_derivative_error:.1e}", f"{fit.rms_derivative_error:.1e}"]
+    errors = [f"{e:.1e}" for e in (fit.sup_error, fit.rms_error, fit.sup_derivative_error, fit.rms_derivative_error)]
     if fit.worst_group is not None and fit.median_group is not None:
-        errors = [f"{index}: {error:.1e}" for index, error in (fit.worst_group, fit.median_group)]
+        errors[2:] = [f"{index}: {error:.1e}" for index, error in (fit.worst_group, fit.median_group)]
     return [
         "..".join(number(end, ".2f") for end in fit.domain),
-        f"{fit.sup_error:.1e}",
-        f"{fit.rms_error:.1e}",
         *errors,
         f"{fit.mass_outside:.2%}",
         "-"
@@ -60,8 +58,8 @@ def groups_legend(report: ConversionReport) -> str:
         return ""
     error = f"part of the {divergence_name(report)}" if divergence_legend(report) else "rms f"
     return (
-        f"domains: from the least lo to the largest hi of all groups of channels; worst and median group: number, from "
-        f"0, and {error}"
+        "domains: from the least lo to the largest hi of all groups of channels; worst and median group: its number, "
+        f"counted from 0, and its {error}"
     )
 
 
@@ -173,7 +171,7 @@ def _table(
         shown = {f"{first}..{rows[-1][0]} ({len(rows)} layers)": shown[first]}
     elif not verbose and len(rows) > WORST:
         title += f": the {WORST} largest errors of {len(rows)} (--verbose for all)"
-        worst = sorted(rows, key=lambda row: -error_of(layers[row[1]]))[:WORST]
+        worst = sorted(rows, key=lambda row: -layers[row[1]].fit.error)[:WORST]
         shown = {row: shown[row] for row, _ in worst}
     title = textwrap.fill(title, WIDTH)
     table = Table(
@@ -192,11 +190,6 @@ def _table(
     return table
 
 
-def error_of(layer: LayerReport) -> float:
-    """What layers are sorted by: their part of the divergence, or the root mean square error."""
-    return layer.fit.rms_error if layer.fit.divergence is None else layer.fit.divergence
-
-
 def _effect(layer: LayerReport) -> str:
     return "-" if layer.fit.divergence is None else f"{layer.fit.divergence:.1e}"
 
@@ -205,8 +198,9 @@ def summary(report: ConversionReport) -> list[str]:
     """The lines below the tables."""
     weight = f"{DATA_FREE}" if report.weights is None else "the data"
     legend = [divergence_legend(report)]
-    legend += ["f, f': errors of the activation and its derivative, the largest (sup) and root mean square (rms)"]
-    legend += [groups_legend(report)]
+    derivative = columns(report) == COLUMNS
+    of = "f, f': errors of the activation and its derivative" if derivative else "f: errors of the activation"
+    legend += [f"{of}, the largest (sup) and root mean square (rms)", groups_legend(report)]
     legend += [f"outside: beyond the domain, where f is straight; rms and outside are weighted by {weight}"]
     return ["; ".join(filter(None, legend)), *([NOT_CALIBRATED] if report.weights is None else []), *remarks(report)]
 

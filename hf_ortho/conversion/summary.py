@@ -11,9 +11,7 @@ from ..activations.base import SHARED
 from ..checkpoints.activations import StoredActivations
 from ..errors import FitError
 
-OVER_GROUPS = (
-    "with groups of channels, domain: the smallest that contains all of them; E and rms: means; sup: the largest"
-)
+OVER_GROUPS = "with groups of channels, domain: the smallest that contains all; E and rms: means; sup: the largest"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,12 +11,12 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from ..errors import WidthError
-from .fit_sites import check_refit
+from .fit_sites import sources_of_groups
 
 CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm)
 
 
-def check_groups(model: PreTrainedModel, paths: Iterable[str], groups: int) -> None:
+def check_groups(model: PreTrainedModel, paths: Sequence[str], groups: int) -> None:
     """Raise WidthError unless the activations at ``paths`` can have ``groups``, as far as the modules beside them tell;
     SiteError if they have groups that these cannot continue.
 
@@ -24,19 +24,15 @@ def check_groups(model: PreTrainedModel, paths: Iterable[str], groups: int) -> N
         >>> from hf_ortho.conversion.widths import check_groups
         >>> check_groups(model, ["transformer.h.0.mlp.act"], groups=8)
     """
-    paths = list(paths)
     for path in paths:
-        check_refit(model.get_submodule(path), groups)
+        sources_of_groups(model.get_submodule(path), groups)
     widths = {path: width for path in paths if groups > 1 and (width := width_of(model, path))}
-    odd = next((path for path, width in widths.items() if width % groups), None)
-    if odd is not None:
-        common = math.gcd(*widths.values())
-        divisors = [n for n in range(2, common + 1) if common % n == 0]
-        near = [*(n for n in divisors if n < groups)][-1:] + [*(n for n in divisors if n > groups)][:1]
-        raise WidthError(
-            f"{odd} has {widths[odd]} channels, which cannot be divided into {groups} groups: use "
-            + (f"groups={' or '.join(map(str, near))}" if near else "one function for all channels")
-        )
+    for path, width in widths.items():
+        if width % groups:
+            raise WidthError(
+                f"{path} has {width} channels, which cannot be divided into {groups} groups: the number must divide "
+                f"{math.gcd(*widths.values())}"
+            )
 
 
 def width_of(model: PreTrainedModel, path: str) -> int | None:
@@ -49,8 +45,9 @@ def width_of(model: PreTrainedModel, path: str) -> int | None:
     above, _, name = path.rpartition(".")
     parent = model.get_submodule(above)
     beside = list(parent.children())
-    if isinstance(parent, nn.Sequential):
-        beside = beside[: int(name)][::-1] + beside[int(name) + 1 :]
+    if isinstance(parent, nn.Sequential):  # its children() would leave out repeated modules
+        at, beside = list(parent._modules).index(name), list(parent)
+        beside = beside[:at][::-1] + beside[at + 1 :]
     # nn.Linear, its quantized substitutes, and Conv1D of transformers, by the names of their sizes
     outputs = [n for m in beside if isinstance(n := getattr(m, "out_features", getattr(m, "nf", None)), int)]
     inputs = [n for m in beside if isinstance(n := getattr(m, "in_features", getattr(m, "nx", None)), int)]

@@ -46,7 +46,7 @@ def width_bounds(degree: int) -> tuple[tuple[float, float], tuple[float, float]]
     return (least, -lo), (least, hi)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Target:
     """The input of a fit: the source, the nodes, g and g' there, and the options (with a domain if no tails)."""
 

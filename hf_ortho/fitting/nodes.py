@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -21,9 +20,6 @@ GUARD_OF_EFFECT = 2e-4
 LEAST_FACTOR = 0.03  # of a weight in one Lawson step: where the error is near 0, it is mostly rounding
 
 
-_gauss = functools.cache(np.polynomial.legendre.leggauss)
-
-
 def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float = 0.5, order: int = 8):
     """Composite Gauss-Legendre nodes and weights on ``[lo, hi]``, split at ``breaks`` (float64)."""
     inner = sorted(b for b in breaks if lo < b < hi)
@@ -34,7 +30,7 @@ def quadrature(lo: float, hi: float, breaks: tuple[float, ...] = (), step: float
         ]
         + [[hi]]
     )
-    t, w = _gauss(order)
+    t, w = np.polynomial.legendre.leggauss(order)
     half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
     return (middle + half * t).ravel(), (half * w).ravel()
 

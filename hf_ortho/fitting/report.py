@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +29,6 @@ class FittedActivation(Protocol):
     def derivative(self, x: Tensor) -> Tensor: ...
     def evaluate(self, fn: Callable[[Tensor], Tensor], x: Array) -> Array: ...
     def breaks(self) -> tuple[float, ...]: ...
-    def members(self) -> Sequence[FittedActivation]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,6 @@ class FitReport:
         rms_error_outside: root mean square of f - g over that share.
         minimum, maximum: exact extremes of the data, or None.
         note: a caveat, for example that a convex family cannot follow the source; may be empty.
-        groups: number of groups of channels.
         worst_group, median_group: index and error of the group with the largest error, and of the one in the middle:
             its part of the divergence, or its root mean square error without Fisher weights. None without groups.
 
@@ -72,63 +70,87 @@ class FitReport:
     maximum: float | None
     note: str = ""
     divergence: float | None = None
-    groups: int = 1
     worst_group: tuple[int, float] | None = None
     median_group: tuple[int, float] | None = None
 
     @classmethod
-    def measure(cls, module: FittedActivation, targets: Sequence[Target], notes: Iterable[str] = ()) -> FitReport:
-        """Compare the module as stored (float32 parameters, float64 arithmetic) with the source; one target per group
-        of the module."""
-        groups, source = len(targets), targets[0].source
-        ends = module.domain.detach().cpu().double().numpy().reshape(groups, 2)
-        if math.isinf(ends[0, 0]) and targets[0].domain is not None:  # no tails
-            ends = np.array([target.domain for target in targets])
-            grids = [np.linspace(ends[0, 0], ends[0, 1], 17601 if groups == 1 else 4401)] * groups
+    def measure(cls, module: FittedActivation, target: Target, note: str = "", fewer: int = 1) -> FitReport:
+        """Compare the module as stored (float32 parameters, float64 arithmetic) with the source; the largest errors on
+        ``fewer`` times fewer points."""
+        nodes, source = target.nodes, target.source
+        lo, hi = (float(v) for v in module.domain.tolist())
+        if math.isinf(lo) and target.domain is not None:  # no tails
+            lo, hi = target.domain
+            grid = np.linspace(lo, hi, 17600 // fewer + 1)
         else:
-            grids = [_line(t, e, m.breaks(), groups) for t, e, m in zip(targets, ends, module.members(), strict=True)]
-        error, slope_error = _errors(module, targets, grids)
-        for target, grid, column in zip(targets, grids, slope_error, strict=True):
-            for kink in target.source.kinks:
-                column[np.abs(grid - kink) <= 1e-3] = 0.0
+            ends = [abs(v) for v in (nodes.minimum, nodes.maximum, lo, hi) if v is not None and math.isfinite(v)]
+            most = max([20.0, *ends])
+            grid = np.union1d(np.linspace(-most, most, 8000 // fewer + 1), np.linspace(-12, 12, 9600 // fewer + 1))
+            grid = np.union1d(grid, module.breaks())  # errors peak there
+            grid = grid[(grid > source.reach[0]) & (grid < source.reach[1])]
+        smooth = np.ones(len(grid), dtype=bool)
+        for kink in source.kinks:
+            smooth &= np.abs(grid - kink) > 1e-3
 
-        if targets[0].nodes.minimum is None and targets[0].domain is None:  # not the nodes of the fit
-            targets = [t.at(DATA_FREE.nodes(t.source, step=0.2)) for t in targets]
-        nodes = [target.nodes for target in targets]
-        en, den = _errors(module, targets, [v.x for v in nodes])
-        outside = [(v.x < lo) | (v.x > hi) for v, (lo, hi) in zip(nodes, ends, strict=True)]
-        # each group has as many data as any other
-        squares = [v.mean(e**2) for v, e in zip(nodes, en, strict=True)]
-        mass = float(np.mean([v.mean(o) for v, o in zip(nodes, outside, strict=True)]))
-        beyond = float(np.mean([v.mean(o * e**2) for v, o, e in zip(nodes, outside, en, strict=True)]))
-        effects = [effect for v, e in zip(nodes, en, strict=True) if (effect := v.divergence(e)) is not None]
-        fisher = len(effects) == groups
-        sizes = effects if fisher else [math.sqrt(square) for square in squares]
-        ranked = sorted(enumerate(sizes), key=lambda pair: (float(f"{pair[1]:.6g}"), -pair[0]))  # equal up to rounding
-        lines = [note for note in notes if note]
-        for end in filter(math.isfinite, source.reach):
-            lines.append(
-                f"{source.name} bends again at {end:g}; the tail continues its straight line from before that point"
-            )
+        def errors(x: Array):
+            value, slope = module.evaluate(module.forward, x), module.evaluate(module.derivative, x)
+            return value - source.value(x), slope - source.derivative(x)
+
+        e, de = errors(grid)
+        if nodes.minimum is None and target.domain is None:  # not the nodes of the fit
+            nodes = DATA_FREE.nodes(source, step=0.2)
+        en, den = errors(nodes.x)
+        outside = (nodes.x < lo) | (nodes.x > hi)
+        mass, square = nodes.mean(outside), nodes.mean(en**2)
+        bends = "{} bends again at {:g}; the tail continues its straight line from before that point"
+        notes = [note, *(bends.format(source.name, end) for end in source.reach if math.isfinite(end))]
         return cls(
             module.name,
             source.name,
-            (float(ends[:, 0].min()), float(ends[:, 1].max())),
+            (lo, hi),
             tuple(module.tail_slopes.tolist()),
-            max(float(np.abs(column).max()) for column in error),
-            max(float(np.abs(column).max()) for column in slope_error),
-            math.sqrt(float(np.mean(squares))),
-            math.sqrt(float(np.mean([v.mean(e**2) for v, e in zip(nodes, den, strict=True)]))),
+            float(np.abs(e).max()),
+            float(np.abs(de[smooth]).max()),
+            math.sqrt(square),
+            math.sqrt(nodes.mean(den**2)),
             mass,
-            math.sqrt(beyond / mass) if mass else 0.0,
-            min((v.minimum for v in nodes if v.minimum is not None), default=None),
-            max((v.maximum for v in nodes if v.maximum is not None), default=None),
-            "; ".join(dict.fromkeys(lines)),
-            sum(effects) if fisher else None,
-            groups,
-            ranked[-1] if groups > 1 else None,
-            ranked[(groups - 1) // 2] if groups > 1 else None,
+            math.sqrt(nodes.mean(outside * en**2) / mass) if mass else 0.0,
+            nodes.minimum,
+            nodes.maximum,
+            "; ".join(filter(None, notes)),
+            nodes.divergence(en),
         )
+
+    @classmethod
+    def of_groups(cls, activation: str, parts: Sequence[FitReport]) -> FitReport:
+        """The report of an activation with groups, from those of its ``members()``."""
+        of: dict[str, Any] = {
+            field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)
+        }
+        mass, beyond = np.array(of["mass_outside"]), np.array(of["rms_error_outside"])
+        fisher = None not in of["divergence"]
+        ranked = sorted(
+            enumerate(part.error for part in parts), key=lambda pair: (float(f"{pair[1]:.6g}"), -pair[0])
+        )  # equal up to rounding
+        # each group has as many data as any other
+        changes: dict[str, Any] = {
+            **{key: max(of[key]) for key in ("sup_error", "sup_derivative_error")},
+            **{key: math.sqrt(np.mean(np.square(of[key]))) for key in ("rms_error", "rms_derivative_error")},
+            "domain": (min(lo for lo, _ in of["domain"]), max(hi for _, hi in of["domain"])),
+            "mass_outside": float(mass.mean()),
+            "rms_error_outside": math.sqrt(mass @ beyond**2 / mass.sum()) if mass.any() else 0.0,
+            "minimum": min((v for v in of["minimum"] if v is not None), default=None),
+            "maximum": max((v for v in of["maximum"] if v is not None), default=None),
+            "note": "; ".join(dict.fromkeys(filter(None, of["note"]))),
+            "divergence": sum(of["divergence"]) if fisher else None,
+        }
+        worst, median = ranked[-1], ranked[(len(parts) - 1) // 2]
+        return dataclasses.replace(parts[0], activation=activation, worst_group=worst, median_group=median, **changes)
+
+    @property
+    def error(self) -> float:
+        """The divergence, or without Fisher weights the root mean square error."""
+        return self.rms_error if self.divergence is None else self.divergence
 
     @property
     def density(self) -> str:
@@ -142,14 +164,12 @@ class FitReport:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> FitReport:
         """The inverse of ``to_dict``; ignores other keys."""
-        values: dict[str, Any] = {"groups": int(plain.get("groups", 1))}
-        for key in ("worst_group", "median_group"):
-            values[key] = None if plain.get(key) is None else (int(plain[key][0]), float(plain[key][1]))
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            if field.name in values:
-                continue
-            value: Any = plain.get(field.name) if field.name == "divergence" else plain[field.name]
-            if field.name in ("domain", "tail_slopes"):
+            value: Any = plain.get(field.name) if field.default is None else plain[field.name]
+            if field.name in ("worst_group", "median_group"):
+                values[field.name] = None if value is None else (int(value[0]), float(value[1]))
+            elif field.name in ("domain", "tail_slopes"):
                 lo, hi = interval(value)
                 values[field.name] = float(lo), float(hi)
             elif field.name in ("activation", "source", "note"):
@@ -161,34 +181,3 @@ class FitReport:
         if (values["minimum"] is None) != (values["maximum"] is None):
             raise ValueError("one of minimum and maximum is missing")
         return cls(**values)
-
-
-def errors_at_nodes(module: FittedActivation, targets: Sequence[Target]) -> list[Array]:
-    """f - g at the nodes of each group."""
-    return _errors(module, targets, [target.nodes.x for target in targets])[0]
-
-
-def _line(target: Target, domain: Array, breaks: tuple[float, ...], groups: int) -> Array:
-    """Points of the real line: errors peak at the breaks. With many groups fewer, for less time and memory."""
-    nodes, (near, far) = target.nodes, (9601, 8001) if groups == 1 else (2401, 2001)
-    ends = [abs(v) for v in (nodes.minimum, nodes.maximum, *domain.tolist()) if v is not None and math.isfinite(v)]
-    most = max([20.0, *ends])
-    grid = np.concatenate([np.linspace(-most, most, far), np.linspace(-12, 12, near), breaks])
-    lo, hi = target.source.reach
-    return grid[(grid > lo) & (grid < hi)]
-
-
-def _errors(
-    module: FittedActivation, targets: Sequence[Target], points: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    """f - g and f' - g' at ``points`` of each group, all groups at once."""
-    most = max(map(len, points))
-    x = np.stack([np.pad(row, (0, most - len(row)), mode="edge") for row in points], 1)
-    found = []
-    for of_module, of_source in ((module.forward, "value"), (module.derivative, "derivative")):
-        y = module.evaluate(of_module, x)
-        for source in {id(t.source): t.source for t in targets}.values():
-            own = [i for i, t in enumerate(targets) if t.source is source]
-            y[:, own] -= getattr(source, of_source)(x[:, own].ravel()).reshape(most, len(own))
-        found.append([column[: len(row)] for row, column in zip(points, y.T, strict=True)])
-    return found[0], found[1]

@@ -83,14 +83,6 @@ LEARNABLE_ACTIVATION = '''\
 
 '''
 
-# In place of ``kernels.groups``, in a file without groups of channels.
-WITHOUT_GROUPS = {
-    "is_grouped": "def is_grouped(domain):\n    return False",
-    "check_width": "def check_width(x, groups):\n    pass",
-    "broadcasting": "def broadcasting(*tensors):\n    return tensors",
-    "joined": "def joined(y, domain):\n    return y",
-}
-
 EVALUATED = '''
 
 class Evaluated(torch.autograd.Function):
@@ -255,8 +247,7 @@ def _auto_classes(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
 
 
 def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
-    found = [parse(name) for name in names]
-    parts = Standalone({} if any(one.groups > 1 for one in found) else WITHOUT_GROUPS)
+    parts = Standalone()
     for place, name in IMPORTS:
         parts.need(place, name)
     if any(issubclass(cls, GenerationMixin) for cls in classes):
@@ -273,10 +264,10 @@ def _source(names: list[str], classes: list[type[PreTrainedModel]]) -> str:
     for helper in ("_prepare", "_flat", "GRAIN", "CHUNK", "LARGE"):
         parts.add(cpu, helper)
     builds, initial = [], {}
-    for name, (cls, degree, groups) in zip(names, found, strict=True):
+    for name in names:
+        cls, degree, groups = parse(name)
         parts.add(sys.modules[cls.__module__], cls.__name__)
-        arguments = f"{degree}, {groups}" if groups > 1 else str(degree)
-        builds.append(f'"{name}": functools.partial({cls.__name__}, {arguments})')
+        builds.append(f'"{name}": functools.partial({cls.__name__}, {degree}, {groups})')
         initial[f"{cls.family}_{degree}"] = cls.initial_parameters(degree, "paper")
     header = HEADER.format(
         activations=", ".join(names),

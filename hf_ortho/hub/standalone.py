@@ -9,9 +9,9 @@ import importlib
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 from ..errors import HfOrthoError
 
@@ -66,13 +66,9 @@ class Standalone:
     recursively, so every definition follows its dependencies. Other names become imports. References through a module
     of the package, such as ``formula.horner``, are rewritten to the bare name. The names of all definitions must
     therefore be unique.
-
-    Args:
-        replaced: by name, texts without dependencies that take the place of definitions.
     """
 
-    def __init__(self, replaced: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._replaced = replaced
+    def __init__(self) -> None:
         self._imports: set[tuple[str, str, str]] = set()
         self._sources: dict[str, str] = {}
         self._origin: dict[str, str] = {}
@@ -99,9 +95,6 @@ class Standalone:
                 raise HfOrthoError(f"{name} is defined in both {self._origin[name]} and {module.__name__}; rename one")
             return
         self._origin[name] = module.__name__
-        if name in self._replaced:
-            self._sources[name] = self._replaced[name]
-            return
         parsed = _parsed(module)
         node = parsed.definitions[name]
         if isinstance(node, ast.ClassDef):

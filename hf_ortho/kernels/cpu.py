@@ -19,7 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .groups import check_width, is_grouped
+from .groups import is_grouped
 
 if TYPE_CHECKING:
     from .family import Family
@@ -33,7 +33,6 @@ MAX_THREADS = 16  # with more, Python's global lock is the limit
 within = torch.ops.aten.hardtanh_backward.grad_input  # (g, x, lo, hi): g where lo < x < hi, else 0
 above = torch.ops.aten.threshold_backward.grad_input  # (g, x, start): g where x > start, else 0
 
-Vectors = tuple[tuple[Any, ...], ...]  # of numbers, or with groups of channels of tuples with one number per group
 Scratch = Sequence[Tensor | None]
 
 
@@ -92,49 +91,47 @@ def total(summand: Tensor) -> float | Tensor:
 class Activation:
     """f(x) = S(clamp(x, lo, hi)) + s_lo min(x - lo, 0) + s_hi max(x - hi, 0), with fixed parameters.
 
-    With groups of channels, the numbers in ``parameters`` and ``domain`` are tuples of one number per group, and
-    ``width`` is the number of channels; 0 without groups.
+    With groups, the numbers in ``parameters`` and ``domain`` are tuples of one number per group, and ``channels`` is
+    (C,); without, it is empty.
     """
 
     def __init__(
         self,
-        make_series: Callable[[Vectors, tuple[float, float], torch.dtype, torch.device, bool], Series],
-        parameters: Vectors,
+        make_series: Callable[[Any, Any, torch.dtype, torch.device, bool], Series],
+        parameters: tuple,
         domain: tuple,
         slopes: tuple[float, float],
         dtype: torch.dtype,
         device: torch.device,
         large: bool,
-        width: int = 0,
+        channels: tuple[int, ...] = (),
     ):
-        arrays = [rounded(vector, dtype).astype(np.float64) for vector in parameters]
-        per_channel: Any = arrays
-        limits, ends = domain, rounded(domain, dtype)
-        if width:
-            groups = ends.shape[1]
-            per_channel = [v.repeat(width // groups, 1) for v in arrays]
-            limits = tensors(ends.repeat(width // groups, 1), dtype, device)
-        self.make_series = make_series
-        vectors: Any = arrays
-        if not width:
-            vectors = per_channel = tuple(tuple(v.tolist()) for v in arrays)
-        self.parameters = vectors
-        self.series = make_series(per_channel, domain, dtype, device, large)
-        self.domain = domain
-        self.limits = limits
-        self.slopes = slopes
-        self.width = width
-        self.open = bool(np.isinf(ends).any())
-        if width:  # of x - clamp(x, lo, hi); the least normal number also if the processor flushes smaller ones to 0
-            self.ends, self.bounds = (0.0, 0.0), (-torch.finfo(dtype).tiny, torch.finfo(dtype).tiny)
+        vectors: Any = [rounded(vector, dtype).astype(np.float64) for vector in parameters]
+        ends = rounded(domain, dtype)
+        if channels:
+            repeats = channels[0] // len(domain[0])
+            per_channel = [v.repeat(repeats, 1) for v in vectors]
+            self.limits: Any = tensors(ends.repeat(repeats, 1), dtype, device)
+            # of x - clamp(x, lo, hi); the least normal number also if the processor flushes smaller ones to 0
+            self.bounds, self.end = (-torch.finfo(dtype).tiny, torch.finfo(dtype).tiny), 0.0
         else:
-            self.ends = domain
+            vectors = per_channel = [v.tolist() for v in vectors]
+            self.limits, self.end = domain, domain[1]
             self.bounds = tuple(np.nextafter(ends, np.array([-np.inf, np.inf], dtype=ends.dtype)).tolist())
-        self.pure = bool(np.isinf(ends).all()) and slopes == (0.0, 0.0)
+        self.series = make_series(per_channel, domain, dtype, device, large)
+        self.make_series, self.parameters, self.domain, self.slopes = make_series, vectors, domain, slopes
+        self.channels, self.dtype = channels, dtype
+        infinite = np.isinf(ends)
+        self.open = bool(infinite.any())
+        self.pure = bool(infinite.all()) and slopes == (0.0, 0.0)
         rows = self.series.scratch_rows
         self.scratch_rows = rows if self.pure else max(rows, 1) + 1  # one for the clamped x, one for the tails
         self.no_scratch = (None,) * self.scratch_rows
-        self.dtype = dtype
+
+    @functools.cached_property
+    def exact(self) -> Series:
+        """The series in float64, with one channel per group."""
+        return self.make_series(self.parameters, self.domain, torch.float64, torch.device("cpu"), False)
 
     def value(self, x: Tensor, out: Tensor | None, scratch: Scratch) -> Tensor:
         if self.pure:
@@ -155,12 +152,12 @@ class Activation:
     ) -> list:
         """Write g f'(x) to ``out`` unless it is None; returns the sums for ``parameters`` and ``domain`` if needed."""
         if self.pure:
-            zero = torch.zeros(self.width, dtype=self.dtype, device=x.device) if self.width and domain else 0.0
-            return self.series.backward_chunk(x, g, out, scratch, parameters) + [zero, zero] * domain
+            sums = self.series.backward_chunk(x, g, out, scratch, parameters)
+            return self._by_group(sums + [total(g[:0])] * 2 if domain else sums)
         s_lo, s_hi = self.slopes
         inside = torch.clamp(x, *self.limits, out=scratch[0])
         sums = self.series.backward_chunk(inside, g, out, scratch[1:], parameters)
-        if self.width:  # ATen's masks compare with one number
+        if self.channels:  # ATen's masks compare with one number
             x = torch.sub(x, inside, out=inside)
             if self.open:
                 x.nan_to_num_(0.0)  # an infinite x at an infinite end
@@ -173,37 +170,30 @@ class Activation:
                     sums.append(total(part))
                 if slope and out is not None:
                     out.add_(part, alpha=slope)
-        return sums
+        return self._by_group(sums)
 
     def _above(self, x: Tensor, g: Tensor, row: Tensor | None) -> Tensor:
-        return above(g, x, self.ends[1], grad_input=row)
+        return above(g, x, self.end, grad_input=row)
 
     def _below(self, x: Tensor, g: Tensor, row: Tensor | None) -> Tensor:
         return torch.sub(g, above(g, x, self.bounds[0], grad_input=row), out=row)
 
-    def by_group(self, sums: list) -> list:
-        """Sums over a chunk, added up over the channels of each group, in float64."""
-        if not self.width or not sums:
+    def _by_group(self, sums: list) -> list:
+        """Sums over a chunk, added up over the channels of each group."""
+        if not self.channels or not sums:
             return sums
-        rows = torch.stack(sums).view(len(sums), np.shape(self.domain)[1], -1)
-        return list(rows.sum(2).cpu().double().numpy())
+        return list(torch.stack(sums).view(len(sums), len(self.domain[0]), -1).sum(2).cpu().double().numpy())
 
-    def parameter_gradients(self, sums: list) -> list:
-        series = self._exact_series() if self.width else self.series
-        return series.parameter_gradients(sums)
-
-    def _exact_series(self) -> Series:
-        """In float64 and with one channel per group."""
-        return self.make_series(self.parameters, self.domain, torch.float64, torch.device("cpu"), False)
+    def parameter_gradients(self, sums: list) -> list[list]:
+        return (self.exact if self.channels else self.series).parameter_gradients(sums)
 
     def domain_gradient(self, sums: list) -> np.ndarray:
         """df/dlo = S'(lo) - s_lo where x < lo, and likewise hi; an infinite end gets 0."""
         # In float64, since S' and the slope of the tail nearly cancel after a good fit.
         ends = torch.tensor(self.domain, dtype=torch.float64, device="cpu").nan_to_num(posinf=0.0, neginf=0.0)
         slopes = torch.empty_like(ends)
-        series = self._exact_series()
-        scratch = list(ends.new_empty(series.scratch_rows, *ends.shape))
-        series.backward_chunk(ends, torch.ones_like(ends), slopes, scratch, False)
+        scratch = list(ends.new_empty(self.exact.scratch_rows, *ends.shape))
+        self.exact.backward_chunk(ends, torch.ones_like(ends), slopes, scratch, False)
         with np.errstate(invalid="ignore", over="ignore"):
             rise = (slopes.numpy().T - self.slopes).T
             return np.where(np.isinf(self.domain), 0.0, np.asarray(sums) * rise)
@@ -211,44 +201,34 @@ class Activation:
 
 # Keyed by values: no update of a parameter, however it is made, can leave a stale entry.
 _activation = functools.lru_cache(maxsize=512)(Activation)
+_activation_of_groups = functools.lru_cache(maxsize=64)(Activation)  # may take megabytes for thousands of channels
 
 
-def _prepare(make_series, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Activation:
-    width = 0
-    if is_grouped(domain):
-        check_width(x, len(domain))
-        width = x.shape[-1]
-    vectors = tuple([_values(p) for p in parameters])
+def _prepare(
+    family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor
+) -> Activation:
+    slopes = tuple(tail_slopes.tolist())
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    large = x.numel() >= LARGE
-    tails = _values(domain), _values(tail_slopes)
-    return _activation(make_series, vectors, *tails, dtype, x.device, large, width)
-
-
-def _values(vector: Tensor) -> tuple:
-    values = tuple(vector.tolist())
-    return values if vector.ndim == 1 else tuple(zip(*values, strict=True))
-
-
-def _maker(family: Family, domain: Tensor) -> Callable[..., Series] | None:
-    return family.cpu_rows if is_grouped(domain) else family.cpu_series
+    kind = dtype, x.device, x.numel() >= LARGE
+    if is_grouped(domain):
+        ends, *vectors = (tuple(zip(*p.tolist(), strict=True)) for p in (domain, *parameters))
+        return _activation_of_groups(family.cpu_rows, tuple(vectors), ends, slopes, *kind, tuple(x.shape[-1:]))
+    vectors = [tuple(p.tolist()) for p in parameters]
+    return _activation(family.cpu_series, tuple(vectors), tuple(domain.tolist()), slopes, *kind)
 
 
 def forward(family: Family, x: Tensor, parameters: Sequence[Tensor], domain: Tensor, tail_slopes: Tensor) -> Tensor:
     """f(x), in the shape and dtype of ``x``; also in its strides if rows of channels are contiguous."""
-    activation = _prepare(_maker(family, domain), x, parameters, domain, tail_slopes)
-    width = activation.width
+    activation = _prepare(family, x, parameters, domain, tail_slopes)
     if x.numel() <= GRAIN:
         converts = x.dtype != activation.dtype
-        source = x.reshape(math.prod(x.shape[:-1]), width) if width else x
-        y = activation.value(source.to(activation.dtype) if converts else source, None, activation.no_scratch)
-        y = y.view(x.shape) if width else y
+        y = activation.value(x.to(activation.dtype) if converts else x, None, activation.no_scratch)
         return y.to(x.dtype) if converts else y
-    stride = _stride(x, width)
+    stride = dense_stride(x, domain)
     y = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
-    source, out = _flat(x, stride, width), _flat(y, stride, width)
+    source, out = _flat(x, stride, activation.channels), _flat(y, stride, activation.channels)
 
-    def body(scratch: list[Tensor], span: slice) -> None:
+    def body(scratch: Sequence[Tensor], span: slice) -> None:
         if x.dtype == activation.dtype:
             activation.value(source[span], out[span], scratch)
         else:
@@ -269,25 +249,23 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
     """The gradients of x, of each parameter and of the domain; None where ``needs`` is False."""
     needs_x, needs_parameters, needs_domain = needs
-    activation = _prepare(_maker(family, domain), x, parameters, domain, tail_slopes)
-    width = activation.width
-    stride = _stride(x, width)
+    activation = _prepare(family, x, parameters, domain, tail_slopes)
+    channels, stride = activation.channels, dense_stride(x, domain)
     gx = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device) if needs_x else None
-    source, upstream = _flat(x, stride, width), _flat(g, stride, width)
-    out = None if gx is None else _flat(gx, stride, width)
+    source, upstream = _flat(x, stride, channels), _flat(g, stride, channels)
+    out = None if gx is None else _flat(gx, stride, channels)
 
-    def body(scratch: list[Tensor], span: slice) -> list:
+    def body(scratch: Sequence[Tensor], span: slice) -> list:
         if x.dtype == activation.dtype:
             target = None if out is None else out[span]
-            sums = activation.backward_chunk(
+            return activation.backward_chunk(
                 source[span], upstream[span], target, scratch, needs_parameters, needs_domain
             )
-            return activation.by_group(sums)
         inputs, target = (scratch[0].copy_(source[span]), scratch[1].copy_(upstream[span])), scratch[2]
         sums = activation.backward_chunk(*inputs, target, scratch[3:], needs_parameters, needs_domain)
         if out is not None:
             out[span] = target
-        return activation.by_group(sums)
+        return sums
 
     by_chunk = _run(body, x, activation, 3)
     sums = [sum(column, np.float64(0.0)) for column in zip(*by_chunk, strict=True)]  # in float64, in a fixed order
@@ -300,7 +278,9 @@ def backward(
 
 
 def _gradient(values, parameter: Tensor) -> Tensor:
-    return torch.tensor(np.asarray(values).T, dtype=parameter.dtype, device=parameter.device)
+    return torch.tensor(
+        values if parameter.ndim == 1 else np.transpose(values), dtype=parameter.dtype, device=parameter.device
+    )
 
 
 # ---- chunks and threads ----------------------------------------------------------------------------------------------
@@ -310,15 +290,13 @@ def _chunk_size(x: Tensor) -> int:
     return CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
 
 
-def dense_stride(x: Tensor) -> tuple[int, ...]:
-    """The strides of ``torch.empty_like(x)``: equal to ``x.stride()`` if ``x`` is dense without overlaps."""
-    return torch.empty_like(x, device="meta").stride()
-
-
-def _stride(x: Tensor, width: int) -> tuple[int, ...]:
-    """``dense_stride``, or those of a contiguous tensor if the channels of a row are not next to each other."""
-    stride = dense_stride(x)
-    return stride if not width or stride[-1] == 1 else torch.empty(x.shape, device="meta").stride()
+def dense_stride(x: Tensor, domain: Tensor) -> tuple[int, ...]:
+    """The strides of ``torch.empty_like(x)``: equal to ``x.stride()`` if ``x`` is dense without overlaps. With groups,
+    those of a contiguous tensor if the channels of a row are not next to each other."""
+    if x.is_contiguous():
+        return x.stride()
+    like = torch.empty_like(x, device="meta")
+    return (like.contiguous() if is_grouped(domain) and like.stride(-1) != 1 else like).stride()
 
 
 def arranged(x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -328,11 +306,10 @@ def arranged(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _flat(x: Tensor, stride: tuple[int, ...], width: int = 0) -> Tensor:
-    """The elements in memory order of a dense tensor with these strides, or its rows of ``width`` channels; a view if
-    ``x`` has the strides."""
-    flat = arranged(x, stride).as_strided((x.numel(),), (1,))
-    return flat.view(x.numel() // width, width) if width else flat
+def _flat(x: Tensor, stride: tuple[int, ...], channels: tuple[int, ...]) -> Tensor:
+    """The elements in memory order of a dense tensor with these strides, or its rows of channels; a view if ``x`` has
+    the strides."""
+    return arranged(x, stride).as_strided((x.numel() // math.prod(channels), *channels), (*channels, 1))
 
 
 def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) -> list:
@@ -344,21 +321,21 @@ def _run(body: Callable, x: Tensor, activation: Activation, conversions: int) ->
     # rows and reuses them for each chunk, so they stay in its cache. Results are returned per chunk, not per thread,
     # and are added up in the order of the chunks: the bits do not depend on the number of threads. Python threads are
     # enough, since ATen releases the interpreter's lock inside each operation.
-    width = activation.width or 1
+    width = math.prod(activation.channels)
     n, size = x.numel() // width, max(_chunk_size(x) // width, 1)
     chunks = max(-(-n // size), 1)
     inference = torch.is_inference_mode_enabled()
     rows = activation.scratch_rows + (conversions if x.dtype != activation.dtype else 0)
-    shape = rows, min(size, n + n % 2), *([width] if activation.width else [])
+    shape = rows, min(size, n + n % 2), *activation.channels
 
     def work(first: int, last: int) -> list:
         # Grad and inference modes are per thread. Tensors created in inference mode can only be written to inside it.
         with torch.inference_mode() if inference else contextlib.nullcontext(), torch.no_grad():
-            scratch = list(torch.empty(shape, dtype=activation.dtype, device=x.device))
+            scratch = torch.empty(shape, dtype=activation.dtype, device=x.device).unbind()
             spans = [slice(i * size, min((i + 1) * size, n)) for i in range(first, last)]
             results = [body(scratch, span) for span in spans[:-1]]
             rest = spans[-1].stop - spans[-1].start
-            return [*results, body([row[:rest] for row in scratch], spans[-1])]
+            return [*results, body([row[:rest] for row in scratch] if rest < shape[1] else scratch, spans[-1])]
 
     threads = min(torch.get_num_threads(), MAX_THREADS)
     if threads == 1 or x.numel() <= GRAIN or x.device.type != "cpu":

@@ -14,44 +14,26 @@ def is_grouped(domain: Tensor) -> bool:
 
 def check_width(x: Tensor, groups: int) -> None:
     """Raise WidthError unless the last dimension of ``x`` can be split into ``groups``."""
-    if not x.ndim or x.shape[-1] % groups:
+    if not x.ndim or not x.shape[-1] or x.shape[-1] % groups:
         raise WidthError(
             f"an input of shape {list(x.shape)} cannot be split into {groups} groups of channels: the last dimension "
-            f"must be a multiple of {groups}"
+            f"must be a positive multiple of {groups}"
         )
 
 
-def split_channels(x: Tensor, groups: int) -> Tensor:
-    """``x`` of shape (..., C) as (..., N, C/N), a view."""
-    check_width(x, groups)
-    return x.unflatten(-1, (groups, x.shape[-1] // groups))
-
-
-def columns(rows: Tensor) -> Tensor:
-    """Rows per group, shape (N, k), as (k, N, 1): entry i broadcasts against (..., N, C/N)."""
-    return rows.movedim(-1, 0).unsqueeze(-1)
+def broadcasting(x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """``x`` as a view (..., N, C/N), and the tensors of an activation with shape (N, k) as (k, N, 1): ``domain[0]`` or
+    ``coefficients[k]`` broadcasts against it. All as they are without groups; ``tail_slopes`` always are."""
+    if not is_grouped(domain):
+        return x, domain, tail_slopes, *parameters
+    check_width(x, groups := len(domain))
+    ends, *columns = (rows.movedim(-1, 0).unsqueeze(-1) for rows in (domain, *parameters))
+    return x.unflatten(-1, (groups, x.shape[-1] // groups)), ends, tail_slopes, *columns
 
 
 def by_group(columns: Tensor) -> Tensor:
-    """The inverse of ``columns``."""
+    """The inverse for a parameter: (k, N, 1) as (N, k)."""
     return columns.squeeze(-1).movedim(0, -1)
-
-
-def broadcasting(x: Tensor, domain: Tensor, tail_slopes: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """All tensors of an activation such that ``domain[0]`` or ``coefficients[k]`` broadcasts against x; as they are
-    without groups. ``tail_slopes`` always has shape (2,)."""
-    if not is_grouped(domain):
-        return x, domain, tail_slopes, *parameters
-    return split_channels(x, len(domain)), columns(domain), tail_slopes, *map(columns, parameters)
-
-
-def with_ends(x: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A view of ``x`` and the ends lo and hi of the domains, which broadcast against it."""
-    if not is_grouped(domain):
-        lo, hi = domain
-        return x, lo, hi
-    lo, hi = columns(domain)
-    return split_channels(x, len(domain)), lo, hi
 
 
 def joined(y: Tensor, domain: Tensor) -> Tensor:

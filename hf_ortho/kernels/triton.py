@@ -257,10 +257,7 @@ def on_device_of(x: Tensor):
 
 def dense(x: Tensor, domain: Tensor) -> Tensor:
     """``x`` or a copy without gaps in memory, in which the channels of a row are neighbors if there are groups."""
-    if x.is_contiguous():
-        return x
-    stride = dense_stride(x)
-    return x.contiguous() if is_grouped(domain) and stride[-1] != 1 else arranged(x, stride)
+    return arranged(x, dense_stride(x, domain))
 
 
 def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -195,8 +195,7 @@ def norm_paths(model: nn.Module) -> list[str]:
     Raises:
         AdapterError: there are none.
     """
-    paths = (path for path in norm_layers(model) if ".modules_to_save." not in path)
-    found = [path.removesuffix(".original_module") for path in paths]
+    found = [path.removesuffix(".original_module") for path in norm_layers(model) if ".modules_to_save." not in path]
     if not found:
         raise AdapterError(f"norms of the OrthoConfig: {type(model).__name__} has no normalization layers")
     return found

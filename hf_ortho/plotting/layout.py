@@ -193,8 +193,8 @@ def draw_bands(axes: Axes, x: np.ndarray, rows: np.ndarray, color: str, note: st
 
 
 def mark_domain(axes: Axes, module: LearnableActivation, label: str = "domain [lo, hi]") -> None:
-    """Shade [lo, hi], with a dotted line at each finite end; with groups, from the first lo to the last hi, with lines at
-    the first and the last of all lo and of all hi."""
+    """Shade [lo, hi], with a dotted line at each finite end; with groups from the first lo to the last hi, with lines
+    at the first and the last of all lo and of all hi."""
     ends = module.domain.detach().reshape(-1, 2).aminmax(dim=0)
     (lo, *_), (*_, hi) = ends.min.tolist(), ends.max.tolist()
     finite = sorted({end for end in torch.cat(ends).tolist() if math.isfinite(end)})

@@ -23,7 +23,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..activations import LearnableActivation
 from ..errors import ConfigError
-from ..kernels.groups import with_ends
+from ..kernels.groups import broadcasting
 from ..partitioned import gathered
 from ..path_patterns import thin
 from ..processes import collective_device, max_over_processes, sum_over_processes
@@ -113,7 +113,9 @@ class ActivationLogger(TrainerCallback):
             return
         statistics = {}
         for i, (path, module) in enumerate(modules.items()):
-            gain, gain_derivative = _gain(module)
+            members = module.members()
+            gains = [members[i].gain() for i in thin(len(members), GROUPS)]
+            gain, gain_derivative = map(fmean, zip(*gains, strict=True))
             statistics[path] = {"gain": gain, "gain_derivative": gain_derivative} | (moments[i] if moments else {})
         history.write_step(args.output_dir, state.global_step, modules, statistics)
         scalars = {f"activations/{p}.{key}": value for p, values in statistics.items() for key, value in values.items()}
@@ -143,14 +145,6 @@ class ActivationLogger(TrainerCallback):
             plot_history([Snapshot(history.read_step(file)[0], step) for step, file in (steps[0], steps[-1])], path)
             for viewer in viewers:
                 _send_picture(viewer, path, imread(path), state.global_step)
-
-
-def _gain(module: LearnableActivation) -> tuple[float, float]:
-    """``module.gain()``, over evenly spaced groups if there are many."""
-    members = module.members()
-    gains = [members[i].gain() for i in thin(len(members), GROUPS)]
-    value, derivative = map(fmean, zip(*gains, strict=True))
-    return value, derivative
 
 
 def _entries(name: str, values: Tensor) -> dict[str, float]:
@@ -185,7 +179,7 @@ class _Moments:
     @torch.no_grad()
     def _update(self, module: LearnableActivation, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float()
-        split, lo, hi = with_ends(x, module.domain)
+        split, (lo, hi), _ = broadcasting(x, module.domain, module.tail_slopes)
         outside = ((split < lo) | (split > hi)).sum()
         count = torch.tensor(float(x.numel()), device=x.device)
         self.sums.append(torch.stack([count, x.sum(), x.square().sum(), outside.float()]))

@@ -190,9 +190,7 @@ def scale_steps(
     for module in activations_by_path(model).values():
         natural = module.natural_units() if natural_steps else {}
         for name, parameter in module.named_parameters(recurse=False):
-            units[id(parameter)] = (
-                torch.tensor(natural[name]).expand(parameter.shape).clone() if name in natural else None
-            )
+            units[id(parameter)] = torch.tensor(natural[name]).expand(parameter.shape) if name in natural else None
     # Remember places in the groups, not tensors: Accelerate may replace the tensors.
     places = [
         (group, i, units[id(parameter)])

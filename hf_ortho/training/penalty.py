@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..activations import LearnableActivation
 from ..errors import ConfigError
 from ..fitting.options import is_interval
-from ..kernels.groups import with_ends
+from ..kernels.groups import broadcasting
 from ..partitioned import gathered
 from .paths import activations_by_path
 
@@ -121,8 +121,8 @@ class DomainPenalty:
     def _observe(self, module: LearnableActivation, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not module.training:
             return
-        bounded = with_ends(args[0], module.domain.detach()) if self.interval is None else (args[0], *self.interval)
-        term = _SquaredDistance.apply(*bounded)
+        x, domain, _ = broadcasting(args[0], module.domain.detach(), module.tail_slopes)
+        term = _SquaredDistance.apply(x, *(domain if self.interval is None else self.interval))
         if self._running:  # not when gradient checkpointing recomputes the forward
             if not torch.is_grad_enabled():
                 raise ConfigError("DomainPenalty: reentrant checkpointing drops the gradient; set use_reentrant=False")

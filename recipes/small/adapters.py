@@ -27,12 +27,14 @@ from hf_ortho.training.assemble import assemble, build_trainer
 from hf_ortho.training.metrics import metrics_at_start, metrics_of
 
 ACTIVATION = "hermite_8"  # of LoRA + activations
+PER_CHANNEL = "hermite_3_g1024"  # of the model on text
 IA3 = {"gpt2": ("c_attn", "mlp.c_proj"), "convnext": ("pwconv2",)}  # the last is the second layer of the MLP
 
 
 def activations(name: str, train: str = "activations") -> dict[str, str]:
-    """The flags of an adapter of activations."""
-    return {"train": train, "adapter": "true", "activation": name}
+    """The flags of an adapter of activations. Those of single channels start as one fit without data."""
+    start = {"calibration_samples": "0"} if name == PER_CHANNEL else {}
+    return {"train": train, "adapter": "true", "activation": name} | start
 
 
 # The flags and the learning rates to try.
@@ -40,11 +42,11 @@ METHODS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "activations, hermite_8": (activations("hermite_8"), ("3e-2", "1e-1")),
     "activations, hermite_8_g16": (activations("hermite_8_g16"), ("3e-2", "1e-1")),
     "activations, hermite_3_g64": (activations("hermite_3_g64"), ("3e-2", "1e-1")),
-    "activations, hermite_3_g1024": (activations("hermite_3_g1024"), ("3e-2", "1e-1")),
+    "activations, hermite_3_g1024": (activations(PER_CHANNEL), ("3e-2", "1e-1")),
     "IA3": ({"train": "all"}, ("3e-2", "1e-1")),
     "LN-tuning": ({"train": "norms", "adapter": "true"}, ("3e-2", "1e-1")),
     "activations + norms, hermite_3_g64": (activations("hermite_3_g64", "activations+norms"), ("3e-2", "1e-1")),
-    "activations + norms, hermite_3_g1024": (activations("hermite_3_g1024", "activations+norms"), ("3e-2", "1e-1")),
+    "activations + norms, hermite_3_g1024": (activations(PER_CHANNEL, "activations+norms"), ("3e-2", "1e-1")),
     "linear probe": ({"train": "head"}, ("1e-2", "3e-2")),
     "LoRA": ({"train": "lora", "adapter": "true"}, ("1e-2", "3e-2")),
     "LoRA + activations": ({"train": "lora+activations", "adapter": "true"}, ("1e-2", "3e-2")),

@@ -8,6 +8,7 @@ from torch import nn
 from hf_ortho.activations import FAMILIES, FitReport, build
 from hf_ortho.conversion import Histogram
 from hf_ortho.errors import FitError
+from hf_ortho.fitting.density import DATA_FREE
 from hf_ortho.fitting.histogram import PRIOR
 
 CENTERS = (-1.5, 0.3, 1.5)  # of the data of each group
@@ -46,11 +47,11 @@ def test_each_group_follows_its_own_data_better_than_the_layer(family):
     assert (ratios < 1.01).all()
     assert ratios.min() < 0.7  # groups differ, so one function cannot be best for all
     assert report.divergence < whole.divergence
-    assert (report.groups, whole.groups, whole.worst_group) == (3, 1, None)
+    assert (report.activation, whole.worst_group) == (f"{family}_3_g3", None)
     assert torch.equal(groups.tail_slopes, layer.tail_slopes)
     # It refines the fit of the layer, and gets about as close as a search from scratch.
-    alone = build(f"{family}_3").fit("gelu", histogram=histogram.group(1))
-    assert groups.members()[1].measure("gelu", histogram=histogram.group(1)).divergence < 1.3 * alone.divergence
+    alone = build(f"{family}_3").fit("gelu", histogram=histogram.by_group()[1])
+    assert groups.members()[1].measure("gelu", histogram=histogram.by_group()[1]).divergence < 1.3 * alone.divergence
 
 
 def test_no_cubic_on_the_interval_is_better():
@@ -104,7 +105,7 @@ def test_the_report_of_groups_adds_up_the_reports_of_each():
     histogram = histogram_of(x, gradient)
     module = build("hermite_4_g3")
     report = module.fit("gelu", histogram=histogram)
-    parts = [m.measure("gelu", histogram=histogram.group(i)) for i, m in enumerate(module.members())]
+    parts = [m.measure("gelu", histogram=histogram.by_group()[i]) for i, m in enumerate(module.members())]
     assert report.divergence == pytest.approx(sum(part.divergence for part in parts), rel=1e-9)
     assert report.rms_error**2 == pytest.approx(np.mean([part.rms_error**2 for part in parts]), rel=1e-9)
     assert report.mass_outside == pytest.approx(np.mean([part.mass_outside for part in parts]), rel=1e-9)
@@ -134,6 +135,11 @@ def test_refused():
         module.fit(["gelu"] * 3)
     with pytest.raises(FitError, match="differ in their slopes far out"):
         module.fit(["relu", "tanh"])
+    members = [build("hermite_3"), build("hermite_3")]
+    for member, fn in zip(members, ("relu", "tanh"), strict=True):
+        member.fit(fn)
+    with pytest.raises(FitError, match="differ in their slopes far out"):  # also if the others could be copied
+        module.fit(members)
     with pytest.raises(FitError, match="hermite_3_g2 has 2 groups, but the histogram has 3"):
         module.fit("gelu", histogram=histogram_of(samples(CENTERS)[0]))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -146,3 +152,43 @@ def test_without_tails_all_groups_are_fitted_on_the_interval_of_all_data():
     assert report.domain == (pytest.approx(float(x.min())), pytest.approx(float(x.max())))
     assert torch.isinf(module.domain).all()
     assert report.mass_outside == 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_group_starts_from_the_layer_and_never_gets_worse_on_its_own_data(family):
+    x, gradient = samples((-1.0, -0.95, 0.0, 2.5))
+    histogram, fitted = histogram_of(x, gradient), {}
+    for name in (f"{family}_5", f"{family}_5_g4"):
+        module = build(name)
+        module.fit("silu", histogram=histogram)
+        fitted[name] = [
+            (module.members() * 4)[i].measure("silu", histogram=part).divergence
+            for i, part in enumerate(histogram.by_group())
+        ]
+    layer, groups = map(np.array, fitted.values())
+    assert (groups <= layer * (1 + 1e-12)).all()
+
+
+class Plain:
+    """A density without a hash."""
+
+    __hash__ = None
+
+    def __str__(self):
+        return "plain"
+
+    def nodes(self, source, within=None):
+        return DATA_FREE.nodes(source, within)
+
+
+def test_any_density_and_callable_will_do():
+    class Function:
+        __hash__ = None
+
+        def __call__(self, x):
+            return nn.functional.silu(x)
+
+    module, expected = build("hermite_3_g2"), build("hermite_3_g2")
+    module.fit(Function(), histogram=Plain())
+    expected.fit("silu", histogram=DATA_FREE)
+    assert torch.equal(module.coefficients, expected.coefficients)

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers.activations import ACT2CLS, ACT2FN
 
-from hf_ortho.activations import FAMILIES, build, parse
+from hf_ortho.activations import FAMILIES, build, named, parse
 from hf_ortho.errors import ActivationNameError, HfOrthoError
 
 
@@ -72,6 +72,46 @@ def test_wrong_degrees(degree):
 def test_unknown_families_name_the_closest(name, closest):
     with pytest.raises(ActivationNameError, match=rf"did you mean {closest}\?"):
         parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hermite_3_g16_g2", "unknown activation 'hermite_3_g16_g2'"),
+        ("hermit_3_g16", r"unknown activation 'hermit_3_g16'.*did you mean hermite_3_g16\?"),
+        ("hermite_g16", "degree '' of hermite: must be an integer from 1 to 32, as in hermite_3_g16$"),
+        ("tropical_rational_g4", "degree '' of tropical_rational: .*as in tropical_rational_3_g4$"),
+        ("hermite_3_g1", "groups '1' of hermite_3: must be an integer from 2 to 65536"),
+        ("hermite_3_g016", "groups '016' of hermite_3"),
+        ("hermite_3_g1000000000", "groups '1000000000' of hermite_3"),
+    ],
+)
+def test_wrong_groups(name, message):
+    with pytest.raises(ActivationNameError, match=message):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hermite", 3, 0), "groups 0 of hermite: must be an integer from 1 to 65536"),
+        (("hermite", 3, "8"), "groups '8' of hermite"),
+        (("hermite", 3, True), "groups True of hermite"),
+        (("hermite", 3, 8.0), "groups 8.0 of hermite"),
+        (("hermite_3_g4", None, 8), "'hermite_3_g4' already names its groups: give the family 'hermite' with groups 8"),
+        (("hermite_3", 4, None), "'hermite_3' already names its degree: give the family 'hermite' with degree 4"),
+        (("hermite", "3_g4", 8), "degree '3_g4' of hermite"),
+        (("tropical", "rational_3", None), "degree 'rational_3' of tropical"),
+    ],
+)
+def test_what_names_are_not_made_of(arguments, message):
+    with pytest.raises(ActivationNameError, match=message):
+        named(*arguments)
+
+
+def test_named():
+    assert named("hermite_3", groups=4) == named("hermite", 3, 4) == named("hermite_3_g4") == "hermite_3_g4"
+    assert named("hermite", groups=1) == "hermite_8"
 
 
 @pytest.mark.parametrize("name", ["", "_", "gelu", "zzz_3", "HERMITE_3", "hermite-3", None, 3])

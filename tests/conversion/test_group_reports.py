@@ -48,7 +48,7 @@ def test_the_table_shows_the_worst_and_the_median_group(model, batches):
     for layer in report.layers:
         for index, error in (layer.fit.worst_group, layer.fit.median_group):
             assert f"{index}: {error:.1e}" in text
-    assert "worst and median group: number, from 0, and part of the KL" in " ".join(text.split())
+    assert "worst and median group: its number, counted from 0, and its part of the KL" in " ".join(text.split())
     assert str(ConversionReport.from_dict(report.to_dict())) == text
 
 
@@ -85,7 +85,7 @@ def test_distillation_of_groups(model, batches, family):
     assert report.distillation.error_after <= report.distillation.error_before
     act = model.transformer.h[0].mlp.act
     parts = [
-        m.measure("gelu_new", histogram=report.modules["transformer.h.0.mlp.act"][2].group(i)).divergence
+        m.measure("gelu_new", histogram=report.modules["transformer.h.0.mlp.act"][2].by_group()[i]).divergence
         for i, m in enumerate(act.members())
     ]
     assert report.layers[0].fit.divergence == pytest.approx(sum(parts), rel=1e-6)

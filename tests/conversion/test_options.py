@@ -21,6 +21,7 @@ from transformers import (
 import hf_ortho
 from hf_ortho.activations import FAMILIES, LearnableActivation
 from hf_ortho.conversion.fit_sites import fit_smallest
+from hf_ortho.conversion.sites import Site
 from hf_ortho.errors import CalibrationError, FitError, HfOrthoError, SiteError
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -95,12 +96,12 @@ def test_auto_chooses_for_each_field():
 
 
 def test_auto_raises_another_field_if_one_is_at_its_limit(monkeypatch):
-    def fits(model, paths, site, family, degree, *_):
+    def fits(model, family, histograms, options, site, paths, degree):
         error = {"a": 0.6, "b": 0.5 / degree}[site.field]
-        yield None, SimpleNamespace(module=site.field, fit=SimpleNamespace(divergence=error, rms_error=error))
+        yield site.field, (None, SimpleNamespace(fit=SimpleNamespace(divergence=error, rms_error=error, error=error)))
 
     monkeypatch.setattr("hf_ortho.conversion.fit_sites._fits", fits)
-    sites = [SimpleNamespace(field=name, modules=(name,), source="gelu") for name in ("a", "b")]
+    sites = [Site(name, "", "gelu", (name,)) for name in ("a", "b")]
     degrees, _ = fit_smallest(None, sites, FAMILIES["hermite"], {}, None, 1.0)
     assert degrees == {"a": 32, "b": 2}
     with pytest.raises(FitError, match=r"tolerance 0\.61: hermite of degree 32 in a, b has a divergence of 6\.2e-01"):
@@ -366,8 +367,8 @@ def test_outputs_of_zero_have_no_relative_error(ids):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"activation": "hermite_8", "degree": 6}, "'hermite_8' already names a degree"),
-        ({"activation": "hermite_8", "degree": "auto"}, "'hermite_8' already names a degree"),
+        ({"activation": "hermite_8", "degree": 6}, "'hermite_8' already names its degree"),
+        ({"activation": "hermite_8", "degree": "auto"}, "'hermite_8' already names its degree"),
         ({"degree": 0}, "degree '0'"),
         ({"fields": "activation_function"}, "must be a list"),
         ({"domain": 5}, "domain 5"),

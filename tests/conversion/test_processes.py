@@ -51,7 +51,7 @@ for case, groups in {"both": 1, "second": 1, "groups": 4, "groups of the second"
     found[f"{case}.counts"] = torch.from_numpy(histogram.counts)
     found[f"{case}.importance"] = torch.from_numpy(histogram.importance)
     found[f"{case}.extremes"] = torch.tensor([histogram.minimum, histogram.maximum])
-    members = [histogram.group(i) for i in range(groups)]
+    members = histogram.by_group()
     found[f"{case}.members"] = torch.tensor([(v.minimum, v.maximum, v.counts.sum()) for v in members])
 save_file(found, f"{sys.argv[2]}/{rank}.histogram.safetensors")
 

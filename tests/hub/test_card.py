@@ -554,4 +554,4 @@ def test_groups_of_channels(card, make_gpt2):
     model, _ = make_gpt2()
     report = hf_ortho.convert(model, "fourier_3_g8")
     text = section(card(model, report=report).text, "What was converted")
-    assert "with 10 parameters and a domain for each of 8 groups of consecutive channels (`fourier_3_g8`)," in text
+    assert "\n\n(`fourier_3_g8`: 10 parameters for each of 8 groups of consecutive channels)\n\nwith straight" in text

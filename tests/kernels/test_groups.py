@@ -189,7 +189,7 @@ def test_only_x_is_kept_for_the_backward_pass(name, dtype, make):
 def test_a_width_that_the_groups_do_not_divide(compiles, make):
     module = make("hermite_3", 3)
     run = torch.compile(module, backend="eager") if compiles else module
-    for shape in ((4, 10), ()):
+    for shape in ((4, 10), (4, 0), ()):
         with pytest.raises(WidthError, match="3 groups"):
             run(torch.zeros(shape, requires_grad=True))
 

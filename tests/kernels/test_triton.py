@@ -272,7 +272,11 @@ def assert_groups_follow_the_formula(interpreter, name, x, g, tolerance, program
 # One channel, loads of 1, 4 and 8 elements; one, several and fewer programs than groups.
 @pytest.mark.parametrize(
     ("rows", "groups", "width", "programs"),
-    [(1101, 2, 1, 4), (513, 2, 5, 4), (33, 4, 16, 1), (33, 2, 24, 1024), (3, 9, 2, 4)],
+    [
+        (513, 2, 5, 4),
+        (33, 2, 24, 1024),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1101, 2, 1, 4), (33, 4, 16, 1), (3, 9, 2, 4))),
+    ],
 )
 def test_groups_follow_the_formula(interpreter, rows, groups, width, programs):
     x, g = normal(rows, groups * width, scale=2.0), normal(rows, groups * width, seed=2)
@@ -286,7 +290,11 @@ def test_groups_of_every_family(interpreter, family, degree):
     assert_groups_follow_the_formula(interpreter, f"{family}_{degree}_g3", x, g, 4e-6, 1024)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("family", WITH_TRITON)
 def test_a_group_is_like_its_own_activation(interpreter, family, dtype):
     module = random_module(f"{family}_2_g2")
@@ -325,7 +333,9 @@ def test_layouts_with_groups(interpreter, x, contiguous):
         torch.testing.assert_close(gradient.double(), theirs[name], rtol=4e-6, atol=4e-6)
 
 
-@pytest.mark.parametrize("wanted", ["x", "parameters", "parameters.1", "domain"])
+@pytest.mark.parametrize(
+    "wanted", ["parameters", *(pytest.param(name, marks=pytest.mark.slow) for name in ("x", "parameters.1", "domain"))]
+)
 def test_gradients_of_groups_only_where_asked_for(interpreter, wanted):
     module = random_module("fourier_2_g3")
     x, g = normal(11, 6, scale=2.0), normal(11, 6, seed=2)

@@ -167,7 +167,7 @@ def test_a_padded_vocabulary_is_not_generated(text_file, tmp_path):
         ({"activation": "hermit_3"}, HfOrthoError, "unknown activation 'hermit_3'"),
         ({"activation": "hermite_3", "activation_init": "best"}, ConfigError, "'best': must be one of paper, unit"),
         *(
-            ({"activation_init": init, "activation": "hermite_3_g24"}, WidthError, "64 channels.*groups=16 or 32")
+            ({"activation_init": init, "activation": "hermite_3_g24"}, WidthError, "64 channels.*must divide 64")
             for init in ("paper", "unit", "gelu")
         ),
         ({"config_overrides": SIZES | {"activation_function": "hermite_3_g24"}}, WidthError, "64 channels.* 24 groups"),
@@ -213,7 +213,7 @@ def test_groups_that_do_not_divide_the_width(hf_ortho_command, text_file, tmp_pa
     flags = ["--model_type", "gpt2", "--config_overrides", json.dumps(SIZES), "--tokenizer", "bytes", "--use_cpu"]
     flags += ["--dataset", text_file, "--output_dir", tmp_path / "out", "--activation", "hermite_3_g24"]
     ran = hf_ortho_command("pretrain", *flags, "--max_steps", 3)
-    assert re.fullmatch(r"transformer\.h\.0\.mlp\.act has 64 channels.* 24 groups: use groups=16 or 32", ran.error)
+    assert re.fullmatch(r"transformer\.h\.0\.mlp\.act has 64 channels.*: the number must divide 64", ran.error)
     assert not (tmp_path / "out").exists()
 
 

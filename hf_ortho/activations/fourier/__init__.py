@@ -96,17 +96,14 @@ class Fourier(LearnableActivation):
         cosine, sine = linear[1 : n + 1], linear[n + 1 :]
         phases = np.arctan2(sine, cosine)
         factorials = np.array([math.factorial(k) for k in range(1, n + 1)], dtype=float)
-        return (
-            {
-                "offset": linear[:1],
-                "coefficients": np.hypot(cosine, sine) * factorials,
-                "frequencies": theta[:n],
-                "phases": np.where(phases < HALF_TURN - 2 * math.pi, phases + 2 * math.pi, phases),
-                "domain": np.array(theta[n:] if target.domain is None else target.domain),
-            },
-            "",
-            balanced,
-        )
+        values = {
+            "offset": linear[:1],
+            "coefficients": np.hypot(cosine, sine) * factorials,
+            "frequencies": theta[:n],
+            "phases": np.where(phases < HALF_TURN - 2 * math.pi, phases + 2 * math.pi, phases),
+            "domain": np.array(theta[n:] if target.domain is None else target.domain),
+        }
+        return values, "", balanced
 
     def _solve(self, target: Target, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Frequencies (and lo and hi unless given) for fixed weights, and f - g at the nodes."""

@@ -44,13 +44,12 @@ def stored_table(layers: Sequence[LayerProvenance]) -> Markdown:
 def formulas(activation: str) -> Markdown:
     """The formula of each family in a string such as ``hermite_8, hermite_9``, as indented code, and the groups of
     channels."""
-    parts = [f"    {FAMILIES[name].equation}" for name in families_in(activation)]
-    for cls, degree, groups in map(parse, activation.split(", ") if activation else ()):
-        if groups > 1:
-            count = sum(map(len, cls.initial_parameters(degree, "paper").values()))
+    parts = [f"    {FAMILIES[family].equation}" for family in families_in(activation)]
+    for name in map(parse, activation.split(", ") if activation else ()):
+        if name.groups > 1:
+            count = sum(map(len, name.cls.initial_parameters(name.degree, "paper").values()))
             parts.append(
-                f"with {count} parameters and a domain for each of {groups} groups of consecutive channels "
-                f"({code(f'{cls.family}_{degree}_g{groups}')}),"
+                f"({code(name.name)}: {count} parameters for each of {name.groups} groups of consecutive channels)"
             )
     return Markdown("\n\n".join(parts))
 
