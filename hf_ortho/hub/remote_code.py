@@ -92,11 +92,11 @@ class Evaluated(torch.autograd.Function):
     def forward(ctx, family, x, domain, tail_slopes, *parameters):
         ctx.family = family
         ctx.save_for_backward(x, domain, tail_slopes, *parameters)
-        activation = _prepare(family.cpu_series, x, parameters, domain, tail_slopes)
+        activation = _prepare(family, x, parameters, domain, tail_slopes)
         if x.numel() <= GRAIN:
             return activation.value(x.to(activation.dtype), None, activation.no_scratch).to(x.dtype)
         y = torch.empty_like(x)
-        for source, out in zip(_flat(x, y.stride()).split(CHUNK), _flat(y, y.stride()).split(CHUNK)):
+        for source, out in zip(_flat(x, y.stride(), ()).split(CHUNK), _flat(y, y.stride(), ()).split(CHUNK)):
             source = source.to(activation.dtype)
             out.copy_(activation.value(source, torch.empty_like(source), activation.no_scratch))
         return y

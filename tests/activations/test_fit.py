@@ -172,6 +172,7 @@ def test_the_largest_degree_stays_close_everywhere(family):
     assert fitted(f"{family}_32")[1].sup_error <= 2 * fitted(family)[1].sup_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("fn", "slopes"),
@@ -366,6 +367,7 @@ def test_sources_that_cannot_be_followed(fn, reason):
     assert_refused("hermite_3", fn, reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fn", [lambda x: 1e39 * x, lambda x: 1e39 * torch.tanh(x)], ids=["slope", "height"])
 def test_parameters_beyond_float32(family, fn):

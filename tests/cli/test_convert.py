@@ -149,6 +149,7 @@ def image_folder(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "labeled"), [(["bird", "cat", "dog"], True), (["cat", "dog"], False), (["a", "b", "c"], False)]
 )

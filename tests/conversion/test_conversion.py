@@ -183,6 +183,7 @@ def test_converting_again_fits_the_current_shape(gpt2, ids, relative_error):
 # ---- config, saving, reloading -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype", "options"),
     [

@@ -68,6 +68,7 @@ def test_a_refit_keeps_each_function(model, batches):
     assert report.fidelity.divergence < 1e-6
 
 
+@pytest.mark.slow
 def test_the_smallest_degree_with_groups(model, batches):
     tolerance = divergence(hf_ortho.convert(model, "hermite_3_g2", calibration=batches)) / 2
     hf_ortho.revert(model)

@@ -24,6 +24,7 @@ def vary(model):
                         parameter += torch.linspace(-0.02, 0.02, module.groups)[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refit_with_groups_starts_exact_and_can_be_reverted(gpt2, ids, family):
     model = gpt2(scale=20)

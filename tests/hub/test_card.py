@@ -199,6 +199,7 @@ def test_infinite_figures_survive_the_record(card, make_gpt2, folder):
     assert Record.load(folder).results[0].values == values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "base"),
     [

@@ -392,6 +392,7 @@ def test_unknown_activations_are_refused():
         OrthoConfig(activation="hermite_99")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_options_of_a_fit_hold_for_adapters(family, base, tmp_path):
     options = {"derivative_weight": 0.5, "domain": (-3.0, 3.0)}

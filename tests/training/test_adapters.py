@@ -54,6 +54,7 @@ def logits(model, *inputs):
         return model.eval()(*inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "groups"), [("activations", ""), ("activations", "_g4"), ("activations+norms", "_g4")]
 )

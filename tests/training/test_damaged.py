@@ -63,6 +63,7 @@ def notes(caplog):
 # ---- other settings ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

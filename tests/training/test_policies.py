@@ -243,6 +243,7 @@ def test_a_step_without_gradient_leaves_activations_as_they_are(make_gpt2, tmp_p
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["activations", "activations+head", "all"])
 def test_training_moves_what_is_trainable_and_nothing_else(make_gpt2, tmp_path, activation, policy):
     model = converted(make_gpt2()[0], activation)

@@ -29,6 +29,7 @@ def others(model):
     return {name: p for name, p in model.named_parameters() if ".act." not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["paper", "unit", "gelu"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_seed_draws_the_weights_whatever_the_activation(family, init):
