@@ -231,10 +231,11 @@ def test_cosines_of_large_arguments(interpreter):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("groups", "shape"), [("", (7, 43)), ("_g3", (2, 7, 15))], ids=["without groups", "3 groups"])
 @pytest.mark.parametrize("family", WITH_TRITON)
-def test_a_compiler_calls_the_kernels(interpreter, family):
-    module = random_module(f"{family}_3")
-    x, g = normal(7, 43, scale=2.0), normal(7, 43, seed=2)
+def test_a_compiler_calls_the_kernels(interpreter, family, groups, shape):
+    module = random_module(f"{family}_3{groups}")
+    x, g = normal(*shape, scale=2.0), normal(*shape, seed=2)
     y, gradients, launches = interpreter(interpreted.evaluate_compiled, family, x, g, *arguments(module))
     assert launches == 1
     expected, theirs = autograd(module, x, g)
@@ -357,19 +358,6 @@ def test_the_width_must_be_a_multiple_of_the_groups():
     module = random_module("hermite_3_g4")
     with pytest.raises(WidthError, match=r"\[5, 6\] cannot be split into 4 groups"):
         kernels.forward(type(module), normal(5, 6), *arguments(module))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", WITH_TRITON)
-def test_a_compiler_calls_the_kernels_for_groups(interpreter, family):
-    module = random_module(f"{family}_3_g3")
-    x, g = normal(2, 7, 15, scale=2.0), normal(2, 7, 15, seed=2)
-    y, gradients, launches = interpreter(interpreted.evaluate_compiled, family, x, g, *arguments(module))
-    assert launches == 1
-    expected, theirs = autograd(module, x, g)
-    assert_close(y, expected, 1e-6)
-    for name, gradient in gradients.items():
-        assert_close(gradient, theirs[name], 4e-6)
 
 
 @pytest.mark.slow
