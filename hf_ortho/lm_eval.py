@@ -4,8 +4,16 @@
 converted models. Versions with plugins also support ``lm_eval --model hf_ortho``.
 """
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.models.huggingface import HFLM
+import sys
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    print("hf-ortho: error: hf_ortho.lm_eval requires lm_eval: pip install 'hf-ortho[lm-eval]'", file=sys.stderr)
+    sys.exit(2)
 
 
 class HfOrthoLM(HFLM):
