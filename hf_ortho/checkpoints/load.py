@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..activations import LearnableActivation
-from ..errors import CheckpointError, HfOrthoError
+from ..errors import CheckpointError, FitError, HfOrthoError
+from ..partitioned import is_partitioned
 from .activations import stored_tensors
 from .adapter import (
     ADAPTER_CONFIG,
@@ -42,6 +43,7 @@ from .model_class import encoder_class, model_class
 from .patterns import check_patterns
 from .place import check_place
 from .processors import IMAGE_FILES, TOKENIZER_FILES, processor_of
+from .provenance import Provenance
 from .revision import model_commit
 from .values import check_values
 
@@ -123,6 +125,8 @@ def load_checkpoint(
             model, info = _from_pretrained(cls, name, options)
             if auto_class is None and (encoder := encoder_class(name, at, model, info)):
                 model, info = _from_pretrained(encoder, name, options)
+        if new_head and not replaced_head:
+            info["missing_keys"] -= _fit_new(model, info["missing_keys"])
         new_modules = check_keys(name, model, info, new_head=new_head, replaced_head=replaced_head)
         if stored is None:
             logger.warning(f"note: the weights of {name} are pickled; only tensors are read, and no code in them runs")
@@ -158,6 +162,20 @@ def _from_pretrained(cls: Any, name: str, options: dict[str, Any]) -> tuple[PreT
         return cls.from_pretrained(name, **options)
     finally:
         logger.disabled = False
+
+
+def _fit_new(model: PreTrainedModel, missing: Set[str]) -> set[str]:
+    """Fit the activations of a new head to the one that those of the base model replaced; returns their keys."""
+    sources, fitted = {*Provenance.of(model.config).source_activations.values()}, set()
+    for path, module in model.named_modules():
+        if len(sources) == 1 and isinstance(module, LearnableActivation) and not is_partitioned(module.domain):
+            keys = {f"{path}.{name}" for name, _ in module.named_parameters()}
+            with contextlib.suppress(FitError):  # of a source that is not in transformers
+                if keys <= missing:
+                    if not module.domain.is_meta:  # FSDP sends the values of the first process to the others
+                        module.fit(*sources)
+                    fitted |= keys
+    return fitted
 
 
 def _activations_of(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+import hf_ortho
 from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint
 from hf_ortho.errors import CheckpointError, ConfigError
 from hf_ortho.tasks import named
@@ -98,6 +99,38 @@ def test_an_encoder_without_a_pooler_gets_one_with_the_head(tmp_path):
     found = load_checkpoint(str(tmp_path), auto_class=CLASSIFIER)
     assert found.new_modules == ("bert.pooler", "classifier")
     assert load_checkpoint(str(tmp_path), auto_class="AutoModelForMaskedLM").new_modules == ("cls",)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("hermite_8", "float32"), ("hermite_8_g4", "bfloat16")])
+def test_the_activation_of_a_new_head_is_fitted_like_the_others(tmp_path, caplog, name, dtype):
+    """To the GELU that the conversion replaced: 3.2e-3 from it at most for degree 8, with the tails."""
+    model = make("BertModel", SIZES)
+    hf_ortho.convert(model, name)
+    model.save_pretrained(tmp_path)
+    loaded = load_checkpoint(str(tmp_path), auto_class="AutoModelForMaskedLM", dtype=dtype).model
+    act, x = loaded.cls.predictions.transform.transform_act_fn, torch.linspace(-20, 20, 2001)
+    assert (act(x[:, None].expand(-1, 16)) - torch.nn.functional.gelu(x)[:, None]).abs().max() < 5e-3
+    assert "act_fn" not in caplog.text  # of the tensors that start at random
+
+
+def test_the_activation_of_a_new_head_waits_for_the_values_of_the_first_process(tmp_path, monkeypatch):
+    """With fsdp_cpu_ram_efficient_loading, the other processes have no values of missing tensors yet."""
+    model = make("BertModel", SIZES)
+    hf_ortho.convert(model, "hermite_3")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.modeling_utils.is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr("transformers.modeling_utils.is_local_dist_rank_0", lambda: False)
+    loaded = load_checkpoint(str(tmp_path), auto_class="AutoModelForMaskedLM").model
+    assert loaded.cls.predictions.transform.transform_act_fn.domain.is_meta
+
+
+def test_the_activation_of_a_new_head_is_not_fitted_to_an_unknown_one(tmp_path, caplog):
+    model = make("BertModel", SIZES)
+    hf_ortho.convert(model, "hermite_3")
+    model.config.hf_ortho["source_activations"] = {"hidden_act": "of_other_code"}
+    model.save_pretrained(tmp_path)
+    load_checkpoint(str(tmp_path), auto_class="AutoModelForMaskedLM")
+    assert "and 6 more tensors of BertForMaskedLM, which start at random" in caplog.text  # with 3 of the activation
 
 
 def test_a_missing_weight_of_the_base_model_is_no_new_head(tmp_path):
