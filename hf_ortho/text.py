@@ -91,12 +91,31 @@ def number(value: float, spec: str) -> str:
     return text if re.search("[1-9]|inf|nan", text.partition("e")[0]) else text.lstrip("+-")
 
 
+def digits(value: float) -> str:
+    """``value`` >= 0 with three digits, or all before the decimal point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
 def change(before: float, after: float) -> str:
     """``after`` relative to ``before`` in percent, such as ``+1.250%``; ``-`` if that says nothing.
 
     That is the case if ``before`` is 0 or not finite, or if one of them is negative, as a correlation can be.
     """
     return number(after / before - 1, "+.3%") if 0 < before < math.inf and not after < 0 else "-"
+
+
+def duration(seconds: float) -> str:
+    """``seconds``, roughly: ``about 10 min``."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes} min" if minutes < 120 else f"about {seconds / 3600:.1f} h"
+
+
+def some(names: Iterable[str], most: int = 3, what: str = "") -> str:
+    """The first names, and the number of the others: ``a, b and 3 more``."""
+    first, rest = list(names)[:most], list(names)[most:]
+    return ", ".join(first) + (f" and {len(rest)} more{f' {what}' if what else ''}" if rest else "")
 
 
 def json_values(value: Any, not_finite: Callable[[float], Any] = lambda _: None) -> Any:

@@ -11,12 +11,15 @@ from hf_ortho.text import (
     change,
     code,
     code_block,
+    digits,
+    duration,
     interval,
     json_values,
     markdown,
     markdown_table,
     number,
     one_line,
+    some,
     visible,
 )
 
@@ -207,3 +210,19 @@ def test_a_change_in_percent(before, after, text):
 )
 def test_what_is_rounded_to_0_has_no_sign(value, spec, text):
     assert number(value, spec) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(29, "less than a minute"), (600, "about 10 min"), (9000, "about 2.5 h")]
+)
+def test_durations_are_rounded(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_large_values_have_no_exponent():
+    assert list(map(digits, (0.01234, 12.34, 999.4, 999.7, 25000.4))) == ["0.0123", "12.3", "999", "1000", "25000"]
+
+
+def test_long_lists_are_cut():
+    assert [some("abcde"[:n], 3) for n in (0, 3, 5)] == ["", "a, b, c", "a, b, c and 2 more"]
+    assert some("abcde", 1, "tensors") == "a and 4 more tensors"

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HTTPError
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..files import TRAINING_MANIFEST, TRAINING_RECIPE, explain
+from ..text import some
 from .custom_code import GENERATED
 from .listing import MODULES, ROUTER, Listing, is_private, list_files, matches, module_folders, module_of
 
@@ -35,6 +36,8 @@ TRAINING = "optimizer* scheduler* scaler* rng_state* random_states* training_arg
 TRAINING += f"events.out.tfevents* *.distcp {TRAINING_MANIFEST} {TRAINING_RECIPE}"
 SKIPPED = "checkpoint-* checkpoints* last-checkpoint global_step* runs wandb mlruns __pycache__"
 LIMIT = 100 * 2**20  # bytes of a file, or of a folder with all that is in it, except the modules
+
+SHOWN = 5  # names in a note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ def carry(source: Source, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     if left_out := [*_left_out(found, {*files, *missing}), *(f"{path} (download failed)" for path in missing)]:
-        logger.warning(f"note: not carried over from {source.name}: {', '.join(left_out)}")
+        logger.warning(f"note: not carried over from {source.name}: {some(left_out, SHOWN)}")
 
 
 def _skipped(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..activations import LearnableActivation
 from ..errors import CheckpointError
+from ..text import some
 from .activations import NAMES
 
 logger = logging.get_logger("hf_ortho")
@@ -46,10 +47,12 @@ def check_keys(
     missing = sorted(key for key in info["missing_keys"] if needed(key) and not _is_computed(key, model))
     optional = [key for key in missing if _is_optional(key, model, new_head)]
     if lacking := [key for key in missing if key not in optional]:
-        raise CheckpointError(f"{name} is incomplete: its weights lack {some(lacking)} of {cls}")
+        raise CheckpointError(f"{name} is incomplete: its weights lack {some(lacking, what='tensors')} of {cls}")
     absent = [key for key in info["missing_keys"] if new_head and not needed(key)]
     if fresh := sorted({*optional, *(() if replaced_head else absent)}):
-        logger.warning(f"note: the weights of {name} lack {some(fresh)} of {cls}, which start at random")
+        logger.warning(
+            f"note: the weights of {name} lack {some(fresh, what='tensors')} of {cls}, which start at random"
+        )
     if mismatched := sorted(entry for entry in info["mismatched_keys"] if needed(entry[0])):
         key, stored, expected = mismatched[0]
         more = f" ({len(mismatched) - 1} more)" if mismatched[1:] else ""
@@ -59,10 +62,11 @@ def check_keys(
     unexpected = sorted(info["unexpected_keys"])
     if activations := _of_activations(unexpected, model):
         raise CheckpointError(
-            f"{name} does not fit its config, which does not name the activations of {some(activations)}"
+            f"{name} does not fit its config, which does not name the activations of "
+            f"{some(activations, what='tensors')}"
         )
     if unexpected:
-        logger.warning(f"note: {cls} does not use {some(unexpected)} of {name}")
+        logger.warning(f"note: {cls} does not use {some(unexpected, what='tensors')} of {name}")
     replaced = [entry[0] for entry in info["mismatched_keys"] if not needed(entry[0])]
     poolers = [key for key in optional if new_head and "pooler" in key]
     return tuple(dict.fromkeys(_module(key, base) for key in sorted([*absent, *replaced, *poolers])))
@@ -83,12 +87,6 @@ def _is_optional(key: str, model: PreTrainedModel, new_head: bool) -> bool:
     """Whether many checkpoints lack a parameter: the mask of SpecAugment, or the pooler below no head or a new one."""
     without_head = new_head or model.base_model is model or model.config.is_encoder_decoder
     return key.endswith("masked_spec_embed") or (without_head and bool(re.search(r"(^|\.)pooler\.", key)))
-
-
-def some(keys: Iterable[str], most: int = 3) -> str:
-    """The first keys and the number of the others."""
-    first, rest = list(keys)[:most], list(keys)[most:]
-    return ", ".join(first) + (f" and {len(rest)} more tensors" if rest else "")
 
 
 def _of_activations(unexpected: list[str], model: PreTrainedModel) -> list[str]:

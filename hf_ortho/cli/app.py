@@ -8,6 +8,7 @@ import threading
 from ..errors import ConfigError
 from .console import Parser, console
 from .network import check_hub
+from .progress import announce_libraries
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -42,6 +43,7 @@ def run(argv: list[str]) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ConfigError("hf-ortho app requires Gradio: pip install 'hf-ortho[app]'") from error
+    announce_libraries()
     from ..app.page import LAUNCH, build
 
     page = build(args.model, args.revision, public=args.share or args.host not in LOCAL)

@@ -16,7 +16,8 @@ from ..benchmark import TOLERANCE
 from ..errors import ConfigError
 from ..files import check_file, explain, written
 from .console import Parser, console, table
-from .env import environment, show_environment
+from .env import environment
+from .progress import announce_libraries, stage
 
 if TYPE_CHECKING:
     from ..benchmark import BenchResults, Section, Settings
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho bench",
-        description="Measure time and memory of the activations against fixed activations, standalone and in models.",
+        description="Measure time and memory of the activations against fixed activations, standalone and in models. "
+        "Example: hf-ortho bench --budget 60",
     )
     p.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="cpu (one thread, float32) or cuda (bfloat16)."
@@ -79,6 +81,7 @@ def run(argv: list[str]) -> int:
         if path:
             check_file(path, flag)
 
+    announce_libraries()
     import torch
 
     from ..benchmark import FULL, QUICK, TARGETS, check, plot_results, report, within
@@ -91,9 +94,12 @@ def run(argv: list[str]) -> int:
     sections = within(selected, budget)
     with one_thread(args.device):
         machine = environment()
+        gpus = "".join(f"{name}; " for name in machine["gpus"])
         command = shlex.join(["hf-ortho", "bench", *argv])
         header = {"command": command, "environment": machine, "settings": settings.to_dict()}
-        show_environment(machine)
+        console.print(
+            f"{machine['cpu']}, {machine['physical_cores']} cores; {gpus}torch {machine['packages']['torch']}"
+        )
         console.print(report.explanation(settings))
         if not args.quick:
             for line in report.plan(sections, [name for name in selected if name not in sections], budget):
@@ -121,8 +127,8 @@ def run(argv: list[str]) -> int:
     if not args.check:
         return 1 if failed else 0
     missed = [outcome for outcome in outcomes if outcome.fails]
-    for outcome in missed:
-        console.print(f"missed: {report.sentence(outcome)}")
+    for line in report.sentences(missed):
+        console.print(line)
     console.print(f"{len(missed)} of {len(outcomes)} targets are missed by more than {TOLERANCE:.0%} or not run")
     return 1 if missed or failed else 0
 
@@ -163,24 +169,25 @@ def measure(sections: Mapping[str, Section], settings: Settings, save: Callable[
     from ..benchmark import BenchResults, NotRun, report
 
     results = BenchResults()
-    for case, section in sections.items():
+    for number, (case, section) in enumerate(sections.items(), 1):
         start = time.monotonic()
         if start > settings.deadline:
             results.not_run.append(NotRun(case, "", "left out to stay within the budget"))
         else:
             try:
-                with console.status(f"Measuring {case}"):
+                with stage(f"Measuring {case}, section {number} of {len(sections)}"):
                     section.run(results, settings)
             except Exception as error:  # any failure, of a driver or a compiler: continue with the rest
                 results.not_run.append(NotRun(case, "", explain(error), failed=True))
             results.seconds[case] = time.monotonic() - start
         if results.of(case):
-            table(*report.case_table(results, case, settings))
+            title, columns, rows = report.case_table(results, case, settings)
+            table("\n".join([title, *report.reference(results, case)]), columns, rows)
         for line in report.not_run(results, case):
             console.print(line)
         if report.has_bandwidth(results, case):
             table(*report.bandwidth_table(results, case, settings))
-        if case in results.seconds:
+        if results.of(case):
             console.print(f"{case} took {results.seconds[case]:.0f} s")
         save(results)
     return results

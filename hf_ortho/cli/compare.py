@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from glob import has_magic
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, NonFiniteError
 from ..folders import OutputFolder
-from ..tasks import LOSS, NAMES, TASKS, Metric
+from ..tasks import LOSS, METRICS, NAMES, TASKS, Metric
 from ..tasks.text_classification import OF_NUMBERS
-from ..text import markdown_table
+from ..text import digits, markdown_table
 from ..training.arguments import Comparison
 from .console import console, table
 from .launch import launch
 from .main import LAUNCHED
-from .progress import telling_what_is_kept, trainer_log, training_size
+from .progress import stage, telling_what_is_kept, trainer_log, training_size
 from .recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -67,14 +68,32 @@ def _compare(comparison: Comparison) -> None:
     times: dict[str, Times] = {}
     saved: dict[str, float] = {}
     if grid.timing_rounds:
-        logger.info(f"Timing {grid.timing_rounds} steps with each activation")
-        with console.status("Timing steps"):
+        with stage(f"Timing {grid.timing_rounds} steps with each activation"):
             times, saved = measure_steps(comparison, grid.timing_rounds)
     if output is None:  # in all processes except the first
         return
-    caption, columns, rows = write(output, comparison, runs, times, saved)
-    table(caption, columns, rows)
+    _, columns, rows = write(output, comparison, runs, times, saved)
+    finished = [run for run in runs if run.metrics]
+    metric = metric_of(finished)
+    show(metric, _name(comparison.data.eval_dataset or comparison.data.dataset), columns, rows)
     console.print(f"Wrote {folder}: results.json, table.md, comparison.png, and a folder per run")
+    best = (max if metric.greater_is_better else min)(finished, key=lambda run: run.metrics[metric.key])
+    place = shlex.quote(str(Path(folder, best.activation, f"seed-{best.seed}")))
+    console.print(f"Next, with the best run: hf-ortho push {place} YOU/NAME")
+
+
+def show(metric: Metric, name: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print the rows of ``write`` as two tables of 80 columns: the results on the dataset ``name``, and the costs."""
+    reference, end = rows[0][0], 4 + sum("perplexity" in column for column in columns)
+    better = "higher" if metric.greater_is_better else "lower"
+    title = f"{metric.name[0].upper()}{metric.name[1:]} on {name}, {better} is better"
+    title += "; ±: standard deviation over seeds" if any("±" in cell for row in rows for cell in row) else ""
+    title += f"\nminus {reference}: the difference from {reference} with the same seed"
+    short = ["", "seeds", metric.name, f"minus {reference}", "perplexity"]
+    table(title, short[:end], [row[:end] for row in rows])
+    if columns[end:]:
+        title = "Time of a step on one micro-batch, and memory kept from forward to backward"
+        table(title, ["", f"time over {reference}", *columns[end + 1 :]], [[row[0], *row[end:]] for row in rows])
 
 
 def metric_of(runs: list[Run]) -> Metric:
@@ -114,16 +133,20 @@ def write(
     summaries = summarize(runs, metric.key)
     reference = summaries[0].activation
     columns = ["", "seeds", title, f"minus {reference}, same seed"]
+    # of a language model, beside its loss
+    perplexity = [METRICS[key] for key in runs[0].metrics if key.endswith("perplexity") and metric == LOSS]
+    columns += [m.name for m in perplexity]
     columns += [f"time of a micro-batch, over {reference}", "ms"] if times else []
     columns += ["kept, MB"] if kept else []
     rows = []
-    for s in summaries:
+    for s, *others in zip(summaries, *(summarize(runs, m.key) for m in perplexity), strict=True):
         row = [s.activation, str(s.seeds), _figure(f"{s.mean:.4f}", s.spread, s.seeds)]
         row.append(_figure(f"{s.difference:+.4f}", s.difference_spread, s.seeds))
+        row += [f"{other.mean:.5g}" for other in others]
         if times:
-            row += [f"{times[s.activation].ratio:.2f}", f"{1e3 * times[s.activation].median:.0f}"]
+            row += [f"{times[s.activation].ratio:.2f}", digits(1e3 * times[s.activation].median)]
         if kept:
-            row.append(f"{kept[s.activation] / 1e6:.0f}" if s.activation in kept else "-")
+            row.append(digits(kept[s.activation] / 1e6) if s.activation in kept else "-")
         rows.append(row)
     data = comparison.data
     seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
@@ -134,6 +157,8 @@ def write(
     )
     if any(s.seeds > 1 for s in summaries):
         caption += "; ± is the standard deviation over seeds"
+    if kept:
+        caption += "; kept: memory that the forward pass of a micro-batch keeps for its backward pass"
     if diverged:
         caption += f"; diverged: {'; '.join(diverged)}"
     results = {

@@ -54,6 +54,9 @@ class Help(argparse.HelpFormatter):
             return text
         return f"{text} Default: %(default)s."
 
+    def _get_default_metavar_for_optional(self, action):
+        return "BOOL" if action.const is True else action.dest.rpartition("_")[2].upper()
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser, for compatibility with HfArgumentParser, which provides all TrainingArguments fields.
@@ -101,7 +104,7 @@ def add_activation_flags(parser: Parser, degrees: str) -> None:
         default="hermite",
         help=f"Activation family: {', '.join(FAMILIES)}; or a whole name, such as hermite_3_g16.",
     )
-    parser.add_argument("--degree", help=f"Degree: {degrees}. Default: the default of the family.")
+    parser.add_argument("--degree", help=f"Degree: {degrees}. Default: 8 for hermite, 6 for the others.")
     parser.add_argument(
         "--groups",
         type=int,
@@ -191,30 +194,18 @@ def quiet() -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table with a first column of text and further columns of numbers."""
-    out = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    """Print a table with a first column of text and further columns of numbers, wider than the console if necessary:
+    numbers are never truncated."""
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         out.add_row(*map(one_line, row))
-    show(out)
-
-
-def show(table: Table) -> None:
-    """Print a table in full, wider than the console if necessary: numbers are never truncated."""
-    console.print(table.title, style="italic")
-    table.title = None
-    needed = Measurement.get(console, console.options.update(max_width=100_000), table).maximum
-    PlainConsole(width=max(console.width, needed)).print(table)
+    console.print(title, style="italic")
+    needed = Measurement.get(console, console.options.update(max_width=100_000), out).maximum
+    PlainConsole(width=max(console.width, needed)).print(out)
 
 
 def show_report(report: ConversionReport, *, verbose: bool = False) -> None:
-    """Print the comparison with the source model, the tables and the summary of a conversion."""
-    from ..conversion.report_text import fidelity_lines, headline, summary, tables
-
-    for line in [*headline(report), *fidelity_lines(report)]:
-        console.print(line)
-    for part in tables(report, verbose):
-        show(part)
-    for line in summary(report):
-        console.print(line)
+    """Print the text of a report."""
+    console.print(report.text(verbose=verbose))

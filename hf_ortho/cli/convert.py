@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..activations import named
 from ..errors import ConfigError
@@ -22,12 +24,17 @@ from .console import (
 )
 from .device import add_device_flag, chosen_device
 from .network import check_hub, hub_tokenizer
+from .progress import counted
+
+if TYPE_CHECKING:
+    from ..checkpoints.load import Checkpoint
 
 
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho convert",
-        description="Convert a checkpoint to learnable activations, and verify the result by reloading it.",
+        description="Convert a checkpoint to learnable activations, and verify the result by reloading it. "
+        "Example: hf-ortho convert gpt2 -o gpt2-h8 --calibration-data notes.txt",
     )
     p.add_argument("model", help="Folder or Hub model, such as openai-community/gpt2.")
     p.add_argument("-o", "--output", required=True, help="Output folder.")
@@ -39,7 +46,7 @@ def parser() -> Parser:
         help="For --degree auto: the largest KL divergence from the source model per prediction, as predicted by the "
         "Fisher weights; without them, the largest rms error of a layer.",
     )
-    add_calibration_flags(p, "File, folder or dataset to calibrate with. Default: none.")
+    add_calibration_flags(p, "File, folder or dataset to calibrate with, like the data of later use. Default: none.")
     p.add_argument(
         "--weights",
         default="fisher",
@@ -96,6 +103,7 @@ def run(argv: list[str]) -> None:
     )
     check_hub([(args.model, args.revision), hub_tokenizer(args.tokenizer)], [args.calibration_data])
     named(args.family, None if args.degree == "auto" else args.degree, args.groups)
+    console.print(f"Loading {args.model}")
     device = chosen_device(args.device)
 
     import torch
@@ -107,7 +115,6 @@ def run(argv: list[str]) -> None:
     from ..tasks.tokenizer import use_tokenizer
     from ..training.calibration import calibration_batches
 
-    console.print(f"Loading {args.model}")
     trust = args.trust_remote_code
     checkpoint = load_checkpoint(args.model, revision=args.revision, dtype=args.dtype, trust_remote_code=trust)
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=trust)
@@ -117,21 +124,23 @@ def run(argv: list[str]) -> None:
         moved: Any = checkpoint.model
         moved.to(device)
         if args.calibration_data:
+            console.print(f"Reading {args.calibration_data}")
             calibration, source = calibration_batches(checkpoint, args.calibration_data, **options)
-        report = convert(
-            checkpoint.model,
-            args.family,
-            degree=args.degree,
-            groups=args.groups,
-            tolerance=args.tolerance,
-            calibration=calibration,
-            weights=args.weights,
-            fields=args.field,
-            derivative_weight=args.derivative_weight,
-            domain=args.domain,
-            tails=not args.no_tails,
-            distill=args.distill,
-        )
+        with counted(calibration) as batches:
+            report = convert(
+                checkpoint.model,
+                args.family,
+                degree=args.degree,
+                groups=args.groups,
+                tolerance=args.tolerance,
+                calibration=batches,
+                weights=args.weights,
+                fields=args.field,
+                derivative_weight=args.derivative_weight,
+                domain=args.domain,
+                tails=not args.no_tails,
+                distill=args.distill,
+            )
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"--device {device}: {args.model} does not fit in its memory; use --device cpu") from error
     for module in (checkpoint.model, *(original for _, original, _ in report.modules.values())):
@@ -143,6 +152,7 @@ def run(argv: list[str]) -> None:
         values = {"source": {"loss": fidelity.loss_before}, "converted": {"loss": fidelity.loss_after}}
         note = "the held-out part of the calibration data" if fidelity.held_out else "the calibration data"
         results = [Results(values, source, command, hardware(device.type != "cpu"), note=note)]
+    console.print(f"Writing {args.output}, and reloading it")
     inputs = example_inputs(checkpoint.model)
     expected, tensors = outputs(checkpoint.model, inputs), fingerprint(checkpoint.model)
     with output.writing() as draft:
@@ -157,8 +167,26 @@ def run(argv: list[str]) -> None:
             data=[source] if source else [],
             command=command,
         )
-        cls = type(checkpoint.model)
+        cls, advice = type(checkpoint.model), next_steps(checkpoint, args.model, args.output)
         del checkpoint  # free its memory for the reloaded model
         equal = verify_reload(cls, draft, tensors, inputs, expected)
     checked = "tensors and outputs bit-equal" if inputs and equal else "tensors bit-equal"
     console.print(f"Wrote {args.output} (reloaded with from_pretrained: {checked})")
+    for line in advice:
+        console.print(line)
+
+
+def next_steps(checkpoint: Checkpoint, source: str, folder: str) -> list[str]:
+    """What to do with a converted model; without a tokenizer or image processor, it can only be loaded."""
+    from ..tasks import Task, head_of
+
+    head, quoted = head_of(checkpoint.model), shlex.quote(folder)
+    code = ", trust_remote_code=True" if type(checkpoint.model).is_remote_code() else ""
+    lines = [f"Load:    import hf_ortho; {head.auto_class}.from_pretrained({json.dumps(folder)}{code})"]
+    if checkpoint.processor is None:
+        return lines
+    if isinstance(head, Task):
+        data = "" if head.default_dataset else " --dataset DATA"
+        lines.append(f"Compare: hf-ortho evaluate {quoted} --against {shlex.quote(source)}{data}")
+    task = "" if isinstance(head, Task) else " --task TASK"
+    return [*lines, f"Train:   hf-ortho finetune --model {quoted} --dataset DATA{task} --output-dir OUTPUT"]

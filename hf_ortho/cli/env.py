@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .console import Parser, table
+from ..text import one_line
+from .console import Parser, console
 
 PACKAGES = (
     "hf_ortho",
@@ -81,20 +82,22 @@ def _version(package: str) -> str | None:
 
 
 def show_environment(found: dict[str, Any]) -> None:
-    """Print the result of ``environment`` as a table."""
-    machine = {
+    """Print the result of ``environment``, one value per line."""
+    packages = found["packages"]
+    lines = {
+        "platform": found["platform"],
         "CPU": f"{found['cpu']} ({found['cpu_capability']})",
-        "cores": f"{found['physical_cores']} physical, {found['logical_cores']} logical",
-        "torch threads": str(found["threads"]),
+        "cores": f"{found['physical_cores']} physical, {found['logical_cores']} logical; torch uses {found['threads']}",
         "RAM": f"{found['ram_gib']} GiB",
         "GPU": ", ".join(found["gpus"]) or "none",
         "driver": found["driver"] or ("unknown" if found["gpus"] else "none"),
         "CUDA": found["cuda"] or "not in this torch",
-        "platform": found["platform"],
         "Python": found["python"],
+        **{name: version for name, version in packages.items() if version},
+        "not installed": ", ".join(name for name, version in packages.items() if not version) or "-",
     }
-    versions = {name: found["packages"][name] or "not installed" for name in found["packages"]}
-    table("environment", ["", "found"], [[key, value] for key, value in (machine | versions).items()])
+    for name, value in lines.items():
+        console.print(one_line(f"{name:17s}{value}"))
 
 
 def parser() -> Parser:

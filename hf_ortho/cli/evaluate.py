@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..tasks import TASKS, Task, head_of
+from ..tasks import LOSS, METRICS, TASKS, Task, head_of
 from ..tasks.arguments import DataArguments
 from ..tasks.causal_lm import CAUSAL_LM
 from ..tasks.masked_lm import MASKED_LM
@@ -47,7 +49,7 @@ def parser() -> Parser:
         description=f"Print the metrics of a checkpoint, or compare several: {metrics}.",
     )
     p.add_argument("model", nargs="+", help="Folder or Hub model. Several are evaluated in turn, on the same samples.")
-    p.add_argument("--against", metavar="OTHER", help="A second model, shown with the differences of one model to it.")
+    p.add_argument("--against", metavar="OTHER", help="A second model; adds the differences of the first from it.")
     p.add_argument(
         "--dataset",
         help="File, folder or Hub dataset; for a language model text, or messages or prompts and completions, of which "
@@ -58,7 +60,8 @@ def parser() -> Parser:
         "--revision",
         action="append",
         default=[],
-        help="Branch, tag or commit of a Hub model. With several models, give it once for each, in their order.",
+        help="Branch, tag or commit of a Hub model. With several models, give it once for each, in their order. "
+        "Default: the main branch.",
     )
     p.add_argument("--against-revision", help="Branch, tag or commit of the model of --against.")
     add_model_flags(p)
@@ -92,6 +95,9 @@ def parser() -> Parser:
 
 def measure(model: Model, args, place_in_order: str = "") -> Measured:
     """Evaluate a model as ``args`` say; ``place_in_order`` is printed after its name."""
+    name, revision = model
+    console.print(f"Loading {name}{place_in_order}")
+
     from ..checkpoints.load import load_checkpoint
     from ..tasks import data, of
     from ..tasks.samples import head
@@ -99,8 +105,6 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     from ..tasks.tokens import content_of
     from ..training.evaluation import evaluate_model
 
-    name, revision = model
-    console.print(f"Loading {name}{place_in_order}")
     trust, auto_classes = args.trust_remote_code, [task.auto_class for task in TASKS]
     options = {"dtype": args.dtype, "trust_remote_code": trust, "auto_classes": auto_classes}
     checkpoint = load_checkpoint(name, revision=revision, **options)
@@ -121,10 +125,9 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     split = data.pick(splits, args.split, data.HELD_BACK, place)
     samples = task.prepare_evaluation(checkpoint, splits[split], args.data, place)
     samples = head(samples, args.max_samples)
-    data_used = f"{place}, {split}, {len(samples)} samples"
+    data_used = f"{place if Path(place).is_file() else f'{place}, {split}'}, {len(samples)} samples"
     console.print(f"Evaluating {name}{f' at {checkpoint.commit}' if checkpoint.commit else ''} on {data_used}")
-    with evaluation_progress(name) as callbacks:
-        metrics = evaluate_model(checkpoint, samples, args.batch_size, callbacks)
+    metrics = evaluate_model(checkpoint, samples, args.batch_size, evaluation_progress())
     metrics |= task.metrics_of_samples(metrics, samples)
     if args.pseudo_perplexity:
         metrics["pseudo_perplexity"] = _pseudo_perplexity(checkpoint, samples, args.batch_size)
@@ -132,6 +135,7 @@ def measure(model: Model, args, place_in_order: str = "") -> Measured:
     content = None
     if tokenizer is not None:  # the objects of slow tokenizers do not compare
         content = content_of(tokenizer) if getattr(tokenizer, "is_fast", False) else tokenizer.get_vocab()
+    metrics = {key: metrics[key] for key in sorted(metrics, key=LOSS.key.__eq__)}  # last: others say more
     return Measured(name, task, data_used, content, metrics)
 
 
@@ -222,12 +226,19 @@ def _differences(measured: Sequence[Measured]) -> str:
     return f"note: the samples of the models differ ({'; '.join(used)})" if len(used) > 1 else ""
 
 
+def _names(measured: Sequence[Measured]) -> list[str]:
+    """The models by name; folders by their last part, unless two have the same."""
+    full = [each.name for each in measured]
+    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in full]
+    return short if len(set(short)) == len(set(full)) else full
+
+
 def _show_all(measured: Sequence[Measured], pair: bool) -> None:
     first = measured[0]
     if notes := _differences(measured):
         console.print(notes)
     if len(measured) == 1:
-        table(first.data, ["", first.name], [[key, f"{value:.5f}"] for key, value in first.metrics.items()])
+        table(first.data, ["", *_names(measured)], [[key, f"{value:.5f}"] for key, value in first.metrics.items()])
     elif pair:
         _show_pair(first, measured[1])
     else:
@@ -240,7 +251,7 @@ def _show_pair(first: Measured, second: Measured) -> None:
         for key, value in first.metrics.items()
         if (other := second.metrics.get(key)) is not None
     ]
-    table(first.data, ["", first.name, second.name, "difference", "relative"], rows)
+    table(first.data, ["", *_names([first, second]), "difference", "relative"], rows)
 
 
 def _show(measured: Sequence[Measured]) -> None:
@@ -248,10 +259,16 @@ def _show(measured: Sequence[Measured]) -> None:
     first = measured[0]
     same = all(each.tokenizer == first.tokenizer for each in measured)
     keys = [key for key in first.metrics if all(key in each.metrics for each in measured)]
-    compared = first.task.compared.key if same else next((k for k in keys if k == "bits_per_byte"), None)
-    rows = [[each.name, *(f"{each.metrics[key]:.5f}" for key in keys)] for each in measured]
+    best = "perplexity" if "perplexity" in keys else first.task.compared.key
+    compared = best if same else next((k for k in keys if k == "bits_per_byte"), None)
+    rows = [
+        [name, *(f"{each.metrics[key]:.5f}" for key in keys)]
+        for name, each in zip(_names(measured), measured, strict=True)
+    ]
+    headers = ["\n".join(textwrap.wrap(METRICS[key].name if key in METRICS else key, 10)) for key in keys]
     if compared is not None:
+        headers.append(f"{METRICS[compared].name}\nvs. first")
         for row, each in zip(rows, measured, strict=True):
             value = each.metrics[compared]
             row.append("-" if each is first else change(first.metrics[compared], value))
-    table(first.data, ["", *keys, *([f"{compared} vs. first"] if compared else [])], rows)
+    table(first.data, ["", *headers], rows)

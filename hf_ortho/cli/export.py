@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..folders import OutputFolder
 from .console import Parser, add_trust_flag, console
 from .network import check_hub
+from .progress import announce_libraries
 
 REQUIRED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -16,7 +19,7 @@ def parser() -> Parser:
     p = Parser(
         prog="hf-ortho export",
         description="Write a model as an ONNX graph that runs without hf_ortho and PyTorch, and compare it with the "
-        "model in onnxruntime. The weights become float32.",
+        "model in onnxruntime. The weights become float32. Example: hf-ortho export gpt2-h8 -o gpt2-onnx",
     )
     p.add_argument("model", help="Folder or Hub model, converted or not, or an adapter, which is merged.")
     p.add_argument("-o", "--output", required=True, help="Output folder.")
@@ -40,6 +43,7 @@ def run(argv: list[str]) -> None:
     output = OutputFolder(args.output, overwrite=args.overwrite, keep=[args.model])
     check_hub([(args.model, args.revision)])
 
+    announce_libraries()
     from ..checkpoints.load import load_checkpoint
     from ..checkpoints.place import GRAPH
     from ..checkpoints.provenance import Provenance
@@ -59,7 +63,8 @@ def run(argv: list[str]) -> None:
         base_revision=None if converted else checkpoint.commit,
     )
     with output.writing() as draft:
-        graph = write_onnx(checkpoint, args.model, draft, cache=not args.no_cache)
+        with console.status("Exporting"):
+            graph = write_onnx(checkpoint, args.model, draft, cache=not args.no_cache)
         carry_over(args.model, checkpoint.commit or args.revision, draft, (REPORT_FILE, PICTURE))
         write_card(
             draft,
@@ -70,6 +75,9 @@ def run(argv: list[str]) -> None:
         )
         size = sum(file.stat().st_size for file in (draft / GRAPH).parent.iterdir())
     console.print(
-        f"Wrote {args.output} ({GRAPH}, {size / 1e6:.1f} MB; largest difference from the "
-        f"model in {graph.engine}: {graph.difference:.1e} of the largest output)"
+        f"Wrote {args.output} ({GRAPH}, {size / 1e6:.1f} MB); outputs differ from the model by at most "
+        f"{graph.difference:.1e} of the largest output, in {graph.engine}"
+    )
+    console.print(
+        f"Next: hf-ortho push {shlex.quote(args.output)} YOU/{shlex.quote(Path(args.output).absolute().name)}"
     )

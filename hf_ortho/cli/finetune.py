@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..tasks import LOSS
+from ..text import change
 from ..training.arguments import Recipe
 from .console import console, show_report, table
 from .launch import launch
@@ -20,9 +24,12 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from ..hub import DataSource, Results
+    from ..tasks import Task
     from ..training.finetune import Result
 
-DESCRIPTION = "Fine-tune a checkpoint with Trainer, configured by a YAML file and flags that override it."
+DESCRIPTION = (
+    "Train a model on your data with Trainer. Options are flags or keys of a YAML file; flags take precedence."
+)
 
 
 def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
@@ -43,6 +50,21 @@ def results_of(result: Result, command: str, recipe: Recipe) -> Results | None:
     source = DataSource.of(result.held_back, name, config=config, revision=revision)
     note = "held out from training" if same and source.split == _train(result, recipe).split else ""
     return Results(values, source, command, hardware(), recipe.training.seed, note, "training")
+
+
+def show_results(results: Results, task: Task) -> None:
+    """Print the change of the metric that matters most, and the table of all metrics."""
+    stages, data = list(results.values.items()), results.data
+    metrics = [each for each in (task.compared, *task.metrics) if each != LOSS and each.key in stages[-1][1]]
+    metric = metrics[0] if metrics else LOSS
+    figures = [value for _, values in stages if (value := values.get(metric.key)) is not None]
+    relative = change(figures[0], figures[-1]) if len(figures) > 1 else "-"
+    more = "" if relative == "-" else f" ({relative})"
+    console.print(f"{metric.name[0].upper()}{metric.name[1:]}: {' -> '.join(f'{v:.5g}' for v in figures)}{more}")
+    where = f"{data.name}, split {data.split}" if data.split and not results.note else data.name
+    when = "Before and after" if len(stages) > 1 else "After"
+    title = f"{when} training, on {where}, {data.samples} samples {results.note}".rstrip()
+    table(title, ["", *results.columns], results.rows)
 
 
 def _train(result: Result, recipe: Recipe) -> DataSource:
@@ -83,14 +105,18 @@ def _draw(folder: Path, name: str) -> None:
     plot_stored(stored, folder / PICTURE, name)
 
 
-def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTION) -> int | None:
+def run(
+    argv: list[str], command: str = "finetune", description: str = DESCRIPTION, fixed: Sequence[str] = ()
+) -> int | None:
+    """Run a training with the flags ``argv``, and the flags ``fixed`` that the command adds."""
     if (code := launch(command, argv)) is not None:
         return code
-    recipe = parse_recipe(Recipe, command, description, argv)
+    recipe = parse_recipe(Recipe, command, description, [*argv, *fixed])
 
     from ..hub import TrainingDetails, command_line, write_card
     from ..hub.push import find_or_create, push
     from ..hub.record import carry_over
+    from ..tasks import of
     from ..training.checkpoints import checkpoints
     from ..training.finetune import finetune, output_folder
     from ..training.manifest import is_whole
@@ -109,7 +135,7 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
             show_report(result.conversion)
         results = results_of(result, line, recipe)
         if results is not None:
-            table(results.caption, ["", *results.columns], results.rows)
+            show_results(results, of(result.checkpoint.model))
         if result.conversion is None and base:
             carry_over(base, result.checkpoint.commit, draft)
         _draw(draft, folder.absolute().name)
@@ -136,6 +162,11 @@ def run(argv: list[str], command: str = "finetune", description: str = DESCRIPTI
         return None
     console.print(f"Wrote {folder} ({result.trainable:,} trained parameters)")
     if arguments.push_to_hub:
+        console.print(f"Pushing {folder}")
         url = push(folder, _repository(arguments), revision=arguments.hub_revision, token=arguments.hub_token)
         console.print(f"Pushed {folder} to {url}")
+    else:
+        place, name = shlex.quote(str(folder)), shlex.quote(folder.absolute().name)
+        console.print(f"Evaluate: hf-ortho evaluate {place} --dataset DATA")
+        console.print(f"Push:     hf-ortho push {place} YOU/{name}")
     return None

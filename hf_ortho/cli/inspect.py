@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import textwrap
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..text import json_values, one_line
@@ -12,8 +12,9 @@ from .network import check_hub
 
 if TYPE_CHECKING:
     from ..checkpoints.activations import StoredActivations
+    from ..conversion.summary import Layer
 
-WIDTH = 100
+PER_LINE = 5  # values of a parameter
 
 
 def parser() -> Parser:
@@ -32,6 +33,7 @@ def run(argv: list[str]) -> None:
     check_hub([(args.model, args.revision)])
 
     from ..checkpoints.activations import load_activations
+    from ..conversion.report_text import legend_lines, wrapped
     from ..conversion.summary import OVER_GROUPS, examine
     from ..fitting.density import DATA_FREE
     from ..path_patterns import by_kind
@@ -42,22 +44,40 @@ def run(argv: list[str]) -> None:
         summary = {"model": args.model, "revision": stored.commit, "provenance": stored.provenance.to_dict()}
         print(json.dumps(json_values(summary | {"layers": [layer.to_dict() for layer in layers]}), allow_nan=False))
         return
-    for line in _provenance(args.model, stored):
-        console.print(line)
+    for name, value in _provenance(args.model, stored).items():
+        for line in wrapped(f"{name:20s}{value}", " " * 20):
+            console.print(line)
+    console.print()
     known = {layer.path: layer for layer in layers}
-    columns = ["*", "activation", "domain", "tail slopes", "E f^2", "E f'^2", "sup f", "rms f"]
+    columns = ["layer", "activation", "domain", "tail slopes", "E f^2", "E f'^2", "sup f", "rms f"]
+    vectors: list[tuple[str, Layer]] = []
     for place, rows in by_kind(list(known)).items():
         sources = ", ".join(sorted({known[path].source or "unknown" for _, path in rows}))
-        cells = [[row, *known[path].cells()] for row, path in rows]
-        table(f"{len(rows)} activations at {one_line(place)}, source {one_line(sources)}", columns, cells)
+        cells = []
+        for _, equal in groupby(rows, key=lambda row: _content(known[row[1]])):
+            (first, path), *others = equal
+            shown = f"{first}..{others[-1][0]}" if others else first
+            cells.append([shown.replace("*", "-"), *known[path].cells()])
+            vectors.append((place.replace("*", shown) if others else path, known[path]))
+        names = {row[1] for row in cells}
+        title = f"{len(rows)} activations at {one_line(place)}, source {one_line(sources)}"
+        kept = [i for i in range(len(columns)) if i != 1 or len(names) > 1]
+        title = title if len(names) > 1 else f"{names.pop()}: {title}"
+        table("\n".join(wrapped(title)), [columns[i] for i in kept], [[row[i] for i in kept] for row in cells])
     where = "over the real line" if stored.provenance.has_tails else "on the domain"
-    console.print(f"E under N(0, 1); sup {where} and rms under {DATA_FREE}, from the source activation")
+    legend = {
+        "domain": "where f is a series; beyond it, f is straight, with the tail slopes",
+        "E f^2, E f'^2": "mean squares of f and of its derivative for inputs from N(0, 1)",
+        "sup f": f"largest difference from the source activation {where}",
+        "rms f": f"root mean square difference for inputs from {DATA_FREE}",
+    }
+    lines = legend_lines(legend)
     if any(layer.module.groups > 1 for layer in layers):
-        console.print(textwrap.fill(f"{OVER_GROUPS}; parameters: their extremes and medians; --json prints all", WIDTH))
-    for note in notes:
-        console.print(f"no distance: {one_line(note)}")
-    for layer in layers:
-        console.print(f"\n{one_line(layer.path)} {layer.module.name}", style="bold")
+        lines += wrapped(f"{OVER_GROUPS}; parameters: their extremes and medians; --json prints all")
+    for line in lines + [f"no distance: {one_line(note)}" for note in notes]:
+        console.print(line)
+    for path, layer in vectors:
+        console.print(f"\n{one_line(path)} {layer.module.name}", style="bold")
         for name, values in layer.parameters().items():
             if values.ndim == 1:
                 console.print(_vector(name, values.tolist()))
@@ -66,17 +86,19 @@ def run(argv: list[str]) -> None:
                 console.print(_vector(f"{name} {kind}", row.tolist()))
 
 
-def _provenance(name: str, stored: StoredActivations) -> list[str]:
+def _content(layer: Layer) -> str:
+    """All that is printed about a layer, but for its path."""
+    return str([layer.cells(), {name: value.tolist() for name, value in layer.parameters().items()}])
+
+
+def _provenance(name: str, stored: StoredActivations) -> dict[str, str]:
     known = {"model": f"{name} at {stored.commit}" if stored.commit else name}
     for key, value in stored.provenance.to_dict().items():
         if key != "layers" and value is not None:
             known[key.replace("_", " ")] = _plain(value)
     if stored.provenance.activation is None:
         known["provenance"] = "none: the config has no hf_ortho entry, as after training from scratch"
-    return [
-        textwrap.fill(f"{key:20s}{value}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)
-        for key, value in known.items()
-    ]
+    return known
 
 
 def _plain(value) -> str:
@@ -87,7 +109,8 @@ def _plain(value) -> str:
 
 def _vector(name: str, values: list[float]) -> str:
     """``name`` and its values in columns, with 4 significant digits."""
-    head = f"  {name:24s}"
-    return textwrap.fill(
-        "".join(f"{value:>11.4g}" for value in values), WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+    heads = [f"  {name}", *[""] * len(values)]
+    rows = [values[i : i + PER_LINE] for i in range(0, len(values), PER_LINE)]
+    return "\n".join(
+        f"{head:22s}" + "".join(f"{value:>11.4g}" for value in row) for head, row in zip(heads, rows, strict=False)
     )

@@ -15,29 +15,36 @@ from ..errors import ConfigError, HfOrthoError
 from ..text import suggestion
 
 COMMANDS = {
-    "demo": "run the full workflow on a small GPT-2 or ConvNeXt: pretrain, convert, fine-tune, save, reload",
-    "convert": "convert a checkpoint to learnable activations",
-    "finetune": "fine-tune a checkpoint, configured by a YAML file and flags",
-    "pretrain": "train a model from scratch, configured by a YAML file and flags",
-    "compare": "run one recipe with several activations and seeds, and compare results, time per step and memory",
-    "evaluate": "print the loss and other metrics of a checkpoint, or compare two checkpoints",
-    "plot": "plot the activations of one or two converted checkpoints, or over a training",
-    "inspect": "print the activations of a converted checkpoint: origin, domains, gains, coefficients",
-    "export": "write a model as an ONNX graph that runs without hf_ortho",
-    "push": "push a model or an adapter with its card to the Hub",
-    "app": "open a web page for exploring fits and the activations of a converted checkpoint",
-    "bench": "benchmark the activations against fixed activations, standalone and in models",
-    "env": "print the machine and library versions",
+    "convert": "replace the activations of a model with learnable ones",
+    "finetune": "train a model on your data",
+    "push": "upload a model and its card to the Hub",
+    "demo": "run the full workflow on a tiny model",
+    "evaluate": "print the loss and other metrics of one or more models",
+    "inspect": "print the activations of a converted model",
+    "plot": "plot the activations of a model, or over a training",
+    "pretrain": "train a model from scratch",
+    "compare": "train with several activations and seeds, and compare them",
+    "export": "write a model as an ONNX graph, which needs no hf_ortho",
+    "app": "explore fits and activations on a web page",
+    "bench": "measure time and memory of the activations on this machine",
+    "env": "print the machine and the library versions",
+}
+EXAMPLES = {
+    "convert": "hf-ortho convert gpt2 -o gpt2-h8 --calibration-data notes.txt",
+    "finetune": "hf-ortho finetune --model gpt2-h8 --dataset notes.txt --output-dir tuned",
+    "push": "hf-ortho push tuned YOU/gpt2-tuned",
 }
 
 LAUNCHED = "HF_ORTHO_LAUNCHED"  # environment variable of processes launched by ``--accelerate_config``
 
 
 def usage() -> str:
-    lines = [f"  {name:10s}{text}" for name, text in COMMANDS.items()]
-    return (
-        "usage: hf-ortho COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`hf-ortho COMMAND --help` lists its options."
-    )
+    start = [f"  {name:10}{COMMANDS[name]}\n      {example}" for name, example in EXAMPLES.items()]
+    others = [f"  {name:10}{text}" for name, text in COMMANDS.items() if name not in EXAMPLES]
+    lines = ["usage: hf-ortho COMMAND [options]", ""]
+    lines += ["Learnable activation functions for pretrained models, in three steps:", "", *start, ""]
+    lines += ["Other commands:", "", *others, "", "hf-ortho COMMAND --help lists the options of a command."]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

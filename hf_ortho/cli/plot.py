@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..files import check_file
-from ..text import one_line
+from ..text import one_line, some
 from .console import Parser, add_calibration_flags, add_model_flags, calibration_options, console
 from .network import check_hub, hub_tokenizer
+from .progress import announce_libraries, stage
 
 if TYPE_CHECKING:
     from ..activations import LearnableActivation
@@ -23,7 +24,8 @@ MAX_MOMENTS = 32  # more curves of a history are indistinguishable
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho plot",
-        description="Plot the activations of one or two converted checkpoints, or over a training.",
+        description="Plot the activations of one or two converted models, or over a training. "
+        "Example: hf-ortho plot gpt2-h8 -o gpt2.png",
     )
     p.add_argument("model", nargs="?", help="Folder or Hub model; optional with --history.")
     p.add_argument("-o", "--output", default="activations.png", help="Output file: PNG, or GIF with --history.")
@@ -53,6 +55,7 @@ def run(argv: list[str]) -> None:
     check_file(args.output)
     models = (args.model, args.revision), (args.against, args.against_revision), hub_tokenizer(args.tokenizer)
     check_hub(models, [args.calibration_data])
+    announce_libraries()
     if args.history:
         for flag, value in (("--against", args.against), ("--calibration-data", args.calibration_data)):
             if value:
@@ -86,7 +89,10 @@ def _shapes(args) -> None:
             )
         _name_the_rest({args.model: stored.modules, args.against: others}, modules)
     stored = dataclasses.replace(stored, modules=modules)
-    plot_stored(stored, args.output, args.model, histograms=histograms, others=others, other=f"against {args.against}")
+    with console.status("Drawing"):
+        plot_stored(
+            stored, args.output, args.model, histograms=histograms, others=others, other=f"against {args.against}"
+        )
 
 
 def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
@@ -99,6 +105,7 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
     from ..tasks.tokenizer import use_tokenizer
     from ..training.calibration import calibration_batches
 
+    console.print(f"Loading {args.model}")
     checkpoint = load_checkpoint(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
     use_tokenizer(checkpoint, args.tokenizer, trust_remote_code=args.trust_remote_code)
     modules = {n: m for n, m in checkpoint.model.named_modules() if isinstance(m, LearnableActivation)}
@@ -106,7 +113,8 @@ def _observed(args) -> tuple[StoredActivations, dict[str, Histogram]]:
         raise ConfigError(f"{args.model} has no learnable activations; convert it first with hf-ortho convert")
     batches, _ = calibration_batches(checkpoint, args.calibration_data, **calibration_options(args))
     stored = StoredActivations(modules, Provenance.of(checkpoint.model.config), checkpoint.commit)
-    return stored, collect(checkpoint.model, modules, batches, weights="density")
+    with stage(f"Running the model on {args.calibration_data}"):
+        return stored, collect(checkpoint.model, modules, batches, weights="density")
 
 
 def _history(args) -> None:
@@ -138,7 +146,8 @@ def _history(args) -> None:
     _name_the_rest({snapshot.label: dict(snapshot.modules) for snapshot in snapshots}, common)
     snapshots = [Snapshot({path: s.modules[path] for path in common}, s.step, s.name) for s in snapshots]
     draw = animate_history if args.output.endswith(".gif") else plot_history
-    draw(snapshots, args.output, f"{args.history}: {', '.join(_activations(common))}")
+    with stage(f"Drawing {len(snapshots)} moments of {args.history}"):
+        draw(snapshots, args.output, f"{args.history}: {', '.join(_activations(common))}")
 
 
 def _checkpoints(folder: str) -> list[Path]:
@@ -163,7 +172,7 @@ def _activations(modules: dict[str, LearnableActivation]) -> list[str]:
 def _name_the_rest(all_of: dict[str, dict[str, LearnableActivation]], common: dict[str, LearnableActivation]) -> None:
     """Print the activations that are not drawn in one line."""
     rest = [
-        f"{', '.join(path for path in modules if path not in common)} only in {name}"
+        f"{some([path for path in modules if path not in common])} only in {name}"
         for name, modules in all_of.items()
         if set(modules) - set(common)
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from . import finetune
 
-DESCRIPTION = "Train a model from scratch with Trainer, configured by a YAML file and flags that override it."
+DESCRIPTION = (
+    "Train a model from scratch with Trainer. Options are flags or keys of a YAML file; flags take precedence."
+)
 
 
 def run(argv: list[str]) -> int | None:
-    return finetune.run([*argv, "--init", "scratch"], "pretrain", DESCRIPTION)
+    return finetune.run(argv, "pretrain", DESCRIPTION, ("--init", "scratch"))

@@ -6,15 +6,28 @@ import contextlib
 import logging
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..logs import logging_at
-from ..text import one_line
+from ..text import duration, one_line
 from .console import console
 
+logger = logging.getLogger("hf_ortho")
+
+MINUTE = 60.0  # seconds between lines
 open_bars = contextlib.ExitStack()  # of a training; one that ends early leaves its bar
 
 
@@ -35,7 +48,7 @@ class Announcements(logging.Handler):
 @contextlib.contextmanager
 def announced() -> Iterator[None]:
     """Within the block, print what hf_ortho logs with ``logger.info``. Afterwards no progress bar is left open."""
-    logger, handler = logging.getLogger("hf_ortho"), Announcements()
+    handler = Announcements()
     logger.addHandler(handler)
     try:
         with logging_at(logging.INFO, "hf_ortho"):
@@ -61,12 +74,51 @@ def telling_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(one_line(message)) from stop
 
 
+def announce_libraries() -> None:
+    """Say that the libraries are being loaded, unless they are already."""
+    if "torch" not in sys.modules:
+        logger.info("Loading PyTorch and transformers")
+
+
+@contextlib.contextmanager
+def stage(text: str) -> Iterator[None]:
+    """Tell in the main process what the block does: while it runs in a terminal, else in a line before it."""
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not console.is_terminal:
+        console.print(one_line(text))
+    with console.status(one_line(text)) if first else contextlib.nullcontext():
+        yield
+
+
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar on one line. The total is unknown until set."""
+    """A progress bar on one line, with the time that has passed and the time that is left.
+
+    The total is unknown until set.
+    """
     first, last = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
-    with Progress(first, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), last, console=console) as bar:
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(first, BarColumn(12), MofNCompleteColumn(), *times, last, console=console) as bar:
         yield bar, bar.add_task(one_line(title), total=None, note="")
+
+
+@contextlib.contextmanager
+def counted(batches: list[dict] | None) -> Iterator[list[dict] | None]:
+    """The batches of a conversion; in a terminal, with a bar of those that were read, until the end of the block."""
+    if batches is None or not console.is_terminal:
+        yield batches
+        return
+    with progress("Converting") as (bar, task):
+
+        class Counted(list):
+            def __iter__(self):
+                for i, batch in enumerate(super().__iter__(), 1):
+                    yield batch
+                    bar.update(task, completed=i, total=len(self))
+                bar.update(task, total=None)  # a bar that moves
+
+        yield Counted(batches)
+        bar.update(task, completed=len(batches), total=len(batches))
 
 
 def training_size():
@@ -77,25 +129,45 @@ def training_size():
     class Size(TrainerCallback):
         def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
             samples: Any = getattr(train_dataloader, "dataset", None)
-            finite = has_length(samples)  # a stream is not
-            if state.is_world_process_zero and finite:
+            what, finite = "a stream of samples", has_length(samples)
+            if finite:
                 sample = samples[0]
                 blocks = "input_ids" in sample and not isinstance(sample["labels"], int | float)  # not of a class
-                what = f"blocks of {len(sample['input_ids'])} tokens" if blocks else "samples"
-                console.print(f"Training on {len(samples)} {what} for {state.max_steps} steps")
+                kind = f"blocks of {len(sample['input_ids'])} tokens" if blocks else "samples"
+                what = f"{len(samples)} {kind}"
+            if state.is_world_process_zero:
+                console.print(f"Training on {what} for {state.max_steps} steps")
 
     return Size()
 
 
 def trainer_progress(title: str):
-    """A Trainer callback that shows a progress bar with the latest loss."""
+    """A Trainer callback that shows a progress bar with the latest loss, and one of each evaluation."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
+        bar: Any = None
+        batches: TaskID | None = None  # the task of an evaluation
+
         def on_train_begin(self, args, state, control, **kwargs):
             open_bars.close()
             self.bar, self.task = open_bars.enter_context(progress(title))
             self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+
+        def on_prediction_step(self, args, state, control, eval_dataloader: Any = None, **kwargs):
+            if self.bar is None or not self.bar.live.is_started:  # not within a training
+                self.bar, self.task = open_bars.enter_context(progress("Evaluating"))
+                self.batches = self.task
+            elif self.batches is None:
+                self.batches = self.bar.add_task("Evaluating", note="")
+            self.bar.update(self.batches, total=len(eval_dataloader), advance=1)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            if self.batches == self.task:
+                open_bars.close()
+            elif self.batches is not None:
+                self.bar.remove_task(self.batches)
+            self.batches = None
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(self.task, completed=state.global_step)
@@ -110,30 +182,30 @@ def trainer_progress(title: str):
     return Bar()
 
 
-@contextlib.contextmanager
-def evaluation_progress(title: str) -> Iterator[list[Any]]:
+def evaluation_progress() -> list[Any]:
     """Callbacks for an evaluation with Trainer: a bar of its batches in a terminal, none elsewhere."""
-    if not console.is_terminal:
-        yield []
-        return
-    from transformers import TrainerCallback
-
-    with progress(title) as (bar, task):
-
-        class Bar(TrainerCallback):
-            def on_prediction_step(self, args, state, control, eval_dataloader: Any = None, **kwargs):
-                bar.update(task, total=len(eval_dataloader), advance=1)
-
-        yield [Bar()]
+    return [trainer_progress("")] if console.is_terminal else []
 
 
 def trainer_log(title: str):
-    """A Trainer callback that shows progress: a bar in a terminal, else one line per log of Trainer."""
+    """A Trainer callback that shows progress: a bar in a terminal, else one line per log of Trainer or per minute."""
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.start = self.last = time.monotonic()
+            self.first = state.global_step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            now, done = time.monotonic(), state.global_step - self.first
+            if state.is_world_process_zero and now - self.last > MINUTE and state.global_step < state.max_steps:
+                left = (now - self.start) / done * (state.max_steps - state.global_step)
+                console.print(f"{title}: step {state.global_step}/{state.max_steps}, {duration(left)} left")
+                self.last = now
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             if state.is_world_process_zero and logs and "loss" in logs:
+                self.last = time.monotonic()
                 rate = f", learning rate {float(logs['learning_rate']):.3g}" if "learning_rate" in logs else ""
                 console.print(
                     f"{title}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.4f}{rate}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from ..text import one_line
+from ..text import one_line, some
 from .console import Parser, console
 from .network import check_hub
+from .progress import announce_libraries
 
 
 def parser() -> Parser:
     p = Parser(
         prog="hf-ortho push",
-        description="Push the folder of a model or adapter to the Hub, with its card, in one commit.",
+        description="Push the folder of a model or adapter to the Hub, with its card, in one commit. "
+        "Example: hf-ortho push tuned YOU/gpt2-tuned",
     )
     p.add_argument("folder", help="Folder with a model, such as the output of hf-ortho convert, or a peft adapter.")
     p.add_argument("repo_id", help="OWNER/NAME on the Hub, or NAME for your own account. Created if it does not exist.")
@@ -49,12 +52,15 @@ def run(argv: list[str]) -> None:
     if os.path.isdir(args.folder):
         check_hub(push=True)
 
+    announce_libraries()
     from ..hub.contents import contents_of
     from ..hub.push import push
 
-    left_out = contents_of(args.folder, args.include).left_out
-    if left_out:
-        console.print(f"Left out (--include adds files): {one_line(', '.join(left_out))}")
+    contents = contents_of(args.folder, args.include)
+    if contents.left_out:
+        console.print(f"Left out (--include adds files): {one_line(some(contents.left_out, 5))}")
+    size = sum(Path(args.folder, file).stat().st_size for file in contents.files)
+    console.print(f"Pushing {args.folder} ({size / 1e6:.1f} MB in {len(contents.files)} files)")
     url = push(
         args.folder,
         args.repo_id,

@@ -7,7 +7,8 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -19,11 +20,27 @@ from ..training.arguments import Recipe
 from .console import Parser, dashed
 from .launch import add_arguments
 from .network import check_hub, hub_tokenizer
+from .progress import announce_libraries
 
 logger = logging.getLogger("hf_ortho")
 
 R = TypeVar("R", bound=Recipe)
 LAUNCH = ("accelerate_config", "num_processes")
+# The fields of TrainingArguments that --help describes, without importing transformers.
+TRAINING = {
+    "output_dir": "Output folder.",
+    "max_steps": "Number of optimizer steps. Default: that of num_train_epochs.",
+    "num_train_epochs": "Number of passes over the training data. Default: 3.",
+    "per_device_train_batch_size": "Training samples per step and device. Default: 8.",
+    "learning_rate": "Peak learning rate. Default: 5e-05.",
+    "resume_from_checkpoint": "auto: continue an interrupted training, if there is one.",
+}
+# The first options in the help of a command, followed by those of TRAINING.
+FIRST = {
+    "finetune": ("model", "dataset", "eval_dataset", "activation", "train"),
+    "pretrain": ("model_type", "config_overrides", "tokenizer", "dataset", "eval_dataset", "activation"),
+    "compare": ("model", "dataset", "eval_dataset", "activations", "seeds", "init"),
+}
 READ_FROM_HUB = ("--model", "--model-revision", "--tokenizer", "--dataset", "--eval-dataset")
 
 
@@ -36,13 +53,32 @@ def _parser(groups: dict[str, Any], command: str, description: str) -> Any:
     epilog = None
     if "training" not in groups:
         epilog = f"All fields of TrainingArguments are also options; list them with hf-ortho {command} --help-all."
-    usage = f"hf-ortho {command} [--config YAML] [--OPTION VALUE ...]"
+    first = f"{dashed('--' + FIRST[command][0])} {'TYPE' if command == 'pretrain' else 'MODEL'}"
+    usage = f"hf-ortho {command} {first} --dataset DATA --output-dir DIR [...]"
+    usage += f"\n       hf-ortho {command} --config YAML [--OPTION VALUE ...]"
     p = Fields(groups.values(), prog=f"hf-ortho {command}", usage=usage, description=description, epilog=epilog)
     p.add_argument("--help-all", action="help", help="Also list the fields of TrainingArguments.")
     p.add_argument("--config", metavar="YAML", help="YAML file with any of these options as keys, with underscores.")
+    if "training" not in groups:
+        for name, text in TRAINING.items():
+            p.add_argument(f"--{name}", help=text)
+    _list_first(p, (*FIRST[command], *TRAINING))
     for action in p._actions:  # underscores are still accepted
         action.option_strings = list(dict.fromkeys(map(dashed, action.option_strings)))
     return p
+
+
+def _list_first(p: Any, names: Sequence[str]) -> None:
+    """Move some options to a group of their own, the first one in the help. Long lists of choices become text."""
+    actions = {action.dest: action for action in p._actions}
+    for action in actions.values():
+        if action.choices and len(action.choices) > 8:
+            action.metavar, action.help = "NAME", f"{action.help} One of {', '.join(action.choices)}."
+    first = [actions[name] for name in names]
+    for group in p._action_groups:
+        group._group_actions = [action for action in group._group_actions if action not in first]
+    p.add_argument_group("most used")._group_actions = first
+    p._action_groups.insert(0, p._action_groups.pop())
 
 
 def parse_recipe(kind: type[R], command: str, description: str, argv: list[str]) -> R:
@@ -60,10 +96,11 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     fields = [field.name for group in _groups(kind).values() for field in dataclasses.fields(group) if field.init]
     _check_keys(entries, argv, config, {*fields, *_training_fields()}, command)
     if "--help-all" not in argv:
+        if entries.get("output_dir") is None and "output_dir" not in given:
+            raise ConfigError("output_dir is missing; give --output-dir, or output_dir in the config")
         _check_places(entries | given)
 
-    if "torch" not in sys.modules:
-        logger.info("Loading PyTorch and transformers")
+    announce_libraries()
     import torch
     from transformers import TrainingArguments, get_scheduler
     from transformers.utils import is_torch_tf32_available
@@ -83,8 +120,6 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}")
     values = {key: value for key, value in vars(namespace).items() if key in known}
-    if values["output_dir"] is None:
-        raise ConfigError("output_dir is missing; give --output_dir, or output_dir in the config")
     if values["report_to"] is None:
         values["report_to"] = "none"
     if values["tf32"] and not is_torch_tf32_available():  # otherwise TrainingArguments refuses it
@@ -97,7 +132,11 @@ def parse_recipe(kind: type[R], command: str, description: str, argv: list[str])
     if metric is not None and values["greater_is_better"] is None:
         values["greater_is_better"] = metric.greater_is_better
     try:
-        recipe = kind(*p.parse_dict(values))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            recipe = kind(*p.parse_dict(values))
+        for warning in caught if recipe.training.process_index == 0 else ():  # such as a deprecated option
+            logger.warning(f"note: {' '.join(str(warning.message).split())}")
         # Check the scheduler arguments now: Trainer only reads them after creating the output folder.
         get_scheduler(
             recipe.training.lr_scheduler_type,
@@ -121,9 +160,9 @@ def _check_places(values: dict[str, Any]) -> None:
 
 
 def _first_look(argv: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """The YAML file, its entries, and the flags that may refer to the Hub."""
+    """The YAML file, its entries, and the flags that are checked first."""
     flags = Parser(add_help=False)
-    for name in ("--config", *READ_FROM_HUB):
+    for name in ("--config", "--output-dir", *READ_FROM_HUB):
         flags.add_argument(name, nargs="?")
     given = {key: value for key, value in vars(flags.parse_known_args(argv)[0]).items() if value}
     config = given.pop("config", "")

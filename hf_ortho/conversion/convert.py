@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from .sites import Site, find_sites
 from .states import plain_model
 from .widths import check_groups
 
+logger = logging.getLogger("hf_ortho")
 ROUNDING = 1e-10  # differences of divergences below it are noise in float32
 
 
@@ -120,7 +122,11 @@ def convert(
     Provenance.of(model.config)  # raises on an invalid entry before any work is done
     check_groups(model, [path for site in sites for path in site.modules], family.groups)
     with together(distributed and calibration is not None, "hf_ortho.convert with calibration"):
+        if calibration is not None:
+            logger.info(f"Running {model.name_or_path or type(model).__name__} on the calibration data")
         source = Calibration.of(model, sites, calibration, weights, family.groups)
+        count = sum(len(site.modules) for site in sites)
+        logger.info(f"Fitting {family.family if degree == 'auto' else family.name} to {count} activations")
         fitting = time.perf_counter()
         if degree == "auto":
             degrees, fitted = fit_smallest(model, sites, family, source.histograms, options, tolerance)
@@ -148,6 +154,7 @@ def convert(
                 report.distillation = distill_activations(model, sources, seen, distill)
                 report.layers = _measured_again(report, tails)
             if calibration is not None:
+                logger.info("Comparing the converted model with its source")
                 report.fidelity, replaced = _closer(model, report, sources, source, without_data)
         except BaseException:
             restore()

@@ -160,7 +160,7 @@ class ConversionReport:
         return lines
 
     def text(self, *, verbose: bool = False) -> str:
-        """The report as text of 100 columns: the fidelity, the five layers with the largest errors (with ``verbose``
+        """The report as text of 80 columns: the fidelity, the five layers with the largest errors (with ``verbose``
         all), and remarks."""
         return report_text(self, verbose)
 

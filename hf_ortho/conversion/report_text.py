@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -14,12 +14,12 @@ from rich.table import Table
 
 from ..fitting.density import DATA_FREE
 from ..path_patterns import by_kind
-from ..text import number
+from ..text import number, visible
 
 if TYPE_CHECKING:
     from .report import ConversionReport, LayerReport
 
-WIDTH = 100
+WIDTH = 80
 WORST = 5  # rows of a folded table
 MOST_OUTSIDE = 0.3  # share of the pre-activations outside the fitted domain
 NOT_CALIBRATED = (
@@ -28,6 +28,8 @@ NOT_CALIBRATED = (
 )
 COLUMNS = ("domain", "sup f", "rms f", "sup f'", "rms f'", "outside", "seen")
 COLUMNS_OF_GROUPS = ("domains", "sup f", "rms f", "worst group", "median group", "outside", "seen")
+# those that do not fit in the width
+CARD_ONLY: dict[tuple[str, ...], tuple[str, ...]] = {COLUMNS: ("sup f'",), COLUMNS_OF_GROUPS: ("sup f", "seen")}
 WEIGHTS = {"fisher": "calibrated, Fisher weights", "density": "calibrated, density weights"}
 
 
@@ -81,22 +83,39 @@ def divergence_legend(report: ConversionReport) -> str:
 
 def report_text(report: ConversionReport, verbose: bool = False) -> str:
     """See ``ConversionReport.text``."""
-    out = io.StringIO()
-    console = Console(file=out, width=WIDTH, color_system=None, markup=False, emoji=False)
-    for table in tables(report, verbose):
-        console.print(table)
-    shown = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
-    lines = [*headline(report), *fidelity_lines(report), "", *shown, *summary(report)]
-    return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines
-    )
+    layers = {layer.module: layer for layer in report.layers}
+    kinds = by_kind(list(layers)).items()  # one table per group of paths that differ only in numbers
+    shown = [line for place, rows in kinds for line in _table(report, place, rows, layers, verbose)]
+    below = [part for line in summary(report) for part in wrapped(line)]
+    return "\n".join([*headline(report), *fidelity_lines(report), *shown, *below])
+
+
+def wrapped(line: str, indent: str = "  ") -> list[str]:
+    """``line`` in lines of ``WIDTH``; paths stay whole."""
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def headline(report: ConversionReport) -> list[str]:
-    """What was converted, and how long it took."""
+    """The effect on the model in one sentence; then what was converted, and how long it took."""
     how = WEIGHTS.get(report.weights or "", "not calibrated")
-    seconds = f"{report.seconds:.1f} s (fits: {report.fit_seconds:.1f} s; {how})"
-    return [f"{len(report.layers)} activations of {report.model} converted to {report.activation} in {seconds}"]
+    took = f"{report.seconds:.1f} s (fits: {report.fit_seconds:.1f} s; {how})"
+    converted = f"{len(report.layers)} activations of {report.model} converted to {report.activation} in {took}"
+    return [*wrapped(_effect(report)), *wrapped(converted)]
+
+
+def _effect(report: ConversionReport) -> str:
+    f, rows = report.fidelity, dict(fidelity_rows(report))
+    if f is not None:
+        on = f"{f.predictions:,} {'held-out ' if f.held_out else ''}prediction{'s' if f.predictions != 1 else ''}"
+        if "perplexity" in rows:
+            return f"{report.activation}: perplexity {rows['perplexity']} on {on}"
+        if f.top1 is not None:
+            return f"{report.activation}: most likely class as before in {f.top1:.2%} of {on}"
+        if f.output_error is not None:
+            return f"{report.activation}: output within {f.output_error:.2%} of the source model on {on}"
+    sources = ", ".join(dict.fromkeys(layer.fit.source for layer in report.layers))
+    worst = max((layer.fit for layer in report.layers), key=lambda fit: fit.rms_error)
+    return f"{report.activation} follows {sources} with an rms error of {worst.rms_error:.1e}"
 
 
 def fidelity_rows(report: ConversionReport) -> list[tuple[str, str]]:
@@ -143,13 +162,13 @@ def fidelity_lines(report: ConversionReport) -> list[str]:
         return []
     width = max(len(name) for name, _ in rows)
     heading = f"Compared with the source model on {fidelity_data(report)}:"
-    return [heading, *(f"  {name.ljust(width)}  {value}" for name, value in rows)]
+    return [*wrapped(heading), *(f"  {name.ljust(width)}  {value}" for name, value in rows)]
 
 
-def tables(report: ConversionReport, verbose: bool = False) -> list[Table]:
-    """One table per group of paths that differ only in numbers; one row per activation, or one if all are equal."""
-    layers = {layer.module: layer for layer in report.layers}
-    return [_table(report, place, rows, layers, verbose) for place, rows in by_kind(list(layers)).items()]
+def _shown(report: ConversionReport) -> list[str]:
+    """The columns of the tables, besides the divergence."""
+    unknown = () if report.weights is not None else ("seen",)
+    return [name for name in columns(report) if name not in (*CARD_ONLY[columns(report)], *unknown)]
 
 
 def _table(
@@ -158,51 +177,78 @@ def _table(
     rows: Sequence[tuple[str, str]],
     layers: dict[str, LayerReport],
     verbose: bool,
-) -> Table:
+) -> list[str]:
+    """One row per activation, or one if all are equal; wider than ``WIDTH`` if need be: numbers are never truncated."""
     fits = [layers[path].fit for _, path in rows]
     names = ", ".join(dict.fromkeys(fit.activation for fit in fits))
     sources = ", ".join(dict.fromkeys(fit.source for fit in fits))
     slopes = "; ".join(dict.fromkeys(", ".join(number(s, ".3g") for s in fit.tail_slopes) for fit in fits))
-    title = f"{names} for {sources} (tail slopes {slopes}) at {place}"
+    title = wrapped(visible(f"{names} for {sources} (tail slopes {slopes}) at {place}"))
     fisher = any(fit.divergence is not None for fit in fits)
-    shown = {row: [*([] if not fisher else [_effect(layers[path])]), *cells(layers[path])] for row, path in rows}
+    chosen = _shown(report)
+    shown = {}
+    for row, path in rows:
+        named = dict(zip(columns(report), cells(layers[path]), strict=True))
+        effect = layers[path].fit.divergence
+        leading = [] if not fisher else ["-" if effect is None else f"{effect:.1e}"]
+        shown[row] = [*leading, *(named[name] for name in chosen)]
     first = rows[0][0]
     if len(rows) > 1 and all(shown[row] == shown[first] for row, _ in rows):
-        shown = {f"{first}..{rows[-1][0]} ({len(rows)} layers)": shown[first]}
+        title += [f"All {len(rows)} layers are alike"]
+        shown = {f"{first}..{rows[-1][0]}": shown[first]}
     elif not verbose and len(rows) > WORST:
-        title += f": the {WORST} largest errors of {len(rows)} (--verbose for all)"
+        title += [f"The {WORST} layers of {len(rows)} with the largest errors (--verbose for all)"]
         worst = sorted(rows, key=lambda row: -layers[row[1]].fit.error)[:WORST]
         shown = {row: shown[row] for row, _ in worst}
-    title = textwrap.fill(title, WIDTH)
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=title,
-        title_justify="left",
-        pad_edge=False,
-        collapse_padding=True,
-        min_width=max(map(len, title.splitlines())),
-    )
-    table.add_column("*", overflow="fold")
-    for column in ([divergence_name(report)] if fisher else []) + list(columns(report)):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for column in ([divergence_name(report)] if fisher else []) + chosen:
         table.add_column(column, justify="right", no_wrap=True)
     for row, values in shown.items():
-        table.add_row(row, *values)
-    return table
-
-
-def _effect(layer: LayerReport) -> str:
-    return "-" if layer.fit.divergence is None else f"{layer.fit.divergence:.1e}"
+        table.add_row(row.replace("*", "-"), *values)
+    out = io.StringIO()
+    Console(file=out, width=1000, color_system=None, markup=False, emoji=False).print(table)
+    return ["", *title, *(line.rstrip() for line in out.getvalue().splitlines() if line.strip()), ""]
 
 
 def summary(report: ConversionReport) -> list[str]:
     """The lines below the tables."""
-    weight = f"{DATA_FREE}" if report.weights is None else "the data"
-    legend = [divergence_legend(report)]
-    derivative = columns(report) == COLUMNS
-    of = "f, f': errors of the activation and its derivative" if derivative else "f: errors of the activation"
-    legend += [f"{of}, the largest (sup) and root mean square (rms)", groups_legend(report)]
-    legend += [f"outside: beyond the domain, where f is straight; rms and outside are weighted by {weight}"]
-    return ["; ".join(filter(None, legend)), *([NOT_CALIBRATED] if report.weights is None else []), *remarks(report)]
+    return [
+        *legend_lines(_legend(report)),
+        *([NOT_CALIBRATED] if report.weights is None else []),
+        *remarks(report),
+    ]
+
+
+def legend_lines(legend: Mapping[str, str]) -> list[str]:
+    """The names of columns, and what they are, in lines of ``WIDTH``."""
+    width = max(map(len, legend))
+    return [line for name, text in legend.items() for line in wrapped(f"  {name:{width}}  {text}", " " * (width + 4))]
+
+
+def _legend(report: ConversionReport) -> dict[str, str]:
+    """What the columns of the tables are."""
+    weight = f"weighted by {DATA_FREE}" if report.weights is None else "weighted by the data"
+    legend = {}
+    if divergence_legend(report):
+        name = divergence_name(report)
+        legend[name] = divergence_legend(report).removeprefix(f"{name}: ")
+    group = f"part of the {divergence_name(report)}" if legend else "rms f"
+    return legend | {
+        name: text
+        for name, text in {
+            "domain": "where f is fitted; beyond it, f is straight, with the tail slopes",
+            "domains": "smallest interval that contains the domains of all groups of channels",
+            "sup f": "largest difference of f from the source activation",
+            "rms f": f"root mean square difference, {weight}",
+            "rms f'": "the same of the derivatives",
+            "worst group": f"its number, counted from 0, and its {group}",
+            "median group": "the same for the median group",
+            "outside": f"share of the inputs beyond the domain, {weight}",
+            "seen": "smallest and largest input in the data",
+        }.items()
+        if name in _shown(report)
+    }
 
 
 def remarks(report: ConversionReport) -> list[str]:

@@ -17,6 +17,8 @@ from ..files import explain
 from ..logs import logging_at
 from .signature import Exportable, Signature, cache_of
 
+logger = logging.getLogger("hf_ortho")
+
 SINGLE_FILE = 1.8 * 2**30  # bytes of weights; a protobuf file holds 2 GiB
 
 
@@ -73,6 +75,7 @@ def write_graph(model: PreTrainedModel, signature: Signature, file: Path) -> int
     ClearMetadataAndDocStringPass()(program.model)  # the paths of the code on this machine, at every node
     file.parent.mkdir()
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+    logger.info(f"Writing the graph ({size / 1e6:.0f} MB)")
     onnx_ir.save(program.model, file, external_data=f"{file.name}_data" if size > SINGLE_FILE else None)
     return program.model.opset_imports[""]
 

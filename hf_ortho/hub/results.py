@@ -51,9 +51,14 @@ class DataSource:
         revision: str | None = None,
         split: str | None = None,
     ) -> DataSource:
-        """The source of a ``datasets.Dataset`` loaded from ``name``. A local path is shortened to its last part."""
+        """The source of a ``datasets.Dataset`` loaded from ``name``. A local path is shortened to its last part.
+
+        A single file has no splits, although ``datasets`` calls all of it ``train``.
+        """
         if split is None and getattr(dataset, "split", None) is not None:
             split = str(dataset.split)
+        if Path(name).is_file():
+            split = None
         samples = len(dataset) if hasattr(dataset, "__len__") else None
         return cls(name if revision else Path(name).name or name, config, split, revision, samples)
 

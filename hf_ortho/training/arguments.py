@@ -26,7 +26,10 @@ class ModelArguments:
 
     init: str = dataclasses.field(
         default="pretrained",
-        metadata={"help": "pretrained, or scratch (random weights; only the config and processor are loaded)."},
+        metadata={
+            "help": "pretrained, or scratch (random weights; only the config and processor are loaded). "
+            "Default: pretrained; in hf-ortho pretrain, scratch."
+        },
     )
     model: str | None = dataclasses.field(default=None, metadata={"help": "Folder or Hub model."})
     model_revision: str | None = dataclasses.field(
@@ -138,10 +141,14 @@ class CompareArguments:
 
     activations: list[str] = dataclasses.field(
         default_factory=lambda: ["gelu", "hermite_3", "fourier_5", "tropical_5", "tropical_rational_5"],
-        metadata={"help": "Names in ACT2FN. The first is the reference of the comparison."},
+        metadata={
+            "help": "Names of activations in transformers (ACT2FN) or hf_ortho; the first is the reference. "
+            "Default: gelu hermite_3 fourier_5 tropical_5 tropical_rational_5."
+        },
     )
     seeds: list[int] = dataclasses.field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the weights, data order and dropout."}
+        default_factory=lambda: [0, 1, 2],
+        metadata={"help": "Seeds of the weights, data order and dropout. Default: 0 1 2."},
     )
     timing_rounds: int = dataclasses.field(
         default=20,

@@ -60,7 +60,8 @@ def assemble(recipe: Recipe) -> tuple[Checkpoint, Dataset | Stream, Dataset | No
         checkpoint = load_checkpoint(place, revision=arguments.model_revision, auto_classes=auto_classes, **options)
         use_tokenizer(checkpoint, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
     # The other processes read its cache. For a token cache they wait at a file lock, as a barrier would time out.
-    logger.info(f"Preparing {recipe.data.dataset}")
+    tokenizes = checkpoint.tokenizer is not None and not recipe.data.streaming
+    logger.info(f"{'Tokenizing' if tokenizes else 'Preparing'} {recipe.data.dataset}")
     first = training.main_process_first(desc="preparing the data")
     with contextlib.nullcontext() if recipe.data.tokenize else first:
         seed = training.seed if training.data_seed is None else training.data_seed
@@ -96,7 +97,6 @@ def _convert_first(
             f"activation {arguments.activation}: the fit needs the weights in all processes; set "
             "fsdp_cpu_ram_efficient_loading to false, or convert the model beforehand"
         )
-    logger.info(f"Converting to {name}{_calibrated(arguments)}")
     with fits_agree():
         return convert(model, name, calibration=_calibration(checkpoint, arguments, train))
 
@@ -191,14 +191,12 @@ def _wrap(checkpoint: Checkpoint, recipe: Recipe, train: Dataset | Stream, resum
     arguments, seed = recipe.model, recipe.training.seed
     if arguments.adapter:
         if arguments.train in FITTED:
-            logger.info(f"Adding an adapter of {arguments.activation}{_calibrated(arguments)}")
-        samples = _calibration(checkpoint, arguments, train)
-        return add_adapter(checkpoint, arguments, recipe.lora, seed, samples, resume)
+            samples = arguments.calibration_samples
+            calibrated = f", calibrated on {samples} samples" if samples else ""
+            logger.info(f"Adding an adapter of {arguments.activation}{calibrated}")
+        batches = _calibration(checkpoint, arguments, train)
+        return add_adapter(checkpoint, arguments, recipe.lora, seed, batches, resume)
     return add_lora(checkpoint.model, recipe.lora, seed, arguments.train, modules_to_save=list(checkpoint.new_modules))
-
-
-def _calibrated(arguments: ModelArguments) -> str:
-    return f", calibrated on {arguments.calibration_samples} samples" if arguments.calibration_samples else ""
 
 
 def _calibration(checkpoint: Checkpoint, arguments: ModelArguments, train: Dataset | Stream) -> list[dict] | None:

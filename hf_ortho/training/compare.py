@@ -21,6 +21,7 @@ from ..errors import ConfigError, HfOrthoError, NonFiniteError
 from ..files import written
 from ..folders import OutputFolder
 from ..tasks import of
+from ..text import duration
 from .arguments import Comparison, LoggingArguments, Recipe
 from .checkpoints import checkpoints, remove_leftovers, whole_checkpoints
 from .distributed import main_decides
@@ -100,7 +101,7 @@ def run_grid(
     for key, (value, default) in single.items():
         values = getattr(grid, key)
         if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{key} {values}: give at least one, without duplicates")
+            raise ConfigError(f"{key} {' '.join(map(str, values))}: give at least one, without duplicates")
         if value != default and comparison.training.process_index == 0:
             runs = ", ".join(map(str, values))
             logger.warning(f"note: {key.removesuffix('s')} {value} has no effect; a comparison runs {key} ({runs})")
@@ -128,7 +129,7 @@ def run_grid(
             logger.info(f"{title}: finished earlier: {run}")
             yield run
             continue
-        left = f" ({_duration(statistics.fmean(seconds) * len(waiting))} left)" if seconds else ""
+        left = f" ({duration(statistics.fmean(seconds) * len(waiting))} left)" if seconds else ""
         logger.info(f"{title}{left}")
         start = time.monotonic()
         try:
@@ -164,13 +165,6 @@ def _places(comparison: Comparison) -> list[tuple[str, int, Path]]:
 
 def _count(items: Sequence, what: str) -> str:
     return f"{len(items)} {what}{'s' * (len(items) != 1)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return "less than a minute"
-    return f"about {minutes} min" if minutes < 120 else f"about {seconds / 3600:.1f} h"
 
 
 def _run(comparison: Comparison, activation: str, seed: int, folder: Path, callbacks: Sequence[TrainerCallback]) -> Run:

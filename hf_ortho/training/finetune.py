@@ -17,7 +17,7 @@ from ..activations.registry import check_name
 from ..checkpoints.load import Checkpoint, save_checkpoint
 from ..conversion import ConversionReport
 from ..errors import ConfigError, DataError
-from ..files import json_object
+from ..files import explain, json_object
 from ..folders import OutputFolder
 from ..tasks.stream import Stream, check_stream
 from .adapters import check_adapter, merge_lora
@@ -83,6 +83,8 @@ def finetune(
     scratch = model_arguments.init == "scratch"
     if not scratch and not model_arguments.model:
         raise ConfigError("model is missing; give --model, or model in the config")
+    if not recipe.data.dataset:
+        raise ConfigError("dataset is missing; give --dataset, or dataset in the config")
     if model_arguments.train not in POLICIES:
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
     if model_arguments.adapter:
@@ -124,6 +126,8 @@ def finetune(
         trainer.train(resume_from_checkpoint=resume)
     except DataError as error:  # includes a traceback if raised in a dataloader worker
         raise DataError(str(error.args[0]).splitlines()[-1].removeprefix("hf_ortho.errors.DataError: ")) from error
+    except ImportError as error:  # of an optimizer or kernels
+        raise ConfigError(f"training arguments: {explain(error)}") from error
     except (RuntimeError, ValueError) as error:
         if resume is None or not re.search("size mismatch|parameter group", str(error)):
             raise
@@ -134,6 +138,7 @@ def finetune(
     if held_back is not None:
         logger.info(f"Evaluating on {len(held_back)} samples")
     after = metrics_of(trainer) if held_back is not None else None
+    logger.info(f"Saving {folder}")
     state_dict = full_state_dict(trainer)
     result = Result(checkpoint, before, after, report, trainable, trainer.state.log_history, train, held_back)
     if trainer.is_world_process_zero():

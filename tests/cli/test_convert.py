@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import hf_ortho
-from hf_ortho.activations import FAMILIES
+from hf_ortho.activations import FAMILIES, parse
 from hf_ortho.cli import main
 from hf_ortho.cli.main import COMMANDS
 from hf_ortho.files import MANIFEST
@@ -89,7 +89,7 @@ def test_data_free_equals_the_library(convert, gpt2_folder, output, family, grou
     assert found.config.hf_ortho["source_model"] == str(gpt2_folder)
     assert found.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(v, expected.state_dict()[k]) for k, v in found.state_dict().items())
-    assert f"{report.layers[0].fit.sup_error:.1e}" in ran.out
+    assert f"{report.layers[0].fit.rms_error:.1e}" in ran.out
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (gpt2_folder, output)]
     assert tokenizers[0]("a text")["input_ids"] == tokenizers[1]("a text")["input_ids"]
 
@@ -99,6 +99,24 @@ def test_defaults(convert, gpt2_folder, output):
     config = json.loads((output / "config.json").read_text())
     assert (config["activation_function"], config["hf_ortho"]["calibrated"]) == ("hermite_8", False)
     assert written_losses(output) is None
+
+
+def test_the_help_names_the_default_degrees(hf_ortho_command):
+    shown = " ".join(hf_ortho_command("convert", "--help").out.split())
+    defaults = {family: parse(family).degree for family in FAMILIES}
+    assert f"{defaults.pop('hermite')} for hermite, {defaults['fourier']} for the others" in shown
+    assert set(defaults.values()) == {defaults["fourier"]}
+
+
+def test_next_steps(convert, gpt2_folder, make_gpt2, output, tmp_path):
+    make_gpt2(n_layer=1)[0].save_pretrained(tmp_path / "bare")  # no tokenizer, so no data for it
+    assert convert(tmp_path / "bare", "--overwrite").out.splitlines()[-1].startswith("Load: ")
+    lines = convert(gpt2_folder, "--overwrite").out.splitlines()
+    assert lines[-3:] == [
+        f'Load:    import hf_ortho; AutoModelForCausalLM.from_pretrained("{output}")',
+        f"Compare: hf-ortho evaluate {output} --against {gpt2_folder}",
+        f"Train:   hf-ortho finetune --model {output} --dataset DATA --output-dir OUTPUT",
+    ]
 
 
 @pytest.mark.slow
@@ -597,13 +615,18 @@ def test_the_fidelity_comes_first_then_the_worst_layers(hf_ortho_command, deep_f
         heading = (
             f"Compared with the source model on {fidelity['predictions']:,} predictions (held-out calibration data):"
         )
-        assert text.index("6 activations of") < text.index(heading) < text.index("hermite_3 for gelu_new")
+        assert (
+            text.index("hermite_3: perplexity ")
+            < text.index("6 activations of")
+            < text.index(heading)
+            < text.index("hermite_3 for gelu_new")
+        )
         assert re.search(rf"{re.escape(heading)}\n +KL\(source \|\| converted\) +{fidelity['kl']:.1e} nats", text)
     rows = {name: [int(n) for n in re.findall(r"^ (\d) +\d", text, re.MULTILINE)] for name, text in printed.items()}
     effects = [layer["divergence"] for layer in report["layers"]]
     assert rows["all"] == list(range(6))
     assert rows["five"] == sorted(range(6), key=lambda i: -effects[i])[:5]
-    assert ": the 5 largest errors of 6 (--verbose for all)" in re.sub(r"\s+", " ", printed["five"])
+    assert "The 5 layers of 6 with the largest errors (--verbose for all)\n" in printed["five"]
     assert "--verbose" not in printed["all"]
     loss = [fidelity["loss_before"], fidelity["loss_after"]]
     assert written_losses(tmp_path / "five") == pytest.approx(loss, abs=6e-6)  # five digits

@@ -5,8 +5,16 @@ import shutil
 
 import matplotlib.image
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    GPT2Model,
+)
 
 from hf_ortho.checkpoints.load import Checkpoint, load_checkpoint
 from hf_ortho.cli import demo_story, demo_tasks
@@ -78,7 +86,13 @@ def test_the_text_demo(text_demo):
     ran, folder = text_demo
     assert ran.code == 0, ran.err
     assert "bit-equal: True" in ran.out
-    assert re.search(r"Generated text: .The statement ", ran.out)
+    assert "trains for about a minute: too little to\nwrite sensible text, " in ran.out
+    key, *figures = re.search(
+        r"Result: (\w+) (\S+) -> (\S+) by the conversion; fine-tuned: (\S+) vs. (\S+)\n", ran.out
+    ).groups()
+    assert key == "perplexity"
+    assert [float(v) for v in figures[2:]] == pytest.approx([float(v) for v in ran.figures["perplexity"][:2]], rel=1e-4)
+    assert "demo --model openai-community/gpt2" in ran.out.splitlines()[-1]
     check_files(folder, {"generation_config.json", "tokenizer.json", "tokenizer_config.json"})
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.activation_function == "hermite_8"
@@ -118,6 +132,52 @@ def test_the_figures_are_those_of_the_saved_model(vision_demo):
     found = evaluate_model(checkpoint, held_back)
     for key in ("loss", "top1", "top5"):
         assert float(ran.figures[key][1]) == pytest.approx(found[key], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint(demo, gpt2_folder, tmp_path):
+    ran = demo("--model", gpt2_folder, "--tune-steps", 1, "--degree", 4, "-o", tmp_path / "out")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"1. {gpt2_folder} with gelu_new" in ran.out
+    assert "outputs bit-equal: True" in ran.out
+    texts = re.findall(r"Generated with (\w+): .Python is a prog", ran.out)
+    assert texts == ["gelu_new", "hermite_4"]
+    assert ran.out.splitlines()[-1].startswith(f"Next: hf-ortho convert {gpt2_folder} ")
+    check_files(tmp_path / "out", {"generation_config.json", "tokenizer.json", "tokenizer_config.json"})
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.hf_ortho["source_model"] == str(gpt2_folder)
+    found = evaluate_model(
+        load_checkpoint(str(tmp_path / "out")),
+        demo_tasks.checkpoint_task(str(gpt2_folder), None).datasets(load_checkpoint(str(gpt2_folder)))[1],
+    )
+    assert float(ran.figures["loss"][1]) == pytest.approx(found["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_without_a_head(demo, make_gpt2, save_parts, tmp_path):
+    model, tokenizer = make_gpt2()
+    source = save_parts(tmp_path / "source", GPT2Model(model.config), tokenizer)
+    ran = demo("--model", source, "--degree", 3, "-o", tmp_path / "out")
+    assert (ran.code, ran.err) == (0, "")
+    assert "hermite_3: output within " in ran.out
+    assert "Skipped: GPT2Model has no head to train" in ran.out
+    embed = [AutoModel.from_pretrained(folder) for folder in (source, tmp_path / "out")]
+    for title, pair in demo_story.SENTENCES:
+        texts = [tokenizer(text, return_tensors="pt")["input_ids"][:, :32] for text in pair]
+        with torch.no_grad():
+            found = [torch.cosine_similarity(*(model(ids)[0].mean(1) for ids in texts)).item() for model in embed]
+        assert [float(cell) for cell in ran.figures[title]] == pytest.approx(found, abs=1e-4)
+
+
+def test_a_checkpoint_that_does_not_fit(demo, make_gpt2, gpt2_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_gpt2()[0].save_pretrained(tmp_path / "bare")
+    assert "bare has no tokenizer, so the demo has no text for it; convert" in demo("--model", "bare").error
+    for flags in (["--task", "text"], ["--steps", "3"]):
+        assert " ".join(flags) + ": for the small models" in demo("--model", gpt2_folder, *flags).error
+    assert "--dataset digits requires --model" in demo("--dataset", "digits").error
+    assert "not cached" in demo("--model", "nobody/no-such-model").error
+    assert [p.name for p in tmp_path.iterdir()] == ["bare"]
 
 
 @pytest.fixture

@@ -193,6 +193,13 @@ def test_fsdp_version_1(recipe, finetune, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_deprecated_option_is_a_note(tmp_path, caplog):
+    flags = ["--model", "m", "--dataset", "d", "--output-dir", str(tmp_path), "--gradient-checkpointing"]
+    assert parse_recipe(Recipe, "finetune", "", flags).training.gradient_checkpointing
+    (message,) = caplog.messages
+    assert message.startswith("note: `gradient_checkpointing` is deprecated")
+
+
 def test_flags_alone(tmp_path):
     places = ["--model", "m", "--dataset=d", "--output_dir", str(tmp_path)]
     schedule = ["--lr_scheduler_type=polynomial", "--lr_scheduler_kwargs", '{"power": 2.0}']
@@ -407,6 +414,15 @@ def test_the_printed_figures_are_those_of_the_two_models(converted_run, gpt2_fol
     assert after < before - 1e-3
     perplexity = float(ran.figures["perplexity"][1])
     assert perplexity == pytest.approx(torch.tensor(losses[1]).exp().item(), rel=1e-4)
+    first, last, change = ran.figures["perplexity"]
+    lines = ran.out.splitlines()
+    place = lines.index(f"Perplexity: {float(first):.5g} -> {float(last):.5g} ({change})")
+    assert lines[place + 1] == f"Before and after training, on {text_file.name}, 5 samples held out from training"
+    assert lines[-3].startswith(f"Wrote {folder} (")
+    assert lines[-2:] == [
+        f"Evaluate: hf-ortho evaluate {folder} --dataset DATA",
+        f"Push:     hf-ortho push {folder} YOU/{folder.name}",
+    ]
 
 
 def test_the_card(converted_run):

@@ -67,12 +67,18 @@ def test_json(hf_ortho_command, converted, family):
     assert layer["distance"]["rms_error"] == pytest.approx(rms, rel=0.05)
 
 
-def test_text(hf_ortho_command, converted):
-    folder = converted("tropical_rational_8")
+def test_text(hf_ortho_command, converted, tmp_path):
+    """Equal layers next to each other are shown once."""
+    folder = tmp_path / "converted"
+    shutil.copytree(converted("tropical_rational_8"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    first = next(iter(hf_ortho.activations.TropicalRational(8).state_dict()))
+    tensors[f"transformer.h.7.mlp.act.{first}"] += 0.01
+    save_file(tensors, folder / "model.safetensors")
     ran = hf_ortho_command("inspect", folder)
     assert (ran.code, ran.err) == (0, "")
     lines = ran.out.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     for start in (
         "source activations  activation_function gelu_new",
         "calibrated          no",
@@ -80,12 +86,14 @@ def test_text(hf_ortho_command, converted):
     ):
         assert any(line.startswith(start) for line in lines)
     found = json.loads(hf_ortho_command("inspect", folder, "--json").out)["layers"]
-    for row, layer in enumerate(found):
-        cells = ran.figures[str(row)]
-        assert cells[0] == "tropical_rational_8"
+    assert "tropical_rational_8: 12 activations at transformer.h.*.mlp.act" in ran.out
+    for row, layer in [("0..6", found[0]), ("0..6", found[6]), ("7", found[7]), ("8..11", found[8])]:
+        cells = ran.figures[row]
         gain = [f"{layer['gain'][key]:.4g}" for key in ("value", "derivative")]
         measured = [f"{layer['distance'][key]:.1e}" for key in ("sup_error", "rms_error")]
         assert cells[-4:] == gain + measured
+    heads = [line for line in lines if line.startswith("transformer.h.")]
+    assert heads == [f"transformer.h.{row}.mlp.act tropical_rational_8" for row in ("0..6", "7", "8..11")]
     for name, values in found[11]["parameters"].items():
         at = max(i for i, line in enumerate(lines) if line.strip().startswith(f"{name} "))
         words = " ".join(lines[at : at + 2]).split()
@@ -106,7 +114,7 @@ def test_from_scratch(hf_ortho_command, make_gpt2, tmp_path):
     text = hf_ortho_command("inspect", tmp_path)
     assert text.code == 0
     assert "none: the config has no hf_ortho entry" in text.out
-    assert text.figures["0"][-2:] == ["-", "-"]
+    assert text.figures["0..1"][-2:] == ["-", "-"]
 
 
 def test_a_source_that_cannot_be_followed(hf_ortho_command, tmp_path, make_gpt2):
@@ -185,9 +193,9 @@ def test_groups_of_channels(hf_ortho_command, make_gpt2, tmp_path, family):
     assert [layer["gain"]["value"], layer["gain"]["derivative"]] == pytest.approx(expected.tolist(), rel=2e-4)
     ran = hf_ortho_command("inspect", tmp_path)
     lines = ran.out.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     lo, hi = module.domain[:, 0].min().item(), module.domain[:, 1].max().item()
-    assert ran.figures["0"][1] == f"{lo:.2f}..{hi:.2f}"
+    assert ran.figures["0"][0] == f"{lo:.2f}..{hi:.2f}"
     name = next(iter(layer["parameters"]))
     for kind, row in (("min", state[name].amin(0)), ("max", state[name].amax(0))):
         found = next(line for line in lines if line.split()[:2] == [name, kind]).split()[2:]

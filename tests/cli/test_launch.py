@@ -257,5 +257,5 @@ def test_a_mistake_in_two_processes_is_one_sentence(two_processes, gpt2_folder, 
     flags = ["--model", gpt2_folder, "--dataset", tmp_path / "none.txt", "--output_dir", tmp_path / "out"]
     code, out, err = two_processes(*flags)
     assert (code, err) == (2, f"hf-ortho: error: {tmp_path / 'none.txt'} does not exist\n")
-    begun = ("Launching with multi_gpu", f"Loading {gpt2_folder}", f"Preparing {tmp_path / 'none.txt'}")
+    begun = ("Launching with multi_gpu", f"Loading {gpt2_folder}", f"Tokenizing {tmp_path / 'none.txt'}")
     assert out.splitlines() == list(begun)  # of one of them

@@ -82,7 +82,7 @@ def test_png(hf_ortho_command, converted, text_file, tmp_path):
     ran = hf_ortho_command("plot", converted, "-o", path, "--calibration-data", text_file, "--calibration-samples", 2)
     assert (ran.code, ran.err) == (0, "")
     assert imread(path).size
-    assert ran.out == f"Wrote {path}\n"
+    assert ran.out == f"Loading {converted}\nRunning the model on {text_file}\nWrote {path}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["shapes.png"]
 
 

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import logging
 import os
 import shlex
@@ -6,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_ortho.cli.console import quiet
+from hf_ortho.cli.console import PlainConsole, quiet
 from hf_ortho.cli.main import LAUNCHED
-from hf_ortho.cli.progress import announced, progress, telling_what_is_kept, trainer_progress
+from hf_ortho.cli.progress import announced, counted, progress, telling_what_is_kept, trainer_log, trainer_progress
 from hf_ortho.training import ActivationTrainer
 
 logger = logging.getLogger("hf_ortho")
@@ -24,15 +26,17 @@ def flags(gpt2_folder, text_file, tmp_path):
 def test_a_training_says_what_it_does(hf_ortho_command, flags, gpt2_folder, text_file):
     ran = hf_ortho_command(*flags)
     assert ran.code == 0, ran.err
-    found = [line.split(":")[0] for line in ran.out.splitlines()[:9]]
-    assert found[:5] == [
+    found = [line.split(":")[0] for line in ran.out.splitlines()[:12]]
+    assert found[:7] == [
         f"Loading {gpt2_folder}",
-        f"Preparing {text_file}",
-        "Converting to hermite_3, calibrated on 2 samples",
+        f"Tokenizing {text_file}",
+        f"Running {gpt2_folder} on the calibration data",
+        "Fitting hermite_3 to 2 activations",
+        "Comparing the converted model with its source",
         "First evaluating on 9 samples",
         "Training on 83 blocks of 32 tokens for 4 steps",
     ]
-    assert found[5:8] == ["Training", "Training", "Evaluating on 9 samples"]
+    assert found[7:10] == ["Training", "Training", "Evaluating on 9 samples"]
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", "Loading it\n"), ("1", "")])
@@ -142,6 +146,49 @@ def test_an_unknown_total_is_a_question_mark(capsys):
     with progress("counting") as (bar, task):
         bar.update(task, completed=3)
     assert "3/?" in capsys.readouterr().out
+
+
+def test_the_bar_of_a_conversion_ends_with_it(monkeypatch):
+    out = io.StringIO()
+    terminal = PlainConsole(file=out, force_terminal=True, width=80)
+    monkeypatch.setattr("hf_ortho.cli.progress.console", terminal)
+    with contextlib.suppress(KeyboardInterrupt), counted([{}, {}]) as batches:
+        assert (len(batches), list(batches)) == (2, [{}, {}])
+        raise KeyboardInterrupt
+    assert "Converting" in out.getvalue()
+    assert out.getvalue().endswith("\x1b[?25h")  # the cursor is back
+    with counted(None) as batches:
+        assert batches is None
+
+
+def test_each_evaluation_has_its_own_bar():
+    """One during the training disappears; one after it takes the place of the bar of the training."""
+    bar, state, batches = trainer_progress("first"), SimpleNamespace(max_steps=2, global_step=0), [1, 2]
+    with announced():
+        bar.on_train_begin(None, state, None)
+        bar.on_prediction_step(None, state, None, eval_dataloader=batches)
+        bar.on_prediction_step(None, state, None, eval_dataloader=batches)
+        assert [(task.description, task.completed, task.total) for task in bar.bar.tasks] == [
+            ("first", 0, 2),
+            ("Evaluating", 2, 2),
+        ]
+        bar.on_evaluate(None, state, None)
+        assert [task.description for task in bar.bar.tasks] == ["first"]
+        bar.on_train_end(None, state, None)
+        bar.on_prediction_step(None, state, None, eval_dataloader=batches)
+        assert [(task.description, task.completed, task.total) for task in bar.bar.tasks] == [("Evaluating", 1, 2)]
+        bar.on_evaluate(None, state, None)
+        assert not bar.bar.live.is_started
+
+
+def test_a_long_training_without_a_terminal_tells_its_step(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines, state = trainer_log("Training"), SimpleNamespace(max_steps=40, global_step=0, is_world_process_zero=True)
+    lines.on_train_begin(None, state, None)
+    for now, state.global_step in ((50.0, 5), (100.0, 10), (150.0, 15)):  # noqa: B007
+        lines.on_step_end(None, state, None)
+    assert capsys.readouterr().out == "Training: step 10/40, about 5 min left\n"
 
 
 def test_no_progress_bar_is_left_open():

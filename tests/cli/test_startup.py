@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hf_ortho.cli import main
+from hf_ortho.cli.main import COMMANDS
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "matplotlib", "datasets", "peft", "accelerate", "sympy")
 
@@ -34,6 +35,7 @@ def test_help_and_usage_errors_import_none_of_the_libraries(tmp_path):
     code = f"""
 import contextlib, json, sys
 from hf_ortho.cli import main
+from hf_ortho.cli.main import COMMANDS
 codes = []
 for argv in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(sys.stderr):
@@ -56,6 +58,34 @@ def test_the_help_of_a_recipe_has_its_own_fields_alone(capsys, command):
     assert {"--domain-penalty", "--weight-decay", "--accelerate-config"} <= set(pages["--help-all"].split())
     assert "(default: None)" not in pages["--help"]
     assert "_" not in "".join(word for word in pages["--help-all"].split() if word.startswith("--"))
+
+
+@pytest.mark.parametrize("flags", [[], *([name, "--help"] for name in COMMANDS), ["finetune", "--help-all"]])
+def test_help_fits_80_columns(capsys, monkeypatch, flags):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(flags) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def test_the_usage_starts_with_three_steps(capsys):
+    assert main([]) == 0
+    found = [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:] if "  hf-ortho " in line]
+    assert found == ["convert", "finetune", "push"]
+
+
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [("finetune", "--model MODEL"), ("pretrain", "--model-type TYPE"), ("compare", "--model MODEL")],
+)
+def test_the_help_of_a_recipe_starts_with_what_it_needs(capsys, command, first):
+    assert main([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"usage: hf-ortho {command} {first} --dataset DATA --output-dir DIR [...]\n")
+    options = page.partition("most used:\n")[2].partition("\n\n")[0]
+    assert options.startswith(f"  {first} ")
+    assert all(f"--{flag}" in options for flag in ("dataset", "output-dir", "max-steps", "learning-rate"))
+    assert page.count("  --dataset ") == 1
+    assert "['" not in page
 
 
 @pytest.mark.slow

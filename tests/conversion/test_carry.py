@@ -97,6 +97,7 @@ def source(gpt2_folder, tmp_path):
 
 def test_what_is_carried_and_what_is_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(carry_module, "LIMIT", 2000)
+    monkeypatch.setattr(carry_module, "SHOWN", 99)
     (tmp_path / "private").write_text("secret")
     source = write(tmp_path / "source", CARRIED | LEFT_OUT | SILENT)
     (source / "notes.txt").symlink_to(tmp_path / "private")

@@ -45,7 +45,8 @@ def test_what_is_written(exported, saved):
     }
     lines = out.splitlines()
     assert lines[:2] == [f"Loading {saved('gpt2')}", "Exporting GPT2LMHeadModel with a cache, which may take minutes"]
-    assert lines[-1].startswith(f"Wrote {folder} (onnx/model.onnx, ")
+    assert lines[-2].startswith(f"Wrote {folder} (onnx/model.onnx, ")
+    assert lines[-1] == f"Next: hf-ortho push {folder} YOU/{folder.name}"
     config, source = (json.loads((place / "config.json").read_text()) for place in (folder, saved("gpt2")))
     assert {key: config[key] for key in source} == source
     graph = (folder / "onnx" / "model.onnx").read_bytes()

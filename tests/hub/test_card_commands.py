@@ -55,7 +55,7 @@ def test_the_figures_of_the_conversion_survive_the_training(folders, text_file):
     assert [line.split()[:2] for line in made] == [["hf-ortho", "convert"], ["hf-ortho", "finetune"]]
     assert "--degree 3" in made[0]
     assert "--seed 7" in made[1]
-    assert f"- Data: `{text_file.name}`, split `train`" in second
+    assert f"- Data: `{text_file.name}`\n" in second
     assert ModelCard(second).data.datasets is None
     assert "](activations.png)" in first
     assert "](activations.png)" in second

@@ -1,7 +1,8 @@
 """``python -m tests.pretrained FOLDER... --text FILE``: how closely conversions of pretrained models follow them.
 
 Prints one table per model: each activation, fitted without data, to the density of the pre-activations, and by the
-Fisher information. A causal language model without a tokenizer writes its own texts.
+Fisher information. A causal language model without a tokenizer writes its own texts. ``recipes/figures.py`` draws the
+picture and makes the tables of ``recipes/fidelity.md`` from what ``--json`` writes.
 """
 
 from __future__ import annotations
