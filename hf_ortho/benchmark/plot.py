@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..activations import parse
 from ..files import written
+from ..plotting.comparison import styles
 from ..plotting.layout import BLACK, BLUE, SKY, VERMILION
 from .competitors import REFERENCE
 from .results import BenchResults, Figure
@@ -30,7 +31,6 @@ COLORS = {
     "generate": SKY,
 }
 MODELS = ("gpt2", "gpt2_eager", "gpt2_compiled", "convnext", "generation", "vllm")
-MARKERS = "osD^v<>"
 
 Limits = Mapping[tuple[str, str, str], float]
 
@@ -41,26 +41,32 @@ def plot_results(results: BenchResults, settings: Settings, targets: Sequence[Sp
     Raises:
         OutputError: ``path`` cannot be written.
     """
-    canvas = Canvas(figsize=(16, 13), dpi=100, layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.subplot_mosaic(
-        [["sequence", "image"], ["sequence", "image"], ["elements", "decode"], ["degree", "models"]]
-    )
     limits = {(t.case, t.row, t.measure): t.limit for t in targets if t.device == settings.device and not t.over}
-    for case in ("sequence", "image"):
-        _bars(axes[case], results, limits, (case,), ("forward", "forward + backward"))
-        axes[case].set_title(f"{getattr(settings, case)}, time over that of {REFERENCE}")
-    _bars(axes["decode"], results, limits, ("decode",), ("call", "call + backward"))
-    axes["decode"].set_title(f"one call on {settings.decode}, time over that of {REFERENCE}")
-    _bars(axes["models"], results, limits, MODELS, ("step", "generate", "peak"))
-    axes["models"].set_title("training steps and generation, over the original model")
-    _elements(axes["elements"], results)
-    _degrees(axes["degree"], results)
-    for case, panel in axes.items():
-        if not any(map(results.of, MODELS if case == "models" else (case,))):
-            panel.set_visible(False)
+    both, calls, over = ("forward", "forward + backward"), ("call", "call + backward"), f"time over {REFERENCE}'s"
+    bars = {
+        "sequence": (f"inputs of {settings.sequence}: {over}", ("sequence",), both),
+        "image": (f"inputs of {settings.image}: {over}", ("image",), both),
+        "decode": (f"one call on {settings.decode}: {over}", ("decode",), calls),
+        "models": ("training steps and generation: over the original model", MODELS, ("step", "generate", "peak")),
+    }
+    curves = {"elements": _elements, "degree": _degrees}
+    rows = {name: sum(len(results.of(case)) for case in cases) for name, (_, cases, _) in bars.items()}
+    rows |= {name: 9 if results.of(name) else 0 for name in curves}
+    rows = {name: count for name, count in rows.items() if count}  # a panel for each that was measured
+    heights = [0.26 * count + 1.3 for count in rows.values()]
+    canvas = Canvas(figsize=(7, sum(heights) + 0.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(canvas)
+    panels = canvas.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0] if rows else ()
+    for axes, name in zip(panels, rows, strict=True):
+        if name in curves:
+            curves[name](axes, results)
+        else:
+            title, cases, measures = bars[name]
+            _bars(axes, results, limits, cases, measures)
+            axes.set_title(title, fontsize=11)
+        axes.tick_params(labelsize=9)
     where = f"{settings.device}, {settings.to_dict()['dtype']}"
-    canvas.suptitle(f"Learnable activations on {where}; whiskers: interquartile range")
+    canvas.suptitle(f"Learnable activations on {where}; whiskers: quartiles", fontsize=12)
     with written(path) as draft:
         canvas.savefig(draft, format="png")
 
@@ -77,7 +83,7 @@ def _bars(axes: Axes, results: BenchResults, limits: Limits, cases: tuple[str, .
                 limit = limits.get((case, row, figure.measure))
                 _bar(axes, figure, y, height, limit)
             labels.append(row if len(cases) == 1 else f"{case}: {row}")
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels)
     axes.axvline(1, color=BLACK, lw=0.6)
     axes.set_xscale("log")
     _plain_numbers(axes.xaxis)
@@ -94,9 +100,9 @@ def _bar(axes: Axes, figure: Figure, y: float, height: float, limit: float | Non
         axes.errorbar(figure.ratio, y, xerr=figure.spread / 2, color=BLACK, lw=0.8, capsize=2)
         end = max(end, figure.ratio + figure.spread / 2)
     if limit is not None:
-        axes.plot([limit] * 2, [y - height / 2, y + height / 2], color="red", lw=2, label="target")
+        axes.plot([limit] * 2, [y - height / 2, y + height / 2], color=BLACK, lw=2.5, label="target")
         end = max(end, limit)
-    axes.annotate(f"{figure.ratio:.2f}", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.annotate(f"{figure.ratio:.2f}", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -109,7 +115,7 @@ def _plain_numbers(axis: Axis) -> None:
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(list(unique.values()), list(unique), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(list(unique.values()), list(unique), fontsize=9, loc="best")
 
 
 def _elements(axes: Axes, results: BenchResults) -> None:
@@ -120,7 +126,8 @@ def _elements(axes: Axes, results: BenchResults) -> None:
             sizes = [int(row.split()[1]) for row in rows if row.split()[0] == name and measure in rows[row]]
             times = [rows[f"{name} {n}"][measure].value / n * 1e9 for n in sizes]
             axes.plot(sizes, times, style, marker="o", ms=3, color=color, label=f"{name}, {measure}")
-    axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ns per element", title="time per element")
+    axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ns per element")
+    axes.set_title("time per element", fontsize=11)
     axes.grid(which="both", alpha=0.25, lw=0.5)
     _legend(axes)
 
@@ -132,11 +139,13 @@ def _degrees(axes: Axes, results: BenchResults) -> None:
         if row != REFERENCE and "forward + backward" in measures:
             name = parse(row)
             curves.setdefault(name.family, []).append((name.degree, measures["forward + backward"]))
-    for (family, points), marker in zip(curves.items(), MARKERS, strict=False):
+    looks = styles([REFERENCE, *curves])
+    for family, points in curves.items():
         x = [degree for degree, _ in points]
         spread = np.array([figure.spread or 0.0 for _, figure in points]) / 2
-        axes.errorbar(x, [f.ratio for _, f in points], spread, marker=marker, ms=4, lw=1, capsize=2, label=family)
-    axes.set(yscale="log", xlabel="degree", title=f"forward + backward, time over that of {REFERENCE}")
+        axes.errorbar(x, [f.ratio for _, f in points], spread, lw=1.2, capsize=2, label=family, **looks[family])
+    axes.set(yscale="log", xlabel="degree")
+    axes.set_title(f"forward + backward: time over {REFERENCE}'s", fontsize=11)
     _plain_numbers(axes.yaxis)
     axes.grid(which="both", alpha=0.25, lw=0.5)
     _legend(axes)

@@ -10,9 +10,6 @@ from ..fitting.source import Source
 from .layout import BLACK, Grid, draw_curve, interval, mark_domain, values
 from .shapes import POINTS, STYLES
 
-PANEL = 2.9, 2.0  # inches; for one column of a page
-DPI = 200
-
 
 def draw_fit(
     module: LearnableActivation, source: Source, ends: tuple[float, float] | None = None
@@ -36,7 +33,7 @@ def draw_fit(
     kinds = (("f", "forward", source.value), ("derivative f'", "derivative", source.derivative))
     drawn = []
     for title, method, expected in kinds:
-        grid = Grid([title], "", "difference", panel=PANEL, dpi=DPI)
+        grid = Grid([title], "", "difference")
         y, g = values(module, x, method), expected(x)
         (top,), (below,) = grid.upper, grid.lower
         grid.set_interval(0, lo, hi)

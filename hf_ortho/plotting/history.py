@@ -112,8 +112,8 @@ def plot_history(snapshots: Sequence[Snapshot], path: str | Path, title: str = "
     ticks = steps if len(steps) <= 8 else None
     if len(steps) > 1:
         bar = grid.figure.colorbar(scale, ax=[*grid.upper, *grid.lower], ticks=ticks, aspect=40, pad=0.01)
-        bar.set_label("optimizer step", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
+        bar.set_label("optimizer step", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
     grid.finish()
     with written(path) as draft:
         grid.figure.savefig(draft)

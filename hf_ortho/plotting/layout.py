@@ -26,7 +26,7 @@ FULL_PANELS = 12  # more panels share their axes in a compact grid
 MAX_PANELS = 64  # of more activations, an evenly spaced selection is drawn
 # Okabe & Ito's colors, which remain distinct with color blindness
 BLACK, SKY, BLUE, VERMILION, GRAY = "#000000", "#56B4E9", "#0072B2", "#D55E00", "#666666"
-
+GREEN, PURPLE, ORANGE = "#009E73", "#CC79A7", "#E69F00"
 
 LONGEST = 300  # characters of a title
 
@@ -41,35 +41,27 @@ class Grid:
 
     Up to 12 panels have separate axes. More panels, up to 64, share them, and only the outer ones have tick labels.
 
-    The common part of the activations' paths is in the figure's title, the rest above each panel. ``panel`` is the
-    size of a panel in inches, without the difference.
+    The common part of the activations' paths is in the figure's title, the rest above each panel.
 
     Attributes:
         upper: the axes of the shapes, one per activation, in reading order.
         lower: the axes of the differences, empty without them.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        title: str,
-        difference: str = "",
-        total: int | None = None,
-        panel: tuple[float, float] | None = None,
-        dpi: int = 110,
-    ):
+    def __init__(self, paths: Sequence[str], title: str, difference: str = "", total: int | None = None):
         n = len(paths)
         self.compact = n > FULL_PANELS
-        columns = math.ceil(math.sqrt(1.3 * n)) if self.compact else min(math.ceil(math.sqrt(n)), 4)
+        square = math.ceil(math.sqrt(n))
+        columns = min(square, square + 1, key=lambda columns: -n % columns)  # with fewer empty places
         rows = math.ceil(n / columns)
-        width, height = panel or ((1.7, 1.25) if self.compact else (5.6, 3.6) if n == 1 else (3.6, 2.6))
+        width, height = (1.3, 0.95) if self.compact else (3.6, 2.2) if n == 1 else (2.2, 1.6)
         per_panel = 2 if difference else 1
         height *= 1.4 if difference else 1.0
         shared, rest = split_shared(list(paths)) if n > 1 else ("", list(paths))
-        titles = [_wrapped(text, int((16 if self.compact else 14) * width)) for text in rest]
-        height += 0.11 * max(text.count("\n") for text in titles)
+        titles = [_wrapped(text, int(13 * width)) for text in rest]
+        height += 0.14 * max(text.count("\n") for text in titles)
         self.size = width * columns + 0.5, height * rows + 1.2
-        self.figure = Figure(figsize=self.size, dpi=dpi, layout="constrained")
+        self.figure = Figure(figsize=self.size, dpi=160, layout="constrained")
         FigureCanvasAgg(self.figure)
         # no sharex or sharey: their time grows with the square of the number of panels
         axes = self.figure.subplots(per_panel * rows, columns, squeeze=False, height_ratios=[3, 1.2][:per_panel] * rows)
@@ -80,40 +72,38 @@ class Grid:
         self.upper, self.lower = self.upper[:n], self.lower[:n]
         bottom = self.lower or self.upper
         for i, (top, below) in enumerate(zip(self.upper, bottom, strict=True)):
+            first, last = i % columns == 0, i + columns >= n
             for kind in {top, below}:
                 kind.grid(alpha=0.25, lw=0.5)
-                kind.tick_params(labelsize=6 if self.compact else 7, length=2, labelbottom=kind is below)
-                kind.xaxis.set_major_locator(MaxNLocator(4 if self.compact else 7, steps=[1, 2, 5, 10]))
+                kind.tick_params(labelsize=8, length=2, labelbottom=kind is below and (last or not self.compact))
+                kind.tick_params(labelleft=first or not self.compact)
+                kind.xaxis.set_major_locator(MaxNLocator(4 if n > 1 else 7, steps=[1, 2, 5, 10]))
+                kind.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             if self.lower:
-                below.yaxis.set_major_locator(MaxNLocator(2 if self.compact else 3, symmetric=True))
+                below.yaxis.set_major_locator(MaxNLocator(2, symmetric=True))
                 below.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            if self.compact:
-                for kind in {top, below}:
-                    kind.tick_params(labelleft=i % columns == 0)
-                below.tick_params(labelbottom=i + columns >= n)
-                if i + columns >= n:
-                    below.set_xlabel("pre-activation", fontsize=7)
-            else:
-                below.set_xlabel("pre-activation", fontsize=8)
-                top.set_ylabel("activation", fontsize=8)
+            if last:
+                below.set_xlabel("pre-activation", fontsize=9)
+            if first and not self.compact:
+                top.set_ylabel("activation", fontsize=9)
                 if self.lower:
-                    below.set_ylabel(literal(difference), fontsize=8)
+                    below.set_ylabel(literal(difference), fontsize=9)
         if self.compact:
             below_that = f" (above), {' '.join(literal(difference).split())} (below)" if difference else ""
-            self.figure.supylabel(f"activation{below_that}", fontsize=9)
+            self.figure.supylabel(f"activation{below_that}", fontsize=10)
         for top, text in zip(self.upper, titles, strict=True):
-            top.set_title(text, fontsize=7 if self.compact else 8, pad=3)
+            top.set_title(text, fontsize=9, pad=3)
         lines = [title, shared]
         if total is not None and total > n:
             lines.append(f"{n} of {total} activations, evenly spaced")
-        self.heading = "\n".join(_wrapped(line, int(11 * self.size[0])) for line in lines if line)
-        self._suptitle = self.figure.suptitle(self.heading, fontsize=10) if self.heading else None
+        self.heading = "\n".join(_wrapped(line, int(10 * self.size[0])) for line in lines if line)
+        self._suptitle = self.figure.suptitle(self.heading, fontsize=11) if self.heading else None
 
     def set_heading(self, line: str) -> None:
         """Put ``line`` under the figure's title."""
         text = "\n".join(filter(None, (self.heading, literal(line))))
         if self._suptitle is None:
-            self._suptitle = self.figure.suptitle(text, fontsize=10)
+            self._suptitle = self.figure.suptitle(text, fontsize=11)
         self._suptitle.set_text(text)
 
     def set_interval(self, panel: int, lo: float, hi: float) -> None:
@@ -137,9 +127,9 @@ class Grid:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 by_label.setdefault(literal(_shortened(label)), handle)
         longest = max(map(len, by_label), default=1)
-        columns = max(1, min(len(by_label), int(self.size[0] / (0.075 * longest + 0.5))))
+        columns = max(1, min(len(by_label), int(self.size[0] / (0.07 * longest + 0.5))))
         self.figure.legend(
-            by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+            by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )
 
 

@@ -150,14 +150,15 @@ def draw_activations(panels: Sequence[Panel], title: str = "", *, other: str = "
     labels = [_label("learned", [panel.learned for panel in chosen]), _label(other, [panel.other for panel in chosen])]
     grid = Grid([panel.title for panel in chosen], title, below, len(panels))
     intervals = [_interval(panel) for panel in chosen]
-    if grid.compact:
-        intervals = [(min(lo for lo, _ in intervals), max(hi for _, hi in intervals))] * len(chosen)
+    if grid.compact:  # the medians, as the data of a few layers may reach far
+        lo, hi = np.median(intervals, axis=0).tolist()
+        intervals = [interval([module for panel in chosen for module in panel.modules], lo, hi)] * len(chosen)
     for i, (panel, (lo, hi), axes) in enumerate(zip(chosen, intervals, grid.upper, strict=True)):
         x = np.linspace(lo, hi, POINTS)
         grid.set_interval(i, lo, hi)
         _draw_shapes(axes, panel, x, labels)
         if panel.has_data:
-            _draw_data(axes, panel, grid.compact)
+            _draw_data(axes, panel)
         if grid.lower:
             _draw_differences(grid.lower[i], panel, x, panel.source if by_source else panel.other)
     grid.finish()
@@ -176,27 +177,17 @@ def _draw_shapes(axes: Axes, panel: Panel, x: np.ndarray, labels: list[str]) -> 
     mark_domain(axes, panel.learned)
 
 
-def _draw_data(axes: Axes, panel: Panel, compact: bool) -> None:
+def _draw_data(axes: Axes, panel: Panel) -> None:
+    """The histogram of the pre-activations, scaled to the height of the axes."""
     assert panel.histogram is not None
     counts, edges = panel.histogram.counts, panel.histogram.edges
-    density = counts / counts.sum() / np.diff(edges)
+    density = counts / np.diff(edges)
     lo, hi = axes.get_xlim()
     visible = (edges[1:] > lo) & (edges[:-1] < hi)
     centers = (edges[1:] + edges[:-1])[visible] / 2
-    style: dict[str, Any] = {"color": SKY, "alpha": 0.45, "lw": 0}
-    if compact:
-        height = density[visible] / density[visible].max() * 0.95
-        label = "density of the pre-activations (scaled in each panel)"
-        axes.fill_between(centers, height, transform=axes.get_xaxis_transform(), label=label, zorder=1, **style)
-        return
-    behind = axes.twinx()
-    behind.fill_between(centers, density[visible], label="density of the pre-activations", **style)
-    behind.set_ylim(bottom=0)
-    behind.tick_params(labelsize=7, length=2, colors=BLUE)
-    behind.locator_params(axis="y", nbins=4)
-    behind.set_ylabel("density", fontsize=8, color=BLUE)
-    axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)
+    height = 0.95 * density[visible] / density[visible].max()
+    scaled = axes.get_xaxis_transform()
+    axes.fill_between(centers, height, color=SKY, alpha=0.45, lw=0, transform=scaled, label="pre-activations", zorder=1)
 
 
 def _draw_differences(axes: Axes, panel: Panel, x: np.ndarray, reference: nn.Module | None) -> None:

@@ -69,7 +69,9 @@ def test_a_gpu_gets_sizes_of_its_own():
 
 
 def test_a_plot_of_some_sections(tmp_path):
-    """Also of one that failed after its first measure."""
+    """Also of one that failed after its first measure, and of none that is drawn."""
+    plot_results(BenchResults(), CUDA, TARGETS, tmp_path / "none.png")
+    assert imread(tmp_path / "none.png").shape[0] < 100
     figures = [Figure("degree", row, "forward", 1e-3, 1.0, 0.0) for row in ("F.gelu", "hermite_3")]
     figures += [Figure("elements", f"{row} 1000", "forward", 1e-3, 1.0, 0.0) for row in ("F.gelu", "hermite_8")]
     figures += [Figure("gpt2_compiled", row, "step", 0.1, 1.0, 0.0) for row in ("gelu", "hermite_3")]

@@ -41,7 +41,7 @@ def drawn(figure_of):
     def drawn(*panels, **options):
         figure = figure_of(plot_activations, panels, **options)
         upper = [axes for axes in figure.axes if axes.get_title()]
-        differences = [axes for axes in figure.axes if axes not in upper and axes.get_ylabel() != "density"]
+        differences = [axes for axes in figure.axes if axes not in upper]
         differences = differences or [None] * len(upper)
         found = [
             ({line.get_label(): line.get_xydata().T for line in axes.lines}, below, axes)
@@ -83,17 +83,19 @@ def test_axes_are_named(drawn):
     assert axes.get_ylabel() == "activation"
     assert lower.get_xlabel() == "pre-activation"
     assert lower.get_ylabel() == "difference\nfrom source"
-    assert [a.get_ylabel() for a in figure.axes if a not in (axes, lower)] == ["density"]
+    assert figure.axes == [axes, lower]
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert legend == {"learned (hermite_8)", "source", "domain [lo, hi]", "density of the pre-activations"}
+    assert legend == {"learned (hermite_8)", "source", "domain [lo, hi]", "pre-activations"}
 
 
-def test_the_density_integrates_to_the_share_of_the_data_in_view(drawn):
-    _, figure = drawn(Panel("act", fitted(), nn.GELU(), histogram()))
-    (behind,) = (axes for axes in figure.axes if axes.get_ylabel() == "density")
-    x, y = behind.collections[0].get_paths()[0].vertices.T
-    area = np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y) / 2  # the shoelace formula
-    assert abs(area) == pytest.approx(1.0, abs=0.01)
+def test_the_histogram_is_scaled_to_the_axes(drawn):
+    """It is that of a normal distribution; its bins are not equally wide."""
+    ((_, _, axes),), _ = drawn(Panel("act", fitted(), nn.GELU(), histogram(mean=-1.0, sigma=3.0)))
+    (behind,) = (area for area in axes.collections if area.get_label() == "pre-activations")
+    x, y = behind.get_paths()[0].vertices.T
+    assert y.max() == pytest.approx(0.95)
+    heights = np.array([y[(np.abs(x + 1 - 3 * away) < 0.3) & (y > 0)].mean() for away in (-2, -1, 0, 1, 2)])
+    np.testing.assert_allclose(heights / heights[2], np.exp([-2, -0.5, 0, -0.5, -2]), atol=0.05)
 
 
 def test_without_source_there_is_no_difference(drawn):
@@ -196,6 +198,13 @@ def test_many_panels_share_their_axes(drawn, step):
     assert len({axes.get_xlim() for *_, axes in found}) == 1
     assert len({axes.get_ylim() for *_, axes in found}) == 1
     assert len({lower.get_ylim() for _, lower, _ in found[1:]}) == 1
+
+
+def test_one_layer_with_far_data_does_not_shrink_the_others(drawn, step):
+    sigmas = [1.0] * 12 + [100.0]
+    found, _ = drawn(*(Panel(f"h.{i}.act", step, nn.ReLU(), histogram(0.0, sigma)) for i, sigma in enumerate(sigmas)))
+    assert found[0][2].get_xlim() == found[12][2].get_xlim()
+    assert found[0][2].get_xlim() == pytest.approx((-4.0, 3.7), abs=0.5)
 
 
 def test_long_titles_are_wrapped_in_full(drawn, step):
