@@ -7,7 +7,7 @@
 Each line of the data has two texts, such as a question and its answer: {"anchor": "...", "positive": "..."}. A tenth of
 the pairs is held out; the loss on it is printed before and after. Other flags: SentenceTransformerTrainingArguments.
 
-Expected hardware: any. Status: run by the tests, and measured: recipes/inference.md.
+Expected hardware: any. Status: run by the tests, and measured: recipes/sentence_transformers.md.
 """
 
 from datasets import load_dataset

@@ -1,7 +1,7 @@
 """Quality against bytes: the gain of each kind of adapter on a frozen pretrained model.
 
     python recipes/small/adapters.py --config recipes/small/adapters_text.yaml \\
-        --model BASE --dataset TRAIN --eval_dataset TEST
+        --model BASE --dataset TRAIN --eval-dataset TEST
 
 Every run is one ``hf-ortho finetune`` with the flags of ``METHODS``, except for IA3, which peft adds to the
 model. The first of ``SEEDS`` selects the learning rate of each method; the others give the results. Methods whose
