@@ -58,11 +58,15 @@ def groups_legend(report: ConversionReport) -> str:
     """What the columns about groups are; empty without groups."""
     if columns(report) == COLUMNS:
         return ""
-    error = f"part of the {divergence_name(report)}" if divergence_legend(report) else "rms f"
     return (
         "domains: from the least lo to the largest hi of all groups of channels; worst and median group: its number, "
-        f"counted from 0, and its {error}"
+        f"counted from 0, and its {group_error(report)}"
     )
+
+
+def group_error(report: ConversionReport) -> str:
+    """The error of which the worst and the median group are shown."""
+    return f"part of the {divergence_name(report)}" if divergence_meaning(report) else "rms f"
 
 
 def divergence_name(report: ConversionReport) -> str:
@@ -72,13 +76,18 @@ def divergence_name(report: ConversionReport) -> str:
     return "KL" if report.fidelity.kl is not None else "error^2"
 
 
-def divergence_legend(report: ConversionReport) -> str:
+def divergence_meaning(report: ConversionReport) -> str:
     """What the divergence of a layer is; empty without Fisher weights."""
     if all(layer.fit.divergence is None for layer in report.layers):
         return ""
-    name = divergence_name(report)
-    what = "squared relative error of the output, " if name == "error^2" else ""
-    return f"{name}: {what}expected from the errors of this layer alone"
+    what = "squared relative error of the output, " if divergence_name(report) == "error^2" else ""
+    return f"{what}expected from the errors of this layer alone"
+
+
+def divergence_legend(report: ConversionReport) -> str:
+    """``divergence_meaning`` after the name; empty without Fisher weights."""
+    meaning = divergence_meaning(report)
+    return f"{divergence_name(report)}: {meaning}" if meaning else ""
 
 
 def report_text(report: ConversionReport, verbose: bool = False) -> str:
@@ -229,12 +238,8 @@ def legend_lines(legend: Mapping[str, str]) -> list[str]:
 def _legend(report: ConversionReport) -> dict[str, str]:
     """What the columns of the tables are."""
     weight = f"weighted by {DATA_FREE}" if report.weights is None else "weighted by the data"
-    legend = {}
-    if divergence_legend(report):
-        name = divergence_name(report)
-        legend[name] = divergence_legend(report).removeprefix(f"{name}: ")
-    group = f"part of the {divergence_name(report)}" if legend else "rms f"
-    return legend | {
+    meaning, shown = divergence_meaning(report), _shown(report)
+    return ({divergence_name(report): meaning} if meaning else {}) | {
         name: text
         for name, text in {
             "domain": "where f is fitted; beyond it, f is straight, with the tail slopes",
@@ -242,12 +247,12 @@ def _legend(report: ConversionReport) -> dict[str, str]:
             "sup f": "largest difference of f from the source activation",
             "rms f": f"root mean square difference, {weight}",
             "rms f'": "the same of the derivatives",
-            "worst group": f"its number, counted from 0, and its {group}",
+            "worst group": f"its number, counted from 0, and its {group_error(report)}",
             "median group": "the same for the median group",
             "outside": f"share of the inputs beyond the domain, {weight}",
             "seen": "smallest and largest input in the data",
         }.items()
-        if name in _shown(report)
+        if name in shown
     }
 
 

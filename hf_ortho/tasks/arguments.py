@@ -113,3 +113,13 @@ class DataArguments:
             value = getattr(self, key)
             if value is not None and not value >= least:
                 raise ConfigError(f"{key} {value}: must be at least {least}")
+
+    def needed_dataset(self) -> str:
+        """The dataset of a training.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.dataset:
+            raise ConfigError("dataset is missing; give --dataset, or dataset in the config")
+        return self.dataset

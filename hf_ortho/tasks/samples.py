@@ -36,27 +36,25 @@ def load_splits(
     checkpoint: Checkpoint, arguments: DataArguments, seed: int = 0
 ) -> tuple[Dataset | Stream, Dataset | None]:
     """Load and prepare the training and evaluation samples. ``seed`` determines the order of a stream."""
-    if not arguments.dataset:
-        raise ConfigError("dataset is missing; give --dataset, or dataset in the config")
-    task = of(checkpoint.model)
+    task, name = of(checkpoint.model), arguments.needed_dataset()
     if arguments.tokenize and checkpoint.tokenizer is None:
         raise ConfigError(f"tokenize {arguments.tokenize}: {type(checkpoint.model).__name__} has no tokenizer")
     # Tokenizing checks the text by itself, and a token cache is to be reused without reading the text again.
     load = partial(data.load, streaming=arguments.streaming, check=arguments.tokenize is None)
     config, revision = arguments.dataset_config, arguments.dataset_revision
-    revision = data.commit_of(arguments.dataset, config_name=config, revision=revision) or revision
+    revision = data.commit_of(name, config_name=config, revision=revision) or revision
     arguments.dataset_revision = revision  # pin the commit: a branch may move
-    splits = load(arguments.dataset, config_name=config, revision=revision)
-    held_back_name = arguments.eval_dataset or arguments.dataset
+    splits = load(name, config_name=config, revision=revision)
+    held_back_name = arguments.eval_dataset or name
     if arguments.eval_dataset:
         other = load(held_back_name, revision=data.commit_of(held_back_name))
-        raw = splits[data.pick(splits, arguments.train_split, data.TRAIN, arguments.dataset)]
+        raw = splits[data.pick(splits, arguments.train_split, data.TRAIN, name)]
         raw_held_back = other[data.pick(other, arguments.eval_split, data.HELD_BACK, held_back_name)]
     else:
-        raw, raw_held_back = data.split(splits, arguments.train_split, arguments.eval_split, arguments.dataset)
+        raw, raw_held_back = data.split(splits, arguments.train_split, arguments.eval_split, name)
     if arguments.streaming:
         return task.stream(checkpoint, raw, raw_held_back, arguments, seed)
-    train, held_back = task.prepare(checkpoint, raw, arguments, arguments.dataset), None
+    train, held_back = task.prepare(checkpoint, raw, arguments, name), None
     task.adapt_head(checkpoint, train, seed)
     if raw_held_back is not None:
         held_back = task.prepare_evaluation(checkpoint, raw_held_back, arguments, held_back_name)

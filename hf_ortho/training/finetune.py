@@ -83,8 +83,7 @@ def finetune(
     scratch = model_arguments.init == "scratch"
     if not scratch and not model_arguments.model:
         raise ConfigError("model is missing; give --model, or model in the config")
-    if not recipe.data.dataset:
-        raise ConfigError("dataset is missing; give --dataset, or dataset in the config")
+    recipe.data.needed_dataset()
     if model_arguments.train not in POLICIES:
         raise ConfigError(f"train {model_arguments.train!r}: must be one of {', '.join(POLICIES)}")
     if model_arguments.adapter:
